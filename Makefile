@@ -1,0 +1,40 @@
+.PHONY: help parity test test-slow test-gpu lint format clean
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python -m
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet -c constraints.txt torch jax jaxlib
+	$(RUN) pip install --quiet -c constraints.txt -e '.[torch,jax,test]'
+	@touch $@
+
+parity: $(VENV)/installed  ## do PyTorch and JAX compute the same thing? (sets up .venv first)
+	$(RUN) parity check
+
+test: $(VENV)/installed  ## the tests
+	$(RUN) pytest
+
+test-slow: $(VENV)/installed  ## the tests that take minutes
+	$(RUN) pytest -m slow
+
+test-gpu: $(VENV)/installed  ## the tests that need a GPU
+	$(RUN) pytest -m gpu
+
+lint: $(VENV)/installed  ## ruff and pyright
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) pyright
+
+format: $(VENV)/installed  ## let ruff rewrite
+	$(RUN) ruff format .
+	$(RUN) ruff check --fix .
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

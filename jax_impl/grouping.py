@@ -1,0 +1,182 @@
+"""Stages 2 and 9: one row per assignment, sorted by expert, padded to a capacity; and back, weighted by score."""
+
+import math
+from decimal import Decimal
+from fractions import Fraction
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Integer
+
+from jax_impl.checks import check_capacity, check_capacity_factor
+from jax_impl.layout import invert, rows_or_zero
+
+
+class Capacity(NamedTuple):
+    """How many rows a bin holds, and who goes first. `n_bins` is P (a bin per rank) or E (a bin per expert)."""
+
+    n_bins: int
+    rows: int
+    priority: str = "token"
+
+
+def plan_capacity(
+    factor: str | int | float | Decimal | Fraction | None,
+    n_tokens: int,
+    top_k: int,
+    n_experts: int,
+    n_ranks: int,
+    per: str = "rank",
+    priority: str = "token",
+    align: int = 1,
+) -> Capacity:
+    """C = ceil(factor * T*K / bins), at least 1, rounded up to `align`, in exact rational arithmetic.
+
+    A float counts as the decimal it prints as: 4.05 is 81/20. None asks for the no-drop bound: T * min(K, e) rows for
+    a rank, T for an expert, as a token's experts differ. `per="expert"` is the form of GShard (Lepikhin et al. 2020).
+
+    Raises ValueError on a factor that is not finite and positive, or an unknown `per` or `priority`.
+    """
+    check_capacity_factor(factor, per, n_experts, n_ranks, align)
+    n_bins = n_ranks if per == "rank" else n_experts
+    if factor is None:
+        rows = n_tokens * (min(top_k, n_experts // n_ranks) if per == "rank" else 1)
+    else:
+        exact = Fraction(str(factor)) if isinstance(factor, float) else Fraction(factor)
+        rows = math.ceil(exact * n_tokens * top_k / n_bins)
+    return Capacity(n_bins, math.ceil(max(rows, 1) / align) * align, priority)
+
+
+class Grouped(NamedTuple):
+    x_BCD: Float[Array, "B C D"]
+    slot_TK: Integer[Array, "T K"]  # the row that holds assignment (t, k), counting over bins; B*C where it was dropped
+    assignment_BC: Integer[Array, "B C"]  # the assignment a = t*K + k that each row holds; T*K where it is padding
+    kept_E: Integer[Array, " E"]  # assignments kept, per expert
+
+
+def group_by_expert(
+    x_TD: Float[Array, "T D"],
+    expert_id_TK: Integer[Array, "T K"],
+    score_TK: Float[Array, "T K"],
+    counts_E: Integer[Array, " E"],
+    capacity: Capacity,
+) -> Grouped:
+    """Copy each token once per chosen expert, sorted by expert, ties by assignment, into bins of C rows.
+
+        tokens  t0 -> experts 2,0      C = 2, a bin per rank, e = 2
+                t1 -> experts 0,1      rank 0: e0 t0 | e0 t1   (e1 t1 dropped)      rank 1: e2 t0 | padding
+
+    Padding is zero, and only here does anything drop. An id out of range, which a traced function cannot refuse,
+    is dropped too.
+
+    Raises ValueError when the capacity holds no rows, does not fit the experts, or its priority is unknown.
+    """
+    check_capacity(capacity.n_bins, capacity.rows, capacity.priority, counts_E.shape[0])
+    (T, K), (E,), (B, C, _) = expert_id_TK.shape, counts_E.shape, capacity
+    N = T * K
+    expert_N = expert_id_TK.reshape(-1)
+    expert_N = jnp.where((expert_N >= 0) & (expert_N < E), expert_N, E)
+    keep_N = keep_within_capacity(expert_N, score_TK.reshape(-1), counts_E, K, capacity)
+    kept_E = (keep_N[:, None] & (expert_N[:, None] == jnp.arange(E))).sum(axis=0)
+    kept_B = kept_E.reshape(B, -1).sum(axis=1)
+
+    sorted_N = jnp.argsort(expert_N, stable=True)
+    bin_N = expert_N[sorted_N] // (E // B)
+    place_N = jnp.cumsum(keep_N[sorted_N]) - 1 - (jnp.cumsum(kept_B) - kept_B)[bin_N]
+    slot_N = jnp.where(keep_N[sorted_N], bin_N * C + place_N, B * C)[invert(sorted_N, N)]
+    slot_TK, assignment_BC = slot_N.reshape(T, K), invert(slot_N, B * C).reshape(B, C)
+    return Grouped(expand_rows(x_TD, assignment_BC, slot_TK), slot_TK, assignment_BC, kept_E)
+
+
+def keep_within_capacity(
+    expert_N: Integer[Array, " N"],
+    score_N: Float[Array, " N"],
+    counts_E: Integer[Array, " E"],
+    top_k: int,
+    capacity: Capacity,
+) -> Bool[Array, " N"]:
+    """Whether each assignment is among the first C of its bin, by `priority`: token, choice or score.
+
+    token: lower assignment first. choice: all first choices before all second ones. score: higher score first.
+    Ties go to the lower assignment.
+    """
+    (N,), (E,), (B, C, priority) = expert_N.shape, counts_E.shape, capacity
+    assignment_N = jnp.arange(N)
+    key_N = {"token": assignment_N, "choice": assignment_N % top_k, "score": -jax.lax.stop_gradient(score_N)}[priority]
+    bin_N = expert_N // (E // B)
+    first_N = jnp.lexsort((assignment_N, key_N, bin_N))
+    counts_B = counts_E.reshape(B, -1).sum(axis=1)
+    place_N = jnp.arange(N) - (jnp.cumsum(counts_B) - counts_B)[bin_N[first_N]]
+    return (place_N < C)[invert(first_N, N)] & (bin_N < B)
+
+
+def combine(
+    y_BCD: Float[Array, "B C D"],
+    score_TK: Float[Array, "T K"],
+    slot_TK: Integer[Array, "T K"],
+    assignment_BC: Integer[Array, "B C"],
+) -> Float[Array, "T D"]:
+    """out[t] = round(sum over k = 0..K-1 of score[t,k] * y[slot[t,k]]), summed in float32, rounded once.
+
+    A dropped assignment contributes zero, and its score's gradient is zero.
+    """
+    return weighted_sum(y_BCD, score_TK, slot_TK, assignment_BC)
+
+
+@jax.custom_vjp
+def expand_rows(
+    x_TD: Float[Array, "T D"], assignment_BC: Integer[Array, "B C"], slot_TK: Integer[Array, "T K"]
+) -> Float[Array, "B C D"]:
+    """Row r is the token of assignment r, padding is zero. Backward, a token gathers its K rows: no scatter-add."""
+    return rows_or_zero(x_TD, assignment_BC // max(slot_TK.shape[1], 1))
+
+
+def _expand_rows_forward(x_TD, assignment_BC, slot_TK):
+    return expand_rows(x_TD, assignment_BC, slot_TK), slot_TK
+
+
+def _expand_rows_backward(slot_TK, dx_BCD):
+    wide = jnp.promote_types(dx_BCD.dtype, jnp.float32)
+    dx_SD = dx_BCD.reshape(-1, dx_BCD.shape[-1])
+    dx_TD = jnp.zeros((slot_TK.shape[0], dx_BCD.shape[-1]), wide)
+    for slot_T in slot_TK.T:
+        dx_TD = dx_TD + rows_or_zero(dx_SD, slot_T).astype(wide)
+    return dx_TD.astype(dx_BCD.dtype), None, None
+
+
+expand_rows.defvjp(_expand_rows_forward, _expand_rows_backward)
+
+
+@jax.custom_vjp
+def weighted_sum(
+    y_BCD: Float[Array, "B C D"],
+    score_TK: Float[Array, "T K"],
+    slot_TK: Integer[Array, "T K"],
+    assignment_BC: Integer[Array, "B C"],
+) -> Float[Array, "T D"]:
+    """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
+    wide = jnp.promote_types(y_BCD.dtype, jnp.float32)
+    y_SD = y_BCD.reshape(-1, y_BCD.shape[-1])
+    out_TD = jnp.zeros((slot_TK.shape[0], y_BCD.shape[-1]), wide)
+    for score_T, slot_T in zip(score_TK.T, slot_TK.T, strict=True):
+        out_TD = out_TD + score_T.astype(wide)[:, None] * rows_or_zero(y_SD, slot_T).astype(wide)
+    return out_TD.astype(y_BCD.dtype)
+
+
+def _weighted_sum_forward(y_BCD, score_TK, slot_TK, assignment_BC):
+    return weighted_sum(y_BCD, score_TK, slot_TK, assignment_BC), (y_BCD, score_TK, slot_TK, assignment_BC)
+
+
+def _weighted_sum_backward(saved, dout_TD):
+    y_BCD, score_TK, slot_TK, assignment_BC = saved
+    wide = jnp.promote_types(y_BCD.dtype, jnp.float32)
+    y_SD = y_BCD.reshape(-1, y_BCD.shape[-1])
+    score_BC = rows_or_zero(score_TK.reshape(-1), assignment_BC).astype(wide)
+    dy_BCD = score_BC[..., None] * rows_or_zero(dout_TD, assignment_BC // max(slot_TK.shape[1], 1)).astype(wide)
+    dscore_TK = [(dout_TD.astype(wide) * rows_or_zero(y_SD, slot_T).astype(wide)).sum(axis=1) for slot_T in slot_TK.T]
+    return dy_BCD.astype(y_BCD.dtype), jnp.stack(dscore_TK, axis=1).astype(score_TK.dtype), None, None
+
+
+weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)

@@ -1,0 +1,97 @@
+"""Stages 5 and 7: from rank-major to expert-major rows, and back."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Integer
+
+
+class ExpertMajor(NamedTuple):
+    x_SD: Float[Array, "*S D"]  # S = B*C rows, or for expert bins [e, P*C] rows
+    source_S: Integer[Array, "*S"]  # the rank-major row that each expert-major row is; B*C where it is padding
+    target_BC: Integer[Array, "B C"]  # its inverse: the expert-major row that each rank-major row becomes
+
+
+def to_expert_major(x_BCD: Float[Array, "B C D"], counts_Pe: Integer[Array, "P e"]) -> ExpertMajor:
+    """Gather the received rows so that each local expert's rows are contiguous.
+
+        rank bins     p0: e0 e0 e1 __ | p1: e0 e1 __ __      expert-major   e0: p0 p0 p1 | e1: p0 p1 | __ __ __
+        expert bins   p0e0: a __ | p0e1: b c | p1e0: d __ | p1e1: __ __     e0: a __ d __ | e1: b c __ __
+
+    Padding comes out as zero, whatever it held when it came in.
+    """
+    B, C, _ = x_BCD.shape
+    per_rank = B == counts_Pe.shape[0]
+    source_S = rank_bins_source(counts_Pe, C) if per_rank else expert_bins_source(counts_Pe, C)
+    target_BC = invert(source_S.reshape(-1), B * C).reshape(B, C)
+    return ExpertMajor(permute_rows(x_BCD, source_S, target_BC), source_S, target_BC)
+
+
+def to_rank_major(
+    y_SD: Float[Array, "*S D"], source_S: Integer[Array, "*S"], target_BC: Integer[Array, "B C"]
+) -> Float[Array, "B C D"]:
+    """Put every row back where `to_expert_major` took it from."""
+    return permute_rows(y_SD, target_BC, source_S)
+
+
+def rank_bins_source(counts_Pe: Integer[Array, "P e"], capacity: int) -> Integer[Array, " S"]:
+    """For each expert-major row, the rank-major row it comes from; P*C, past the end, for the padding, which is last.
+
+    Rows move in P*e segments. A segment's rows all shift by the same distance, so: repeat each segment's shift over
+    its rows, and add the row number.
+    """
+    S = counts_Pe.shape[0] * capacity
+    counts_eP = counts_Pe.T
+    start_Pe = jnp.arange(0, S, capacity)[:, None] + jnp.cumsum(counts_Pe, axis=1) - counts_Pe
+    start_eP = exclusive_cumsum(counts_eP.reshape(-1)).reshape(counts_eP.shape)
+    shift_eP = start_Pe.T - start_eP
+    shift_S = jnp.repeat(shift_eP.reshape(-1), counts_eP.reshape(-1), total_repeat_length=S)
+    row_S = jnp.arange(S)
+    return jnp.where(row_S < counts_Pe.sum(), shift_S + row_S, S)
+
+
+def expert_bins_source(counts_Pe: Integer[Array, "P e"], capacity: int) -> Integer[Array, "e S"]:
+    """The same for expert bins, where whole bins move: (source rank, expert) to (expert, source rank)."""
+    P, e = counts_Pe.shape
+    row_C = jnp.arange(capacity)
+    bin_eP = jnp.arange(P * e).reshape(P, e).T
+    source_ePC = jnp.where(row_C < counts_Pe.T[:, :, None], bin_eP[:, :, None] * capacity + row_C, P * e * capacity)
+    return source_ePC.reshape(e, P * capacity)
+
+
+@jax.custom_vjp
+def permute_rows(
+    x_SD: Float[Array, "*S D"], source_S: Integer[Array, "*O"], target_S: Integer[Array, "*S"]
+) -> Float[Array, "*O D"]:
+    """Row r is x[source[r]], padding is zero. Backward gathers by `target`, the inverse: no scatter-add."""
+    return rows_or_zero(x_SD.reshape(-1, x_SD.shape[-1]), source_S)
+
+
+def _permute_rows_forward(x_SD, source_S, target_S):
+    return permute_rows(x_SD, source_S, target_S), (source_S, target_S)
+
+
+def _permute_rows_backward(saved, dy_SD):
+    source_S, target_S = saved
+    return permute_rows(dy_SD, target_S, source_S), None, None
+
+
+permute_rows.defvjp(_permute_rows_forward, _permute_rows_backward)
+
+
+def rows_or_zero(x: Array, index: Integer[Array, "..."]) -> Array:
+    """Rows of x; zero where the index is past the end."""
+    return jnp.asarray(x).at[index].get(mode="fill", fill_value=0)
+
+
+def invert(index_R: Integer[Array, " R"], size: int) -> Integer[Array, " size"]:
+    """The inverse of a permutation with gaps: invert(index)[index[r]] = r, and R where no index points."""
+    row_R = jnp.arange(index_R.shape[0])
+    return jnp.full(size, index_R.shape[0], row_R.dtype).at[index_R].set(row_R, mode="drop")
+
+
+def exclusive_cumsum(counts: Integer[Array, " n"]) -> Integer[Array, " n"]:
+    """Where each segment starts: [2, 0, 3] -> [0, 2, 2]."""
+    return jnp.cumsum(counts) - counts

@@ -1,0 +1,53 @@
+"""Stage 1: every token chooses K of E experts."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Integer
+
+from jax_impl.checks import check_router
+
+
+class Routing(NamedTuple):
+    score_TK: Float[Array, "T K"]
+    expert_id_TK: Integer[Array, "T K"]
+    counts_E: Integer[Array, " E"]
+
+
+def route(
+    x_TD: Float[Array, "T D"],
+    router_DE: Float[Array, "D E"],
+    top_k: int,
+    score_function: str = "softmax",
+    renormalize: bool = False,
+    scale: float = 1.0,
+    expert_id_TK: Integer[Array, "T K"] | None = None,
+) -> Routing:
+    """Scores, expert ids and counts per expert, in float32 (float64 for float64 input).
+
+        logits = x @ router;  score = softmax or sigmoid of logits;  the K largest logits win
+
+    Equal logits go to the lower expert id. `renormalize` divides the K chosen scores by their sum (Mixtral, Qwen3),
+    guarded by 1e-20 as DeepSeek-V3 does; `scale` multiplies them last (DeepSeek-V3's routed scaling factor).
+    `expert_id_TK` replays a choice made before (a recording, a recomputation): only the scores are computed, at those ids.
+
+    Raises ValueError on a wrong shape, dtype, `top_k` or `score_function`, and on replayed ids out of range.
+    """
+    check_router(x_TD, router_DE, top_k, score_function, scale, expert_id_TK)
+    wide = jnp.promote_types(x_TD.dtype, jnp.float32)
+    logits_TE = jnp.matmul(x_TD.astype(wide), router_DE.astype(wide), precision="highest")
+    if expert_id_TK is None:
+        expert_id_TK = jnp.argsort(logits_TE, axis=-1, descending=True, stable=True)[:, :top_k]
+    score_TE = jax.nn.softmax(logits_TE, axis=-1) if score_function == "softmax" else jax.nn.sigmoid(logits_TE)
+    score_TK = jnp.take_along_axis(score_TE, expert_id_TK, axis=1)
+    if renormalize:
+        score_TK = score_TK / (score_TK.sum(axis=-1, keepdims=True) + 1e-20)
+    return Routing(score_TK * scale, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
+
+
+def count_per_expert(expert_id_TK: Integer[Array, "T K"], n_experts: int) -> Integer[Array, " E"]:
+    """How many assignments chose each expert; an id out of range is counted nowhere."""
+    expert_E = jnp.arange(n_experts)
+    return (expert_id_TK.reshape(-1, 1) == expert_E).sum(axis=0)

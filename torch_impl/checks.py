@@ -1,0 +1,134 @@
+"""Wrong input is refused here, before anything is sent to another rank."""
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_router(
+    x_TD: Tensor,
+    router_DE: Tensor,
+    top_k: int,
+    score_function: str,
+    scale: float,
+    expert_id_TK: Tensor | None,
+) -> None:
+    """Raises ValueError unless these make a router: shapes, dtypes, devices, K <= E, known score function."""
+    if x_TD.ndim != 2 or router_DE.ndim != 2 or x_TD.shape[1] != router_DE.shape[0]:
+        raise ValueError(
+            f"x must be [T, D] and router [D, E], got {tuple(x_TD.shape)} and {tuple(router_DE.shape)}: "
+            "flatten the batch into T, and keep the router as [D, E] (nn.Linear keeps the transpose)"
+        )
+    if x_TD.dtype not in DTYPES or not router_DE.is_floating_point():
+        raise ValueError(
+            f"x is {x_TD.dtype} and router {router_DE.dtype}: x must be float32, bfloat16, float16 or float64, "
+            "and router floating point"
+        )
+    if x_TD.device != router_DE.device:
+        raise ValueError(f"x is on {x_TD.device} and router on {router_DE.device}: move one to the other's device")
+    if not 1 <= top_k <= router_DE.shape[1]:
+        raise ValueError(f"top_k is {top_k} with {router_DE.shape[1]} experts: it must be between 1 and E")
+    if score_function not in ("softmax", "sigmoid"):
+        raise ValueError(f"score_function is {score_function!r}: it must be 'softmax' or 'sigmoid'")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}: it must be finite")
+    if expert_id_TK is not None:
+        if expert_id_TK.shape != (x_TD.shape[0], top_k):
+            raise ValueError(
+                f"expert ids have shape {tuple(expert_id_TK.shape)}, scores will have {(x_TD.shape[0], top_k)}: "
+                "replay the ids of the same tokens and the same top_k"
+            )
+        check_expert_ids(expert_id_TK, router_DE.shape[1])
+
+
+def check_routing(x_TD: Tensor, score_TK: Tensor, expert_id_TK: Tensor, counts_E: Tensor) -> None:
+    """Raises ValueError unless scores, ids and counts belong to x: same T and K, right dtypes, one device, ids in range."""
+    if score_TK.shape != expert_id_TK.shape or score_TK.ndim != 2 or score_TK.shape[0] != x_TD.shape[0]:
+        raise ValueError(
+            f"scores have shape {tuple(score_TK.shape)} and expert ids {tuple(expert_id_TK.shape)} for x "
+            f"{tuple(x_TD.shape)}: both must be [T, K] with x's T"
+        )
+    if not score_TK.is_floating_point():
+        raise ValueError(f"scores are {score_TK.dtype}: they must be floating point")
+    if not x_TD.device == score_TK.device == expert_id_TK.device:
+        raise ValueError(
+            f"x is on {x_TD.device}, scores on {score_TK.device}, expert ids on {expert_id_TK.device}: "
+            "move them to one device"
+        )
+    if expert_id_TK.shape[1] > counts_E.shape[0]:
+        raise ValueError(
+            f"K is {expert_id_TK.shape[1]} with {counts_E.shape[0]} experts: a token cannot choose more than there are"
+        )
+    check_expert_ids(expert_id_TK, counts_E.shape[0])
+
+
+def check_expert_ids(expert_id_TK: Tensor, n_experts: int) -> None:
+    """Raises ValueError on ids that are not integers, out of [0, E), or twice in one token.
+
+    The values are read on the CPU only: on a GPU that would cost a second sync, and `check_splits` finds the first kind.
+    """
+    if expert_id_TK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"expert ids are {expert_id_TK.dtype}: they must be int32 or int64")
+    if expert_id_TK.device.type != "cpu" or expert_id_TK.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = int(expert_id_TK.min()), int(expert_id_TK.max())
+    if low < 0 or high >= n_experts:
+        raise ValueError(
+            f"expert ids run from {low} to {high} with {n_experts} experts: they must be in [0, {n_experts})"
+        )
+    sorted_TK = expert_id_TK.sort(dim=1).values
+    twice_T = (sorted_TK[:, 1:] == sorted_TK[:, :-1]).any(dim=1)
+    if twice_T.any():
+        token = int(twice_T.nonzero()[0])
+        raise ValueError(
+            f"token {token} chose experts {expert_id_TK[token].tolist()}: a token's experts must differ, "
+            "or the bound P*T*min(K, e) on the rows a rank receives does not hold"
+        )
+
+
+def check_experts(
+    x_TD: Tensor, n_experts: int, n_ranks: int, w_gate_eDF: Tensor, w_up_eDF: Tensor, w_down_eFD: Tensor
+) -> None:
+    """Raises ValueError unless the weights are this rank's E // P experts, in x's dtype and on x's device."""
+    check_experts_per_rank(n_experts, n_ranks)
+    if x_TD.dtype not in DTYPES:
+        raise ValueError(f"x is {x_TD.dtype}: it must be float32, bfloat16, float16 or float64")
+    e, D, F = n_experts // n_ranks, x_TD.shape[1], w_gate_eDF.shape[-1]
+    weights = {"w_gate": (w_gate_eDF, (e, D, F)), "w_up": (w_up_eDF, (e, D, F)), "w_down": (w_down_eFD, (e, F, D))}
+    for name, (w, shape) in weights.items():
+        if w.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(w.shape)}, expected {shape}: this rank holds e = {n_experts} // {n_ranks} = {e} "
+                f"experts of width D = {D} and hidden width F = {F}"
+            )
+        if w.dtype != x_TD.dtype or w.device != x_TD.device:
+            raise ValueError(
+                f"{name} is {w.dtype} on {w.device} and x is {x_TD.dtype} on {x_TD.device}: convert one to the other"
+            )
+
+
+def check_experts_per_rank(n_experts: int, n_ranks: int) -> None:
+    """Raises ValueError unless every rank gets the same number of experts."""
+    if n_experts % n_ranks:
+        raise ValueError(f"{n_experts} experts do not divide over {n_ranks} ranks: E must be a multiple of P")
+
+
+def check_output_size(output_size: int, n_rows: int) -> None:
+    """Raises ValueError unless the permute's output has exactly the rows that were received."""
+    if output_size != n_rows:
+        raise ValueError(
+            f"output_size is {output_size} but {n_rows} rows were received: pass the total of the receive splits, "
+            "or leave it out"
+        )
+
+
+def check_splits(send_P: list[int], n_rows: int) -> None:
+    """Raises ValueError unless every row has a rank to go to."""
+    if sum(send_P) != n_rows:
+        raise ValueError(
+            f"{n_rows} rows to send, but the counts per expert add up to {sum(send_P)}: "
+            "an expert id is out of range, or the counts belong to another routing"
+        )

@@ -1,0 +1,67 @@
+"""The whole layer: nine stages, in order. Dynamic shapes; `jax_impl/layer.py` is the same page with static ones."""
+
+from typing import NamedTuple
+
+import torch.distributed as dist
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from torch_impl.checks import check_experts, check_routing
+from torch_impl.exchange import Splits, exchange_counts, n_ranks, return_tokens, send_tokens
+from torch_impl.experts import apply_experts
+from torch_impl.grouping import Grouped, combine, group_by_expert
+from torch_impl.layout import ExpertMajor, to_expert_major, to_rank_major
+from torch_impl.routing import Routing, route
+
+
+class Stages(NamedTuple):
+    """Every intermediate of one forward pass, in order."""
+
+    routing: Routing
+    grouped: Grouped
+    counts_Pe: Integer[Tensor, "P e"]
+    splits: Splits
+    received_RD: Float[Tensor, "R D"]
+    expert_major: ExpertMajor
+    y_RD: Float[Tensor, "R D"]
+    rank_major_RD: Float[Tensor, "R D"]
+    returned_ND: Float[Tensor, "N D"]
+    out_TD: Float[Tensor, "T D"]
+
+
+def moe_layer(
+    x_TD: Float[Tensor, "T D"],
+    router_DE: Float[Tensor, "D E"],
+    w_gate_eDF: Float[Tensor, "e D F"],
+    w_up_eDF: Float[Tensor, "e D F"],
+    w_down_eFD: Float[Tensor, "e F D"],
+    top_k: int,
+    score_function: str = "softmax",
+    renormalize: bool = False,
+    scale: float = 1.0,
+    routing: Routing | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Stages:
+    """One MoE layer over the ranks of `group` (None: the default group; no group at all means one rank).
+
+    Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. `routing`, made
+    before, takes the place of stage 1: a recording, a recomputation, scores that were masked.
+
+    Raises ValueError on wrong input, before anything is sent to another rank.
+    """
+    routing = route(x_TD, router_DE, top_k, score_function, renormalize, scale) if routing is None else routing
+    score_TK, expert_id_TK, counts_E = routing
+    check_routing(x_TD, score_TK, expert_id_TK, counts_E)
+    check_experts(x_TD, counts_E.shape[0], n_ranks(group), w_gate_eDF, w_up_eDF, w_down_eFD)
+
+    grouped = group_by_expert(x_TD, expert_id_TK)
+    counts_Pe, splits = exchange_counts(counts_E, group)
+    received_RD = send_tokens(grouped.x_ND, splits, group)
+    expert_major = to_expert_major(received_RD, counts_Pe, splits.total)
+    y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(dim=0), w_gate_eDF, w_up_eDF, w_down_eFD)
+    rank_major_RD = to_rank_major(y_RD, expert_major.source_R, expert_major.target_R)
+    returned_ND = return_tokens(rank_major_RD, splits, group)
+    out_TD = combine(returned_ND, score_TK, grouped.slot_TK, grouped.assignment_N)
+    return Stages(
+        routing, grouped, counts_Pe, splits, received_RD, expert_major, y_RD, rank_major_RD, returned_ND, out_TD
+    )

@@ -1,0 +1,52 @@
+"""Stage 1: every token chooses K of E experts."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from torch_impl.checks import check_router
+
+
+class Routing(NamedTuple):
+    score_TK: Float[Tensor, "T K"]
+    expert_id_TK: Integer[Tensor, "T K"]
+    counts_E: Integer[Tensor, " E"]
+
+
+def route(
+    x_TD: Float[Tensor, "T D"],
+    router_DE: Float[Tensor, "D E"],
+    top_k: int,
+    score_function: str = "softmax",
+    renormalize: bool = False,
+    scale: float = 1.0,
+    expert_id_TK: Integer[Tensor, "T K"] | None = None,
+) -> Routing:
+    """Scores, expert ids and counts per expert, in float32 (float64 for float64 input).
+
+        logits = x @ router;  score = softmax or sigmoid of logits;  the K largest logits win
+
+    Equal logits go to the lower expert id. `renormalize` divides the K chosen scores by their sum (Mixtral, Qwen3),
+    guarded by 1e-20 as DeepSeek-V3 does; `scale` multiplies them last (DeepSeek-V3's routed scaling factor).
+    `expert_id_TK` replays a choice made before (a recording, a recomputation): only the scores are computed, at those ids.
+
+    Raises ValueError on a wrong shape, dtype, device, `top_k` or `score_function`, and on replayed ids out of range.
+    """
+    check_router(x_TD, router_DE, top_k, score_function, scale, expert_id_TK)
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    logits_TE = x_TD.to(wide) @ router_DE.to(wide)
+    if expert_id_TK is None:
+        expert_id_TK = logits_TE.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    score_TE = logits_TE.softmax(dim=-1) if score_function == "softmax" else logits_TE.sigmoid()
+    score_TK = score_TE.gather(1, expert_id_TK.long())
+    if renormalize:
+        score_TK = score_TK / (score_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    return Routing(score_TK * scale, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
+
+
+def count_per_expert(expert_id_TK: Integer[Tensor, "T K"], n_experts: int) -> Integer[Tensor, " E"]:
+    """How many assignments chose each expert; an id out of range is counted nowhere."""
+    expert_E = torch.arange(n_experts, device=expert_id_TK.device)
+    return (expert_id_TK.reshape(-1, 1) == expert_E).sum(dim=0)
