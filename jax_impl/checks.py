@@ -3,10 +3,10 @@
 import math
 from fractions import Fraction
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -46,7 +46,7 @@ def check_router(
 
 
 def check_routing(x_TD: Array, score_TK: Array, expert_id_TK: Array, counts_E: Array) -> None:
-    """Raises ValueError unless scores, ids and counts belong to x: same T and K, right dtypes, ids in range."""
+    """Raises ValueError unless scores, ids and counts belong to x: T and K, dtypes, ids in range."""
     if score_TK.shape != expert_id_TK.shape or score_TK.ndim != 2 or score_TK.shape[0] != x_TD.shape[0]:
         raise ValueError(
             f"scores have shape {score_TK.shape} and expert ids {expert_id_TK.shape} for x "
@@ -68,7 +68,7 @@ def check_expert_ids(expert_id_TK: Array, n_experts: int) -> None:
     """
     if expert_id_TK.dtype.name not in ("int32", "int64"):
         raise ValueError(f"expert ids are {expert_id_TK.dtype}: they must be int32 or int64")
-    if isinstance(expert_id_TK, jax.core.Tracer) or expert_id_TK.size == 0:
+    if isinstance(expert_id_TK, Tracer) or expert_id_TK.size == 0:
         return
     ids_TK = np.asarray(expert_id_TK)
     low, high = int(ids_TK.min()), int(ids_TK.max())
@@ -98,8 +98,8 @@ def check_experts(
     for name, (w, shape) in weights.items():
         if w.shape != shape:
             raise ValueError(
-                f"{name} has shape {w.shape}, expected {shape}: this rank holds e = {n_experts} // {n_ranks} = {e} "
-                f"experts of width D = {D} and hidden width F = {F}"
+                f"{name} has shape {w.shape}, expected {shape}: this rank holds "
+                f"e = {n_experts} // {n_ranks} = {e} experts of width D = {D} and hidden width F = {F}"
             )
         if w.dtype != x_TD.dtype:
             raise ValueError(f"{name} is {w.dtype} and x is {x_TD.dtype}: convert one to the other")

@@ -154,7 +154,7 @@ def weighted_sum(
     y_BCD: Float[Array, "B C D"],
     score_TK: Float[Array, "T K"],
     slot_TK: Integer[Array, "T K"],
-    assignment_BC: Integer[Array, "B C"],
+    assignment_BC: Integer[Array, "B C"],  # noqa: ARG001  for backward
 ) -> Float[Array, "T D"]:
     """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
     wide = jnp.promote_types(y_BCD.dtype, jnp.float32)

@@ -23,7 +23,7 @@ def to_expert_major(x_BCD: Float[Array, "B C D"], counts_Pe: Integer[Array, "P e
     Padding comes out as zero, whatever it held when it came in.
     """
     B, C, _ = x_BCD.shape
-    per_rank = B == counts_Pe.shape[0]
+    per_rank = counts_Pe.shape[0] == B
     source_S = rank_bins_source(counts_Pe, C) if per_rank else expert_bins_source(counts_Pe, C)
     target_BC = invert(source_S.reshape(-1), B * C).reshape(B, C)
     return ExpertMajor(permute_rows(x_BCD, source_S, target_BC), source_S, target_BC)
@@ -63,7 +63,9 @@ def expert_bins_source(counts_Pe: Integer[Array, "P e"], capacity: int) -> Integ
 
 @jax.custom_vjp
 def permute_rows(
-    x_SD: Float[Array, "*S D"], source_S: Integer[Array, "*O"], target_S: Integer[Array, "*S"]
+    x_SD: Float[Array, "*S D"],
+    source_S: Integer[Array, "*O"],
+    target_S: Integer[Array, "*S"],  # noqa: ARG001
 ) -> Float[Array, "*O D"]:
     """Row r is x[source[r]], padding is zero. Backward gathers by `target`, the inverse: no scatter-add."""
     return rows_or_zero(x_SD.reshape(-1, x_SD.shape[-1]), source_S)
@@ -83,6 +85,8 @@ permute_rows.defvjp(_permute_rows_forward, _permute_rows_backward)
 
 def rows_or_zero(x: Array, index: Integer[Array, "..."]) -> Array:
     """Rows of x; zero where the index is past the end."""
+    if x.shape[0] == 0:  # a gather from nothing does not compile
+        return jnp.zeros(index.shape + x.shape[1:], x.dtype)
     return jnp.asarray(x).at[index].get(mode="fill", fill_value=0)
 
 

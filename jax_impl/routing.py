@@ -31,7 +31,7 @@ def route(
 
     Equal logits go to the lower expert id. `renormalize` divides the K chosen scores by their sum (Mixtral, Qwen3),
     guarded by 1e-20 as DeepSeek-V3 does; `scale` multiplies them last (DeepSeek-V3's routed scaling factor).
-    `expert_id_TK` replays a choice made before (a recording, a recomputation): only the scores are computed, at those ids.
+    `expert_id_TK` replays a choice made before (a recording, a recomputation): only its scores are computed.
 
     Raises ValueError on a wrong shape, dtype, `top_k` or `score_function`, and on replayed ids out of range.
     """

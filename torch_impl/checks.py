@@ -45,7 +45,7 @@ def check_router(
 
 
 def check_routing(x_TD: Tensor, score_TK: Tensor, expert_id_TK: Tensor, counts_E: Tensor) -> None:
-    """Raises ValueError unless scores, ids and counts belong to x: same T and K, right dtypes, one device, ids in range."""
+    """Raises ValueError unless scores, ids and counts belong to x: T and K, dtypes, device, ids in range."""
     if score_TK.shape != expert_id_TK.shape or score_TK.ndim != 2 or score_TK.shape[0] != x_TD.shape[0]:
         raise ValueError(
             f"scores have shape {tuple(score_TK.shape)} and expert ids {tuple(expert_id_TK.shape)} for x "
@@ -68,7 +68,7 @@ def check_routing(x_TD: Tensor, score_TK: Tensor, expert_id_TK: Tensor, counts_E
 def check_expert_ids(expert_id_TK: Tensor, n_experts: int) -> None:
     """Raises ValueError on ids that are not integers, out of [0, E), or twice in one token.
 
-    The values are read on the CPU only: on a GPU that would cost a second sync, and `check_splits` finds the first kind.
+    The values are read on the CPU only, as on a GPU that would cost a sync; `check_splits` finds those out of range.
     """
     if expert_id_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"expert ids are {expert_id_TK.dtype}: they must be int32 or int64")
@@ -101,8 +101,8 @@ def check_experts(
     for name, (w, shape) in weights.items():
         if w.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(w.shape)}, expected {shape}: this rank holds e = {n_experts} // {n_ranks} = {e} "
-                f"experts of width D = {D} and hidden width F = {F}"
+                f"{name} has shape {tuple(w.shape)}, expected {shape}: this rank holds "
+                f"e = {n_experts} // {n_ranks} = {e} experts of width D = {D} and hidden width F = {F}"
             )
         if w.dtype != x_TD.dtype or w.device != x_TD.device:
             raise ValueError(
