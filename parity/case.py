@@ -1,0 +1,206 @@
+"""What is compared: one frozen Case, and the presets."""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
+from typing import Any, Literal
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Pattern = Literal["random", "balanced", "zipf", "one_expert", "empty_expert", "idle_rank", "stay_home", "ties"]
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. Two equal cases draw equal inputs on every machine."""
+
+    name: str = _field(
+        "custom",
+        "What the report calls it.",
+    )
+    ranks: int = _field(
+        4,
+        "P, ranks in the expert-parallel group.",
+    )
+    tokens: int = _field(
+        16,
+        "T, tokens on one rank.",
+    )
+    width: int = _field(
+        32,
+        "D, model width.",
+    )
+    hidden: int = _field(
+        32,
+        "F, expert hidden width.",
+    )
+    experts: int = _field(
+        8,
+        "E, experts in all; a multiple of P.",
+    )
+    top_k: int = _field(
+        2,
+        "K, experts per token.",
+    )
+    dtype: Dtype = _field(
+        "float32",
+        "Of tokens and expert weights. Router and scores are float32 (float64 for float64).",
+    )
+    score_function: Literal["softmax", "sigmoid"] = _field(
+        "softmax",
+        "Turns router logits into scores.",
+    )
+    renormalize: bool = _field(
+        False,
+        "Divide the K chosen scores by their sum.",
+    )
+    scale: float = _field(
+        1.0,
+        "Multiply the scores (DeepSeek-V3's routed scaling factor).",
+    )
+    pattern: Pattern = _field(
+        "random",
+        "Where tokens go. balanced: each expert equally. zipf: exponent 1.2. one_expert: expert 0 first, for all. "
+        "empty_expert: one expert gets none. idle_rank: one rank gets none. stay_home: rank 0 keeps to itself. "
+        "ties: integer logits, many of them equal.",
+    )
+    capacity_factor: str | None = _field(
+        None,
+        "JAX rows per bin over the mean load: a decimal or a fraction. None: the bound at which nothing drops.",
+    )
+    capacity_per: Literal["rank", "expert"] = _field(
+        "rank",
+        "What a bin is for.",
+    )
+    priority: Literal["token", "choice", "score"] = _field(
+        "token",
+        "Who is kept when a bin is full.",
+    )
+    align: int = _field(
+        1,
+        "Round the capacity up to a multiple of this.",
+    )
+    seed: int = _field(
+        0,
+        "Of every drawn number.",
+    )
+    trace: str | None = _field(
+        None,
+        "A recording (safetensors) to take expert ids from, and hidden states and weights where it has them.",
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on a case that cannot exist, naming the flag to change."""
+        for name in ("ranks", "width", "hidden", "experts", "top_k", "align"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{flag(name)} is {getattr(self, name)}: it must be at least 1")
+        if self.tokens < 0 or self.seed < 0:
+            raise ValueError(f"--tokens is {self.tokens} and --seed {self.seed}: neither can be negative")
+        if self.experts % self.ranks:
+            raise ValueError(f"--experts {self.experts} do not divide over --ranks {self.ranks}: use a multiple")
+        if self.top_k > self.experts:
+            raise ValueError(f"--top-k is {self.top_k} with --experts {self.experts}: a token cannot choose more")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"--scale is {self.scale}: it must be finite")
+        need = {
+            "empty_expert": self.top_k + 1,
+            "idle_rank": self.top_k + self.experts // self.ranks if self.ranks > 1 else math.inf,
+            "stay_home": self.ranks * self.top_k,
+        }.get(self.pattern, 0)
+        if self.experts < need:
+            raise ValueError(
+                f"--pattern {self.pattern} leaves fewer than --top-k {self.top_k} of --experts {self.experts} on "
+                f"--ranks {self.ranks} to choose from: use more experts, or another pattern"
+            )
+        try:
+            positive = self.capacity_factor is None or Fraction(self.capacity_factor) > 0
+        except (ValueError, ZeroDivisionError):
+            positive = False
+        if not positive:
+            raise ValueError(
+                f"--capacity-factor is {self.capacity_factor!r}: it must be finite and positive, a decimal (1.25) or "
+                "a fraction (5/4); leave it out for the bound at which nothing drops"
+            )
+
+    @property
+    def bins(self) -> int:
+        """Bins on one rank's send side: P or E."""
+        return self.ranks if self.capacity_per == "rank" else self.experts
+
+    @property
+    def capacity(self) -> int:
+        """C, rows per bin: ceil(factor * T*K / bins), at least 1, rounded up to `align`; exact."""
+        if self.capacity_factor is None:
+            most = min(self.top_k, self.experts // self.ranks) if self.capacity_per == "rank" else 1
+            rows = self.tokens * most
+        else:
+            rows = math.ceil(Fraction(self.capacity_factor) * self.tokens * self.top_k / self.bins)
+        return -(-max(rows, 1) // self.align) * self.align
+
+    @property
+    def wide(self) -> str:
+        """The dtype of scores, router and accumulation."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    def command(self) -> str:
+        """The command that repeats this case."""
+        if self == PRESETS.get(self.name):
+            return f"python -m parity check {self.name}"
+        changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return " ".join(["python -m parity check"] + [_argument(name, value) for name, value in changed])
+
+
+def flag(field: str) -> str:
+    """The name of a field on the command line."""
+    return field.replace("_", "-")
+
+
+def _argument(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return f"--{flag(name)}" if value else f"--no-{flag(name)}"
+    return f"--{flag(name)} {value}"
+
+
+def _presets() -> dict[str, Case]:
+    base = Case()
+    heavy = replace(base, pattern="zipf", capacity_factor="0.5", top_k=3)
+    one = replace(base, pattern="one_expert", top_k=1)  # every rank sends its T tokens to expert 0
+    pydoc = replace(base, trace="pydoc", tokens=64, width=64, hidden=64, experts=16, renormalize=True)
+    cases = {
+        "balanced": replace(base, pattern="balanced"),
+        "zipf": replace(base, pattern="zipf"),
+        "one-expert": replace(base, pattern="one_expert"),
+        "empty-expert": replace(base, pattern="empty_expert"),
+        "idle-rank": replace(base, pattern="idle_rank"),
+        "stay-home": replace(base, pattern="stay_home"),
+        "ties": replace(base, pattern="ties"),
+        "k1": replace(base, top_k=1),
+        "k-all": replace(base, top_k=8, tokens=8),
+        "t1": replace(base, tokens=1),
+        "p1": replace(base, ranks=1),
+        "p4": replace(base, tokens=24, experts=16, top_k=4),
+        "p8": replace(base, ranks=8, experts=16, tokens=8, pattern="zipf"),
+        "sigmoid": replace(base, score_function="sigmoid", renormalize=True, scale=2.5, pattern="zipf"),
+        "expert-bins": replace(base, capacity_per="expert", pattern="zipf", align=8),
+        "at-bound": replace(one, capacity_factor="4"),
+        "under-bound": replace(one, capacity_factor="15/4"),
+        **{
+            f"drop-{per}-{priority}": replace(heavy, capacity_per=per, priority=priority)
+            for per in ("rank", "expert")
+            for priority in ("token", "choice", "score")
+        },
+        "bfloat16": replace(base, dtype="bfloat16", pattern="zipf", top_k=3),
+        "bfloat16-drop": replace(heavy, dtype="bfloat16", priority="score", capacity_factor="3/4"),
+        "float16": replace(base, dtype="float16", pattern="zipf"),
+        "pydoc": replace(pydoc, capacity_factor="1.25"),
+        "pydoc-bfloat16": replace(pydoc, dtype="bfloat16"),
+    }
+    return {name: replace(case, name=name) for name, case in cases.items()}
+
+
+PRESETS = _presets()

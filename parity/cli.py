@@ -1,0 +1,199 @@
+"""`python -m parity`: check | compare."""
+
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import msgspec
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from parity.backends import BACKENDS, BackendError, run
+from parity.case import PRESETS, Case
+from parity.compare import Check, compare
+from parity.inputs import case_from_trace, draw
+from parity.report.terminal import print_report
+from parity.trace import Trace, load_folder
+
+MATCH, MISMATCH, USAGE, BACKEND, NOTHING = 0, 1, 2, 3, 5
+
+
+def _flag(f: Field) -> tuple[str, Any, Any]:
+    """A case's field as a flag that may be left out."""
+    choices = get_args(f.type)
+    metavar = (
+        "{" + ",".join(choices) + "}" if get_origin(f.type) is Literal else getattr(f.type, "__name__", "STR").upper()
+    )
+    about = tyro.conf.arg(help=f.metadata["help"], metavar=metavar, help_behavior_hint=f"(default: {f.default})")
+    return f.name, Annotated[f.type | None, about], field(default=None)  # type: ignore[operator]
+
+
+Flags = make_dataclass("Flags", [_flag(f) for f in fields(Case)])
+
+
+@dataclass
+class CheckCommand:
+    """Do PyTorch and JAX compute the same MoE layer, forward and backward, and is it the right one?
+
+    Draws each case once, runs PyTorch as P processes and JAX on P devices, and compares every stage, the output and
+    every gradient with an oracle in float64 and with each other.
+
+    Exit code: 0 match, 1 mismatch, 2 wrong usage, 3 a framework is missing or crashed, 5 nothing was compared.
+
+    Examples:
+        python -m parity check                        every preset
+        python -m parity check zipf p8                two presets
+        python -m parity check zipf --dtype bfloat16  a preset, changed
+        python -m parity check --ranks 2 --experts 6 --capacity-factor 5/4
+        python -m parity check --trace recording.safetensors
+    """
+
+    presets: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Presets to run; all of them when no preset and no field is given. `all` means all."""
+    case: Annotated[Any, tyro.conf.arg(name="", constructor=Flags)] = field(default_factory=Flags)
+    backend: Literal["both", "torch", "jax"] = "both"
+    """Run one side only, here; with --save the other can run on another machine."""
+    jax_ranks: Literal["shard_map", "vmap"] = "shard_map"
+    """A device per rank, or all ranks on one device."""
+    save: Path | None = None
+    """Keep the traces in this folder, for `python -m parity compare`."""
+    json: bool = False
+    """Print one JSON object per comparison."""
+
+
+@dataclass
+class CompareCommand:
+    """Compare traces that `check --save` wrote, on one machine or several.
+
+    Exit code: 0 match, 1 mismatch, 2 wrong usage, 5 nothing was compared.
+    """
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of traces: one a side, or one with both."""
+    json: bool = False
+    """Print one JSON object per comparison."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, run it, and exit with its code."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"check": CheckCommand, "compare": CompareCommand},
+        args=argv,
+        prog="python -m parity",
+        description="Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?",
+    )
+    try:
+        code = check(command) if isinstance(command, CheckCommand) else compare_folders(command)
+    except ValueError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(USAGE)
+    except BackendError as error:
+        Console(stderr=True).print(str(error), style="red", highlight=False, markup=False)
+        sys.exit(BACKEND)
+    sys.exit(code)
+
+
+def chosen_cases(command: CheckCommand) -> list[Case]:
+    """The presets named, with every field that was given changed; or all of them; or one case of its own.
+
+    Raises ValueError on an unknown preset or a case that cannot exist.
+    """
+    changes = {name: value for name, value in vars(command.case).items() if value is not None}
+    if changes.get("capacity_factor") == "none":
+        changes["capacity_factor"] = None
+    unknown = [name for name in command.presets if name not in PRESETS and name != "all"]
+    if unknown:
+        raise ValueError(f"no preset is called {', '.join(unknown)}. There are: {', '.join(PRESETS)}")
+    names = list(PRESETS) if "all" in command.presets or not (command.presets or changes) else command.presets
+    if not names and "trace" in changes:
+        return [case_from_trace(replace(Case(tokens=0), **changes))]
+    if not names:
+        return [Case(**changes)]
+    changed = {"name": ""} | changes if changes else {}
+    return [replace(PRESETS[n], **(changed and changed | {"name": changes.get("name", f"{n}-changed")})) for n in names]
+
+
+def check(command: CheckCommand) -> int:
+    """Run `check`; its exit code."""
+    cases = chosen_cases(command)
+    backends = BACKENDS if command.backend == "both" else (command.backend,)
+    parts: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress() as bar:
+        folder = Path(temporary)
+        start = time.perf_counter()
+        problems = []
+        for case in bar.track(cases, description="oracle"):
+            problems.append(draw(case))
+            problems[-1].save(folder / f"{case.name}.problem")
+        parts["oracle"] = time.perf_counter() - start
+        tasks = {backend: bar.add_task(backend, total=len(cases)) for backend in backends}
+        parts |= run(folder, backends, command.jax_ranks, lambda backend: bar.advance(tasks[backend]))
+        traces = {case.name: [Trace.load(folder / f"{case.name}.{b}.safetensors") for b in backends] for case in cases}
+        start = time.perf_counter()
+        checks = {
+            p.case.name: list(compare(p, traces[p.case.name])) for p in bar.track(problems, description="compare")
+        }
+        parts["compare"] = time.perf_counter() - start
+        if command.save:
+            command.save.mkdir(parents=True, exist_ok=True)
+            for path in folder.glob("*.safetensors"):
+                shutil.copy(path, command.save)
+    return report(checks, traces, parts, command.json)
+
+
+def compare_folders(command: CompareCommand) -> int:
+    """Run `compare`; its exit code."""
+    traces: dict[str, list[Trace]] = {}
+    for folder in command.folders:
+        for trace in load_folder(folder):
+            traces.setdefault(trace.case.name, []).append(trace)
+    cases: dict[str, Case] = {}
+    for name, found in traces.items():
+        if len({trace.case for trace in found}) > 1:
+            raise ValueError(f"{name} is not the same case in every folder: {[t.case for t in found]}")
+        if len({trace.backend for trace in found}) < 2:
+            raise ValueError(
+                f"{name} has traces of {[t.backend for t in found]} only: give a folder of the other side too"
+            )
+        cases[name] = found[0].case
+    start = time.perf_counter()
+    with progress() as bar:
+        checks = {
+            name: list(compare(draw(case), traces[name]))
+            for name, case in bar.track(cases.items(), description="compare")
+        }
+    return report(checks, traces, {"compare": time.perf_counter() - start}, command.json)
+
+
+def report(
+    checks: dict[str, list[Check]],
+    traces: dict[str, list[Trace]],
+    parts: dict[str, float],
+    as_json: bool,
+) -> int:
+    """Print what was found; the exit code."""
+    everything = [c for found in checks.values() for c in found]
+    if as_json:
+        for c in everything:
+            print(msgspec.json.encode(c).decode())
+    else:
+        seconds = {name: sum(trace.seconds for trace in found) for name, found in traces.items()}
+        console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+        print_report(console, checks, traces, seconds, parts)
+    if any(not c.ok for c in everything):
+        return MISMATCH
+    if not all(sum(c.rows for c in found) for found in checks.values()) or not checks:
+        Console(stderr=True).print("nothing was compared in some case: no rows", style="red")
+        return NOTHING
+    return MATCH
+
+
+def progress() -> Progress:
+    """Bars on standard error, gone when done."""
+    columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -1,0 +1,233 @@
+"""Seeded NumPy inputs of a case, drawn once and given to every runner."""
+
+import pickle
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from parity import reference
+from parity.case import Case
+from parity.reference import Exact, Layer, Weights
+from parity.tolerances import numpy_dtype
+
+Array = np.ndarray
+TRACES = Path(__file__).parent / "traces"
+
+
+@dataclass
+class Problem:
+    """All that a runner is given: end-to-end inputs, and the oracle's values at every stage, to feed them one by one.
+
+    Dtypes are the case's; shapes carry the rank in front. Values per assignment are [P, T, K, ...].
+    """
+
+    case: Case
+    x: Array  # [P, T, D]
+    router: Array  # [D, E]
+    weights: Weights
+    dout: Array  # [P, T, D], the cotangent
+    expert_id: Array  # [P, T, K] int32
+    keep: Array  # [P, T, K] bool
+    score: Array  # [P, T, K]
+    y: Array  # [P, T, K, D]
+    dscore: Array
+    dy: Array
+    dx_rows: Array
+    exact: Layer  # float64, end to end
+
+    def save(self, path: Path) -> None:
+        """Write to a file that only this program reads."""
+        path.write_bytes(pickle.dumps(self))
+
+    @staticmethod
+    def load(path: Path) -> "Problem":
+        """Read what `save` wrote."""
+        problem = pickle.loads(path.read_bytes())
+        assert isinstance(problem, Problem)
+        return problem
+
+
+def draw(case: Case) -> Problem:
+    """Draw the inputs of a case and evaluate the oracle on them.
+
+    Raises ValueError when the case's trace cannot be read or has other shapes.
+    """
+    rng = np.random.default_rng([case.seed, 0])
+    P, T, D, F, E = case.ranks, case.tokens, case.width, case.hidden, case.experts
+    recorded = load_trace(case) if case.trace else {}
+    router = recorded.get("router", _router(case, rng)).astype(case.wide)
+    wanted = recorded.get("expert_id", None)
+    x = recorded.get("x", None)
+    if x is None:
+        wanted = _wanted_experts(case, rng) if wanted is None else wanted
+        x = _tokens_that_choose(case, wanted, router.astype(np.float64), rng)
+    dtype = numpy_dtype(case.dtype)
+    x = x.astype(dtype)
+    drawn = Weights(*(rng.standard_normal(s) / np.sqrt(s[1]) for s in [(E, D, F), (E, D, F), (E, F, D)]))
+    weights = Weights(*(recorded.get(n, a).astype(dtype) for n, a in zip(Weights._fields, drawn, strict=True)))
+    dout = rng.standard_normal((P, T, D)).astype(dtype)
+
+    x64, router64, dout64 = (a.astype(np.float64) for a in (x, router, dout))
+    weights64 = Weights(*(a.astype(np.float64) for a in weights))
+    logits, score = reference.route(case, x64, router64, Exact())
+    expert_id = recorded["expert_id"] if "expert_id" in recorded else reference.select(case, logits)
+    # Priority goes by the scores that are stored, so rounding to the stored dtype comes first.
+    stored = reference.chosen_scores(case, score, expert_id, Exact()).astype(case.wide)
+    keep = reference.keep_within_capacity(case, expert_id, stored)
+    exact = reference.layer(case, x64, router64, weights64, dout64, expert_id, keep, Exact())
+    rows = {name: getattr(exact, name).astype(dtype) for name in ("y", "dy", "dx_rows")}
+    dscore = exact.dscore.astype(case.wide)
+    return Problem(case, x, router, weights, dout, expert_id, keep, stored, exact=exact, dscore=dscore, **rows)
+
+
+def exact_inputs(problem: Problem) -> tuple[Array, Array, Weights, Array]:
+    """Tokens, router, weights and cotangent in float64."""
+    x, router, dout = (a.astype(np.float64) for a in (problem.x, problem.router, problem.dout))
+    return x, router, Weights(*(a.astype(np.float64) for a in problem.weights)), dout
+
+
+def _router(case: Case, rng: np.random.Generator) -> Array:
+    if case.pattern == "ties":
+        return rng.integers(-1, 2, (case.width, case.experts)).astype(np.float64)
+    return rng.standard_normal((case.width, case.experts)) / np.sqrt(case.width)
+
+
+def _wanted_experts(case: Case, rng: np.random.Generator) -> Array:
+    """Which experts each token should choose, best first: [P, T, K]."""
+    P, T, K, E = case.ranks, case.tokens, case.top_k, case.experts
+    e = E // P
+    weight_PE = np.ones((P, E))
+    if case.pattern == "zipf":
+        weight_PE = weight_PE / np.arange(1, E + 1) ** 1.2
+    if case.pattern == "empty_expert":
+        weight_PE[:, E // 2] = 0
+    if case.pattern == "idle_rank":
+        weight_PE[:, P // 2 * e : (P // 2 + 1) * e] = 0
+    if case.pattern == "stay_home":
+        weight_PE[0, e:] = 0
+        weight_PE[1:, :e] = 0
+    wanted = np.zeros((P, T, K), np.int32)
+    for p, t in np.ndindex(P, T):
+        weight_E = weight_PE[p] / weight_PE[p].sum()
+        if case.pattern == "balanced":
+            wanted[p, t] = ((p * T + t) * K + np.arange(K)) % E
+        elif case.pattern == "one_expert":
+            wanted[p, t] = [0, *(1 + rng.permutation(E - 1)[: K - 1])]
+        else:
+            wanted[p, t] = rng.choice(E, K, replace=False, p=weight_E)
+    return wanted
+
+
+def _tokens_that_choose(case: Case, wanted: Array, router: Array, rng: np.random.Generator) -> Array:
+    """Hidden states whose logits rank the wanted experts first, in order, with a margin (as far as D >= E allows)."""
+    P, T, K, E = case.ranks, case.tokens, case.top_k, case.experts
+    if case.pattern == "ties":
+        return rng.integers(-2, 3, (P, T, case.width)).astype(np.float64)
+    logits = rng.uniform(-1, 0, (P, T, E))
+    best_first = 1 + 0.3 * np.arange(K, 0, -1) + rng.uniform(0, 0.2, (P, T, K))
+    np.put_along_axis(logits, wanted, best_first, axis=2)
+    noise = rng.standard_normal((P, T, case.width))
+    return noise + (logits - noise @ router) @ np.linalg.pinv(router)
+
+
+# The form of a recording: what it may hold, and the shape of each. expert_id alone is enough.
+TRACE_FORM = {
+    "expert_id": "M K",
+    "x": "M D",
+    "router": "D E",
+    "w_gate": "E D F",
+    "w_up": "E D F",
+    "w_down": "E F D",
+}
+
+
+def trace_path(trace: str) -> Path:
+    """A recording that the package brings, by name, or a file."""
+    return TRACES / f"{trace}.safetensors" if trace in {p.stem for p in TRACES.glob("*.safetensors")} else Path(trace)
+
+
+def read_trace(trace: str) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors of a recording and its metadata.
+
+    Raises ValueError when it cannot be read, lacks expert_id, or its tensors' shapes contradict each other.
+    """
+    path = trace_path(trace)
+    try:
+        with safe_open(path, framework="numpy") as f:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  safe_open is no dict
+            metadata = f.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--trace {trace}: cannot read {path} as safetensors: {error}") from error
+    sizes: dict[str, int] = {}
+    for name, form in TRACE_FORM.items():
+        if name not in tensors:
+            continue
+        if tensors[name].ndim != len(form.split()):
+            raise ValueError(f"--trace {trace}: {name} has shape {tensors[name].shape}, expected [{form}]")
+        for letter, size in zip(form.split(), tensors[name].shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                raise ValueError(
+                    f"--trace {trace}: {name} has shape {tensors[name].shape}, but {letter} is {sizes[letter]}"
+                )
+    ids = tensors.get("expert_id")
+    if ids is None or ids.dtype.kind not in "iu":
+        raise ValueError(f"--trace {trace}: needs a tensor expert_id of integers, [M, K], and has {sorted(tensors)}")
+    if ("x" in tensors) != ("router" in tensors):
+        raise ValueError(f"--trace {trace}: x and router come together or not at all: scores need both")
+    return tensors, metadata
+
+
+def case_from_trace(case: Case) -> Case:
+    """The case with every size that its recording fixes: E, K, D, F, the router's form, and T = M // P.
+
+    Raises ValueError as `read_trace` and `Case` do.
+    """
+    if case.trace is None:
+        return case
+    tensors, metadata = read_trace(case.trace)
+    sizes = {
+        letter: size
+        for name, form in TRACE_FORM.items()
+        if name in tensors
+        for letter, size in zip(form.split(), tensors[name].shape, strict=True)
+    }
+    sizes.setdefault("E", int(metadata.get("n_experts", 0)) or int(tensors["expert_id"].max(initial=0)) + 1)
+    if case.tokens > (most := sizes["M"] // case.ranks):
+        raise ValueError(f"--tokens {case.tokens} on --ranks {case.ranks}, but the recording has {sizes['M']} tokens")
+    return replace(
+        case,
+        tokens=case.tokens or most,
+        top_k=sizes["K"],
+        experts=sizes["E"],
+        width=sizes.get("D", case.width),
+        hidden=sizes.get("F", case.hidden),
+        score_function=metadata.get("score_function", case.score_function),
+        renormalize={"true": True, "false": False}.get(metadata.get("renormalize", ""), case.renormalize),
+        scale=float(metadata.get("scale", case.scale)),
+    )
+
+
+def load_trace(case: Case) -> dict[str, Array]:
+    """A recording's tensors, its first P*T tokens laid out over the ranks.
+
+    Raises ValueError when an expert id is out of range or twice in one token, or a shape is not the case's.
+    """
+    assert case.trace is not None
+    if (full := case_from_trace(case)) != case:
+        raise ValueError(f"--trace {case.trace}: the recording needs {full}, got {case}")
+    tensors, _ = read_trace(case.trace)
+    ids = tensors["expert_id"]
+    if ids.size and (ids.min() < 0 or ids.max() >= case.experts):
+        raise ValueError(
+            f"--trace {case.trace}: expert ids run from {ids.min()} to {ids.max()} with {case.experts} experts: "
+            "set n_experts in the metadata, or mend the ids"
+        )
+    twice = (np.diff(np.sort(ids, axis=1), axis=1) == 0).any(axis=1)
+    if twice.any():
+        raise ValueError(f"--trace {case.trace}: token {twice.argmax()} chose {ids[twice.argmax()]}: they must differ")
+    M = case.ranks * case.tokens
+    for name in {"expert_id", "x"} & tensors.keys():
+        tensors[name] = tensors[name][:M].reshape(case.ranks, case.tokens, -1)
+    return tensors | {"expert_id": tensors["expert_id"].astype(np.int32)}

@@ -1,0 +1,73 @@
+"""Which row lies where: the identity of every row of every array, written down without any of the code under test.
+
+A row is known by its number (source rank * T + token) * K + k; -1 is padding. One array per rank.
+"""
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Literal
+
+import numpy as np
+
+from parity.case import Case
+
+Array = np.ndarray
+Strategy = Literal["dynamic", "static"]
+Table = dict[str, list[Array]]
+PADDING = -1
+
+
+def row_tables(case: Case, expert_id: Array, keep: Array, strategy: Strategy) -> Table:
+    """Rows as they are grouped on the sender, as received, and expert-major, on each rank.
+
+    Dynamic arrays hold every assignment and no padding. Static ones hold those kept, in bins of C rows; after rank bins
+    the expert-major padding comes last, after expert bins each (expert, source) keeps its bin.
+    """
+    P, C, e = case.ranks, case.capacity, case.experts // case.ranks
+    expert_of = expert_id.reshape(-1)
+    kept = keep.reshape(-1) if strategy == "static" else np.ones(expert_of.size, bool)
+    by_expert = {
+        (p, g): [a for a in range(p * case.tokens * case.top_k, (p + 1) * case.tokens * case.top_k)
+                 if kept[a] and expert_of[a] == g]
+        for p in range(P) for g in range(case.experts)
+    }  # fmt: skip
+
+    def sent(source: int, target: int) -> list[int]:
+        segments = [by_expert[source, g] for g in range(target * e, (target + 1) * e)]
+        if strategy == "static" and case.capacity_per == "expert":
+            return joined(padded(segment, C) for segment in segments)
+        return joined(segments) if strategy == "dynamic" else padded(joined(segments), C)
+
+    def expert_major(target: int) -> list[int]:
+        segments = [by_expert[p, g] for g in range(target * e, (target + 1) * e) for p in range(P)]
+        if strategy == "static" and case.capacity_per == "expert":
+            return joined(padded(segment, C) for segment in segments)
+        return joined(segments) if strategy == "dynamic" else padded(joined(segments), P * C)
+
+    return {
+        "grouped": [np.array(joined(sent(p, q) for q in range(P)), np.int64) for p in range(P)],
+        "received": [np.array(joined(sent(p, q) for p in range(P)), np.int64) for q in range(P)],
+        "expert_major": [np.array(expert_major(q), np.int64) for q in range(P)],
+    }
+
+
+def joined(segments: Iterable[list[int]]) -> list[int]:
+    """The segments, one after the other."""
+    return list(chain.from_iterable(segments))
+
+
+def padded(rows: list[int], size: int) -> list[int]:
+    """The rows, then padding up to `size`."""
+    return rows + [PADDING] * (size - len(rows))
+
+
+def lay_out(values: Array, table: list[Array], padding: float) -> list[Array]:
+    """Values by row number [A, ...] as each rank's array holds them."""
+    flat = np.concatenate([values, np.full((1, *values.shape[1:]), padding, values.dtype)])
+    return [flat[rows] for rows in table]  # PADDING, -1, is the row appended
+
+
+def identity(case: Case, row: int) -> tuple[int, int, int]:
+    """(source rank, token, k) of a row number."""
+    p, t, k = np.unravel_index(row, (case.ranks, max(case.tokens, 1), case.top_k))
+    return int(p), int(t), int(k)

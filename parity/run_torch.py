@@ -1,0 +1,230 @@
+"""Case -> Trace in PyTorch: one process per rank."""
+
+import multiprocessing
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from parity.inputs import Problem
+from parity.rows import lay_out, row_tables
+from parity.trace import Trace
+from torch_impl import exchange, experts, grouping, layer, layout, routing
+
+Arrays = dict[str, np.ndarray]
+TIMEOUT = timedelta(seconds=120)
+
+
+def main(folder: Path) -> None:
+    """Run every problem in `folder`, as many processes as each has ranks, and save the traces there."""
+    torch.set_num_threads(1)
+    paths = sorted(folder.glob("*.problem"))
+    ranks = {path: Problem.load(path).case.ranks for path in paths}
+    for P in sorted(set(ranks.values())):
+        mine = [path for path in paths if ranks[path] == P]
+        # Forked, so that PyTorch is imported once and not once per rank.
+        fork = multiprocessing.get_context("fork")
+        ranks_of_group = [fork.Process(target=_rank, args=(rank, P, folder, mine)) for rank in range(P)]
+        for process in ranks_of_group:
+            process.start()
+        _wait_for_all(ranks_of_group)
+
+
+def _wait_for_all(processes: Sequence[BaseProcess]) -> None:
+    """Wait until every rank is done. When one fails the others would wait for it for ever, so they are stopped."""
+    running = list(processes)
+    while running:
+        wait([process.sentinel for process in running])
+        failed = [rank for rank, process in enumerate(processes) if process.exitcode not in (0, None)]
+        if failed:
+            for process in running:
+                process.kill()
+            sys.exit(f"rank {failed[0]} of {len(processes)} ended with exit code {processes[failed[0]].exitcode}")
+        running = [process for process in running if process.exitcode is None]
+
+
+def _rank(rank: int, P: int, folder: Path, paths: list[Path]) -> None:
+    if P > 1:
+        rendezvous = f"file://{folder.resolve()}/rendezvous-{P}"
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=P, timeout=TIMEOUT)
+    try:
+        for path in paths:
+            start = time.perf_counter()
+            trace = run(Problem.load(path), rank, torch.device("cpu"))
+            if rank == 0:
+                assert trace is not None
+                trace.seconds = time.perf_counter() - start
+                trace.save(folder)
+                print(trace.case.name, flush=True)
+    finally:
+        if P > 1:
+            dist.destroy_process_group()
+
+
+def run(problem: Problem, rank: int, device: torch.device) -> Trace | None:
+    """This rank's part of a problem; rank 0 gets everybody's and returns the trace."""
+    mine = _isolated(problem, rank, device) | _end_to_end(problem, rank, device)
+    everybody: list[Arrays] = [mine]
+    if problem.case.ranks > 1:
+        gathered: list[Arrays | None] = [None] * problem.case.ranks
+        dist.gather_object(mine, gathered if rank == 0 else None, dst=0)
+        everybody = [arrays for arrays in gathered if arrays is not None]
+    if rank:
+        return None
+    trace = Trace(problem.case, "torch", "dynamic", environment())
+    trace.arrays = {name: [arrays[name] for arrays in everybody] for name in mine}
+    return trace
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices, for the report."""
+    return {"torch": str(torch.__version__), "python": platform.python_version(), "platform": platform.platform()}
+
+
+def _isolated(problem: Problem, rank: int, device: torch.device) -> Arrays:
+    """Every stage fed the oracle's input, forward and backward."""
+    case, out = problem.case, {}
+    e = case.experts // case.ranks
+    mine = slice(rank * e, (rank + 1) * e)
+    table = row_tables(case, problem.expert_id, problem.keep, "dynamic")
+
+    def put(a: np.ndarray, *, grad: bool = False) -> torch.Tensor:
+        return to_torch(a).to(device).requires_grad_(grad)
+
+    def rows(values: np.ndarray, where: str, *, grad: bool = False) -> torch.Tensor:
+        values = values.reshape(-1, case.width)
+        return put(lay_out(values, table[where], np.nan)[rank], grad=grad)
+
+    def stage(name: str, values: dict[str, object]) -> None:
+        out.update({f"isolated/{name}/{key}": to_numpy(value) for key, value in values.items()})
+
+    def vjp(f: Callable, inputs: tuple[torch.Tensor, ...], cotangent: torch.Tensor) -> tuple:
+        result = f(*inputs)
+        return result.detach(), *torch.autograd.grad(result, inputs, cotangent)
+
+    ids, keep = put(problem.expert_id[rank]), put(problem.keep[rank])
+    x_rows = np.repeat(problem.x.reshape(-1, case.width), case.top_k, axis=0)
+
+    x, router = put(problem.x[rank], grad=True), put(problem.router, grad=True)
+    how = (case.top_k, case.score_function, case.renormalize, case.scale)
+    own = routing.route(x, router, *how)
+    replayed = routing.route(x, router, *how, expert_id_TK=ids)
+    dx, drouter = torch.autograd.grad(replayed.score_TK, (x, router), put(problem.dscore[rank]))
+    stage(
+        "route",
+        {"expert_id": own.expert_id_TK, "score": replayed.score_TK, "dx": dx, "drouter": all_sum(drouter)},
+    )
+    counts = replayed.counts_E
+    stage("route", {"counts": counts})
+
+    grouped = grouping.group_by_expert(x, ids)
+    (dx,) = torch.autograd.grad(grouped.x_ND, x, rows(problem.dx_rows, "grouped"))
+    stage("group_by_expert", {"x": grouped.x_ND, "dx": dx})
+
+    counts_Pe, splits = exchange.exchange_counts(counts)
+    stage("exchange_counts", {"counts": counts_Pe})
+
+    x_sent, dx_received = rows(x_rows, "grouped", grad=True), rows(problem.dx_rows, "received")
+    result = vjp(lambda x: exchange.send_tokens(x, splits), (x_sent,), dx_received)
+    stage("send_tokens", dict(zip(("x", "dx"), result, strict=True)))
+
+    x_received, dx_expert_major = rows(x_rows, "received", grad=True), rows(problem.dx_rows, "expert_major")
+    major = layout.to_expert_major(x_received, counts_Pe, splits.total)
+    (dx,) = torch.autograd.grad(major.x_RD, x_received, dx_expert_major)
+    stage("to_expert_major", {"x": major.x_RD, "dx": dx})
+
+    weights = tuple(put(w[mine], grad=True) for w in problem.weights)
+    result = vjp(
+        lambda x, *w: experts.apply_experts(x, counts_Pe.sum(0), *w),
+        (rows(x_rows, "expert_major", grad=True), *weights),
+        rows(problem.dy, "expert_major"),
+    )
+    stage("apply_experts", dict(zip(("y", "dx", "dw_gate", "dw_up", "dw_down"), result, strict=True)))
+
+    y, dy = rows(problem.y, "expert_major", grad=True), rows(problem.dy, "received")
+    result = vjp(lambda y: layout.to_rank_major(y, major.source_R, major.target_R), (y,), dy)
+    stage("to_rank_major", dict(zip(("y", "dy"), result, strict=True)))
+
+    y, dy = rows(problem.y, "received", grad=True), rows(problem.dy, "grouped")
+    result = vjp(lambda y: exchange.return_tokens(y, splits), (y,), dy)
+    stage("return_tokens", dict(zip(("y", "dy"), result, strict=True)))
+
+    result = vjp(
+        lambda y, score: grouping.combine(y, score * keep, grouped.slot_TK, grouped.assignment_N),
+        (rows(problem.y, "grouped", grad=True), put(problem.score[rank], grad=True)),
+        put(problem.dout[rank]),
+    )
+    stage("combine", dict(zip(("out", "dy", "dscore"), result, strict=True)))
+    return out
+
+
+def _end_to_end(problem: Problem, rank: int, device: torch.device) -> Arrays:
+    """The whole layer and its gradients, with the oracle's expert ids; what a capacity drops has its score masked."""
+    case = problem.case
+    e = case.experts // case.ranks
+    x, router, *weights = (
+        to_torch(a).to(device).requires_grad_()
+        for a in (problem.x[rank], problem.router, *(w[rank * e : (rank + 1) * e] for w in problem.weights))
+    )
+    ids, keep = to_torch(problem.expert_id[rank]).to(device), to_torch(problem.keep[rank]).to(device)
+    chosen = routing.route(x, router, case.top_k, case.score_function, case.renormalize, case.scale, expert_id_TK=ids)
+    masked = chosen._replace(score_TK=chosen.score_TK * keep)
+    stages = layer.moe_layer(x, router, *weights, top_k=case.top_k, routing=masked)
+    wanted = (x, chosen.score_TK, router, *weights)
+    dx, dscore, drouter, dw_gate, dw_up, dw_down = torch.autograd.grad(
+        stages.out_TD, wanted, to_torch(problem.dout[rank]).to(device)
+    )
+    values = {
+        "route/score": chosen.score_TK,
+        "group_by_expert/x": stages.grouped.x_ND,
+        "exchange_counts/counts": stages.counts_Pe,
+        "send_tokens/x": stages.received_RD,
+        "to_expert_major/x": stages.expert_major.x_RD,
+        "apply_experts/y": stages.y_RD,
+        "to_rank_major/y": stages.rank_major_RD,
+        "return_tokens/y": stages.returned_ND,
+        "combine/out": stages.out_TD,
+        "combine/dscore": dscore,
+        "apply_experts/dw_gate": dw_gate,
+        "apply_experts/dw_up": dw_up,
+        "apply_experts/dw_down": dw_down,
+        "route/drouter": all_sum(drouter),
+        "route/dx": dx,
+    }
+    return {f"e2e/{name}": to_numpy(value) for name, value in values.items()}
+
+
+def all_sum(a: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks, as data-parallel training does for a replicated parameter."""
+    if dist.is_initialized():
+        dist.all_reduce(a)
+    return a
+
+
+def to_torch(a: np.ndarray) -> torch.Tensor:
+    """A tensor with the array's bits."""
+    is_bfloat16 = a.dtype == ml_dtypes.bfloat16
+    source = torch.from_numpy(np.array(a.view(np.int16) if is_bfloat16 else a))
+    # copy_, because an empty NumPy array brings strides of zero, which grouped_mm refuses
+    tensor = torch.empty(source.shape, dtype=source.dtype).copy_(source)
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+
+
+def to_numpy(a: object) -> np.ndarray:
+    """An array with the tensor's bits."""
+    assert isinstance(a, torch.Tensor)
+    a = a.detach().cpu().contiguous()
+    return a.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if a.dtype == torch.bfloat16 else a.numpy()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
