@@ -5,9 +5,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 
 BACKENDS = ("torch", "jax")
 
@@ -17,50 +18,63 @@ class BackendError(Exception):
 
 
 @dataclass
-class Result:
-    """How long a backend took, and what went wrong."""
+class Worker:
+    """One process that runs some of the cases of one backend."""
 
+    backend: str
+    command: list[str]
+    stderr: Path
     seconds: float = 0.0
     error: str = ""
 
+    def follow(self, done: Queue[tuple[str, str] | None]) -> None:
+        """Run to the end, reporting (backend, case) for each case done, and None at last."""
+        start = time.perf_counter()
+        # A rank is a CPU device here; and forked ranks must not find a machine's worth of threads each.
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+        with self.stderr.open("w+") as stderr:
+            process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
+            assert process.stdout is not None
+            for line in process.stdout:
+                done.put((self.backend, line.strip()))
+            if process.wait():
+                stderr.seek(0)
+                self.error = stderr.read() or f"exit code {process.returncode}"
+        self.seconds = time.perf_counter() - start
+        done.put(None)
 
-def run(folder: Path, backends: tuple[str, ...], jax_ranks: str, case_done: Callable[[str], None]) -> dict[str, float]:
-    """Start every backend at once; `case_done(backend)` is called after each case. Seconds taken, by backend.
+
+def run(
+    folder: Path, backends: tuple[str, ...], jax_ranks: str, seconds: dict[str, float]
+) -> Iterator[tuple[str, str]]:
+    """Start every backend at once and yield (backend, case) as each case's trace is written; fill in `seconds`.
+
+    JAX spends its time compiling, so it gets a process for each core, up to four.
 
     Raises BackendError with the end of the standard error of the first that failed.
     """
-    commands = {
-        "torch": [sys.executable, "-m", "parity.run_torch", str(folder)],
-        "jax": [sys.executable, "-m", "parity.run_jax", str(folder), jax_ranks],
-    }
-    # A rank is a CPU device here; and forked ranks must not find a machine's worth of threads each.
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
-    results = {backend: Result() for backend in backends}
-
-    def follow(backend: str) -> None:
-        start = time.perf_counter()
-        with (folder / f"{backend}.stderr").open("w+") as stderr:
-            process = subprocess.Popen(
-                commands[backend], stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
-            )
-            assert process.stdout is not None
-            for _ in process.stdout:
-                case_done(backend)
-            if process.wait():
-                stderr.seek(0)
-                results[backend].error = stderr.read()
-        results[backend].seconds = time.perf_counter() - start
-
-    threads = [threading.Thread(target=follow, args=(backend,)) for backend in backends]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for backend, result in results.items():
-        if f"No module named '{backend}'" in result.error:
+    shares = {"torch": 1, "jax": min(4, os.cpu_count() or 1)}
+    workers = [
+        Worker(
+            backend,
+            [sys.executable, "-m", f"parity.run_{backend}", str(folder)]
+            + ([jax_ranks, str(share), str(shares[backend])] if backend == "jax" else []),
+            folder / f"{backend}-{share}.stderr",
+        )
+        for backend in backends
+        for share in range(shares[backend])
+    ]
+    done: Queue[tuple[str, str] | None] = Queue()
+    for worker in workers:
+        threading.Thread(target=worker.follow, args=(done,)).start()
+    for _ in workers:
+        yield from iter(done.get, None)
+    for worker in workers:
+        if f"No module named '{worker.backend}'" in worker.error:
             raise BackendError(
-                f"{backend} is not installed: pip install -e '.[{backend}]', or --backend for one side only"
+                f"{worker.backend} is not installed: pip install -e '.[{worker.backend}]', "
+                "or --backend to run the other side only"
             )
-        if result.error:
-            raise BackendError(f"{backend} crashed. The end of what it said:\n{result.error[-2000:]}")
-    return {backend: result.seconds for backend, result in results.items()}
+        if worker.error:
+            raise BackendError(f"{worker.backend} crashed. The end of what it said:\n{worker.error[-2000:]}")
+        seconds[worker.backend] = max(seconds.get(worker.backend, 0), worker.seconds)

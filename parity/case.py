@@ -168,7 +168,7 @@ def _argument(name: str, value: object) -> str:
 
 def _presets() -> dict[str, Case]:
     base = Case()
-    heavy = replace(base, pattern="zipf", capacity_factor="0.5", top_k=3)
+    heavy = replace(base, pattern="zipf", capacity_factor="0.5")
     one = replace(base, pattern="one_expert", top_k=1)  # every rank sends its T tokens to expert 0
     pydoc = replace(base, trace="pydoc", tokens=64, width=64, hidden=64, experts=16, renormalize=True)
     cases = {
@@ -194,7 +194,7 @@ def _presets() -> dict[str, Case]:
             for per in ("rank", "expert")
             for priority in ("token", "choice", "score")
         },
-        "bfloat16": replace(base, dtype="bfloat16", pattern="zipf", top_k=3),
+        "bfloat16": replace(base, dtype="bfloat16", pattern="zipf"),
         "bfloat16-drop": replace(heavy, dtype="bfloat16", priority="score", capacity_factor="3/4"),
         "float16": replace(base, dtype="float16", pattern="zipf"),
         "pydoc": replace(pydoc, capacity_factor="1.25"),

@@ -123,26 +123,32 @@ def check(command: CheckCommand) -> int:
     cases = chosen_cases(command)
     backends = BACKENDS if command.backend == "both" else (command.backend,)
     parts: dict[str, float] = {}
+    begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress() as bar:
         folder = Path(temporary)
-        start = time.perf_counter()
-        problems = []
-        for case in bar.track(cases, description="oracle"):
-            problems.append(draw(case))
-            problems[-1].save(folder / f"{case.name}.problem")
-        parts["oracle"] = time.perf_counter() - start
+        problems = {case.name: draw(case) for case in bar.track(cases, description="oracle")}
+        for name, problem in problems.items():
+            problem.save(folder / f"{name}.problem")
+        parts["oracle"] = time.perf_counter() - begin
         tasks = {backend: bar.add_task(backend, total=len(cases)) for backend in backends}
-        parts |= run(folder, backends, command.jax_ranks, lambda backend: bar.advance(tasks[backend]))
-        traces = {case.name: [Trace.load(folder / f"{case.name}.{b}.safetensors") for b in backends] for case in cases}
-        start = time.perf_counter()
-        checks = {
-            p.case.name: list(compare(p, traces[p.case.name])) for p in bar.track(problems, description="compare")
-        }
-        parts["compare"] = time.perf_counter() - start
+        traces: dict[str, list[Trace]] = {case.name: [] for case in cases}
+        found: dict[str, list[Check]] = {}
+        seconds: dict[str, float] = {}
+        comparing = 0.0
+        for backend, name in run(folder, backends, command.jax_ranks, seconds):
+            bar.advance(tasks[backend])
+            traces[name].append(Trace.load(folder / f"{name}.{backend}.safetensors"))
+            if len(traces[name]) == len(backends):
+                start = time.perf_counter()
+                traces[name].sort(key=lambda trace: BACKENDS.index(trace.backend))
+                found[name] = list(compare(problems[name], traces[name]))
+                comparing += time.perf_counter() - start
+        parts |= seconds | {"compare": comparing, "in all": time.perf_counter() - begin}
         if command.save:
             command.save.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("*.safetensors"):
                 shutil.copy(path, command.save)
+    checks = {case.name: found[case.name] for case in cases if case.name in found}
     return report(checks, traces, parts, command.json)
 
 
@@ -187,7 +193,7 @@ def report(
         print_report(console, checks, traces, seconds, parts)
     if any(not c.ok for c in everything):
         return MISMATCH
-    if not all(sum(c.rows for c in found) for found in checks.values()) or not checks:
+    if checks.keys() != traces.keys() or not all(sum(c.rows for c in found) for found in checks.values()):
         Console(stderr=True).print("nothing was compared in some case: no rows", style="red")
         return NOTHING
     return MATCH

@@ -1,7 +1,7 @@
 """A small byte-level MoE language model, trained on the documentation that Python ships; it records a trained router.
 
 Random inputs load experts evenly; trained routers do not. This trains two blocks of causal attention and
-`torch_impl.moe_layer` in two minutes on two cores, then saves what enters the last block's MoE layer on text it has not seen.
+`torch_impl.moe_layer` (two minutes on two cores), then saves what enters the last block's MoE layer on held-out text.
 `init`, `batches` and `learning_rate` are NumPy and plain Python, so that any framework can start from the same weights
 and see the same batches in the same order.
 

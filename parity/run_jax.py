@@ -24,10 +24,16 @@ AXIS = "ranks"
 Arrays = dict[str, jax.Array]
 
 
-def main(folder: Path, how: str) -> None:
-    """Run every problem in `folder` and save the traces there; `how` is shard_map or vmap."""
+def main(folder: Path, how: str, share: int, shares: int) -> None:
+    """Run this share of the problems in `folder` and save the traces there; `how` is shard_map or vmap.
+
+    Cases that share a compilation go to the same share.
+    """
     problems = [Problem.load(path) for path in sorted(folder.glob("*.problem"))]
-    jax.config.update("jax_num_cpu_devices", max(problem.case.ranks for problem in problems))
+    programs = {(_static(problem.case), _capacity(problem.case)): None for problem in problems}
+    mine = list(programs)[share::shares]
+    problems = [problem for problem in problems if (_static(problem.case), _capacity(problem.case)) in mine]
+    jax.config.update("jax_num_cpu_devices", max([problem.case.ranks for problem in problems], default=1))
     for problem in problems:
         start = time.perf_counter()
         trace = run(problem, how)
@@ -261,4 +267,4 @@ def _rows(a: jax.Array) -> jax.Array:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
