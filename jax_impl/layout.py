@@ -86,7 +86,7 @@ permute_rows.defvjp(_permute_rows_forward, _permute_rows_backward)
 def rows_or_zero(x: Array, index: Integer[Array, "..."]) -> Array:
     """Rows of x; zero where the index is past the end."""
     if x.shape[0] == 0:  # a gather from nothing does not compile
-        return jnp.zeros(index.shape + x.shape[1:], x.dtype)
+        x = jnp.pad(x, [(0, 1)] + [(0, 0)] * (x.ndim - 1))
     return jnp.asarray(x).at[index].get(mode="fill", fill_value=0)
 
 

@@ -1,10 +1,12 @@
 """`python -m parity`: check | compare."""
 
+import os
 import shutil
 import sys
 import tempfile
 import time
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -122,6 +124,9 @@ def check(command: CheckCommand) -> int:
     """Run `check`; its exit code."""
     cases = chosen_cases(command)
     backends = BACKENDS if command.backend == "both" else (command.backend,)
+    group_size = torchrun_size() if "torch" in backends else None
+    if group_size is not None:
+        cases = of_group(cases, group_size, picked=bool(command.presets))
     parts: dict[str, float] = {}
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress() as bar:
@@ -130,12 +135,20 @@ def check(command: CheckCommand) -> int:
         for name, problem in problems.items():
             problem.save(folder / f"{name}.problem")
         parts["oracle"] = time.perf_counter() - begin
+        separate = backends
+        if group_size is not None:
+            from parity.run_torch import join_torchrun
+
+            if join_torchrun(folder, list(problems.values())) != 0:
+                return MATCH  # rank 0 has everybody's arrays and goes on alone
+            separate = tuple(b for b in backends if b != "torch")
         tasks = {backend: bar.add_task(backend, total=len(cases)) for backend in backends}
         traces: dict[str, list[Trace]] = {case.name: [] for case in cases}
         found: dict[str, list[Check]] = {}
         seconds: dict[str, float] = {}
         comparing = 0.0
-        for backend, name in run(folder, backends, command.jax_ranks, seconds):
+        joined = [("torch", case.name) for case in cases if group_size is not None]
+        for backend, name in chain(joined, run(folder, separate, command.jax_ranks, seconds)):
             bar.advance(tasks[backend])
             traces[name].append(Trace.load(folder / f"{name}.{backend}.safetensors"))
             if len(traces[name]) == len(backends):
@@ -150,6 +163,26 @@ def check(command: CheckCommand) -> int:
                 shutil.copy(path, command.save)
     checks = {case.name: found[case.name] for case in cases if case.name in found}
     return report(checks, traces, parts, command.json)
+
+
+def torchrun_size() -> int | None:
+    """How many processes torchrun started, if it started this one."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def of_group(cases: list[Case], size: int, picked: bool) -> list[Case]:
+    """The cases that a group of this size can run: all that were picked, or those of all presets that fit.
+
+    Raises ValueError when one that was picked does not fit, or none fits.
+    """
+    fitting = [case for case in cases if case.ranks == size]
+    if not fitting or (picked and len(fitting) < len(cases)):
+        other = next(case for case in cases if case.ranks != size)
+        raise ValueError(
+            f"torchrun started {size} processes, but {other.name} has --ranks {other.ranks}: "
+            f"add --ranks {size}, or start {other.ranks}"
+        )
+    return fitting
 
 
 def compare_folders(command: CompareCommand) -> int:
@@ -202,4 +235,5 @@ def report(
 def progress() -> Progress:
     """Bars on standard error, gone when done."""
     columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

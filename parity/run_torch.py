@@ -4,8 +4,9 @@ import multiprocessing
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -56,18 +57,30 @@ def _rank(rank: int, P: int, folder: Path, paths: list[Path]) -> None:
     if P > 1:
         rendezvous = f"file://{folder.resolve()}/rendezvous-{P}"
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=P, timeout=TIMEOUT)
-    try:
-        for path in paths:
-            start = time.perf_counter()
-            trace = run(Problem.load(path), rank, torch.device("cpu"))
-            if rank == 0:
-                assert trace is not None
-                trace.seconds = time.perf_counter() - start
-                trace.save(folder)
-                print(trace.case.name, flush=True)
-    finally:
-        if P > 1:
-            dist.destroy_process_group()
+    _run_all(folder, (Problem.load(path) for path in paths), rank, partial(print, flush=True))
+    if P > 1:
+        dist.destroy_process_group()
+
+
+def _run_all(folder: Path, problems: Iterable[Problem], rank: int, case_done: Callable[[str], None]) -> None:
+    for problem in problems:
+        start = time.perf_counter()
+        trace = run(problem, rank, torch.device("cpu"))
+        if trace is not None:
+            trace.seconds = time.perf_counter() - start
+            trace.save(folder)
+            case_done(trace.case.name)
+
+
+def join_torchrun(folder: Path, problems: list[Problem]) -> int:
+    """Run problems in the group that torchrun gave; rank 0 saves the traces. This process's rank."""
+    torch.set_num_threads(1)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    rank = dist.get_rank()
+    _run_all(folder, problems, rank, lambda _: None)
+    dist.destroy_process_group()
+    return rank
 
 
 def run(problem: Problem, rank: int, device: torch.device) -> Trace | None:
