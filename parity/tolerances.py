@@ -1,5 +1,7 @@
 """How far from exact an implementation may be, per row, derived from the dtype and the case."""
 
+from functools import cache
+
 import ml_dtypes
 import numpy as np
 
@@ -19,11 +21,13 @@ def numpy_dtype(dtype: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
+@cache
 def unit_roundoff(dtype: str) -> float:
     """u, the largest relative error of rounding to nearest: half the gap between 1 and the next number."""
     return float(ml_dtypes.finfo(numpy_dtype(dtype)).eps) / 2
 
 
+@cache
 def smallest_step(dtype: str) -> float:
     """The distance between subnormal numbers."""
     return float(ml_dtypes.finfo(numpy_dtype(dtype)).smallest_subnormal)

@@ -1,0 +1,23 @@
+"""`python -m parity check` end to end, in real processes."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ["idle-rank"],
+        ["bfloat16-drop"],
+        ["pydoc"],
+        ["drop-expert-choice", "--jax-ranks", "vmap"],
+        ["--ranks", "2", "--tokens", "3", "--width", "5", "--hidden", "7", "--dtype", "float64"],
+    ],
+    ids=lambda case: "-".join(case),
+)
+def test_pytorch_jax_and_the_oracle_match(case):
+    run = subprocess.run([sys.executable, "-m", "parity", "check", *case], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.endswith("match\n")
