@@ -1,11 +1,13 @@
 """Run the problems in a folder in each framework, in processes of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -24,57 +26,90 @@ class Worker:
     backend: str
     command: list[str]
     stderr: Path
+    cwd: Path
     seconds: float = 0.0
     error: str = ""
 
-    def follow(self, done: Queue[tuple[str, str] | None]) -> None:
-        """Run to the end, reporting (backend, case) for each case done, and None at last."""
-        start = time.perf_counter()
+    def start(self, done: Queue[tuple[str, str] | None]) -> None:
+        """Start the process, in a session of its own so that all of it can be ended, and follow it in a thread."""
         # A rank is a CPU device here; and forked ranks must not find a machine's worth of threads each.
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
-        with self.stderr.open("w+") as stderr:
-            process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
-            assert process.stdout is not None
-            for line in process.stdout:
-                done.put((self.backend, line.strip()))
-            if process.wait():
-                stderr.seek(0)
-                self.error = stderr.read() or f"exit code {process.returncode}"
-        self.seconds = time.perf_counter() - start
+        self.began = time.perf_counter()
+        with self.stderr.open("w") as stderr:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
+                env=environment, start_new_session=True, cwd=self.cwd,
+            )  # fmt: skip
+        threading.Thread(target=self._follow, args=(done,), daemon=True).start()
+
+    def _follow(self, done: Queue[tuple[str, str] | None]) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            done.put((self.backend, line.strip()))
+        if self.process.wait():
+            self.error = self.stderr.read_text().strip() or f"ended with exit code {self.process.returncode}"
+        self.seconds = time.perf_counter() - self.began
         done.put(None)
+
+    def end(self) -> None:
+        """End the process and everything it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def run(
-    folder: Path, backends: tuple[str, ...], jax_ranks: str, seconds: dict[str, float]
-) -> Iterator[tuple[str, str]]:
+    folder: Path, backends: tuple[str, ...], jax_ranks: str, timeout: float, seconds: dict[str, float], cwd: Path
+) -> Generator[tuple[str, str]]:
     """Start every backend at once and yield (backend, case) as each case's trace is written; fill in `seconds`.
 
-    JAX spends its time compiling, so it gets a process for each core, up to four.
+    JAX spends its time compiling, so it gets a process for each core, up to four. Whatever happens, no process is left.
 
-    Raises BackendError with the end of the standard error of the first that failed.
+    Raises BackendError with the cause of the first that failed.
     """
     shares = {"torch": 1, "jax": min(4, os.cpu_count() or 1)}
     workers = [
         Worker(
             backend,
             [sys.executable, "-m", f"parity.run_{backend}", str(folder)]
-            + ([jax_ranks, str(share), str(shares[backend])] if backend == "jax" else []),
+            + ([jax_ranks, str(share), str(shares[backend])] if backend == "jax" else [str(timeout)]),
             folder / f"{backend}-{share}.stderr",
+            cwd,
         )
         for backend in backends
         for share in range(shares[backend])
     ]
     done: Queue[tuple[str, str] | None] = Queue()
+    try:
+        for worker in workers:
+            worker.start(done)
+        for _ in workers:
+            yield from iter(done.get, None)
+            for worker in workers:
+                if worker.error:
+                    raise BackendError(_explain(worker))
+    finally:
+        for worker in workers:
+            worker.end()
     for worker in workers:
-        threading.Thread(target=worker.follow, args=(done,)).start()
-    for _ in workers:
-        yield from iter(done.get, None)
-    for worker in workers:
-        if f"No module named '{worker.backend}'" in worker.error:
-            raise BackendError(
-                f"{worker.backend} is not installed: pip install -e '.[{worker.backend}]', "
-                "or --backend to run the other side only"
-            )
-        if worker.error:
-            raise BackendError(f"{worker.backend} crashed. The end of what it said:\n{worker.error[-2000:]}")
         seconds[worker.backend] = max(seconds.get(worker.backend, 0), worker.seconds)
+
+
+def _explain(worker: Worker) -> str:
+    if f"No module named '{worker.backend}'" in worker.error:
+        return (
+            f"{worker.backend} is not installed: pip install -e '.[{worker.backend}]', "
+            "or --backend to run the other side only"
+        )
+    return f"{worker.backend}: {worker.error[-2000:]}"
+
+
+def end_with_parent() -> None:
+    """End this process and all that it started when the one that started it is gone: its standard input closes."""
+
+    def wait_for_the_end() -> None:
+        while os.read(0, 1):  # not sys.stdin, whose lock a forked rank would inherit
+            pass
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()

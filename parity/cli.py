@@ -5,6 +5,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -22,7 +23,7 @@ from parity.inputs import case_from_trace, draw
 from parity.report.terminal import print_report
 from parity.trace import Trace, load_folder
 
-MATCH, MISMATCH, USAGE, BACKEND, NOTHING = 0, 1, 2, 3, 5
+MATCH, MISMATCH, USAGE, BACKEND, NOTHING, INTERRUPTED = 0, 1, 2, 3, 5, 130
 
 
 def _flag(f: Field) -> tuple[str, Any, Any]:
@@ -62,6 +63,8 @@ class CheckCommand:
     """Run one side only, here; with --save the other can run on another machine."""
     jax_ranks: Literal["shard_map", "vmap"] = "shard_map"
     """A device per rank, or all ranks on one device."""
+    timeout: float = 60
+    """Seconds without progress of any PyTorch rank after which the run ends, saying which rank hangs where."""
     save: Path | None = None
     """Keep the traces in this folder, for `python -m parity compare`."""
     json: bool = False
@@ -97,6 +100,9 @@ def main(argv: list[str] | None = None) -> None:
     except BackendError as error:
         Console(stderr=True).print(str(error), style="red", highlight=False, markup=False)
         sys.exit(BACKEND)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; nothing is left running", style="red")
+        sys.exit(INTERRUPTED)
     sys.exit(code)
 
 
@@ -129,7 +135,7 @@ def check(command: CheckCommand) -> int:
         cases = of_group(cases, group_size, picked=bool(command.presets))
     parts: dict[str, float] = {}
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress() as bar:
+    with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress() as bar, ExitStack() as cleanup:
         folder = Path(temporary)
         problems = {case.name: draw(case) for case in bar.track(cases, description="oracle")}
         for name, problem in problems.items():
@@ -147,8 +153,10 @@ def check(command: CheckCommand) -> int:
         found: dict[str, list[Check]] = {}
         seconds: dict[str, float] = {}
         comparing = 0.0
+        running = run(folder, separate, command.jax_ranks, command.timeout, seconds, Path.cwd())
+        cleanup.callback(running.close)
         joined = [("torch", case.name) for case in cases if group_size is not None]
-        for backend, name in chain(joined, run(folder, separate, command.jax_ranks, seconds)):
+        for backend, name in chain(joined, running):
             bar.advance(tasks[backend])
             traces[name].append(Trace.load(folder / f"{name}.{backend}.safetensors"))
             if len(traces[name]) == len(backends):

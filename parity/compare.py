@@ -51,7 +51,7 @@ class Check(msgspec.Struct, omit_defaults=True):
     note: str = ""
 
 
-Kind = Literal["rows", "rank", "expert", "sum"]
+Kind = Literal["rows", "rank", "expert", "sum", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Expected:
     """What an array should hold, in a form no layout touches.
 
     kind "rows": [A, D] by row number, laid out on each rank as the table `order` says; "rank": [P, ...];
-    "expert": [E, ...], e of them on each rank; "sum": the same on every rank.
+    "expert": [E, ...], e of them on each rank; "sum": the same on every rank; "repeat": [1], how many elements
+    differed between two runs.
     """
 
     kind: Kind
@@ -166,6 +167,10 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
         "e2e/route/drouter": end_to_end("sum", "drouter", case.wide),
     }
 
+    if case.top_k >= 3:
+        in_order = Expected("rank", problem.order_probe()[1], None, case.dtype)
+        expected |= {f"isolated/{stage}/order": in_order for stage in ("group_by_expert", "combine")}
+
     def exchanged(sent_PE: Array) -> dict[str, Expected]:
         # counts[q][p, j]: what rank p sends to local expert j of rank q
         counts = counted(sent_PE.reshape(P, P, -1).transpose(1, 0, 2))
@@ -175,7 +180,14 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
         "e2e/group_by_expert/dropped": counted(everything - kept),
         "e2e/group_by_expert/dropped_in_all": counted((everything - kept).sum(axis=1)),
     }
-    return {"dynamic": expected | exchanged(everything), "static": expected | exchanged(kept) | dropped}
+    by_strategy: dict[Strategy, dict[str, Expected]] = {
+        "dynamic": expected | exchanged(everything),
+        "static": expected | exchanged(kept) | dropped,
+    }
+    for each in by_strategy.values():
+        for name in [name for name in each if name.startswith("e2e")]:
+            each[name.replace("e2e", "repeat", 1)] = Expected("repeat", np.zeros(1), None, "int")
+    return by_strategy
 
 
 @dataclass(frozen=True)
@@ -207,6 +219,8 @@ def canonical(P: int, per_rank: list[Array] | None, expected: Expected, table: T
     if expected.kind == "rows":
         return _canonical_rows(arrays, expected, table)
     shape = expected.values.shape
+    if expected.kind == "repeat":
+        return Canonical(np.array([sum(int(a) for a in arrays)]), np.ones(1, bool), None, None)
     if expected.kind == "expert":
         if len(arrays) != P or any(a.shape != (shape[0] // P, *shape[1:]) for a in arrays):
             raise MismatchError(f"shapes are {[a.shape for a in arrays]}, expected {P} x {(shape[0] // P, *shape[1:])}")
@@ -394,6 +408,8 @@ def _where(problem: Problem, want: Expected, have: Canonical, first: int, at: tu
     if want.kind == "expert":
         e = problem.case.experts // problem.case.ranks
         return Where(rank=first // e, expert=first, index=list(at[1:]))
+    if want.kind == "repeat":
+        return Where()
     if want.kind == "sum":
         return Where(index=[first, *at[1:]])
     is_token = want.values.ndim == 3 and want.dtype != "int"

@@ -37,6 +37,24 @@ class Problem:
     dx_rows: Array
     exact: Layer  # float64, end to end
 
+    def another_step(self) -> "Problem":
+        """Other tokens to other experts, of the same shapes: a step in between, so that what a step keeps shows up."""
+        return replace(self, x=self.x[:, ::-1], expert_id=(self.expert_id + 1) % self.case.experts)
+
+    def order_probe(self) -> tuple[Array, Array]:
+        """Rows [P, T, K, D] whose sum over k depends on the order, and the sum in order of k, which is exact.
+
+        A large number, its negative, and a third so small that it survives only when it is added last.
+        """
+        small = 2.0**-39 if self.case.wide == "float64" else 2.0**-10
+        term_K = np.zeros(self.case.top_k)
+        term_K[:3] = np.array([2.0**15, -(2.0**15), small])[: self.case.top_k]
+        rows = np.broadcast_to(term_K[:, None], self.y.shape)
+        total = np.zeros(self.x.shape, self.case.wide)
+        for k in range(self.case.top_k):
+            total += np.where(self.keep[:, :, k, None], rows[:, :, k], 0).astype(self.case.wide)
+        return rows.astype(self.y.dtype), total.astype(np.float64)
+
     def save(self, path: Path) -> None:
         """Write to a file that only this program reads."""
         path.write_bytes(pickle.dumps(self))

@@ -15,10 +15,11 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jax_impl import exchange, experts, grouping, layer, layout, routing
 from jax_impl.grouping import Capacity, plan_capacity
+from parity.backends import end_with_parent
 from parity.case import Case
 from parity.inputs import Problem
 from parity.rows import lay_out, row_tables
-from parity.trace import Trace
+from parity.trace import Trace, differing_bits
 
 AXIS = "ranks"
 Arrays = dict[str, jax.Array]
@@ -43,14 +44,20 @@ def main(folder: Path, how: str, share: int, shares: int) -> None:
 
 
 def run(problem: Problem, how: str) -> Trace:
-    """All ranks of a problem."""
+    """All ranks of a problem: on these inputs, on others, and on these again, which must give the same bits."""
     case = problem.case
     trace = Trace(case, "jax", "static", environment())
     with jax.enable_x64(case.dtype == "float64"):
         compiled = everything(_static(case), _capacity(case), how)
-        arrays = jax.device_get(compiled(_end_to_end_inputs(problem), _feeds(problem)))
+        feeds = _feeds(problem)
+        first = jax.device_get(compiled(_end_to_end_inputs(problem), feeds))
+        compiled(_end_to_end_inputs(problem.another_step()), feeds)
+        arrays = jax.device_get(compiled(_end_to_end_inputs(problem), feeds))
     summed = "e2e/route/drouter"  # the transpose of a replicated argument: the sum over ranks
     trace.arrays = {name: [np.asarray(a)] if name == summed else list(np.asarray(a)) for name, a in arrays.items()}
+    for name in [name for name in arrays if name.startswith("e2e")]:
+        repeat = [differing_bits(a, b) for a, b in zip(np.asarray(first[name]), trace.arrays[name], strict=False)]
+        trace.arrays[name.replace("e2e", "repeat", 1)] = repeat
     return trace
 
 
@@ -181,6 +188,7 @@ _FEEDS = {
     "dy_expert_major": ("dy", "expert_major", 0),
     "dy_received": ("dy", "received", np.nan),
     "dy_grouped": ("dy", "grouped", np.nan),
+    "order_grouped": ("order", "grouped", np.nan),
 }
 
 
@@ -189,6 +197,7 @@ def _feeds(problem: Problem) -> Arrays:
     table = row_tables(case, problem.expert_id, problem.keep, "static")
     rows = {"x": np.repeat(problem.x.reshape(-1, case.width), case.top_k, axis=0)}
     rows |= {n: getattr(problem, n).reshape(-1, case.width) for n in ("y", "dy", "dx_rows")}
+    rows["order"] = problem.order_probe()[0].reshape(-1, case.width)
     feeds = {n: np.stack(lay_out(rows[of], table[where], fill)) for n, (of, where, fill) in _FEEDS.items()}
     feeds |= {n: getattr(problem, n) for n in ("x", "expert_id", "score", "dscore", "dout")}
     feeds |= {n: w.reshape(P, -1, *w.shape[1:]) for n, w in problem.weights._asdict().items()}
@@ -224,8 +233,8 @@ def _isolated(case: Case, capacity: Capacity, axis: str | None, feeds: Arrays) -
         grouped = grouping.group_by_expert(x, ids, score, counts, capacity)
         return grouped.x_BCD, grouped
 
-    x_BCD, vjp, grouped = jax.vjp(group, x, has_aux=True)
-    stage("group_by_expert", x=_rows(x_BCD), dx=vjp(in_bins["dx_grouped"])[0])
+    x_BCD, group_vjp, grouped = jax.vjp(group, x, has_aux=True)
+    stage("group_by_expert", x=_rows(x_BCD), dx=group_vjp(in_bins["dx_grouped"])[0])
 
     counts_Pe = exchange.exchange_counts(grouped.kept_E, axis)
     stage("exchange_counts", counts=counts_Pe)
@@ -237,7 +246,7 @@ def _isolated(case: Case, capacity: Capacity, axis: str | None, feeds: Arrays) -
         result = layout.to_expert_major(x, counts_Pe)
         return result.x_SD, result
 
-    x_SD, vjp, order = jax.vjp(expert_major, in_bins["x_received"], has_aux=True)
+    x_SD, vjp, how_sorted = jax.vjp(expert_major, in_bins["x_received"], has_aux=True)
     stage("to_expert_major", x=_rows(x_SD), dx=_rows(vjp(major["dx_expert_major"])[0]))
 
     weights = tuple(feeds[n] for n in ("w_gate", "w_up", "w_down"))
@@ -247,7 +256,9 @@ def _isolated(case: Case, capacity: Capacity, axis: str | None, feeds: Arrays) -
     dx, dw_gate, dw_up, dw_down = vjp(major["dy_expert_major"])
     stage("apply_experts", y=_rows(y_SD), dx=_rows(dx), dw_gate=dw_gate, dw_up=dw_up, dw_down=dw_down)
 
-    y_BCD, vjp = jax.vjp(lambda y: layout.to_rank_major(y, order.source_S, order.target_BC), major["y_expert_major"])
+    y_BCD, vjp = jax.vjp(
+        lambda y: layout.to_rank_major(y, how_sorted.source_S, how_sorted.target_BC), major["y_expert_major"]
+    )
     stage("to_rank_major", y=_rows(y_BCD), dy=_rows(vjp(in_bins["dy_received"])[0]))
 
     y_BCD, vjp = jax.vjp(lambda y: exchange.return_tokens(y, axis), in_bins["y_received"])
@@ -258,6 +269,12 @@ def _isolated(case: Case, capacity: Capacity, axis: str | None, feeds: Arrays) -
     )
     dy, dscore = vjp(feeds["dout"])
     stage("combine", out=out_TD, dy=_rows(dy), dscore=dscore)
+
+    if case.top_k >= 3:
+        ones = jnp.ones_like(score)
+        order = grouping.combine(in_bins["order_grouped"], ones, grouped.slot_TK, grouped.assignment_BC)
+        stage("combine", order=order)
+        stage("group_by_expert", order=group_vjp(in_bins["order_grouped"])[0])
     return out
 
 
@@ -267,4 +284,5 @@ def _rows(a: jax.Array) -> jax.Array:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -2,9 +2,12 @@
 
 import multiprocessing
 import platform
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import wait
@@ -16,16 +19,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from parity.backends import end_with_parent
 from parity.inputs import Problem
 from parity.rows import lay_out, row_tables
-from parity.trace import Trace
+from parity.trace import Trace, differing_bits
 from torch_impl import exchange, experts, grouping, layer, layout, routing
 
 Arrays = dict[str, np.ndarray]
-TIMEOUT = timedelta(seconds=120)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, timeout: float) -> None:
     """Run every problem in `folder`, as many processes as each has ranks, and save the traces there."""
     torch.set_num_threads(1)
     paths = sorted(folder.glob("*.problem"))
@@ -34,38 +37,94 @@ def main(folder: Path) -> None:
         mine = [path for path in paths if ranks[path] == P]
         # Forked, so that PyTorch is imported once and not once per rank.
         fork = multiprocessing.get_context("fork")
-        ranks_of_group = [fork.Process(target=_rank, args=(rank, P, folder, mine)) for rank in range(P)]
-        for process in ranks_of_group:
+        group = [fork.Process(target=_rank, args=(rank, P, folder, mine, timeout)) for rank in range(P)]
+        for process in group:
             process.start()
-        _wait_for_all(ranks_of_group)
+        _wait_for_all(group, folder, timeout)
 
 
-def _wait_for_all(processes: Sequence[BaseProcess]) -> None:
-    """Wait until every rank is done. When one fails the others would wait for it for ever, so they are stopped."""
-    running = list(processes)
-    while running:
-        wait([process.sentinel for process in running])
-        failed = [rank for rank, process in enumerate(processes) if process.exitcode not in (0, None)]
-        if failed:
-            for process in running:
+def _wait_for_all(group: Sequence[BaseProcess], folder: Path, timeout: float) -> None:
+    """Wait until every rank is done. When one dies or hangs, the others would wait for ever, so all are ended."""
+    deadline = time.monotonic() + timeout
+    last = [""] * len(group)
+    while any(process.exitcode is None for process in group):
+        wait([process.sentinel for process in group if process.exitcode is None], timeout=0.2)
+        now = [_read(folder / f"at-{rank}") for rank in range(len(group))]
+        if now != last:
+            last, deadline = now, time.monotonic() + timeout
+        cause = _cause_of_death(group, folder) or (_cause_of_hang(last, timeout) if time.monotonic() > deadline else "")
+        if cause:
+            time.sleep(0.5)  # ranks that noticed may still be writing why
+            cause = _cause_of_death(group, folder) or cause
+            for process in group:
                 process.kill()
-            sys.exit(f"rank {failed[0]} of {len(processes)} ended with exit code {processes[failed[0]].exitcode}")
-        running = [process for process in running if process.exitcode is None]
+            sys.exit(cause)
 
 
-def _rank(rank: int, P: int, folder: Path, paths: list[Path]) -> None:
-    if P > 1:
-        rendezvous = f"file://{folder.resolve()}/rendezvous-{P}"
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=P, timeout=TIMEOUT)
-    _run_all(folder, (Problem.load(path) for path in paths), rank, partial(print, flush=True))
-    if P > 1:
-        dist.destroy_process_group()
+def _cause_of_death(group: Sequence[BaseProcess], folder: Path) -> str:
+    """What ended the first rank to end in error: a signal, or the earliest exception; empty while all is well."""
+    failed = {rank: process.exitcode for rank, process in enumerate(group) if process.exitcode not in (0, None)}
+    for rank, code in failed.items():
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            return f"rank {rank} of {len(group)} was ended by {name} in {_read(folder / f'at-{rank}')}"
+    errors = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+    if failed and errors:
+        return f"rank {errors[0].name.removeprefix('error-')} of {len(group)} failed in {errors[0].read_text()}"
+    return f"rank {min(failed)} of {len(group)} ended with exit code {failed[min(failed)]}" if failed else ""
 
 
-def _run_all(folder: Path, problems: Iterable[Problem], rank: int, case_done: Callable[[str], None]) -> None:
+def _cause_of_hang(at: list[str], timeout: float) -> str:
+    """Which rank is furthest behind, and where."""
+    behind = min(range(len(at)), key=lambda rank: int(at[rank].split()[0] or 0) if at[rank] else 0)
+    others = sorted({place.split(maxsplit=1)[1] for rank, place in enumerate(at) if rank != behind and place})
+    where = at[behind].split(maxsplit=1)[1] if at[behind] else "its start"
+    waiting = f"; the others are in {', '.join(others)}" if others else ""
+    return f"rank {behind} of {len(at)} hangs in {where}: no rank got on for {timeout:.0f} s{waiting}"
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _rank(rank: int, P: int, folder: Path, paths: list[Path], timeout: float) -> None:
+    progress = Progress(folder / f"at-{rank}")
+    try:
+        if P > 1:
+            rendezvous = f"file://{folder.resolve()}/rendezvous-{P}"
+            # Longer than the launcher's patience: it, not a rank that waits, should say who hangs.
+            patience = timedelta(seconds=10 * timeout)
+            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=P, timeout=patience)
+        _run_all(folder, (Problem.load(path) for path in paths), rank, partial(print, flush=True), progress)
+        if P > 1:
+            dist.destroy_process_group()
+    except BaseException as error:
+        reason = f"{progress.place}: {type(error).__name__}: {error}"
+        (folder / f"error-{rank}").write_text(reason)
+        sys.exit(1)
+
+
+@dataclass
+class Progress:
+    """Where a rank is, written down for whoever has to explain its death."""
+
+    path: Path | None = None
+    steps: int = 0
+    place: str = "its start"
+
+    def at(self, case: str, stage: str) -> None:
+        """Note that a stage begins."""
+        self.steps, self.place = self.steps + 1, f"{stage} of case {case}"
+        if self.path:
+            self.path.write_text(f"{self.steps} {self.place}")
+
+
+def _run_all(
+    folder: Path, problems: Iterable[Problem], rank: int, case_done: Callable[[str], None], progress: Progress
+) -> None:
     for problem in problems:
         start = time.perf_counter()
-        trace = run(problem, rank, torch.device("cpu"))
+        trace = run(problem, rank, torch.device("cpu"), progress)
         if trace is not None:
             trace.seconds = time.perf_counter() - start
             trace.save(folder)
@@ -76,16 +135,34 @@ def join_torchrun(folder: Path, problems: list[Problem]) -> int:
     """Run problems in the group that torchrun gave; rank 0 saves the traces. This process's rank."""
     torch.set_num_threads(1)
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group("gloo")
     rank = dist.get_rank()
-    _run_all(folder, problems, rank, lambda _: None)
+    _run_all(folder, problems, rank, lambda _: None, Progress())
     dist.destroy_process_group()
     return rank
 
 
-def run(problem: Problem, rank: int, device: torch.device) -> Trace | None:
-    """This rank's part of a problem; rank 0 gets everybody's and returns the trace."""
-    mine = _isolated(problem, rank, device) | _end_to_end(problem, rank, device)
+def run(problem: Problem, rank: int, device: torch.device, progress: Progress) -> Trace | None:
+    """This rank's part of a problem; rank 0 gets everybody's and returns the trace.
+
+    The layer runs on these inputs, on others, and on these again, with fresh memory full of NaN: what it keeps from a
+    step, or reads before writing, shows as a difference between the first run and the last.
+    """
+
+    def at(stage: str) -> None:
+        progress.at(problem.case.name, stage)
+
+    with poisoned_memory():
+        mine = _isolated(problem, rank, device, at)
+    at("the first step")
+    first = _end_to_end(problem, rank, device)
+    at("a step on other inputs")
+    _end_to_end(problem.another_step(), rank, device)
+    at("the first step, repeated")
+    with poisoned_memory():
+        again = _end_to_end(problem, rank, device)
+    mine |= again | {name.replace("e2e", "repeat", 1): differing_bits(a, again[name]) for name, a in first.items()}
+    at("gathering")
     everybody: list[Arrays] = [mine]
     if problem.case.ranks > 1:
         gathered: list[Arrays | None] = [None] * problem.case.ranks
@@ -98,12 +175,21 @@ def run(problem: Problem, rank: int, device: torch.device) -> Trace | None:
     return trace
 
 
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors are full of NaN, as PyTorch's deterministic mode fills them."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield  # torch.utils.deterministic.fill_uninitialized_memory is on by default
+    torch.use_deterministic_algorithms(before)
+
+
 def environment() -> dict[str, str]:
     """Versions and devices, for the report."""
     return {"torch": str(torch.__version__), "python": platform.python_version(), "platform": platform.platform()}
 
 
-def _isolated(problem: Problem, rank: int, device: torch.device) -> Arrays:
+def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[str], None]) -> Arrays:
     """Every stage fed the oracle's input, forward and backward."""
     case, out = problem.case, {}
     e = case.experts // case.ranks
@@ -127,6 +213,7 @@ def _isolated(problem: Problem, rank: int, device: torch.device) -> Arrays:
     ids, keep = put(problem.expert_id[rank]), put(problem.keep[rank])
     x_rows = np.repeat(problem.x.reshape(-1, case.width), case.top_k, axis=0)
 
+    at("route")
     x, router = put(problem.x[rank], grad=True), put(problem.router, grad=True)
     how = (case.top_k, case.score_function, case.renormalize, case.scale)
     own = routing.route(x, router, *how)
@@ -139,22 +226,27 @@ def _isolated(problem: Problem, rank: int, device: torch.device) -> Arrays:
     counts = replayed.counts_E
     stage("route", {"counts": counts})
 
+    at("group_by_expert")
     grouped = grouping.group_by_expert(x, ids)
-    (dx,) = torch.autograd.grad(grouped.x_ND, x, rows(problem.dx_rows, "grouped"))
+    (dx,) = torch.autograd.grad(grouped.x_ND, x, rows(problem.dx_rows, "grouped"), retain_graph=True)
     stage("group_by_expert", {"x": grouped.x_ND, "dx": dx})
 
+    at("exchange_counts")
     counts_Pe, splits = exchange.exchange_counts(counts)
     stage("exchange_counts", {"counts": counts_Pe})
 
+    at("send_tokens")
     x_sent, dx_received = rows(x_rows, "grouped", grad=True), rows(problem.dx_rows, "received")
     result = vjp(lambda x: exchange.send_tokens(x, splits), (x_sent,), dx_received)
     stage("send_tokens", dict(zip(("x", "dx"), result, strict=True)))
 
+    at("to_expert_major")
     x_received, dx_expert_major = rows(x_rows, "received", grad=True), rows(problem.dx_rows, "expert_major")
     major = layout.to_expert_major(x_received, counts_Pe, splits.total)
     (dx,) = torch.autograd.grad(major.x_RD, x_received, dx_expert_major)
     stage("to_expert_major", {"x": major.x_RD, "dx": dx})
 
+    at("apply_experts")
     weights = tuple(put(w[mine], grad=True) for w in problem.weights)
     result = vjp(
         lambda x, *w: experts.apply_experts(x, counts_Pe.sum(0), *w),
@@ -163,20 +255,32 @@ def _isolated(problem: Problem, rank: int, device: torch.device) -> Arrays:
     )
     stage("apply_experts", dict(zip(("y", "dx", "dw_gate", "dw_up", "dw_down"), result, strict=True)))
 
+    at("to_rank_major")
     y, dy = rows(problem.y, "expert_major", grad=True), rows(problem.dy, "received")
     result = vjp(lambda y: layout.to_rank_major(y, major.source_R, major.target_R), (y,), dy)
     stage("to_rank_major", dict(zip(("y", "dy"), result, strict=True)))
 
+    at("return_tokens")
     y, dy = rows(problem.y, "received", grad=True), rows(problem.dy, "grouped")
     result = vjp(lambda y: exchange.return_tokens(y, splits), (y,), dy)
     stage("return_tokens", dict(zip(("y", "dy"), result, strict=True)))
 
+    at("combine")
     result = vjp(
         lambda y, score: grouping.combine(y, score * keep, grouped.slot_TK, grouped.assignment_N),
         (rows(problem.y, "grouped", grad=True), put(problem.score[rank], grad=True)),
         put(problem.dout[rank]),
     )
     stage("combine", dict(zip(("out", "dy", "dscore"), result, strict=True)))
+
+    if case.top_k >= 3:
+        probe = rows(problem.order_probe()[0], "grouped")
+        order = grouping.combine(
+            probe, put(problem.keep[rank].astype(case.wide)), grouped.slot_TK, grouped.assignment_N
+        )
+        stage("combine", {"order": order})
+        probe = probe * put(problem.keep[rank]).reshape(-1)[grouped.assignment_N, None]
+        stage("group_by_expert", {"order": torch.autograd.grad(grouped.x_ND, x, probe)[0]})
     return out
 
 
@@ -240,4 +344,5 @@ def to_numpy(a: object) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    end_with_parent()
+    main(Path(sys.argv[1]), float(sys.argv[2]))

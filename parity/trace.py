@@ -75,6 +75,14 @@ class Trace:
         return trace
 
 
+def differing_bits(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How many elements of two arrays differ in any bit; all of them when the shapes differ."""
+    if a.shape != b.shape:
+        return np.array(max(a.size, b.size), np.int64)
+    width = f"u{a.itemsize}"
+    return np.array((a.view(width) != b.view(width)).sum() if a.ndim else int(a != b), np.int64)
+
+
 def load_folder(folder: Path) -> list[Trace]:
     """Every trace in a folder. Raises ValueError when there is none."""
     paths = sorted(folder.glob("*.safetensors"))
