@@ -53,12 +53,17 @@ def run(problem: Problem, how: str) -> Trace:
         first = jax.device_get(compiled(_end_to_end_inputs(problem), feeds))
         compiled(_end_to_end_inputs(problem.another_step()), feeds)
         arrays = jax.device_get(compiled(_end_to_end_inputs(problem), feeds))
-    summed = "e2e/route/drouter"  # the transpose of a replicated argument: the sum over ranks
-    trace.arrays = {name: [np.asarray(a)] if name == summed else list(np.asarray(a)) for name, a in arrays.items()}
+    trace.arrays = {name: _per_rank(name, a) for name, a in arrays.items()}
     for name in [name for name in arrays if name.startswith("e2e")]:
-        repeat = [differing_bits(a, b) for a, b in zip(np.asarray(first[name]), trace.arrays[name], strict=False)]
+        before, after = _per_rank(name, first[name]), trace.arrays[name]
+        repeat = [differing_bits(a, b) for a, b in zip(before, after, strict=True)]
         trace.arrays[name.replace("e2e", "repeat", 1)] = repeat
     return trace
+
+
+def _per_rank(name: str, a: jax.Array) -> list[np.ndarray]:
+    """One array per rank; the end-to-end router gradient, of a replicated argument, is one for all."""
+    return [np.asarray(a)] if name == "e2e/route/drouter" else list(np.asarray(a))
 
 
 def environment() -> dict[str, str]:
