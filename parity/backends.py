@@ -1,6 +1,7 @@
 """Run the problems in a folder in each framework, in processes of their own."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,13 @@ BACKENDS = ("torch", "jax")
 
 
 class BackendError(Exception):
-    """A framework is not installed, or its run ended with an error."""
+    """A framework is not installed, or its run ended with an error: whose, and in which stage, where that is known."""
+
+    def __init__(self, backend: str, message: str) -> None:
+        super().__init__(message)
+        self.backend = backend
+        place = re.search(r" in (\w+) of case ", message)
+        self.stage = place[1] if place else ""
 
 
 @dataclass
@@ -59,25 +66,29 @@ class Worker:
 
 
 def run(
-    folder: Path, backends: tuple[str, ...], jax_ranks: str, timeout: float, seconds: dict[str, float], cwd: Path
+    folder: Path, homes: dict[str, Path], n_cases: int, jax_ranks: str, timeout: float, seconds: dict[str, float]
 ) -> Generator[tuple[str, str]]:
-    """Start every backend at once and yield (backend, case) as each case's trace is written; fill in `seconds`.
+    """Start every backend at once, each from its home folder, and yield (backend, case) as each trace is written.
 
     JAX spends its time compiling, so it gets a process for each core, up to four. Whatever happens, no process is left.
+    Fills in `seconds` by backend.
 
     Raises BackendError with the cause of the first that failed.
     """
-    shares = {"torch": 1, "jax": min(4, os.cpu_count() or 1)}
+    jax_shares = min(4, os.cpu_count() or 1, n_cases)
+    arguments = {
+        "torch": [[str(timeout)]],
+        "jax": [[jax_ranks, str(share), str(jax_shares)] for share in range(jax_shares)],
+    }
     workers = [
         Worker(
             backend,
-            [sys.executable, "-m", f"parity.run_{backend}", str(folder)]
-            + ([jax_ranks, str(share), str(shares[backend])] if backend == "jax" else [str(timeout)]),
+            [sys.executable, "-m", f"parity.run_{backend}", str(folder), *more],
             folder / f"{backend}-{share}.stderr",
-            cwd,
+            home,
         )
-        for backend in backends
-        for share in range(shares[backend])
+        for backend, home in homes.items()
+        for share, more in enumerate(arguments[backend])
     ]
     done: Queue[tuple[str, str] | None] = Queue()
     try:
@@ -87,7 +98,7 @@ def run(
             yield from iter(done.get, None)
             for worker in workers:
                 if worker.error:
-                    raise BackendError(_explain(worker))
+                    raise BackendError(worker.backend, _explain(worker))
     finally:
         for worker in workers:
             worker.end()

@@ -189,6 +189,7 @@ def _presets() -> dict[str, Case]:
         "expert-bins": replace(base, capacity_per="expert", pattern="zipf", align=8),
         "at-bound": replace(one, capacity_factor="4"),
         "under-bound": replace(one, capacity_factor="15/4"),
+        "capacity-exact": replace(base, tokens=25, capacity_factor="1.2", pattern="zipf"),  # float32 says 16
         **{
             f"drop-{per}-{priority}": replace(heavy, capacity_per=per, priority=priority)
             for per in ("rank", "expert")

@@ -1,26 +1,24 @@
-"""`python -m parity`: check | compare."""
+"""`python -m parity`: check | compare | faults."""
 
 import os
-import shutil
 import sys
-import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from parity.backends import BACKENDS, BackendError, run
+from parity import faults
+from parity.backends import BACKENDS, BackendError
+from parity.blame import blame
 from parity.case import PRESETS, Case
-from parity.compare import Check, compare
+from parity.compare import compare
+from parity.engine import Outcome, progress, run_cases
 from parity.inputs import case_from_trace, draw
-from parity.report.terminal import print_report
+from parity.report.terminal import Found, describe, fault_table, print_report
 from parity.trace import Trace, load_folder
 
 MATCH, MISMATCH, USAGE, BACKEND, NOTHING, INTERRUPTED = 0, 1, 2, 3, 5, 130
@@ -69,6 +67,21 @@ class CheckCommand:
     """Keep the traces in this folder, for `python -m parity compare`."""
     json: bool = False
     """Print one JSON object per comparison."""
+    fault: str | None = None
+    """Plant this fault (see `python -m parity faults`)."""
+
+
+@dataclass
+class FaultsCommand:
+    """List the planted faults, or run them: is each caught, and blamed on the right side and stage?
+
+    Exit code with --run: 0 when all were caught and blamed, 1 otherwise.
+    """
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Which; all when none is named."""
+    run: bool = False
+    """Plant each and check."""
 
 
 @dataclass
@@ -87,13 +100,15 @@ class CompareCommand:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run it, and exit with its code."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"check": CheckCommand, "compare": CompareCommand},
+        {"check": CheckCommand, "compare": CompareCommand, "faults": FaultsCommand},
         args=argv,
         prog="python -m parity",
         description="Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?",
     )
     try:
-        code = check(command) if isinstance(command, CheckCommand) else compare_folders(command)
+        code = {CheckCommand: check, CompareCommand: compare_folders, FaultsCommand: list_faults}[type(command)](
+            command
+        )
     except ValueError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
         sys.exit(USAGE)
@@ -130,47 +145,50 @@ def check(command: CheckCommand) -> int:
     """Run `check`; its exit code."""
     cases = chosen_cases(command)
     backends = BACKENDS if command.backend == "both" else (command.backend,)
+    fault = faults.find(command.fault) if command.fault else None
+    if fault and fault.side not in backends:
+        raise ValueError(f"{fault.name} is a fault of {fault.side}, which --backend {command.backend} does not run")
     group_size = torchrun_size() if "torch" in backends else None
     if group_size is not None:
+        if fault and fault.side == "torch":
+            raise ValueError(f"{fault.name} cannot be planted under torchrun: start without it")
         cases = of_group(cases, group_size, picked=bool(command.presets))
-    parts: dict[str, float] = {}
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress() as bar, ExitStack() as cleanup:
-        folder = Path(temporary)
-        problems = {case.name: draw(case) for case in bar.track(cases, description="oracle")}
-        for name, problem in problems.items():
-            problem.save(folder / f"{name}.problem")
-        parts["oracle"] = time.perf_counter() - begin
-        separate = backends
-        if group_size is not None:
-            from parity.run_torch import join_torchrun
+    outcome = run_cases(
+        cases, backends, jax_ranks=command.jax_ranks, timeout=command.timeout, fault=fault,
+        in_torchrun=group_size is not None, save=command.save,
+    )  # fmt: skip
+    return MATCH if outcome is None else report(outcome, command.json, command.fault or "")
 
-            if join_torchrun(folder, list(problems.values())) != 0:
-                return MATCH  # rank 0 has everybody's arrays and goes on alone
-            separate = tuple(b for b in backends if b != "torch")
-        tasks = {backend: bar.add_task(backend, total=len(cases)) for backend in backends}
-        traces: dict[str, list[Trace]] = {case.name: [] for case in cases}
-        found: dict[str, list[Check]] = {}
-        seconds: dict[str, float] = {}
-        comparing = 0.0
-        running = run(folder, separate, command.jax_ranks, command.timeout, seconds, Path.cwd())
-        cleanup.callback(running.close)
-        joined = [("torch", case.name) for case in cases if group_size is not None]
-        for backend, name in chain(joined, running):
-            bar.advance(tasks[backend])
-            traces[name].append(Trace.load(folder / f"{name}.{backend}.safetensors"))
-            if len(traces[name]) == len(backends):
-                start = time.perf_counter()
-                traces[name].sort(key=lambda trace: BACKENDS.index(trace.backend))
-                found[name] = list(compare(problems[name], traces[name]))
-                comparing += time.perf_counter() - start
-        parts |= seconds | {"compare": comparing, "in all": time.perf_counter() - begin}
-        if command.save:
-            command.save.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob("*.safetensors"):
-                shutil.copy(path, command.save)
-    checks = {case.name: found[case.name] for case in cases if case.name in found}
-    return report(checks, traces, parts, command.json)
+
+def list_faults(command: FaultsCommand) -> int:
+    """Run `faults`; its exit code."""
+    chosen = [faults.find(name) for name in command.names or faults.FAULTS]
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    if not command.run:
+        console.print(fault_table([(fault, None) for fault in chosen]))
+        return MATCH
+    tried = []
+    with progress() as bar:
+        for fault in bar.track(chosen, description="faults"):
+            tried.append((fault, try_fault(fault)))
+    console.print(fault_table(tried))
+    caught = sum(found.caught for _, found in tried)
+    blamed = sum(found.side == fault.side and found.stage == fault.stage for fault, found in tried)
+    console.print(f"caught {caught} of {len(tried)}, blamed {blamed} of {len(tried)}")
+    return MATCH if caught == blamed == len(tried) else MISMATCH
+
+
+def try_fault(fault: faults.Fault) -> Found:
+    """Plant a fault, run its preset on its side only, and say who was blamed."""
+    try:
+        outcome = run_cases([PRESETS[fault.preset]], (fault.side,), fault=fault, timeout=10)
+    except BackendError as error:
+        return Found(True, error.backend, error.stage, "the run ended: " + str(error))
+    assert outcome is not None
+    verdict = blame(outcome.checks[fault.preset])
+    if verdict is None:
+        return Found(False, "", "", "")
+    return Found(True, " and ".join(verdict.sides), verdict.stage, describe(verdict.check))
 
 
 def torchrun_size() -> int | None:
@@ -208,40 +226,27 @@ def compare_folders(command: CompareCommand) -> int:
                 f"{name} has traces of {[t.backend for t in found]} only: give a folder of the other side too"
             )
         cases[name] = found[0].case
-    start = time.perf_counter()
+    outcome, start = Outcome(traces=traces), time.perf_counter()
     with progress() as bar:
-        checks = {
-            name: list(compare(draw(case), traces[name]))
-            for name, case in bar.track(cases.items(), description="compare")
-        }
-    return report(checks, traces, {"compare": time.perf_counter() - start}, command.json)
+        for name, case in bar.track(cases.items(), description="compare"):
+            outcome.checks[name] = list(compare(draw(case), traces[name]))
+    outcome.seconds["compare"] = time.perf_counter() - start
+    return report(outcome, command.json)
 
 
-def report(
-    checks: dict[str, list[Check]],
-    traces: dict[str, list[Trace]],
-    parts: dict[str, float],
-    as_json: bool,
-) -> int:
+def report(outcome: Outcome, as_json: bool, planted: str = "") -> int:
     """Print what was found; the exit code."""
+    checks = outcome.checks
     everything = [c for found in checks.values() for c in found]
     if as_json:
         for c in everything:
             print(msgspec.json.encode(c).decode())
     else:
-        seconds = {name: sum(trace.seconds for trace in found) for name, found in traces.items()}
         console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-        print_report(console, checks, traces, seconds, parts)
+        print_report(console, checks, outcome.traces, outcome.seconds, planted)
     if any(not c.ok for c in everything):
         return MISMATCH
-    if checks.keys() != traces.keys() or not all(sum(c.rows for c in found) for found in checks.values()):
+    if checks.keys() != outcome.traces.keys() or not all(sum(c.rows for c in found) for found in checks.values()):
         Console(stderr=True).print("nothing was compared in some case: no rows", style="red")
         return NOTHING
     return MATCH
-
-
-def progress() -> Progress:
-    """Bars on standard error, gone when done."""
-    columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

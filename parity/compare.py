@@ -48,6 +48,7 @@ class Check(msgspec.Struct, omit_defaults=True):
     got: float | None = None
     expected: float | None = None
     where: Where | None = None
+    common: list[str] = []  # what the failing rows, and not all rows, have in common
     note: str = ""
 
 
@@ -388,13 +389,48 @@ def _judge(
     flat = int(np.argmax(ratio))
     at = tuple(int(i) for i in np.unravel_index(flat, ratio.shape))
     check.worst = float(ratio[at])
-    bad = ratio > 1 if allowed is not None else ratio > 0
+    bad = np.asarray(ratio > 1 if allowed is not None else ratio > 0)
     check.failing = int(bad.reshape(-1, ratio.shape[-1] if ratio.ndim > 1 else 1).any(axis=-1).sum())
     check.ok = check.failing == 0
     check.error, check.got, check.expected = float(error[at]), float(got[at]), float(expected[at])
     check.allowed = 0.0 if allowed is None else float(allowed[present][at])
     check.where = _where(problem, want, have, int(np.flatnonzero(present)[at[0]]), at)
+    if check.failing and ratio.ndim > 1:
+        check.common = _in_common(problem, want, have, np.flatnonzero(present), np.asarray(bad.any(axis=-1)))
     return check
+
+
+def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array, bad: Array) -> list[str]:
+    """Properties that all failing rows share and some other row lacks: "all have expert 5"."""
+    case = problem.case
+    properties: dict[str, Array] = {}
+    if want.kind == "rows":
+        assert have.slots is not None
+        assert have.holders is not None
+        source, token, k = np.unravel_index(present, (case.ranks, max(case.tokens, 1), case.top_k))
+        expert = problem.expert_id[source, token, k]
+        properties = {"source rank": source, "token": token, "k": k, "expert": expert}
+        properties |= {"rank": have.holders[present], "slot": have.slots[present]}
+        properties["local expert"] = expert % (case.experts // case.ranks)
+        properties["slot in its bin"] = have.slots[present] % case.capacity
+    elif want.kind == "expert":
+        rows = np.bincount(problem.expert_id[problem.keep], minlength=case.experts)
+        properties = {"expert": present, "rank": present // (case.experts // case.ranks)}
+        properties |= {"rows for their expert": rows[present]}
+        properties = {name: np.broadcast_to(a[:, None], bad.shape) for name, a in properties.items()}
+    elif want.kind == "rank" and want.values.ndim == 3:
+        properties = {"source rank": present[:, None], "token": np.arange(bad.shape[-1])[None, :]}
+        dropped = (~problem.keep).sum(axis=-1)
+        if dropped.any() and dropped.shape == bad.shape:
+            properties["assignments dropped"] = dropped
+        properties = {name: np.broadcast_to(a, bad.shape) for name, a in properties.items()}
+    shared = []
+    for name, a in properties.items():
+        values = np.unique(a[bad])
+        if values.size == 1 and np.unique(a).size > 1:
+            only = " and no others" if (bad == (a == values[0])).all() else ""
+            shared.append(f"all have {name} {values[0]}{only}")
+    return shared
 
 
 def _where(problem: Problem, want: Expected, have: Canonical, first: int, at: tuple[int, ...]) -> Where:

@@ -1,13 +1,15 @@
 """A table for people."""
 
 import math
-from collections.abc import Sequence
+from typing import NamedTuple
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from parity.blame import blame
 from parity.compare import Check, Where
+from parity.faults import Fault
 from parity.trace import STAGES, Trace
 
 SHORT = {
@@ -23,8 +25,8 @@ SHORT = {
 }
 
 
-def table(checks: dict[str, list[Check]], traces: dict[str, list[Trace]], seconds: dict[str, float]) -> Table:
-    """One line per case: its shape, the nine stages fed the oracle's input, the whole layer, and the closest call."""
+def table(checks: dict[str, list[Check]], traces: dict[str, list[Trace]]) -> Table:
+    """One line per case: its shape, the nine stages on their own, the whole layer, and the closest call."""
     result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("case", "P", "T", "E", "K", "dtype", "C", "dropped", "stages 1-9", "layer", "closest", "s"):
         right = column in ("P", "T", "E", "K", "C", "dropped", "closest", "s")
@@ -33,10 +35,11 @@ def table(checks: dict[str, list[Check]], traces: dict[str, list[Trace]], second
         case = traces[name][0].case
         strip = Text.assemble(*(_mark(c for c in found if c.mode == "isolated" and c.stage == s) for s in STAGES))
         end_to_end = _mark(c for c in found if c.mode == "e2e")
+        seconds = sum(trace.seconds for trace in traces[name])
         closest = max((c.worst for c in found if not c.bitwise), default=math.nan)
         result.add_row(
             name, str(case.ranks), str(case.tokens), str(case.experts), str(case.top_k), case.dtype, str(case.capacity),
-            _dropped(traces[name]), strip, Text.assemble(end_to_end), f"{closest:.2f}", f"{seconds[name]:.1f}",
+            _dropped(traces[name]), strip, Text.assemble(end_to_end), f"{closest:.2f}", f"{seconds:.1f}",
         )  # fmt: skip
     return result
 
@@ -54,26 +57,41 @@ def _mark(found) -> tuple[str, str]:
     return ("\N{CHECK MARK}", "green") if all(c.ok for c in found) else ("\N{BALLOT X}", "bold red")
 
 
-def failures(checks: Sequence[Check], traces: dict[str, list[Trace]]) -> Group:
-    """For each case that failed: the first stage to diverge, the worst row, and the command that repeats it."""
-    lines = []
-    for name in dict.fromkeys(c.case for c in checks if not c.ok):
-        bad = [c for c in checks if c.case == name and not c.ok]
-        first = min(bad, key=lambda c: (c.mode != "isolated", STAGES.index(c.stage), c.right != "oracle"))
-        lines.append(Text(f"\n{name}: {SHORT[first.stage]} is the first to differ ({len(bad)} arrays do)", "bold red"))
-        lines += [Text(f"  {describe(c)}") for c in [first, *[c for c in bad if c is not first]][:6]]
-        lines.append(Text(f"  repeat: {traces[name][0].case.command()}", "cyan"))
+def failures(checks: dict[str, list[Check]], traces: dict[str, list[Trace]], planted: str) -> Group:
+    """For each case that failed: who is wrong, at which stage first, the worst row, and the command that repeats it."""
+    lines: list[Text] = []
+    for name, found in checks.items():
+        verdict = blame(found)
+        if verdict is None:
+            continue
+        check = verdict.check
+        both = len(verdict.sides) > 1
+        who = "both sides differ from the oracle" if both else f"{verdict.sides[0]} is wrong"
+        how = "fed the oracle's input" if check.mode == "isolated" else "in the whole layer"
+        lines.append(Text(f"\n{name}: {who} at stage {SHORT[verdict.stage]}, {verdict.direction}, {how}", "bold red"))
+        lines.append(Text(f"  {describe(check)}"))
+        lines += [Text(f"  failing rows: {shared}") for shared in check.common]
+        lines.append(Text(f"  look at:  {verdict.function}"))
+        lines.append(Text(f"  in all:   {verdict.arrays} comparisons differ"))
+        side = f" --backend {verdict.sides[0]}" if not both and len(traces[name]) > 1 else ""
+        fault = f" --fault {planted}" if planted else ""
+        lines.append(Text(f"  repeat:   {traces[name][0].case.command()}{side}{fault}", "cyan"))
     return Group(*lines)
 
 
 def describe(check: Check) -> str:
-    """One failing array in one line."""
-    what = f"{check.mode} {check.stage}.{check.value}, {check.left} against {check.right}"
+    """One failing array: what, worst row by identity, the values, and the tolerance that would have been needed."""
+    what = f"{check.value} against {check.right}"
     if check.where is None:
         return f"{what}: {check.note}"
-    numbers = f"{check.got!r} for {check.expected!r}"
-    allowed = "must be equal bit for bit" if check.bitwise else f"off by {check.error:.3g}, allowed {check.allowed:.3g}"
-    return f"{what}: {check.failing} of {check.rows} rows; worst at {place(check.where)}: {numbers}, {allowed}"
+    if check.mode == "repeat":
+        return f"{what}: {check.got:.0f} numbers differ between two runs on the same input"
+    where = f"{check.failing} of {check.rows} rows; worst: {place(check.where)}"
+    numbers = f"{check.got!r} instead of {check.expected!r}"
+    if check.bitwise:
+        return f"{what}: {where}\n  {numbers}; must be equal bit for bit"
+    times = f"{check.error / check.allowed:.3g} times that" if check.allowed else "none at all"
+    return f"{what}: {where}\n  {numbers}; off by {check.error:.3g}, allowed {check.allowed:.3g}: would need {times}"
 
 
 def place(where: Where) -> str:
@@ -87,15 +105,15 @@ def print_report(
     console: Console,
     checks: dict[str, list[Check]],
     traces: dict[str, list[Trace]],
-    seconds: dict[str, float],
     parts: dict[str, float],
+    planted: str = "",
 ) -> None:
     """The table, the failures, one line of summary and where the time went."""
     everything = [c for found in checks.values() for c in found]
-    console.print(table(checks, traces, seconds))
+    console.print(table(checks, traces))
     bad = [c for c in everything if not c.ok]
     if bad:
-        console.print(failures(everything, traces))
+        console.print(failures(checks, traces, planted))
     rows, bitwise = sum(c.rows for c in everything), sum(c.rows for c in everything if c.bitwise)
     console.print(
         f"\n{len(checks)} cases, {len(everything)} comparisons, {rows:,} rows: {bitwise:,} bit for bit, "
@@ -105,3 +123,31 @@ def print_report(
     failed = sorted({c.case for c in bad})
     verdict = f"MISMATCH in {len(failed)} of {len(checks)} cases: {', '.join(failed)}" if bad else "match"
     console.print(Text(verdict, "bold red" if bad else "bold green"))
+
+
+class Found(NamedTuple):
+    """What came of planting a fault."""
+
+    caught: bool
+    side: str
+    stage: str
+    how: str
+
+
+def fault_table(faults: list[tuple[Fault, Found | None]]) -> Table:
+    """The planted faults, and where they were run: caught, and blamed on the right side and stage?"""
+    ran = any(found for _, found in faults)
+    result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("fault", "stage", "preset", *(("caught", "blamed") if ran else ("what it does",))):
+        result.add_column(column, no_wrap=column != "what it does")
+    for fault, found in faults:
+        if found is None:
+            result.add_row(fault.name, SHORT[fault.stage], fault.preset, fault.sentence)
+            continue
+        right = (found.side, found.stage) == (fault.side, fault.stage)
+        blamed = Text("right", "green") if right else Text(f"WRONG: {found.side} {found.stage}", "bold red")
+        result.add_row(
+            fault.name, SHORT[fault.stage], fault.preset,
+            Text("yes", "green") if found.caught else Text("NO", "bold red"), blamed,
+        )  # fmt: skip
+    return result
