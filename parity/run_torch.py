@@ -26,6 +26,7 @@ from parity.trace import Trace, differing_bits
 from torch_impl import exchange, experts, grouping, layer, layout, routing
 
 Arrays = dict[str, np.ndarray]
+START_UP = 60.0  # seconds more, for ranks to find each other on a machine that is busy
 
 
 def main(folder: Path, timeout: float) -> None:
@@ -45,7 +46,7 @@ def main(folder: Path, timeout: float) -> None:
 
 def _wait_for_all(group: Sequence[BaseProcess], folder: Path, timeout: float) -> None:
     """Wait until every rank is done. When one dies or hangs, the others would wait for ever, so all are ended."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout + START_UP
     last = [""] * len(group)
     while any(process.exitcode is None for process in group):
         wait([process.sentinel for process in group if process.exitcode is None], timeout=0.2)
