@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -167,13 +168,12 @@ def list_faults(command: FaultsCommand) -> int:
     if not command.run:
         console.print(fault_table([(fault, None) for fault in chosen]))
         return MATCH
-    tried = []
-    with progress() as bar:
-        for fault in bar.track(chosen, description="faults"):
-            tried.append((fault, try_fault(fault)))
+    with progress() as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = bar.track(pool.map(try_fault, chosen), total=len(chosen), description="faults")
+        tried = list(zip(chosen, found, strict=True))
     console.print(fault_table(tried))
-    caught = sum(found.caught for _, found in tried)
-    blamed = sum(found.side == fault.side and found.stage == fault.stage for fault, found in tried)
+    caught = sum(result.caught for _, result in tried)
+    blamed = sum((result.side, result.stage) == (fault.side, fault.stage) for fault, result in tried)
     console.print(f"caught {caught} of {len(tried)}, blamed {blamed} of {len(tried)}")
     return MATCH if caught == blamed == len(tried) else MISMATCH
 
@@ -181,7 +181,7 @@ def list_faults(command: FaultsCommand) -> int:
 def try_fault(fault: faults.Fault) -> Found:
     """Plant a fault, run its preset on its side only, and say who was blamed."""
     try:
-        outcome = run_cases([PRESETS[fault.preset]], (fault.side,), fault=fault, timeout=10)
+        outcome = run_cases([PRESETS[fault.preset]], (fault.side,), fault=fault, timeout=10, show_progress=False)
     except BackendError as error:
         return Found(True, error.backend, error.stage, "the run ended: " + str(error))
     assert outcome is not None

@@ -76,7 +76,7 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
     """The oracle's word on every array of a trace, by strategy: only the counts differ, where something was dropped."""
     case, D = problem.case, problem.case.width
     x, router, w, dout = exact_inputs(problem)
-    ids, keep, P = problem.expert_id, problem.keep, problem.case.ranks
+    ids, keep = problem.expert_id, problem.keep
     score, y, dscore, dy, dx_rows = (
         getattr(problem, n).astype(np.float64) for n in ("score", "y", "dscore", "dy", "dx_rows")
     )
@@ -97,8 +97,7 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
         return Expected("rank", values, None, "int")
 
     x_rows = np.repeat(x[:, :, None], case.top_k, axis=2)
-    everything = reference.count(case, ids, np.ones_like(keep))
-    kept = reference.count(case, ids, keep)
+    everything, kept = (reference.sent(case, ids, keep, strategy) for strategy in ("dynamic", "static"))
 
     def backward_of_route(numbers):
         return reference.route_backward(case, x, router, ids, dscore, numbers)
@@ -173,8 +172,7 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
         expected |= {f"isolated/{stage}/order": in_order for stage in ("group_by_expert", "combine")}
 
     def exchanged(sent_PE: Array) -> dict[str, Expected]:
-        # counts[q][p, j]: what rank p sends to local expert j of rank q
-        counts = counted(sent_PE.reshape(P, P, -1).transpose(1, 0, 2))
+        counts = counted(reference.received(case, sent_PE))
         return {f"{mode}/exchange_counts/counts": counts for mode in ("isolated", "e2e")}
 
     dropped = {

@@ -38,6 +38,7 @@ def run_cases(
     fault: Fault | None = None,
     in_torchrun: bool = False,
     save: Path | None = None,
+    show_progress: bool = True,
 ) -> Outcome | None:
     """Draw every case, run the backends at once in processes of their own, compare as their traces come in.
 
@@ -46,7 +47,7 @@ def run_cases(
     Raises BackendError when a framework is missing or its run ends in error.
     """
     outcome, begin, comparing = Outcome(traces={case.name: [] for case in cases}), time.perf_counter(), 0.0
-    with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress() as bar:
+    with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress(show_progress) as bar:
         folder = Path(temporary)
         problems = {case.name: draw(case) for case in bar.track(cases, description="oracle")}
         for name, problem in problems.items():
@@ -81,8 +82,8 @@ def run_cases(
     return outcome
 
 
-def progress() -> Progress:
-    """Bars on standard error, gone when done."""
+def progress(show: bool = True) -> Progress:
+    """Bars on standard error, where that is a terminal; gone when done."""
     columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal))

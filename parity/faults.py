@@ -199,8 +199,8 @@ _JAX = [
     ("score-gradient-missing", "combine", "Scores get no gradient.", "grouping.py",
      "jnp.stack(dscore_TK, axis=1).astype(score_TK.dtype)", "jnp.zeros_like(score_TK)", "zipf"),
     ("renormalise-after-drops", "combine", "Scores are renormalised over what was kept.", "grouping.py",
-     "    return weighted_sum(y_BCD, score_TK, slot_TK, assignment_BC)",
-     "    kept_TK = score_TK * (slot_TK < assignment_BC.size)\n"
+     "its score's gradient is zero.\n    \"\"\"\n    return weighted_sum(y_BCD, score_TK, slot_TK, assignment_BC)",
+     "its score's gradient is zero.\n    \"\"\"\n    kept_TK = score_TK * (slot_TK < assignment_BC.size)\n"
      "    kept_TK = kept_TK * score_TK.sum(1, keepdims=True) / (kept_TK.sum(1, keepdims=True) + 1e-20)\n"
      "    return weighted_sum(y_BCD, kept_TK, slot_TK, assignment_BC)", "drop-rank-token"),
 ]  # fmt: skip

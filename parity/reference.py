@@ -140,6 +140,16 @@ def count(case: Case, id_PTK: Array, keep_PTK: Array) -> Array:
     return counts_PE
 
 
+def sent(case: Case, id_PTK: Array, keep_PTK: Array, strategy: str) -> Array:
+    """Rows that each rank sends to each expert, [P, E]: all of them, or what a static capacity keeps."""
+    return count(case, id_PTK, keep_PTK if strategy == "static" else np.ones_like(keep_PTK))
+
+
+def received(case: Case, sent_PE: Array) -> Array:
+    """The same on the receiver, [P, P, e]: received[q, p, j] rows from rank p for local expert j of rank q."""
+    return sent_PE.reshape(case.ranks, case.ranks, -1).transpose(1, 0, 2)
+
+
 def silu(a: Array) -> Array:
     """a * sigmoid(a)."""
     return a / (1 + np.exp(-a))

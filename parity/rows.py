@@ -51,6 +51,31 @@ def row_tables(case: Case, expert_id: Array, keep: Array, strategy: Strategy) ->
     }
 
 
+def indices(case: Case, table: Table, rank: int) -> dict[str, Array]:
+    """The index arrays of a rank as the oracle has them; past the end, at the number of rows, for what is not there.
+
+    slot [T, K]: the grouped row of each assignment. assignment: what each grouped row holds. source, target: the
+    received row of each expert-major row, and the other way round.
+    """
+    N = case.tokens * case.top_k
+    grouped, received, major = (table[order][rank] for order in ("grouped", "received", "expert_major"))
+    own = np.where(grouped == PADDING, N, grouped - rank * N)
+    slot = np.full(N + 1, grouped.size)
+    slot[own] = np.arange(grouped.size)
+    return {
+        "slot": slot[:N].reshape(case.tokens, case.top_k),
+        "assignment": own,
+        "source": positions(major, received),
+        "target": positions(received, major),
+    }
+
+
+def positions(rows: Array, among: Array) -> Array:
+    """Where each row lies among others; their number for padding."""
+    place = {int(row): slot for slot, row in enumerate(among) if row != PADDING}
+    return np.array([place.get(int(row), among.size) for row in rows], np.int64)
+
+
 def joined(segments: Iterable[list[int]]) -> list[int]:
     """The segments, one after the other."""
     return list(chain.from_iterable(segments))

@@ -15,10 +15,11 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jax_impl import exchange, experts, grouping, layer, layout, routing
 from jax_impl.grouping import Capacity, plan_capacity
+from parity import reference
 from parity.backends import end_with_parent
 from parity.case import Case
 from parity.inputs import Problem
-from parity.rows import lay_out, row_tables
+from parity.rows import indices, lay_out, row_tables
 from parity.trace import Trace, differing_bits
 
 AXIS = "ranks"
@@ -206,6 +207,10 @@ def _feeds(problem: Problem) -> Arrays:
     feeds = {n: np.stack(lay_out(rows[of], table[where], fill)) for n, (of, where, fill) in _FEEDS.items()}
     feeds |= {n: getattr(problem, n) for n in ("x", "expert_id", "score", "dscore", "dout")}
     feeds |= {n: w.reshape(P, -1, *w.shape[1:]) for n, w in problem.weights._asdict().items()}
+    sent_PE = reference.sent(case, problem.expert_id, problem.keep, "static")
+    feeds |= {"sent_E": sent_PE.astype(np.int32), "counts_Pe": reference.received(case, sent_PE).astype(np.int32)}
+    index = [indices(case, table, rank) for rank in range(P)]
+    feeds |= {name: np.stack([i[name] for i in index]).astype(np.int32) for name in index[0]}
     feeds["router"] = np.broadcast_to(problem.router, (P, *problem.router.shape))
     return {n: jnp.asarray(a) for n, a in feeds.items()}
 
@@ -234,24 +239,18 @@ def _isolated(case: Case, capacity: Capacity, axis: str | None, feeds: Arrays) -
     drouter = drouter if axis is None else jax.lax.psum(drouter, axis)
     stage("route", expert_id=own.expert_id_TK, score=chosen, counts=counts, dx=dx, drouter=drouter)
 
-    def group(x):
-        grouped = grouping.group_by_expert(x, ids, score, counts, capacity)
-        return grouped.x_BCD, grouped
-
-    x_BCD, group_vjp, grouped = jax.vjp(group, x, has_aux=True)
+    x_BCD, group_vjp = jax.vjp(lambda x: grouping.group_by_expert(x, ids, score, counts, capacity).x_BCD, x)
     stage("group_by_expert", x=_rows(x_BCD), dx=group_vjp(in_bins["dx_grouped"])[0])
 
-    counts_Pe = exchange.exchange_counts(grouped.kept_E, axis)
-    stage("exchange_counts", counts=counts_Pe)
+    stage("exchange_counts", counts=exchange.exchange_counts(feeds["sent_E"], axis))
+    counts_Pe, slot = feeds["counts_Pe"], feeds["slot"]
+    assignment, target = (feeds[n].reshape(bins[:2]) for n in ("assignment", "target"))
+    source = feeds["source"].reshape(major["y_expert_major"].shape[:-1])
 
     x_BCD, vjp = jax.vjp(lambda x: exchange.send_tokens(x, axis), in_bins["x_grouped"])
     stage("send_tokens", x=_rows(x_BCD), dx=_rows(vjp(in_bins["dx_received"])[0]))
 
-    def expert_major(x):
-        result = layout.to_expert_major(x, counts_Pe)
-        return result.x_SD, result
-
-    x_SD, vjp, how_sorted = jax.vjp(expert_major, in_bins["x_received"], has_aux=True)
+    x_SD, vjp = jax.vjp(lambda x: layout.to_expert_major(x, counts_Pe).x_SD, in_bins["x_received"])
     stage("to_expert_major", x=_rows(x_SD), dx=_rows(vjp(major["dx_expert_major"])[0]))
 
     weights = tuple(feeds[n] for n in ("w_gate", "w_up", "w_down"))
@@ -261,23 +260,19 @@ def _isolated(case: Case, capacity: Capacity, axis: str | None, feeds: Arrays) -
     dx, dw_gate, dw_up, dw_down = vjp(major["dy_expert_major"])
     stage("apply_experts", y=_rows(y_SD), dx=_rows(dx), dw_gate=dw_gate, dw_up=dw_up, dw_down=dw_down)
 
-    y_BCD, vjp = jax.vjp(
-        lambda y: layout.to_rank_major(y, how_sorted.source_S, how_sorted.target_BC), major["y_expert_major"]
-    )
+    y_BCD, vjp = jax.vjp(lambda y: layout.to_rank_major(y, source, target), major["y_expert_major"])
     stage("to_rank_major", y=_rows(y_BCD), dy=_rows(vjp(in_bins["dy_received"])[0]))
 
     y_BCD, vjp = jax.vjp(lambda y: exchange.return_tokens(y, axis), in_bins["y_received"])
     stage("return_tokens", y=_rows(y_BCD), dy=_rows(vjp(in_bins["dy_grouped"])[0]))
 
-    out_TD, vjp = jax.vjp(
-        lambda y, score: grouping.combine(y, score, grouped.slot_TK, grouped.assignment_BC), in_bins["y_grouped"], score
-    )
+    out_TD, vjp = jax.vjp(lambda y, score: grouping.combine(y, score, slot, assignment), in_bins["y_grouped"], score)
     dy, dscore = vjp(feeds["dout"])
     stage("combine", out=out_TD, dy=_rows(dy), dscore=dscore)
 
     if case.top_k >= 3:
         ones = jnp.ones_like(score)
-        order = grouping.combine(in_bins["order_grouped"], ones, grouped.slot_TK, grouped.assignment_BC)
+        order = grouping.combine(in_bins["order_grouped"], ones, slot, assignment)
         stage("combine", order=order)
         stage("group_by_expert", order=group_vjp(in_bins["order_grouped"])[0])
     return out

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from parity import reference
 from parity.backends import end_with_parent
 from parity.inputs import Problem
-from parity.rows import lay_out, row_tables
+from parity.rows import indices, lay_out, row_tables
 from parity.trace import Trace, differing_bits
 from torch_impl import exchange, experts, grouping, layer, layout, routing
 
@@ -196,6 +197,8 @@ def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[s
     e = case.experts // case.ranks
     mine = slice(rank * e, (rank + 1) * e)
     table = row_tables(case, problem.expert_id, problem.keep, "dynamic")
+    sent_PE = reference.sent(case, problem.expert_id, problem.keep, "dynamic")
+    received_Pe = reference.received(case, sent_PE)[rank]
 
     def put(a: np.ndarray, *, grad: bool = False) -> torch.Tensor:
         return to_torch(a).to(device).requires_grad_(grad)
@@ -233,8 +236,11 @@ def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[s
     stage("group_by_expert", {"x": grouped.x_ND, "dx": dx})
 
     at("exchange_counts")
-    counts_Pe, splits = exchange.exchange_counts(counts)
-    stage("exchange_counts", {"counts": counts_Pe})
+    stage("exchange_counts", {"counts": exchange.exchange_counts(put(sent_PE[rank]))[0]})
+    index = {name: put(a) for name, a in indices(case, table, rank).items()}
+    counts_Pe = put(received_Pe)
+    send_P = sent_PE[rank].reshape(case.ranks, -1).sum(axis=1).tolist()
+    splits = exchange.Splits(send_P, received_Pe.sum(axis=1).tolist(), int(received_Pe.sum()))
 
     at("send_tokens")
     x_sent, dx_received = rows(x_rows, "grouped", grad=True), rows(problem.dx_rows, "received")
@@ -258,7 +264,7 @@ def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[s
 
     at("to_rank_major")
     y, dy = rows(problem.y, "expert_major", grad=True), rows(problem.dy, "received")
-    result = vjp(lambda y: layout.to_rank_major(y, major.source_R, major.target_R), (y,), dy)
+    result = vjp(lambda y: layout.to_rank_major(y, index["source"], index["target"]), (y,), dy)
     stage("to_rank_major", dict(zip(("y", "dy"), result, strict=True)))
 
     at("return_tokens")
@@ -268,7 +274,7 @@ def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[s
 
     at("combine")
     result = vjp(
-        lambda y, score: grouping.combine(y, score * keep, grouped.slot_TK, grouped.assignment_N),
+        lambda y, score: grouping.combine(y, score * keep, index["slot"], index["assignment"]),
         (rows(problem.y, "grouped", grad=True), put(problem.score[rank], grad=True)),
         put(problem.dout[rank]),
     )
@@ -276,11 +282,10 @@ def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[s
 
     if case.top_k >= 3:
         probe = rows(problem.order_probe()[0], "grouped")
-        order = grouping.combine(
-            probe, put(problem.keep[rank].astype(case.wide)), grouped.slot_TK, grouped.assignment_N
-        )
+        weight = put(problem.keep[rank].astype(case.wide))
+        order = grouping.combine(probe, weight, index["slot"], index["assignment"])
         stage("combine", {"order": order})
-        probe = probe * put(problem.keep[rank]).reshape(-1)[grouped.assignment_N, None]
+        probe = probe * put(problem.keep[rank]).reshape(-1)[index["assignment"], None]
         stage("group_by_expert", {"order": torch.autograd.grad(grouped.x_ND, x, probe)[0]})
     return out
 

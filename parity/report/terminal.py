@@ -37,9 +37,10 @@ def table(checks: dict[str, list[Check]], traces: dict[str, list[Trace]]) -> Tab
         end_to_end = _mark(c for c in found if c.mode == "e2e")
         seconds = sum(trace.seconds for trace in traces[name])
         closest = max((c.worst for c in found if not c.bitwise), default=math.nan)
+        shown = f"{closest:.2f}" if closest < 1000 else ">999"
         result.add_row(
             name, str(case.ranks), str(case.tokens), str(case.experts), str(case.top_k), case.dtype, str(case.capacity),
-            _dropped(traces[name]), strip, Text.assemble(end_to_end), f"{closest:.2f}" if closest < 1000 else ">999", f"{seconds:.1f}",
+            _dropped(traces[name]), strip, Text.assemble(end_to_end), shown, f"{seconds:.1f}",
         )  # fmt: skip
     return result
 
