@@ -135,7 +135,7 @@ class Found(NamedTuple):
     how: str
 
 
-def fault_table(faults: list[tuple[Fault, Found | None]]) -> Table:
+def fault_table(faults: Sequence[tuple[Fault, Found | None]]) -> Table:
     """The planted faults, and where they were run: caught, and blamed on the right side and stage?"""
     ran = any(found for _, found in faults)
     result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
