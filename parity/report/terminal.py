@@ -1,6 +1,7 @@
 """A table for people."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Console, Group
