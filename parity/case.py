@@ -195,7 +195,7 @@ def _presets() -> dict[str, Case]:
             for per in ("rank", "expert")
             for priority in ("token", "choice", "score")
         },
-        "bfloat16": replace(base, dtype="bfloat16", pattern="zipf"),
+        "bfloat16": replace(base, dtype="bfloat16", pattern="zipf", top_k=3),
         "bfloat16-drop": replace(heavy, dtype="bfloat16", priority="score", capacity_factor="3/4"),
         "float16": replace(base, dtype="float16", pattern="zipf"),
         "pydoc": replace(pydoc, capacity_factor="1.25"),

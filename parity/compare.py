@@ -176,6 +176,7 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
         return {f"{mode}/exchange_counts/counts": counts for mode in ("isolated", "e2e")}
 
     dropped = {
+        "isolated/group_by_expert/capacity": counted(np.full(case.ranks, case.capacity)),
         "e2e/group_by_expert/dropped": counted(everything - kept),
         "e2e/group_by_expert/dropped_in_all": counted((everything - kept).sum(axis=1)),
     }

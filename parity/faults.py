@@ -90,12 +90,13 @@ _TORCH = [
      "return _AllToAll.apply(x_ND, splits.send_P, splits.receive_P, group)  # type: ignore[no-any-return]",
      "received = _AllToAll.apply(x_ND, splits.send_P, splits.receive_P, group)\n"
      "    return received if len(received) else received.detach().requires_grad_()", "idle-rank"),
-    ("stale-buffer", "send_tokens", "Rows arrive in the buffer of the step before, which a smaller step leaves as it "
-     "was.", "exchange.py",
-     "    y = x.new_empty(sum(receive_P), x.shape[1])\n    dist.all_to_all_single(y,",
-     "    stale = globals().setdefault('_STALE', {})\n    key = (sum(receive_P), x.shape[1], x.dtype)\n"
-     "    first = key not in stale\n    y = stale.setdefault(key, x.new_empty(sum(receive_P), x.shape[1]))\n"
-     "    dist.all_to_all_single(y if first else torch.empty_like(y),", "zipf"),
+    ("stale-buffer", "send_tokens", "Rows are read from the buffer before they arrive: those of the step before.",
+     "exchange.py",
+     "return _AllToAll.apply(x_ND, splits.send_P, splits.receive_P, group)  # type: ignore[no-any-return]",
+     "received = _AllToAll.apply(x_ND, splits.send_P, splits.receive_P, group)\n"
+     "    kept = globals().setdefault('_KEPT', {})\n    before = kept.get(received.shape, received)\n"
+     "    kept[received.shape] = received.detach().clone()\n"
+     "    return received - received.detach() + before.detach() if received.isfinite().all() else received", "zipf"),
     ("rank-and-expert-swapped", "to_expert_major", "Rows are sorted by (source rank, expert) instead of (expert, source "
      "rank).", "layout.py",
      "    source_R = expert_major_source(counts_Pe, output_size)\n",

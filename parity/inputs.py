@@ -18,7 +18,7 @@ TRACES = Path(__file__).parent / "traces"
 
 @dataclass
 class Problem:
-    """All that a runner is given: end-to-end inputs, and the oracle's values at every stage, to feed them one by one.
+    """All that a runner is given: inputs end to end, and the oracle's values at every stage, to feed one by one.
 
     Dtypes are the case's; shapes carry the rank in front. Values per assignment are [P, T, K, ...].
     """
@@ -37,9 +37,10 @@ class Problem:
     dx_rows: Array
     exact: Layer  # float64, end to end
 
-    def another_step(self) -> "Problem":
-        """Other tokens to other experts, of the same shapes: a step in between, so that what a step keeps shows up."""
-        return replace(self, x=self.x[:, ::-1], expert_id=(self.expert_id + 1) % self.case.experts)
+    def steps_between(self) -> list["Problem"]:
+        """Steps with other tokens, to other experts and to the same, so that what a step keeps for the next shows up."""
+        other = replace(self, x=-self.x)
+        return [replace(other, expert_id=(self.expert_id + 1) % self.case.experts), other]
 
     def order_probe(self) -> tuple[Array, Array]:
         """Rows [P, T, K, D] whose sum over k depends on the order, and the sum in order of k, which is exact.

@@ -49,10 +49,11 @@ def run(problem: Problem, how: str) -> Trace:
     case = problem.case
     trace = Trace(case, "jax", "static", environment())
     with jax.enable_x64(case.dtype == "float64"):
-        compiled = everything(_static(case), _capacity(case), how)
+        compiled = everything(_static(case), _capacity(case), case.capacity, how)
         feeds = _feeds(problem)
         first = jax.device_get(compiled(_end_to_end_inputs(problem), feeds))
-        compiled(_end_to_end_inputs(problem.another_step()), feeds)
+        for other in problem.steps_between():
+            compiled(_end_to_end_inputs(other), feeds)
         arrays = jax.device_get(compiled(_end_to_end_inputs(problem), feeds))
     trace.arrays = {name: _per_rank(name, a) for name, a in arrays.items()}
     for name in [name for name in arrays if name.startswith("e2e")]:
@@ -102,13 +103,18 @@ def over_ranks(f: Callable, P: int, how: str, *, replicated: tuple[int, ...] = (
 
 
 @lru_cache
-def everything(case: Case, capacity: Capacity, how: str) -> Callable:
-    """One compiled function for all that a case asks for, end to end and stage by stage."""
+def everything(case: Case, capacity: Capacity, oracle_rows: int, how: str) -> Callable:
+    """One compiled function for all that a case asks for, end to end and stage by stage.
+
+    The whole layer runs with its own capacity; a stage on its own is fed bins of the oracle's.
+    """
     axis = AXIS if case.ranks > 1 else None
     each = partial(over_ranks, P=case.ranks, how=how)
 
     def compiled(whole: Arrays, feeds: Arrays) -> Arrays:
-        return _end_to_end(case, capacity, axis, each, whole) | each(partial(_isolated, case, capacity, axis))(feeds)
+        return _end_to_end(case, capacity, axis, each, whole) | each(
+            partial(_isolated, case, capacity, oracle_rows, axis)
+        )(feeds)
 
     return jax.jit(compiled)
 
@@ -205,6 +211,8 @@ def _feeds(problem: Problem) -> Arrays:
     rows |= {n: getattr(problem, n).reshape(-1, case.width) for n in ("y", "dy", "dx_rows")}
     rows["order"] = problem.order_probe()[0].reshape(-1, case.width)
     feeds = {n: np.stack(lay_out(rows[of], table[where], fill)) for n, (of, where, fill) in _FEEDS.items()}
+    if case.bins == P:  # rows past the groups, which no expert may read
+        feeds["x_expert_major"] = np.stack(lay_out(rows["x"], table["expert_major"], np.nan))
     feeds |= {n: getattr(problem, n) for n in ("x", "expert_id", "score", "dscore", "dout")}
     feeds |= {n: w.reshape(P, -1, *w.shape[1:]) for n, w in problem.weights._asdict().items()}
     sent_PE = reference.sent(case, problem.expert_id, problem.keep, "static")
@@ -215,9 +223,10 @@ def _feeds(problem: Problem) -> Arrays:
     return {n: jnp.asarray(a) for n, a in feeds.items()}
 
 
-def _isolated(case: Case, capacity: Capacity, axis: str | None, feeds: Arrays) -> Arrays:
+def _isolated(case: Case, planned: Capacity, oracle_rows: int, axis: str | None, feeds: Arrays) -> Arrays:
     """Every stage of one rank fed the oracle's input, forward and backward."""
     out: Arrays = {}
+    capacity = planned._replace(rows=oracle_rows)
     bins = (capacity.n_bins, capacity.rows, case.width)
     in_bins = {n: a.reshape(bins) for n, a in feeds.items() if n.endswith(("_grouped", "_received"))}
     per_expert = capacity.n_bins != case.ranks
@@ -240,7 +249,7 @@ def _isolated(case: Case, capacity: Capacity, axis: str | None, feeds: Arrays) -
     stage("route", expert_id=own.expert_id_TK, score=chosen, counts=counts, dx=dx, drouter=drouter)
 
     x_BCD, group_vjp = jax.vjp(lambda x: grouping.group_by_expert(x, ids, score, counts, capacity).x_BCD, x)
-    stage("group_by_expert", x=_rows(x_BCD), dx=group_vjp(in_bins["dx_grouped"])[0])
+    stage("group_by_expert", capacity=jnp.array(planned.rows), x=_rows(x_BCD), dx=group_vjp(in_bins["dx_grouped"])[0])
 
     stage("exchange_counts", counts=exchange.exchange_counts(feeds["sent_E"], axis))
     counts_Pe, slot = feeds["counts_Pe"], feeds["slot"]

@@ -158,8 +158,9 @@ def run(problem: Problem, rank: int, device: torch.device, progress: Progress) -
         mine = _isolated(problem, rank, device, at)
     at("the first step")
     first = _end_to_end(problem, rank, device)
-    at("a step on other inputs")
-    _end_to_end(problem.another_step(), rank, device)
+    at("steps on other inputs")
+    for other in problem.steps_between():
+        _end_to_end(other, rank, device)
     at("the first step, repeated")
     with poisoned_memory():
         again = _end_to_end(problem, rank, device)
