@@ -165,7 +165,7 @@ _JAX = [
      "routing.py", "score_TK.sum(axis=-1, keepdims=True)", "score_TE.sum(axis=-1, keepdims=True)", "sigmoid"),
     ("capacity-in-float32", "group_by_expert", "The capacity is computed in float32, which is off by one.", "grouping.py",
      "rows = math.ceil(exact * n_tokens * top_k / n_bins)",
-     "rows = math.ceil(float(jnp.float32(n_tokens * top_k) * jnp.float32(float(exact))) / n_bins)", "capacity-exact"),
+     "rows = math.ceil(jax.numpy.finfo('float32').dtype.type(float(exact)) * n_tokens * top_k / n_bins)", "capacity-exact"),
     ("one-too-many-kept", "group_by_expert", "A bin keeps one assignment more than it holds.", "grouping.py",
      "return (place_N < C)", "return (place_N <= C)", "drop-rank-token"),
     ("drop-by-lowest-score", "group_by_expert", "The highest scores are dropped first.", "grouping.py",

@@ -38,7 +38,7 @@ class Problem:
     exact: Layer  # float64, end to end
 
     def steps_between(self) -> list["Problem"]:
-        """Steps with other tokens, to other experts and to the same, so that what a step keeps for the next shows up."""
+        """Steps with other tokens, to other experts and to the same: what a step keeps for the next shows up."""
         other = replace(self, x=-self.x)
         return [replace(other, expert_id=(self.expert_id + 1) % self.case.experts), other]
 
