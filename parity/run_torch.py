@@ -1,7 +1,10 @@
 """Case -> Trace in PyTorch: one process per rank."""
 
+import faulthandler
 import multiprocessing
+import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -54,7 +57,8 @@ def _wait_for_all(group: Sequence[BaseProcess], folder: Path, timeout: float) ->
         now = [_read(folder / f"at-{rank}") for rank in range(len(group))]
         if now != last:
             last, deadline = now, time.monotonic() + timeout
-        cause = _cause_of_death(group, folder) or (_cause_of_hang(last, timeout) if time.monotonic() > deadline else "")
+        late = time.monotonic() > deadline
+        cause = _cause_of_death(group, folder) or (_cause_of_hang(group, folder, timeout) if late else "")
         if cause:
             time.sleep(0.5)  # ranks that noticed may still be writing why
             cause = _cause_of_death(group, folder) or cause
@@ -69,20 +73,33 @@ def _cause_of_death(group: Sequence[BaseProcess], folder: Path) -> str:
     for rank, code in failed.items():
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            return f"rank {rank} of {len(group)} was ended by {name} in {_read(folder / f'at-{rank}')}"
+            return f"rank {rank} of {len(group)} was ended by {name} in {_steps_and_place(folder, rank)[1]}"
     errors = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
     if failed and errors:
         return f"rank {errors[0].name.removeprefix('error-')} of {len(group)} failed in {errors[0].read_text()}"
     return f"rank {min(failed)} of {len(group)} ended with exit code {failed[min(failed)]}" if failed else ""
 
 
-def _cause_of_hang(at: list[str], timeout: float) -> str:
-    """Which rank is furthest behind, and where."""
-    behind = min(range(len(at)), key=lambda rank: int(at[rank].split()[0] or 0) if at[rank] else 0)
-    others = sorted({place.split(maxsplit=1)[1] for rank, place in enumerate(at) if rank != behind and place})
-    where = at[behind].split(maxsplit=1)[1] if at[behind] else "its start"
+def _cause_of_hang(group: Sequence[BaseProcess], folder: Path, timeout: float) -> str:
+    """Which rank the others wait for, and where it is: the furthest behind that is not itself in an exchange."""
+    for process in group:
+        if process.exitcode is None and process.pid:
+            os.kill(process.pid, signal.SIGUSR1)  # faulthandler writes its stack
+    time.sleep(0.5)
+    at = [_steps_and_place(folder, rank) for rank in range(len(group))]
+    stacks = [re.findall(r'File "(.*)", line (\d+) in', _read(folder / f"stack-{rank}")) for rank in range(len(group))]
+    waits = [any("torch/distributed/" in file for file, _ in stack) for stack in stacks]
+    behind = min(range(len(group)), key=lambda rank: (at[rank][0], waits[rank]))
+    line = next((f" ({Path(file).name}:{line})" for file, line in stacks[behind] if "_impl/" in file), "")
+    others = sorted({place for rank, (_, place) in enumerate(at) if rank != behind})
     waiting = f"; the others are in {', '.join(others)}" if others else ""
-    return f"rank {behind} of {len(at)} hangs in {where}: no rank got on for {timeout:.0f} s{waiting}"
+    return f"rank {behind} of {len(group)} hangs in {at[behind][1]}{line}: no rank got on for {timeout:.0f} s{waiting}"
+
+
+def _steps_and_place(folder: Path, rank: int) -> tuple[int, str]:
+    """How many stages the rank has begun, and the last of them."""
+    steps, _, place = _read(folder / f"at-{rank}").partition(" ")
+    return (int(steps), place) if place else (0, "its start")
 
 
 def _read(path: Path) -> str:
@@ -91,6 +108,8 @@ def _read(path: Path) -> str:
 
 def _rank(rank: int, P: int, folder: Path, paths: list[Path], timeout: float) -> None:
     progress = Progress(folder / f"at-{rank}")
+    stack = (folder / f"stack-{rank}").open("w")
+    faulthandler.register(signal.SIGUSR1, stack)
     try:
         if P > 1:
             rendezvous = f"file://{folder.resolve()}/rendezvous-{P}"

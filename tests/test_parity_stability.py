@@ -1,6 +1,7 @@
 """A rank that dies or hangs ends the run, with the rank, the stage and the cause, and no process is left."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,10 +57,12 @@ def alive(pids: list[int]) -> list[int]:
             "raise RuntimeError('no more')",
             "torch: rank 2 of 4 failed in send_tokens of case zipf: RuntimeError: no more",
         ),
-        ("x_ND = x_ND[:, :5]", "failed in send_tokens of case zipf"),
+        # whichever rank notices first; gloo, which notices by the size of a message, may abort its process
+        ("x_ND = x_ND[:, :5]", "in send_tokens of case zipf"),
         (
             "time.sleep(600)",
-            "torch: rank 2 of 4 hangs in send_tokens of case zipf: no rank got on for 10 s",
+            r"torch: rank 2 of 4 hangs in send_tokens of case zipf \(exchange.py:\d+\): no rank got on for 10 s; "
+            "the others are in send_tokens of case zipf",
         ),
     ],
     ids=["killed", "raises", "disagrees-on-shapes", "hangs"],
@@ -68,7 +71,7 @@ def test_a_rank_that_dies_or_hangs_is_named(tmp_path, line, cause):
     start = time.monotonic()
     run = subprocess.run(CHECK, cwd=broken(tmp_path, line), capture_output=True, text=True, timeout=120)
     assert run.returncode == 3, run.stdout + run.stderr
-    assert cause in run.stderr.replace("\n", " ")
+    assert re.search(cause, " ".join(run.stderr.split())), run.stderr
     assert time.monotonic() - start < 90
 
 
