@@ -1,4 +1,4 @@
-"""`python -m parity`: check | compare | faults."""
+"""`python -m parity`: check | compare | faults | bench."""
 
 import os
 import sys
@@ -14,11 +14,13 @@ from rich.console import Console
 
 from parity import faults
 from parity.backends import BACKENDS, BackendError
+from parity.bench import PARTS, SHAPES, Figure, Plan, run_bench
 from parity.blame import blame
 from parity.case import PRESETS, Case
 from parity.compare import compare
 from parity.engine import Outcome, progress, run_cases
 from parity.inputs import case_from_trace, draw
+from parity.report.bench import print_bench
 from parity.report.terminal import Found, describe, fault_table, print_report
 from parity.trace import Trace, load_folder
 
@@ -98,18 +100,54 @@ class CompareCommand:
     """Print one JSON object per comparison."""
 
 
+@dataclass
+class BenchCommand:
+    """How close to what the memory allows are the row movements, on both sides?
+
+    Each figure stands beside its floor: the bytes that have to move over the copy bandwidth measured in the same run.
+    Straightforward versions in both frameworks are measured along, unless left out.
+
+    Exit code: 0 measured, 2 wrong usage, 3 a framework is missing or crashed.
+
+    Examples:
+        python -m parity bench                       the three models' shapes on a GPU, a small one on a CPU
+        python -m parity bench mixtral --side torch  one shape, one side
+        python -m parity bench small --parts whole --no-baselines
+    """
+
+    shapes: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Which: deepseek-v3, mixtral, qwen3, small."""
+    side: Literal["both", "torch", "jax"] = "both"
+    """Measure one framework only."""
+    parts: tuple[str, ...] = PARTS
+    """Stages, the whole of them, the experts."""
+    baselines: bool = True
+    """Measure the straightforward versions too."""
+    compiled: bool = True
+    """And PyTorch's under torch.compile."""
+    seconds: float = 0.3
+    """Time to spend on each figure."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of the rows."""
+    seed: int = 0
+    """Of routing and rows."""
+    json: bool = False
+    """Print one JSON object per figure, as each is measured."""
+    save: Path | None = None
+    """Write the figures to this file too, a JSON object a line."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run it, and exit with its code."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"check": CheckCommand, "compare": CompareCommand, "faults": FaultsCommand},
+        {"check": CheckCommand, "compare": CompareCommand, "faults": FaultsCommand, "bench": BenchCommand},
         args=argv,
         prog="python -m parity",
         description="Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?",
     )
     try:
-        code = {CheckCommand: check, CompareCommand: compare_folders, FaultsCommand: list_faults}[type(command)](
-            command
-        )
+        run = {CheckCommand: check, CompareCommand: compare_folders, FaultsCommand: list_faults, BenchCommand: bench}
+        code = run[type(command)](command)
     except ValueError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
         sys.exit(USAGE)
@@ -189,6 +227,39 @@ def try_fault(fault: faults.Fault) -> Found:
     if verdict is None:
         return Found(False, "", "", "")
     return Found(True, " and ".join(verdict.sides), verdict.stage, describe(verdict.check))
+
+
+def bench(command: BenchCommand) -> int:
+    """Run `bench`; its exit code.
+
+    Raises ValueError on an unknown shape or part, and on a time that is not positive.
+    """
+    for name, known in ((command.shapes, SHAPES), (command.parts, PARTS)):
+        if unknown := [word for word in name if word not in known]:
+            raise ValueError(f"unknown: {', '.join(unknown)}. There are: {', '.join(known)}")
+    if not command.seconds > 0:
+        raise ValueError(f"--seconds is {command.seconds}: it must be positive")
+    plan = Plan(
+        shapes=tuple(SHAPES[name] for name in command.shapes),
+        sides=BACKENDS if command.side == "both" else (command.side,),
+        parts=command.parts, baselines=command.baselines, compiled=command.compiled,
+        seconds=command.seconds, dtype=command.dtype, seed=command.seed,
+    )  # fmt: skip
+    figures: list[Figure] = []
+    with progress() as bar:
+        task = bar.add_task("bench", total=None)
+        for figure in run_bench(plan):
+            bar.update(task, advance=1, description=f"{figure.side} {figure.shape} {figure.part}")
+            figures.append(figure)
+            line = msgspec.json.encode(figure).decode()
+            if command.save:
+                with command.save.open("w" if len(figures) == 1 else "a") as file:
+                    file.write(line + "\n")
+            if command.json:
+                print(line, flush=True)
+    if not command.json:
+        print_bench(Console(width=None if sys.stdout.isatty() else 160, highlight=False), figures)
+    return MATCH
 
 
 def torchrun_size() -> int | None:

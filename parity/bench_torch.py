@@ -1,0 +1,245 @@
+"""The PyTorch side of `bench`: ours, the straightforward version, and that under torch.compile."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from parity.bench import (
+    DIRECTIONS,
+    N_SETS,
+    STAGES,
+    Figure,
+    Plan,
+    Shape,
+    choose_shapes,
+    draw_routing,
+    expert_flops,
+    row_passes,
+    summarize,
+)
+from torch_impl.experts import apply_experts
+from torch_impl.grouping import combine, group_by_expert
+from torch_impl.layout import expert_major_source, invert, to_expert_major, to_rank_major
+
+Step = Callable[[int], Any]  # runs once, on the set of inputs with this number
+
+
+class Movement(NamedTuple):
+    """The four stages that move rows, of one variant."""
+
+    group_by_expert: Callable[..., Any]
+    to_expert_major: Callable[..., Any]
+    to_rank_major: Callable[..., Any]
+    combine: Callable[..., Any]
+
+
+def plain_group_by_expert(x_TD: Tensor, expert_id_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows by indexing; its backward, by autograd, adds them up where they came from."""
+    assignment_N = expert_id_TK.reshape(-1).argsort(stable=True)
+    token_N = assignment_N // expert_id_TK.shape[1]
+    return x_TD[token_N], token_N, assignment_N
+
+
+def plain_to_expert_major(x_RD: Tensor, counts_Pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows by indexing."""
+    source_R = expert_major_source(counts_Pe, x_RD.shape[0])
+    return x_RD[source_R], source_R, source_R
+
+
+def plain_to_rank_major(y_RD: Tensor, source_R: Tensor, target_R: Tensor) -> Tensor:  # noqa: ARG001
+    """Rows by scatter."""
+    return torch.empty_like(y_RD).index_copy(0, source_R, y_RD)
+
+
+def plain_combine(y_ND: Tensor, score_TK: Tensor, token_N: Tensor, assignment_N: Tensor) -> Tensor:
+    """Every row times its score, added to its token."""
+    weighted_ND = (y_ND.float() * score_TK.reshape(-1)[assignment_N][:, None]).to(y_ND.dtype)
+    out_TD = y_ND.new_zeros(score_TK.shape[0], y_ND.shape[1])
+    return out_TD.scatter_add(0, token_N[:, None].expand_as(weighted_ND), weighted_ND)
+
+
+OURS = Movement(group_by_expert, to_expert_major, to_rank_major, combine)
+PLAIN = Movement(plain_group_by_expert, plain_to_expert_major, plain_to_rank_major, plain_combine)
+
+
+def main(plan: Plan) -> None:
+    """Measure, and print a line of JSON for each figure."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    emit(copy_figure(plan, device))
+    for shape in choose_shapes(plan, on_gpu):
+        variants = {"ours": OURS}
+        if plan.baselines:
+            variants["plain"] = PLAIN
+        if plan.baselines and plan.compiled:
+            # Each stage on its own, as the exchange and the experts come between them.
+            torch.compiler.reset()
+            variants["plain, compiled"] = Movement(*(torch.compile(stage, dynamic=False) for stage in PLAIN))
+        for variant, movement in variants.items():
+            for part in [part for part in (*STAGES, "whole") if part in plan.parts]:
+                if part == "whole" or variant != "plain, compiled":
+                    movement_figures(plan, shape, device, variant, movement, part)
+        if "experts" in plan.parts:
+            expert_figures(plan, shape, device)
+
+
+def copy_figure(plan: Plan, device: torch.device) -> Figure:
+    """The bandwidth that floors are counted with: one large copy, bytes read plus bytes written."""
+    size = 2**30 if device.type == "cuda" else 2**26
+    source, target = (torch.randint(256, (2, size), dtype=torch.uint8, device=device) for _ in range(2))
+    figure = measure(plan, device, lambda i: target[i % 2].copy_(source[i % 2]))
+    figure.part, figure.bytes = "copy", 2 * size
+    return figure
+
+
+def movement_figures(
+    plan: Plan, shape: Shape, device: torch.device, variant: str, movement: Movement, part: str
+) -> None:
+    """One stage or the whole chain, forward and with backward."""
+    sets = [draw_inputs(plan, shape, device, movement, part, plan.seed + i) for i in range(N_SETS)]
+    for direction in DIRECTIONS:
+
+        def forward(i: int) -> Any:
+            run, inputs, _, _ = sets[i % N_SETS]
+            with torch.no_grad():
+                return run(*inputs)
+
+        def both(i: int) -> Any:
+            run, inputs, wanted, cotangent = sets[i % N_SETS]
+            out = run(*inputs)
+            out = out[0] if isinstance(out, tuple) else out
+            return out.detach(), torch.autograd.grad(out, wanted, cotangent)
+
+        figure = measure(plan, device, forward if direction == "forward" else both)
+        figure.shape, figure.variant, figure.part, figure.direction = shape.name, variant, part, direction
+        size = torch.empty((), dtype=getattr(torch, plan.dtype)).element_size()
+        figure.bytes = row_passes(part, direction, shape.tokens, shape.rows) * shape.width * size
+        emit(figure)
+
+
+def draw_inputs(
+    plan: Plan, shape: Shape, device: torch.device, movement: Movement, part: str, seed: int
+) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Tensor, ...], Tensor]:
+    """What to run, its arguments, those whose gradient is wanted, and the gradient that comes back to it."""
+    score_TK, ids_TK, counts_E = (torch.from_numpy(a).to(device) for a in draw_routing(shape, seed))
+    score_TK.requires_grad_()
+    # The rank's own rows stand in for those it would receive: as many from each rank, for as many experts each.
+    counts_Pe = counts_E.reshape(shape.ranks, -1)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(rows: int) -> Tensor:
+        return torch.randn(rows, shape.width, generator=generator, device=device).to(getattr(torch, plan.dtype))
+
+    def whole(x_TD: Tensor, score_TK: Tensor, ids_TK: Tensor, counts_Pe: Tensor) -> Tensor:
+        x_ND, slot, assignment = movement.group_by_expert(x_TD, ids_TK)
+        x_RD, source_R, target_R = movement.to_expert_major(x_ND, counts_Pe)
+        y_RD = movement.to_rank_major(x_RD, source_R, target_R)
+        return movement.combine(y_RD, score_TK, slot, assignment)
+
+    source_R = expert_major_source(counts_Pe, shape.rows)
+    x = draw(shape.tokens if part in ("group_by_expert", "whole") else shape.rows).requires_grad_()
+    cotangent = draw(shape.tokens if part in ("combine", "whole") else shape.rows)
+    rest = {
+        "group_by_expert": (ids_TK,),
+        "to_expert_major": (counts_Pe,),
+        "to_rank_major": (source_R, invert(source_R)),
+        "combine": (score_TK, *(movement.group_by_expert(draw(shape.tokens), ids_TK)[1:] if part == "combine" else ())),
+        "whole": (score_TK, ids_TK, counts_Pe),
+    }[part]
+    wanted = (x, score_TK) if part in ("combine", "whole") else (x,)
+    return whole if part == "whole" else getattr(movement, part), (x, *rest), wanted, cotangent
+
+
+def expert_figures(plan: Plan, shape: Shape, device: torch.device) -> None:
+    """SwiGLU over equal groups, by `grouped_mm` where it takes the dtype."""
+    dtype, e, D, F = getattr(torch, plan.dtype), shape.experts // shape.ranks, shape.width, shape.hidden
+
+    def draw(*sizes: int) -> Tensor:
+        return (torch.randn(sizes, device=device, dtype=dtype) * sizes[-2] ** -0.5).requires_grad_()
+
+    x_RD, dy_RD = draw(shape.rows, D), draw(shape.rows, D).detach()
+    weights = draw(e, D, F), draw(e, D, F), draw(e, F, D)
+    counts_e = torch.full((e,), shape.rows // e, device=device)
+    counts_e[: shape.rows % e] += 1
+
+    def forward(i: int) -> Any:  # noqa: ARG001  the weights alone are past the cache
+        with torch.no_grad():
+            return apply_experts(x_RD, counts_e, *weights)
+
+    def both(i: int) -> Any:  # noqa: ARG001
+        return torch.autograd.grad(apply_experts(x_RD, counts_e, *weights), (x_RD, *weights), dy_RD)
+
+    for direction, step in zip(DIRECTIONS, (forward, both), strict=True):
+        figure = measure(plan, device, step)
+        figure.shape, figure.variant, figure.part, figure.direction = shape.name, "grouped_mm", "experts", direction
+        figure.flops = expert_flops(shape, shape.rows, direction)
+        emit(figure)
+
+
+def measure(plan: Plan, device: torch.device, step: Step) -> Figure:
+    """Warm up, time, then count once each: peak memory, launches and waits."""
+    for i in range(N_SETS):  # compiles, and fills the allocator's pool
+        step(i)
+    seconds = (time_on_gpu if device.type == "cuda" else time_on_cpu)(step, plan.seconds)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    figure = Figure("", "torch", "", "", "", **summarize(seconds), device=name)  # type: ignore[arg-type]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(0)
+        torch.cuda.synchronize()
+        figure.peak_bytes = torch.cuda.max_memory_allocated() - before
+        figure.launches, figure.syncs, figure.busy = count_on_gpu(step)
+    return figure
+
+
+def time_on_gpu(step: Step, budget: float) -> list[float]:
+    """Seconds of each run between two events on the device, in a queue that the host keeps full."""
+    begin = time.perf_counter()
+    for i in range(N_SETS):
+        step(i)
+    torch.cuda.synchronize()
+    runs = max(10, min(200, int(budget * N_SETS / (time.perf_counter() - begin))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for i, (start, end) in enumerate(events):
+        start.record()
+        step(i)
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1000 for start, end in events]
+
+
+def time_on_cpu(step: Step, budget: float) -> list[float]:
+    """Seconds of each run by the host's clock."""
+    seconds: list[float] = []
+    while len(seconds) < 5 or (sum(seconds) < budget and len(seconds) < 200):
+        begin = time.perf_counter()
+        step(len(seconds))
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def count_on_gpu(step: Step) -> tuple[int, int, float]:
+    """What one run puts on the device, how often the host waits in it, and the seconds that the device was busy."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        step(0)
+    events = profiled.events() or []
+    on_device = [e for e in events if e.device_type == DeviceType.CUDA]
+    syncs = sum(e.name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy") for e in events)
+    return len(on_device), syncs, sum(e.time_range.elapsed_us() for e in on_device) * 1e-6
+
+
+def emit(figure: Figure) -> None:
+    """A line of JSON, at once: what was measured outlives a run that is cut off."""
+    print(msgspec.json.encode(figure).decode(), flush=True)
+
+
+if __name__ == "__main__":
+    main(msgspec.json.decode(sys.argv[1], type=Plan))
