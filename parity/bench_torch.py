@@ -40,7 +40,11 @@ class Movement(NamedTuple):
     combine: Callable[..., Any]
 
 
-def plain_group_by_expert(x_TD: Tensor, expert_id_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain_group_by_expert(
+    x_TD: Tensor,
+    expert_id_TK: Tensor,
+    counts_E: Tensor,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rows by indexing; its backward, by autograd, adds them up where they came from."""
     assignment_N = expert_id_TK.reshape(-1).argsort(stable=True)
     token_N = assignment_N // expert_id_TK.shape[1]
@@ -137,21 +141,22 @@ def draw_inputs(
     def draw(rows: int) -> Tensor:
         return torch.randn(rows, shape.width, generator=generator, device=device).to(getattr(torch, plan.dtype))
 
-    def whole(x_TD: Tensor, score_TK: Tensor, ids_TK: Tensor, counts_Pe: Tensor) -> Tensor:
-        x_ND, slot, assignment = movement.group_by_expert(x_TD, ids_TK)
+    def whole(x_TD: Tensor, score_TK: Tensor, ids_TK: Tensor, counts_E: Tensor, counts_Pe: Tensor) -> Tensor:
+        x_ND, slot, assignment = movement.group_by_expert(x_TD, ids_TK, counts_E)
         x_RD, source_R, target_R = movement.to_expert_major(x_ND, counts_Pe)
         y_RD = movement.to_rank_major(x_RD, source_R, target_R)
         return movement.combine(y_RD, score_TK, slot, assignment)
 
     source_R = expert_major_source(counts_Pe, shape.rows)
+    indices = movement.group_by_expert(draw(shape.tokens), ids_TK, counts_E)[1:] if part == "combine" else ()
     x = draw(shape.tokens if part in ("group_by_expert", "whole") else shape.rows).requires_grad_()
     cotangent = draw(shape.tokens if part in ("combine", "whole") else shape.rows)
     rest = {
-        "group_by_expert": (ids_TK,),
+        "group_by_expert": (ids_TK, counts_E),
         "to_expert_major": (counts_Pe,),
         "to_rank_major": (source_R, invert(source_R)),
-        "combine": (score_TK, *(movement.group_by_expert(draw(shape.tokens), ids_TK)[1:] if part == "combine" else ())),
-        "whole": (score_TK, ids_TK, counts_Pe),
+        "combine": (score_TK, *indices),
+        "whole": (score_TK, ids_TK, counts_E, counts_Pe),
     }[part]
     wanted = (x, score_TK) if part in ("combine", "whole") else (x,)
     return whole if part == "whole" else getattr(movement, part), (x, *rest), wanted, cotangent

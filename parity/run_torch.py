@@ -251,7 +251,7 @@ def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[s
     stage("route", {"counts": counts})
 
     at("group_by_expert")
-    grouped = grouping.group_by_expert(x, ids)
+    grouped = grouping.group_by_expert(x, ids, put(sent_PE[rank]))
     (dx,) = torch.autograd.grad(grouped.x_ND, x, rows(problem.dx_rows, "grouped"), retain_graph=True)
     stage("group_by_expert", {"x": grouped.x_ND, "dx": dx})
 

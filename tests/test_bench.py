@@ -35,7 +35,7 @@ def test_torch_baseline_computes_the_same():
     score_TK.requires_grad_()
     results = []
     for movement in (bench_torch.OURS, bench_torch.PLAIN):
-        x_ND, slot, assignment = movement.group_by_expert(x_TD, ids_TK)
+        x_ND, slot, assignment = movement.group_by_expert(x_TD, ids_TK, counts_E)
         x_RD, source, target = movement.to_expert_major(x_ND, counts_Pe)
         out_TD = movement.combine(movement.to_rank_major(x_RD, source, target), score_TK, slot, assignment)
         results.append((x_ND, x_RD, out_TD, *torch.autograd.grad(out_TD.square().sum(), (x_TD, score_TK))))
