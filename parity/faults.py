@@ -173,7 +173,7 @@ _JAX = [
     ("drop-ignores-choice", "group_by_expert", "Second choices are kept before later tokens' first choices.",
      "grouping.py", '"choice": assignment_N % top_k', '"choice": assignment_N', "drop-expert-choice"),
     ("drop-ties-backwards", "group_by_expert", "Among equals, the later assignment is kept.", "grouping.py",
-     "jnp.lexsort((assignment_N, key_N, bin_N))", "jnp.lexsort((-assignment_N, key_N, bin_N))", "drop-rank-choice"),
+     "else (key_N, bin_N))", "else (-assignment_N, key_N, bin_N))", "drop-rank-choice"),
     ("padding-not-zeroed", "group_by_expert", "Padding holds the last row instead of zero.", "layout.py",
      '.get(mode="fill", fill_value=0)', '.get(mode="clip")', "zipf"),
     ("receiver-side-offsets", "to_expert_major", "Rows are looked up where they would lie without padding.", "layout.py",
