@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 
 import msgspec
 import numpy as np
@@ -87,6 +87,7 @@ class Figure(msgspec.Struct):
     launches: int | None = None  # kernels, copies and fills on the device
     syncs: int | None = None  # times that the host waited
     busy: float | None = None  # of which the device ran something
+    kernels: dict[str, float] | None = None  # the longest, seconds by name
     device: str = ""
     floor: float | None = None
     share: float | None = None  # of the floor: floor / median
@@ -131,6 +132,14 @@ def summarize(seconds: Iterable[float]) -> dict[str, float]:
     seconds = sorted(seconds)
     low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return {"median": median, "low": low, "high": high, "runs": len(seconds)}
+
+
+def busiest(ran: Sequence[tuple[str, float]], number: int = 10) -> dict[str, float]:
+    """Seconds by name, added up, of those that took longest."""
+    seconds: dict[str, float] = {}
+    for name, took in ran:
+        seconds[name[:80]] = seconds.get(name[:80], 0) + took
+    return dict(sorted(seconds.items(), key=lambda item: -item[1])[:number])
 
 
 def run_bench(plan: Plan) -> Generator[Figure]:

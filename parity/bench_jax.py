@@ -27,6 +27,7 @@ from parity.bench import (
     Figure,
     Plan,
     Shape,
+    busiest,
     choose_shapes,
     draw_routing,
     expert_flops,
@@ -286,7 +287,8 @@ def measure(plan: Plan, step: Step) -> Figure:
     figure = Figure("", "jax", "", "", "", **summarize(time_batches(step, plan.seconds)))  # type: ignore[arg-type]
     figure.device = jax.devices()[0].device_kind
     figure.peak_bytes = METER.measure(step)
-    figure.launches, figure.syncs, figure.busy = count_on_gpu(step)
+    if jax.default_backend() == "gpu":
+        count_on_gpu(figure, step)
     return figure
 
 
@@ -310,18 +312,21 @@ def time_batches(step: Step, budget: float) -> list[float]:
     return seconds
 
 
-def count_on_gpu(step: Step) -> tuple[int | None, int | None, float | None]:
-    """What one run puts on the device, that the host never waits in it, and the seconds that the device was busy."""
-    if jax.default_backend() != "gpu":
-        return None, None, None
+def count_on_gpu(figure: Figure, step: Step) -> None:
+    """Fill in what one run puts on the device, and how long that keeps it busy. The host never waits in it."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             jax.block_until_ready(step(0))
         (path,) = Path(folder).rglob("*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(path)).planes
         lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
-        events = [event for line in lines if line.name.startswith("Stream") for event in line.events]
-    return (len(events), 0, sum(event.duration_ns for event in events) * 1e-9) if events else (None, None, None)
+        streams = [line for line in lines if line.name.startswith("Stream")]
+        ran = [(event.name, event.duration_ns * 1e-9) for line in streams for event in line.events]
+    if ran:
+        figure.launches, figure.busy, figure.kernels = len(ran), sum(took for _, took in ran), busiest(ran)
+        figure.syncs = 0
 
 
 def emit(figure: Figure) -> None:

@@ -18,6 +18,7 @@ from parity.bench import (
     Figure,
     Plan,
     Shape,
+    busiest,
     choose_shapes,
     draw_routing,
     expert_flops,
@@ -201,7 +202,7 @@ def measure(plan: Plan, device: torch.device, step: Step) -> Figure:
         step(0)
         torch.cuda.synchronize()
         figure.peak_bytes = torch.cuda.max_memory_allocated() - before
-        figure.launches, figure.syncs, figure.busy = count_on_gpu(step)
+        count_on_gpu(figure, step)
     return figure
 
 
@@ -231,14 +232,14 @@ def time_on_cpu(step: Step, budget: float) -> list[float]:
     return seconds
 
 
-def count_on_gpu(step: Step) -> tuple[int, int, float]:
-    """What one run puts on the device, how often the host waits in it, and the seconds that the device was busy."""
+def count_on_gpu(figure: Figure, step: Step) -> None:
+    """Fill in what one run puts on the device, how long that keeps it busy, and how often the host waits in it."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         step(0)
     events = profiled.events() or []
-    on_device = [e for e in events if e.device_type == DeviceType.CUDA]
-    syncs = sum(e.name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy") for e in events)
-    return len(on_device), syncs, sum(e.time_range.elapsed_us() for e in on_device) * 1e-6
+    ran = [(e.name, e.time_range.elapsed_us() * 1e-6) for e in events if e.device_type == DeviceType.CUDA]
+    figure.launches, figure.busy, figure.kernels = len(ran), sum(took for _, took in ran), busiest(ran)
+    figure.syncs = sum(e.name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy") for e in events)
 
 
 def emit(figure: Figure) -> None:

@@ -5,29 +5,18 @@ keeps rows in float32. What it moves is equal to the plain version's bit for bit
 every product rounded. No kernel adds atomically, so all results repeat.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
-from typing import no_type_check
+from types import SimpleNamespace
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-HAS_TRITON = find_spec("triton") is not None
-if HAS_TRITON:
-    import triton  # pyright: ignore[reportMissingImports]
-    import triton.language as tl  # pyright: ignore[reportMissingImports]
-
-    jit = triton.jit
-else:  # nothing below is called then; PyTorch for CPUs comes without Triton
-
-    class tl:  # noqa: N801
-        """In Triton's place."""
-
-        constexpr = int
-
-    def jit(kernel):
-        """Leave a kernel as it is."""
-        return kernel
+HAS_TRITON = find_spec("triton") is not None  # PyTorch for CPUs comes without; the plain versions serve then
+triton: Any = import_module("triton") if HAS_TRITON else SimpleNamespace(jit=lambda kernel: kernel)
+tl: Any = import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
 
 
 def use_kernels(x: Tensor) -> bool:
@@ -49,12 +38,12 @@ def sort_by_expert(
     assignment_N = torch.empty(N, dtype=torch.int64, device=expert_id_TK.device)
     slot_TK = torch.empty(expert_id_TK.shape, dtype=torch.int64, device=expert_id_TK.device)
     _sort_by_expert[(n_experts + 1,)](
-        expert_id_TK.contiguous(), assignment_N, slot_TK, N, n_experts, BLOCK=4096, num_warps=8
+        expert_id_TK.contiguous(), assignment_N, slot_TK, N, n_experts, BLOCK=2048, num_warps=8
     )
     return assignment_N, slot_TK
 
 
-@jit
+@triton.jit
 @no_type_check
 def _sort_by_expert(expert_id, assignment, slot, N, E, BLOCK: tl.constexpr):
     """One program per expert g, and a last one for ids that are none."""
@@ -94,7 +83,7 @@ def expert_major_rows(
     return source_R, target_R
 
 
-@jit
+@triton.jit
 @no_type_check
 def _expert_major_rows(counts, source, target, R, P, e, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
     """One program per segment: the rows from one rank p for one expert j. Each finds for itself where it starts."""
@@ -126,7 +115,7 @@ def gather_rows(x_RD: Float[Tensor, "R D"], source_R: Integer[Tensor, " O"]) -> 
     return y_OD
 
 
-@jit
+@triton.jit
 @no_type_check
 def _gather_rows(x, source, y, D, chunks, BLOCK: tl.constexpr):
     """One program per row, or per chunk of a wide one."""
@@ -146,7 +135,7 @@ def expand_rows(x_TD: Float[Tensor, "T D"], slot_TK: Integer[Tensor, "T K"]) -> 
     return x_ND
 
 
-@jit
+@triton.jit
 @no_type_check
 def _expand_rows(x, slot, y, D, chunks, K: tl.constexpr, BLOCK: tl.constexpr):
     """One program per token, or per chunk of a wide one."""
@@ -172,7 +161,7 @@ def sum_rows(
     return out_TD
 
 
-@jit
+@triton.jit
 @no_type_check
 def _sum_rows(
     y, slot, score, out, D, chunks, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
@@ -214,7 +203,7 @@ def weighted_sum_backward(
     return dy_ND, dscore_TK
 
 
-@jit
+@triton.jit
 @no_type_check
 def _weighted_sum_backward(
     dout, y, score, slot, dy, dscore, D, K: tl.constexpr, K_PADDED: tl.constexpr, BLOCK: tl.constexpr
@@ -237,6 +226,6 @@ def _weighted_sum_backward(
 
 
 def _tile(width: int, n_rows: int) -> tuple[int, int]:
-    """Columns that a program takes of so many rows at once, and its warps: some 8192 numbers, 16 or 32 a thread."""
+    """Columns that a program takes of so many rows at once, and its warps: 16-byte accesses, two or four a thread."""
     BLOCK = max(128, min(triton.next_power_of_2(width), 8192 // triton.next_power_of_2(n_rows)))
-    return BLOCK, min(8, max(1, BLOCK * n_rows // 512))
+    return BLOCK, max(1, min(8, BLOCK // (512 if n_rows == 1 else 256)))
