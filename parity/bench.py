@@ -89,6 +89,7 @@ class Figure(msgspec.Struct):
     busy: float | None = None  # of which the device ran something
     kernels: dict[str, float] | None = None  # the longest, seconds by name
     device: str = ""
+    error: str = ""  # why there is no figure, out of memory for one
     floor: float | None = None
     share: float | None = None  # of the floor: floor / median
 
@@ -150,6 +151,9 @@ def run_bench(plan: Plan) -> Generator[Figure]:
     bandwidth = 0.0
     for side in plan.sides:
         for figure in _measure(plan, side):
+            if figure.error:
+                yield figure
+                continue
             if figure.part == "copy":
                 bandwidth = max(bandwidth, figure.bytes / figure.median)
             if figure.bytes:

@@ -190,6 +190,14 @@ def expert_figures(plan: Plan, shape: Shape, device: torch.device) -> None:
 
 
 def measure(plan: Plan, device: torch.device, step: Step) -> Figure:
+    """Time and count a step; where it fails, say why, and let the others be measured."""
+    try:
+        return measure_well(plan, device, step)
+    except RuntimeError as error:
+        return Figure("", "torch", "", "", "", 0, 0, 0, 0, error=str(error)[:500])
+
+
+def measure_well(plan: Plan, device: torch.device, step: Step) -> Figure:
     """Warm up, time, then count once each: peak memory, launches and waits."""
     for i in range(N_SETS):  # compiles, and fills the allocator's pool
         step(i)
@@ -202,7 +210,10 @@ def measure(plan: Plan, device: torch.device, step: Step) -> Figure:
         step(0)
         torch.cuda.synchronize()
         figure.peak_bytes = torch.cuda.max_memory_allocated() - before
-        count_on_gpu(figure, step)
+        try:
+            count_on_gpu(figure, step)
+        except RuntimeError as error:  # times stand without a profiler
+            print(f"not profiled: {error}", file=sys.stderr)
     return figure
 
 

@@ -107,7 +107,7 @@ class BenchCommand:
     Each figure stands beside its floor: the bytes that have to move over the copy bandwidth measured in the same run.
     Straightforward versions in both frameworks are measured along, unless left out.
 
-    Exit code: 0 measured, 2 wrong usage, 3 a framework is missing or crashed.
+    Exit code: 0 measured, 2 wrong usage, 3 a framework is missing or crashed, or a figure could not be measured.
 
     Examples:
         python -m parity bench                       the three models' shapes on a GPU, a small one on a CPU
@@ -259,7 +259,7 @@ def bench(command: BenchCommand) -> int:
                 print(line, flush=True)
     if not command.json:
         print_bench(Console(width=None if sys.stdout.isatty() else 160, highlight=False), figures)
-    return MATCH
+    return BACKEND if any(figure.error for figure in figures) else MATCH
 
 
 def torchrun_size() -> int | None:

@@ -12,7 +12,10 @@ from parity.bench import DIRECTIONS, PARTS, Figure
 def print_bench(console: Console, figures: Sequence[Figure]) -> None:
     """A table of row movements and one of experts for each shape, under the copies that floors are counted with."""
     for figure in figures:
-        if figure.part == "copy":
+        if figure.error:
+            what = f"{figure.side} {figure.shape} {figure.variant} {figure.part} {figure.direction}"
+            console.print(f"{what}: {figure.error.splitlines()[0]}", style="red", markup=False)
+        elif figure.part == "copy":
             rate = figure.bytes / figure.median / 1e9
             console.print(f"{figure.side} copies {figure.bytes / 2e6:.0f} MB at {rate:.0f} GB/s on {figure.device}")
     for shape in dict.fromkeys(figure.shape for figure in figures if figure.shape):
@@ -51,14 +54,14 @@ def _table(title: str, figures: Sequence[Figure], cells) -> Table:
 
 
 def _movement_cells(figure: Figure | None) -> list[str | Text]:
-    if figure is None:
+    if figure is None or figure.error:
         return ["-"] * 6
     share = "-" if figure.share is None else Text(f"{figure.share:.2f}", style=_color(figure.share))
     return [*_times(figure), share, _megabytes(figure), _count(figure.launches), _count(figure.syncs)]
 
 
 def _expert_cells(figure: Figure | None) -> list[str | Text]:
-    if figure is None:
+    if figure is None or figure.error:
         return ["-"] * 4
     return [*_times(figure), f"{figure.flops / figure.median / 1e12:.3g}", _megabytes(figure)]
 
