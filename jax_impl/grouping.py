@@ -86,7 +86,7 @@ def group_by_expert(
     sorted_N = jnp.argsort(jnp.where(keep_N, expert_N, E), stable=True)
     row_BC = (jnp.cumsum(kept_B) - kept_B)[:, None] + jnp.arange(C)
     full_BC = jnp.arange(C) < kept_B[:, None]
-    assignment_BC = jnp.where(full_BC, sorted_N.at[row_BC].get(mode="fill", fill_value=N), N)
+    assignment_BC = jnp.where(full_BC, rows_or_zero(sorted_N, row_BC), N)
     slot_TK = invert(assignment_BC.reshape(-1), N).reshape(T, K)
     # Computed once: left to itself, XLA computes an index anew in every gather that it fuses it into.
     assignment_BC, slot_TK = jax.lax.optimization_barrier((assignment_BC, slot_TK))
