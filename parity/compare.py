@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import msgspec
 import numpy as np
 
-from parity import reference
+from parity import reference, vectorised
 from parity.inputs import Problem, exact_inputs
-from parity.reference import Exact, Perturbed
+from parity.reference import Exact, Numbers, Perturbed
 from parity.rows import PADDING, Strategy, Table, identity, row_tables
 from parity.tolerances import DRAWS, allowance, numpy_dtype
 from parity.trace import Trace
@@ -82,6 +83,9 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
     )
     draws = [Perturbed(np.random.default_rng([case.seed, 1, i])) for i in range(DRAWS)]
 
+    def oracle(numbers: Numbers) -> ModuleType:
+        return vectorised.oracle_for(case) if isinstance(numbers, Exact) else vectorised
+
     def arithmetic(kind: Kind, f, dtype: str, order: str = "", **more: bool) -> Expected:
         return judged(kind, f(Exact()), [f(numbers) for numbers in draws], dtype, order, **more)
 
@@ -100,27 +104,27 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
     everything, kept = (reference.sent(case, ids, keep, strategy) for strategy in ("dynamic", "static"))
 
     def backward_of_route(numbers):
-        return reference.route_backward(case, x, router, ids, dscore, numbers)
+        return oracle(numbers).route_backward(case, x, router, ids, dscore, numbers)
 
     def backward_of_experts(numbers):
-        return reference.experts_backward(case, x, ids, w, dy, numbers)
+        return oracle(numbers).experts_backward(case, x, ids, w, dy, numbers)
 
     def backward_of_combine(numbers):
-        return reference.combine_backward(case, y, score, keep, dout, numbers)
+        return oracle(numbers).combine_backward(case, y, score, keep, dout, numbers)
 
     route_exact, route_drawn = backward_of_route(Exact()), [backward_of_route(n) for n in draws]
     experts_exact, experts_drawn = backward_of_experts(Exact()), [backward_of_experts(n) for n in draws]
     combine_exact, combine_drawn = backward_of_combine(Exact()), [backward_of_combine(n) for n in draws]
-    layers = [reference.layer(case, x, router, w, dout, ids, keep, n) for n in draws]
+    layers = [vectorised.layer(case, x, router, w, dout, ids, keep, n) for n in draws]
 
     def end_to_end(kind: Kind, name: str, dtype: str, order: str = "", **more: bool) -> Expected:
         return judged(kind, getattr(problem.exact, name), [getattr(a, name) for a in layers], dtype, order, **more)
 
     def out_of_combine(numbers):
-        return reference.combine(case, y, score, keep, numbers)
+        return oracle(numbers).combine(case, y, score, keep, numbers)
 
     def dx_of_group(numbers):
-        return reference.group_backward(case, dx_rows, keep, numbers)
+        return oracle(numbers).group_backward(case, dx_rows, keep, numbers)
 
     score_e2e = end_to_end("rank", "score", case.wide)
     y_e2e = end_to_end("rows", "y", case.dtype, "expert_major")
@@ -319,12 +323,12 @@ def choice_of_experts(problem: Problem, trace: Trace) -> Check:
         return _failed(problem, name, trace.backend, "oracle", f"shape is {shape}, not {problem.expert_id.shape}", True)
     x, router, _, _ = exact_inputs(problem)
     draws = [Perturbed(np.random.default_rng([case.seed, 2, i])) for i in range(DRAWS)]
-    logits, _ = reference.route(case, x, router, Exact())
-    close = 2 * allowance(logits, [reference.route(case, x, router, n)[0] for n in draws], case.wide).max(axis=-1)
+    logits, _ = vectorised.oracle_for(case).route(case, x, router, Exact())
+    close = 2 * allowance(logits, [vectorised.route(case, x, router, n)[0] for n in draws], case.wide).max(axis=-1)
     whole = np.array_equal(x, x.round()) and np.array_equal(router, router.round())
     if whole and (np.abs(x) @ np.abs(router)).max(initial=0) < 2**24:
         close[:] = 0
-    expected = reference.select(case, logits)
+    expected = vectorised.oracle_for(case).select(case, logits)
     wrong, near = [], 0
     for p, t in np.argwhere((ids != expected).any(axis=-1)):
         if close[p, t] > 0 and _defensible(logits[p, t], ids[p, t], close[p, t]):

@@ -11,6 +11,7 @@ from parity import reference
 from parity.case import Case
 from parity.reference import Exact, Layer, Weights
 from parity.tolerances import numpy_dtype
+from parity.vectorised import oracle_for
 
 Array = np.ndarray
 TRACES = Path(__file__).parent / "traces"
@@ -90,12 +91,13 @@ def draw(case: Case) -> Problem:
 
     x64, router64, dout64 = (a.astype(np.float64) for a in (x, router, dout))
     weights64 = Weights(*(a.astype(np.float64) for a in weights))
-    logits, score = reference.route(case, x64, router64, Exact())
-    expert_id = recorded["expert_id"] if "expert_id" in recorded else reference.select(case, logits)
+    oracle = oracle_for(case)
+    logits, score = oracle.route(case, x64, router64, Exact())
+    expert_id = recorded["expert_id"] if "expert_id" in recorded else oracle.select(case, logits)
     # Priority goes by the scores that are stored, so rounding to the stored dtype comes first.
     stored = reference.chosen_scores(case, score, expert_id, Exact()).astype(case.wide)
     keep = reference.keep_within_capacity(case, expert_id, stored)
-    exact = reference.layer(case, x64, router64, weights64, dout64, expert_id, keep, Exact())
+    exact = oracle.layer(case, x64, router64, weights64, dout64, expert_id, keep, Exact())
     rows = {name: getattr(exact, name).astype(dtype) for name in ("y", "dy", "dx_rows")}
     dscore = exact.dscore.astype(case.wide)
     return Problem(case, x, router, weights, dout, expert_id, keep, stored, exact=exact, dscore=dscore, **rows)
