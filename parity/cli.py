@@ -1,8 +1,9 @@
-"""`python -m parity`: check | compare | faults."""
+"""`python -m parity`: check | compare | report | faults."""
 
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
@@ -12,17 +13,18 @@ import msgspec
 import tyro
 from rich.console import Console
 
-from parity import faults
+from parity import faults, records
 from parity.backends import BACKENDS, BackendError
 from parity.blame import blame
 from parity.case import PRESETS, Case
-from parity.compare import compare
-from parity.engine import Outcome, progress, run_cases
+from parity.engine import judge, make_report, progress, run_cases
 from parity.inputs import case_from_trace, draw
+from parity.records import Report
+from parity.report.html import page
 from parity.report.terminal import Found, describe, fault_table, print_report
 from parity.trace import Trace, load_folder
 
-MATCH, MISMATCH, USAGE, BACKEND, NOTHING, INTERRUPTED = 0, 1, 2, 3, 5, 130
+MATCH, MISMATCH, USAGE, BACKEND, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def _flag(f: Field) -> tuple[str, Any, Any]:
@@ -36,6 +38,11 @@ def _flag(f: Field) -> tuple[str, Any, Any]:
 
 
 Flags = make_dataclass("Flags", [_flag(f) for f in fields(Case)])
+
+
+def not_a_terminal() -> bool:
+    """Whether standard output is for a program to read."""
+    return not sys.stdout.isatty()
 
 
 @dataclass
@@ -66,8 +73,10 @@ class CheckCommand:
     """Seconds without progress of any PyTorch rank after which the run ends, saying which rank hangs where."""
     save: Path | None = None
     """Keep the traces in this folder, for `python -m parity compare`."""
-    json: bool = False
-    """Print one JSON object per comparison."""
+    json: bool = field(default_factory=not_a_terminal)
+    """Lines of JSON instead of a table: the default where the output is not a terminal."""
+    html: Path | None = None
+    """Write the report as a page of its own too: nothing is loaded from anywhere."""
     fault: str | None = None
     """Plant this fault (see `python -m parity faults`)."""
 
@@ -94,22 +103,43 @@ class CompareCommand:
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of traces: one a side, or one with both."""
-    json: bool = False
-    """Print one JSON object per comparison."""
+    json: bool = field(default_factory=not_a_terminal)
+    """Lines of JSON instead of a table: the default where the output is not a terminal."""
+    html: Path | None = None
+    """Write the report as a page of its own too."""
+
+
+@dataclass
+class ReportCommand:
+    """Show a report that `check --json` wrote. One without its footer, whose run did not end, is refused.
+
+    Exit code: that of the run, or 2 when the file is no whole report.
+    """
+
+    file: tyro.conf.Positional[Path | None] = None
+    """Lines of JSON."""
+    html: Path | None = None
+    """Write the report as a page of its own too."""
+    schema: bool = False
+    """Print the JSON Schema of one line."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run it, and exit with its code."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"check": CheckCommand, "compare": CompareCommand, "faults": FaultsCommand},
+        {"check": CheckCommand, "compare": CompareCommand, "report": ReportCommand, "faults": FaultsCommand},
         args=argv,
         prog="python -m parity",
         description="Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?",
     )
     try:
-        code = {CheckCommand: check, CompareCommand: compare_folders, FaultsCommand: list_faults}[type(command)](
-            command
-        )
+        run: dict[type, Callable[[Any], int]] = {
+            CheckCommand: check,
+            CompareCommand: compare_folders,
+            ReportCommand: show_report,
+            FaultsCommand: list_faults,
+        }
+        code = run[type(command)](command)
     except ValueError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
         sys.exit(USAGE)
@@ -154,11 +184,11 @@ def check(command: CheckCommand) -> int:
         if fault and fault.side == "torch":
             raise ValueError(f"{fault.name} cannot be planted under torchrun: start without it")
         cases = of_group(cases, group_size, picked=bool(command.presets))
-    outcome = run_cases(
+    report = run_cases(
         cases, backends, jax_ranks=command.jax_ranks, timeout=command.timeout, fault=fault,
         in_torchrun=group_size is not None, save=command.save,
     )  # fmt: skip
-    return MATCH if outcome is None else report(outcome, command.json, command.fault or "")
+    return MATCH if report is None else publish(report, command.json, command.html)
 
 
 def list_faults(command: FaultsCommand) -> int:
@@ -181,11 +211,11 @@ def list_faults(command: FaultsCommand) -> int:
 def try_fault(fault: faults.Fault) -> Found:
     """Plant a fault, run its preset on its side only, and say who was blamed."""
     try:
-        outcome = run_cases([PRESETS[fault.preset]], (fault.side,), fault=fault, timeout=10, show_progress=False)
+        report = run_cases([PRESETS[fault.preset]], (fault.side,), fault=fault, timeout=10, show_progress=False)
     except BackendError as error:
         return Found(True, error.backend, error.stage, "the run ended: " + str(error))
-    assert outcome is not None
-    verdict = blame(outcome.checks[fault.preset])
+    assert report is not None
+    verdict = blame(report.checks[fault.preset])
     if verdict is None:
         return Found(False, "", "", "")
     return Found(True, " and ".join(verdict.sides), verdict.stage, describe(verdict.check))
@@ -217,7 +247,6 @@ def compare_folders(command: CompareCommand) -> int:
     for folder in command.folders:
         for trace in load_folder(folder):
             traces.setdefault(trace.case.name, []).append(trace)
-    cases: dict[str, Case] = {}
     for name, found in traces.items():
         if len({trace.case for trace in found}) > 1:
             raise ValueError(f"{name} is not the same case in every folder: {[t.case for t in found]}")
@@ -225,28 +254,32 @@ def compare_folders(command: CompareCommand) -> int:
             raise ValueError(
                 f"{name} has traces of {[t.backend for t in found]} only: give a folder of the other side too"
             )
-        cases[name] = found[0].case
-    outcome, start = Outcome(traces=traces), time.perf_counter()
+    head, start = records.header(), time.perf_counter()
     with progress() as bar:
-        for name, case in bar.track(cases.items(), description="compare"):
-            outcome.checks[name] = list(compare(draw(case), traces[name]))
-    outcome.seconds["compare"] = time.perf_counter() - start
-    return report(outcome, command.json)
+        judged = {
+            name: judge(draw(found[0].case), found) for name, found in bar.track(traces.items(), description="compare")
+        }
+    report = make_report(head, list(traces), judged, {"compare": time.perf_counter() - start})
+    return publish(report, command.json, command.html)
 
 
-def report(outcome: Outcome, as_json: bool, planted: str = "") -> int:
-    """Print what was found; the exit code."""
-    checks = outcome.checks
-    everything = [c for found in checks.values() for c in found]
+def show_report(command: ReportCommand) -> int:
+    """Run `report`; its exit code."""
+    if command.schema:
+        print(msgspec.json.format(msgspec.json.encode(records.schema())).decode())
+        return MATCH
+    if not command.file:
+        raise ValueError("which report? Name a file that `python -m parity check --json` wrote, or ask for --schema")
+    return publish(records.read(command.file), False, command.html)
+
+
+def publish(report: Report, as_json: bool, html: Path | None) -> int:
+    """Print what was found, as lines of JSON or for people; its exit code."""
     if as_json:
-        for c in everything:
-            print(msgspec.json.encode(c).decode())
+        print("\n".join(records.lines(report)))
     else:
-        console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-        print_report(console, checks, outcome.traces, outcome.seconds, planted)
-    if any(not c.ok for c in everything):
-        return MISMATCH
-    if checks.keys() != outcome.traces.keys() or not all(sum(c.rows for c in found) for found in checks.values()):
-        Console(stderr=True).print("nothing was compared in some case: no rows", style="red")
-        return NOTHING
-    return MATCH
+        print_report(Console(width=None if sys.stdout.isatty() else 100, highlight=False), report)
+    if html:
+        html.write_text(page(report))
+        Console(stderr=True).print(f"wrote {html}", highlight=False)
+    return report.footer.exit_code

@@ -10,6 +10,7 @@ import numpy as np
 
 from parity import reference, vectorised
 from parity.inputs import Problem, exact_inputs
+from parity.picture import Picture
 from parity.reference import Exact, Numbers, Perturbed
 from parity.rows import PADDING, Strategy, Table, identity, row_tables
 from parity.tolerances import DRAWS, allowance, numpy_dtype
@@ -30,7 +31,17 @@ class Where(msgspec.Struct, omit_defaults=True):
     index: list[int] = []
 
 
-class Check(msgspec.Struct, omit_defaults=True):
+class Row(msgspec.Struct, omit_defaults=True):
+    """A failing row, by its worst number."""
+
+    where: Where
+    got: float
+    expected: float
+    error: float
+    allowed: float
+
+
+class Check(msgspec.Struct, omit_defaults=True, tag_field="kind", tag="comparison"):
     """One array of one case, compared with one other."""
 
     case: str
@@ -50,8 +61,12 @@ class Check(msgspec.Struct, omit_defaults=True):
     expected: float | None = None
     where: Where | None = None
     common: list[str] = []  # what the failing rows, and not all rows, have in common
+    worst_rows: list[Row] = []  # of those that fail, worst first
     note: str = ""
 
+
+# How many failing rows of one array a report lists.
+LISTED = 20
 
 Kind = Literal["rows", "rank", "expert", "sum", "repeat"]
 
@@ -263,8 +278,11 @@ def _canonical_rows(arrays: list[Array], expected: Expected, table: Table) -> Ca
     return Canonical(values, present, slots, holders)
 
 
-def compare(problem: Problem, traces: list[Trace]) -> Iterator[Check]:
-    """Every array of every trace against the oracle, and of every two traces against each other."""
+def compare(problem: Problem, traces: list[Trace], picture: Picture | None = None) -> Iterator[Check]:
+    """Every array of every trace against the oracle, and of every two traces against each other.
+
+    Fills in `picture` on the way.
+    """
     found: dict[str, dict[str, Canonical]] = {}
     by_strategy = expectations(problem)
     expected = {trace.backend: by_strategy[trace.strategy] for trace in traces}
@@ -278,7 +296,9 @@ def compare(problem: Problem, traces: list[Trace]) -> Iterator[Check]:
                 yield _failed(problem, name, trace.backend, "oracle", str(mismatch), want.allowed is None)
                 continue
             found[trace.backend][name] = have
-            yield _judge(problem, name, trace.backend, "oracle", have, want.values, want.allowed, have.present, want)
+            yield _judge(
+                problem, name, trace.backend, "oracle", have, want.values, want.allowed, have.present, want, picture
+            )
         yield from _moves_its_own_rows(problem, trace.backend, found[trace.backend])
         yield choice_of_experts(problem, trace)
     for i, left in enumerate(traces):
@@ -373,7 +393,7 @@ def _failed(problem: Problem, name: str, left: str, right: str, note: str, bitwi
 
 def _judge(
     problem: Problem, name: str, left: str, right: str, have: Canonical, values: Array, allowed: Array | None,
-    present: Array, want: Expected,
+    present: Array, want: Expected, picture: Picture | None = None,
 ) -> Check:  # fmt: skip
     mode, stage, value = name.split("/")
     got, expected = have.values[present], values[present]
@@ -389,17 +409,30 @@ def _judge(
     check.rows = int(np.prod(got.shape[:-1])) if want.kind != "rank" or got.ndim > 1 else got.size
     if not ratio.size:
         return check
-    flat = int(np.argmax(ratio))
-    at = tuple(int(i) for i in np.unravel_index(flat, ratio.shape))
-    check.worst = float(ratio[at])
-    bad = np.asarray(ratio > 1 if allowed is not None else ratio > 0)
-    check.failing = int(bad.reshape(-1, ratio.shape[-1] if ratio.ndim > 1 else 1).any(axis=-1).sum())
+    bad = ratio > (0 if allowed is None else 1)
+    by_row = ratio.reshape(-1, ratio.shape[-1] if ratio.ndim > 1 else 1)
+    check.failing = int(bad.reshape(by_row.shape).any(axis=1).sum())
     check.ok = check.failing == 0
-    check.error, check.got, check.expected = float(error[at]), float(got[at]), float(expected[at])
-    check.allowed = 0.0 if allowed is None else float(allowed[present][at])
-    check.where = _where(problem, want, have, int(np.flatnonzero(present)[at[0]]), at)
+    margin = np.zeros(ratio.shape) if allowed is None else allowed[present]
+
+    def row(index: int) -> Row:
+        at = np.unravel_index(index * by_row.shape[1] + int(by_row[index].argmax()), ratio.shape)
+        at = tuple(int(i) for i in at)
+        where = _where(problem, want, have, int(np.flatnonzero(present)[at[0]]), at)
+        return Row(where, float(got[at]), float(expected[at]), float(error[at]), float(margin[at]))
+
+    worst_first = np.argsort(-by_row.max(axis=1), kind="stable")
+    worst, check.worst = row(int(worst_first[0])), float(ratio.max())
+    check.where, check.got, check.expected = worst.where, worst.got, worst.expected
+    check.error, check.allowed = worst.error, worst.allowed
+    check.worst_rows = [row(int(i)) for i in worst_first[: min(check.failing, LISTED)]]
     if check.failing and ratio.ndim > 1:
         check.common = _in_common(problem, want, have, np.flatnonzero(present), np.asarray(bad.any(axis=-1)))
+    if picture and want.kind == "rows":
+        rank, token, k = np.unravel_index(np.flatnonzero(present), problem.expert_id.shape)
+        picture.add_rows(left, rank, problem.expert_id[rank, token, k], ratio)
+    if picture and allowed is not None:
+        picture.add_magnitudes(f"{left} {name}", expected, error, margin)
     return check
 
 
