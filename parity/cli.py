@@ -19,6 +19,7 @@ from parity.blame import blame
 from parity.case import PRESETS, Case
 from parity.engine import judge, make_report, progress, run_cases
 from parity.inputs import case_from_trace, draw
+from parity.random_cases import random_cases
 from parity.records import Report
 from parity.report.html import page
 from parity.report.terminal import Found, describe, fault_table, print_report
@@ -60,11 +61,14 @@ class CheckCommand:
         python -m parity check zipf --dtype bfloat16  a preset, changed
         python -m parity check --ranks 2 --experts 6 --capacity-factor 5/4
         python -m parity check --trace recording.safetensors
+        python -m parity check --random 100 --seed 1 --dtype bfloat16
     """
 
     presets: tyro.conf.Positional[tuple[str, ...]] = ()
     """Presets to run; all of them when no preset and no field is given. `all` means all."""
     case: Annotated[Any, tyro.conf.arg(name="", constructor=Flags)] = field(default_factory=Flags)
+    random: int = 0
+    """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all."""
     backend: Literal["both", "torch", "jax"] = "both"
     """Run one side only, here; with --save the other can run on another machine."""
     jax_ranks: Literal["shard_map", "vmap"] = "shard_map"
@@ -160,6 +164,10 @@ def chosen_cases(command: CheckCommand) -> list[Case]:
     changes = {name: value for name, value in vars(command.case).items() if value is not None}
     if changes.get("capacity_factor") == "none":
         changes["capacity_factor"] = None
+    if command.random:
+        if command.presets or "name" in changes or "trace" in changes:
+            raise ValueError("--random draws its cases: leave out presets, --name and --trace")
+        return random_cases(command.random, changes.pop("seed", 0), changes)
     unknown = [name for name in command.presets if name not in PRESETS and name != "all"]
     if unknown:
         raise ValueError(f"no preset is called {', '.join(unknown)}. There are: {', '.join(PRESETS)}")

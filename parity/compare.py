@@ -426,7 +426,7 @@ def _judge(
     check.where, check.got, check.expected = worst.where, worst.got, worst.expected
     check.error, check.allowed = worst.error, worst.allowed
     check.worst_rows = [row(int(i)) for i in worst_first[: min(check.failing, LISTED)]]
-    if check.failing and ratio.ndim > 1:
+    if check.failing > 1 and ratio.ndim > 1:
         check.common = _in_common(problem, want, have, np.flatnonzero(present), np.asarray(bad.any(axis=-1)))
     if picture and want.kind == "rows":
         rank, token, k = np.unravel_index(np.flatnonzero(present), problem.expert_id.shape)

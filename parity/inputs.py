@@ -150,7 +150,9 @@ def _tokens_that_choose(case: Case, wanted: Array, router: Array, rng: np.random
     best_first = 1 + 0.3 * np.arange(K, 0, -1) + rng.uniform(0, 0.2, (P, T, K))
     np.put_along_axis(logits, wanted, best_first, axis=2)
     noise = rng.standard_normal((P, T, case.width))
-    return noise + (logits - noise @ router) @ np.linalg.pinv(router)
+    x = noise + (logits - noise @ router) @ np.linalg.pinv(router)
+    # A router that is nearly singular asks for huge tokens. Shrunk, they choose the same experts, and fit a float16.
+    return x / np.maximum(np.sqrt((x**2).mean(axis=-1, keepdims=True)) / 4, 1)
 
 
 # The form of a recording: what it may hold, and the shape of each. expert_id alone is enough.

@@ -25,6 +25,7 @@ SHORT = {
     "return_tokens": "8 return",
     "combine": "9 combine",
 }
+MOST = 60  # cases in the table; of more, those that fail
 VERDICT_STYLE = {"match": "bold green", "mismatch": "bold red", "nothing compared": "bold red"}
 
 
@@ -35,6 +36,8 @@ def table(report: Report) -> Table:
         right = column in ("P", "T", "E", "K", "C", "dropped", "closest", "s")
         result.add_column(column, justify="right" if right else "left", no_wrap=True)
     for name, record in report.cases.items():
+        if len(report.cases) > MOST and not _failed(report, name):
+            continue
         case, found = record.case, report.checks[name]
         strip = Text.assemble(*(_mark(c for c in found if c.mode == "isolated" and c.stage == s) for s in STAGES))
         end_to_end = _mark(c for c in found if c.mode != "isolated")
@@ -46,6 +49,10 @@ def table(report: Report) -> Table:
             str(dropped), strip, Text.assemble(end_to_end), shown, f"{sum(record.seconds.values()):.1f}",
         )  # fmt: skip
     return result
+
+
+def _failed(report: Report, name: str) -> bool:
+    return any(not c.ok for c in report.checks[name])
 
 
 def _mark(found) -> tuple[str, str]:
@@ -102,7 +109,8 @@ def place(where: Where) -> str:
 def print_report(console: Console, report: Report) -> None:
     """The table, the failures, one line of summary and where the time went."""
     foot = report.footer
-    console.print(table(report))
+    if len(report.cases) <= MOST or foot.failing:
+        console.print(table(report))
     if foot.failing:
         console.print(failures(report))
     console.print(
@@ -110,7 +118,7 @@ def print_report(console: Console, report: Report) -> None:
         f"{foot.rows - foot.bitwise:,} within their own allowance"
     )
     console.print("time: " + ", ".join(f"{part} {s:.1f} s" for part, s in foot.seconds.items()))
-    failed = [name for name, found in report.checks.items() if any(not c.ok for c in found)]
+    failed = [name for name in report.checks if _failed(report, name)]
     names = f" in {len(failed)} of {foot.cases} cases: {', '.join(failed)}" if failed else ""
     console.print(Text(foot.verdict.upper() + names if failed else foot.verdict, VERDICT_STYLE[foot.verdict]))
 
