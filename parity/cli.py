@@ -1,4 +1,4 @@
-"""`python -m parity`: check | compare | report | faults."""
+"""`python -m parity`: check | compare | report | faults | doctor."""
 
 import os
 import sys
@@ -17,6 +17,7 @@ from parity import faults, records
 from parity.backends import BACKENDS, BackendError
 from parity.blame import blame
 from parity.case import PRESETS, Case
+from parity.doctor import doctor_table, examine
 from parity.engine import judge, make_report, progress, run_cases
 from parity.inputs import case_from_trace, draw
 from parity.random_cases import random_cases
@@ -30,10 +31,9 @@ MATCH, MISMATCH, USAGE, BACKEND, INTERRUPTED = 0, 1, 2, 3, 130
 
 def _flag(f: Field) -> tuple[str, Any, Any]:
     """A case's field as a flag that may be left out."""
-    choices = get_args(f.type)
-    metavar = (
-        "{" + ",".join(choices) + "}" if get_origin(f.type) is Literal else getattr(f.type, "__name__", "STR").upper()
-    )
+    literal = get_origin(f.type) is Literal
+    choices = ("True", "False") if f.type is bool else get_args(f.type) if literal else ()
+    metavar = "{" + ",".join(choices) + "}" if choices else getattr(f.type, "__name__", "STR").upper()
     about = tyro.conf.arg(help=f.metadata["help"], metavar=metavar, help_behavior_hint=f"(default: {f.default})")
     return f.name, Annotated[f.type | None, about], field(default=None)  # type: ignore[operator]
 
@@ -55,7 +55,7 @@ class CheckCommand:
 
     Exit code: 0 match, 1 mismatch, 2 wrong usage, 3 a framework is missing or crashed, 5 nothing was compared.
 
-    Examples:
+    For example:
         python -m parity check                        every preset
         python -m parity check zipf p8                two presets
         python -m parity check zipf --dtype bfloat16  a preset, changed
@@ -99,6 +99,17 @@ class FaultsCommand:
 
 
 @dataclass
+class DoctorCommand:
+    """Versions, devices, TF32 and matmul precision, determinism, memory; and what of it makes a comparison unfair.
+
+    Exit code: 0 when nothing is wrong, 1 otherwise.
+    """
+
+    json: bool = False
+    """Print one JSON object per setting."""
+
+
+@dataclass
 class CompareCommand:
     """Compare traces that `check --save` wrote, on one machine or several.
 
@@ -131,7 +142,13 @@ class ReportCommand:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run it, and exit with its code."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"check": CheckCommand, "compare": CompareCommand, "report": ReportCommand, "faults": FaultsCommand},
+        {
+            "check": CheckCommand,
+            "compare": CompareCommand,
+            "report": ReportCommand,
+            "faults": FaultsCommand,
+            "doctor": DoctorCommand,
+        },
         args=argv,
         prog="python -m parity",
         description="Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?",
@@ -142,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
             CompareCommand: compare_folders,
             ReportCommand: show_report,
             FaultsCommand: list_faults,
+            DoctorCommand: see_doctor,
         }
         code = run[type(command)](command)
     except ValueError as error:
@@ -279,6 +297,19 @@ def show_report(command: ReportCommand) -> int:
     if not command.file:
         raise ValueError("which report? Name a file that `python -m parity check --json` wrote, or ask for --schema")
     return publish(records.read(command.file), False, command.html)
+
+
+def see_doctor(command: DoctorCommand) -> int:
+    """Run `doctor`; its exit code."""
+    found = examine()
+    problems = sum(bool(f.problem) for f in found)
+    if command.json:
+        print("\n".join(msgspec.json.encode(f).decode() for f in found))
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        console.print(doctor_table(found))
+        console.print(f"\n{problems} of {len(found)} settings would make a comparison unfair")
+    return MISMATCH if problems else MATCH
 
 
 def publish(report: Report, as_json: bool, html: Path | None) -> int:

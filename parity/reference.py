@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parity.case import Case
-from parity.tolerances import smallest_step, unit_roundoff
+from parity.tolerances import noise, smallest_step
 
 Array = np.ndarray
 
@@ -38,12 +38,12 @@ class Perturbed:
 
     def round(self, a: Array, dtype: str) -> Array:
         """The value stored in `dtype`, off by up to the unit roundoff, or by half a step below the normal range."""
-        noise = self.rng.uniform(-1, 1, np.shape(a))
-        return a + noise * np.maximum(unit_roundoff(dtype) * np.abs(a), smallest_step(dtype) / 2)
+        off = self.rng.uniform(-1, 1, np.shape(a))
+        return a + off * np.maximum(noise(dtype) * np.abs(a), smallest_step(dtype) / 2)
 
     def summand(self, a: Array, n: int, dtype: str) -> Array:
         """One factor of a sum of n products accumulated in `dtype`: n roundings walk randomly, so sqrt(n) of them."""
-        return a * (1 + np.sqrt(max(n, 1)) * unit_roundoff(dtype) * self.rng.uniform(-1, 1, np.shape(a)))
+        return a * (1 + np.sqrt(max(n, 1)) * noise(dtype) * self.rng.uniform(-1, 1, np.shape(a)))
 
 
 Numbers = Exact | Perturbed
