@@ -122,7 +122,7 @@ def check_capacity_factor(factor: object, per: str, n_experts: int, n_ranks: int
         return
     try:
         exact = Fraction(str(factor))
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         exact = Fraction(0)
     if exact <= 0:
         raise ValueError(

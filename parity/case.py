@@ -161,8 +161,6 @@ def flag(field: str) -> str:
 
 
 def _argument(name: str, value: object) -> str:
-    if isinstance(value, bool):
-        return f"--{flag(name)}" if value else f"--no-{flag(name)}"
     return f"--{flag(name)} {value}"
 
 

@@ -1,8 +1,9 @@
-"""`python -m parity`: check | compare | faults | bench."""
+"""`python -m parity`: check | compare | report | faults | bench | doctor."""
 
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
@@ -12,32 +13,39 @@ import msgspec
 import tyro
 from rich.console import Console
 
-from parity import faults
+from parity import faults, records
 from parity.backends import BACKENDS, BackendError
 from parity.bench import PARTS, SHAPES, Figure, Plan, run_bench
 from parity.blame import blame
 from parity.case import PRESETS, Case
-from parity.compare import compare
-from parity.engine import Outcome, progress, run_cases
+from parity.doctor import doctor_table, examine
+from parity.engine import judge, make_report, progress, run_cases
 from parity.inputs import case_from_trace, draw
+from parity.random_cases import random_cases
+from parity.records import Report
 from parity.report.bench import print_bench
+from parity.report.html import page
 from parity.report.terminal import Found, describe, fault_table, print_report
 from parity.trace import Trace, load_folder
 
-MATCH, MISMATCH, USAGE, BACKEND, NOTHING, INTERRUPTED = 0, 1, 2, 3, 5, 130
+MATCH, MISMATCH, USAGE, BACKEND, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def _flag(f: Field) -> tuple[str, Any, Any]:
     """A case's field as a flag that may be left out."""
-    choices = get_args(f.type)
-    metavar = (
-        "{" + ",".join(choices) + "}" if get_origin(f.type) is Literal else getattr(f.type, "__name__", "STR").upper()
-    )
+    literal = get_origin(f.type) is Literal
+    choices = ("True", "False") if f.type is bool else get_args(f.type) if literal else ()
+    metavar = "{" + ",".join(choices) + "}" if choices else getattr(f.type, "__name__", "STR").upper()
     about = tyro.conf.arg(help=f.metadata["help"], metavar=metavar, help_behavior_hint=f"(default: {f.default})")
     return f.name, Annotated[f.type | None, about], field(default=None)  # type: ignore[operator]
 
 
 Flags = make_dataclass("Flags", [_flag(f) for f in fields(Case)])
+
+
+def not_a_terminal() -> bool:
+    """Whether standard output is for a program to read."""
+    return not sys.stdout.isatty()
 
 
 @dataclass
@@ -49,17 +57,20 @@ class CheckCommand:
 
     Exit code: 0 match, 1 mismatch, 2 wrong usage, 3 a framework is missing or crashed, 5 nothing was compared.
 
-    Examples:
+    For example:
         python -m parity check                        every preset
         python -m parity check zipf p8                two presets
         python -m parity check zipf --dtype bfloat16  a preset, changed
         python -m parity check --ranks 2 --experts 6 --capacity-factor 5/4
         python -m parity check --trace recording.safetensors
+        python -m parity check --random 100 --seed 1 --dtype bfloat16
     """
 
     presets: tyro.conf.Positional[tuple[str, ...]] = ()
     """Presets to run; all of them when no preset and no field is given. `all` means all."""
     case: Annotated[Any, tyro.conf.arg(name="", constructor=Flags)] = field(default_factory=Flags)
+    random: int = 0
+    """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all."""
     backend: Literal["both", "torch", "jax"] = "both"
     """Run one side only, here; with --save the other can run on another machine."""
     jax_ranks: Literal["shard_map", "vmap"] = "shard_map"
@@ -68,8 +79,10 @@ class CheckCommand:
     """Seconds without progress of any PyTorch rank after which the run ends, saying which rank hangs where."""
     save: Path | None = None
     """Keep the traces in this folder, for `python -m parity compare`."""
-    json: bool = False
-    """Print one JSON object per comparison."""
+    json: bool = field(default_factory=not_a_terminal)
+    """Lines of JSON instead of a table: the default where the output is not a terminal."""
+    html: Path | None = None
+    """Write the report as a page of its own too: nothing is loaded from anywhere."""
     fault: str | None = None
     """Plant this fault (see `python -m parity faults`)."""
 
@@ -88,6 +101,17 @@ class FaultsCommand:
 
 
 @dataclass
+class DoctorCommand:
+    """Versions, devices, TF32 and matmul precision, determinism, memory; and what of it makes a comparison unfair.
+
+    Exit code: 0 when nothing is wrong, 1 otherwise.
+    """
+
+    json: bool = False
+    """Print one JSON object per setting."""
+
+
+@dataclass
 class CompareCommand:
     """Compare traces that `check --save` wrote, on one machine or several.
 
@@ -96,8 +120,25 @@ class CompareCommand:
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of traces: one a side, or one with both."""
-    json: bool = False
-    """Print one JSON object per comparison."""
+    json: bool = field(default_factory=not_a_terminal)
+    """Lines of JSON instead of a table: the default where the output is not a terminal."""
+    html: Path | None = None
+    """Write the report as a page of its own too."""
+
+
+@dataclass
+class ReportCommand:
+    """Show a report that `check --json` wrote. One without its footer, whose run did not end, is refused.
+
+    Exit code: that of the run, or 2 when the file is no whole report.
+    """
+
+    file: tyro.conf.Positional[Path | None] = None
+    """Lines of JSON."""
+    html: Path | None = None
+    """Write the report as a page of its own too."""
+    schema: bool = False
+    """Print the JSON Schema of one line."""
 
 
 @dataclass
@@ -140,13 +181,27 @@ class BenchCommand:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run it, and exit with its code."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"check": CheckCommand, "compare": CompareCommand, "faults": FaultsCommand, "bench": BenchCommand},
+        {
+            "check": CheckCommand,
+            "compare": CompareCommand,
+            "report": ReportCommand,
+            "faults": FaultsCommand,
+            "bench": BenchCommand,
+            "doctor": DoctorCommand,
+        },
         args=argv,
         prog="python -m parity",
         description="Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?",
     )
     try:
-        run = {CheckCommand: check, CompareCommand: compare_folders, FaultsCommand: list_faults, BenchCommand: bench}
+        run: dict[type, Callable[[Any], int]] = {
+            CheckCommand: check,
+            CompareCommand: compare_folders,
+            ReportCommand: show_report,
+            FaultsCommand: list_faults,
+            BenchCommand: bench,
+            DoctorCommand: see_doctor,
+        }
         code = run[type(command)](command)
     except ValueError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
@@ -168,6 +223,10 @@ def chosen_cases(command: CheckCommand) -> list[Case]:
     changes = {name: value for name, value in vars(command.case).items() if value is not None}
     if changes.get("capacity_factor") == "none":
         changes["capacity_factor"] = None
+    if command.random:
+        if command.presets or "name" in changes or "trace" in changes:
+            raise ValueError("--random draws its cases: leave out presets, --name and --trace")
+        return random_cases(command.random, changes.pop("seed", 0), changes)
     unknown = [name for name in command.presets if name not in PRESETS and name != "all"]
     if unknown:
         raise ValueError(f"no preset is called {', '.join(unknown)}. There are: {', '.join(PRESETS)}")
@@ -192,11 +251,11 @@ def check(command: CheckCommand) -> int:
         if fault and fault.side == "torch":
             raise ValueError(f"{fault.name} cannot be planted under torchrun: start without it")
         cases = of_group(cases, group_size, picked=bool(command.presets))
-    outcome = run_cases(
+    report = run_cases(
         cases, backends, jax_ranks=command.jax_ranks, timeout=command.timeout, fault=fault,
         in_torchrun=group_size is not None, save=command.save,
     )  # fmt: skip
-    return MATCH if outcome is None else report(outcome, command.json, command.fault or "")
+    return MATCH if report is None else publish(report, command.json, command.html)
 
 
 def list_faults(command: FaultsCommand) -> int:
@@ -219,11 +278,11 @@ def list_faults(command: FaultsCommand) -> int:
 def try_fault(fault: faults.Fault) -> Found:
     """Plant a fault, run its preset on its side only, and say who was blamed."""
     try:
-        outcome = run_cases([PRESETS[fault.preset]], (fault.side,), fault=fault, timeout=10, show_progress=False)
+        report = run_cases([PRESETS[fault.preset]], (fault.side,), fault=fault, timeout=10, show_progress=False)
     except BackendError as error:
         return Found(True, error.backend, error.stage, "the run ended: " + str(error))
-    assert outcome is not None
-    verdict = blame(outcome.checks[fault.preset])
+    assert report is not None
+    verdict = blame(report.checks[fault.preset])
     if verdict is None:
         return Found(False, "", "", "")
     return Found(True, " and ".join(verdict.sides), verdict.stage, describe(verdict.check))
@@ -288,7 +347,6 @@ def compare_folders(command: CompareCommand) -> int:
     for folder in command.folders:
         for trace in load_folder(folder):
             traces.setdefault(trace.case.name, []).append(trace)
-    cases: dict[str, Case] = {}
     for name, found in traces.items():
         if len({trace.case for trace in found}) > 1:
             raise ValueError(f"{name} is not the same case in every folder: {[t.case for t in found]}")
@@ -296,28 +354,45 @@ def compare_folders(command: CompareCommand) -> int:
             raise ValueError(
                 f"{name} has traces of {[t.backend for t in found]} only: give a folder of the other side too"
             )
-        cases[name] = found[0].case
-    outcome, start = Outcome(traces=traces), time.perf_counter()
+    head, start = records.header(), time.perf_counter()
     with progress() as bar:
-        for name, case in bar.track(cases.items(), description="compare"):
-            outcome.checks[name] = list(compare(draw(case), traces[name]))
-    outcome.seconds["compare"] = time.perf_counter() - start
-    return report(outcome, command.json)
+        judged = {
+            name: judge(draw(found[0].case), found) for name, found in bar.track(traces.items(), description="compare")
+        }
+    report = make_report(head, list(traces), judged, {"compare": time.perf_counter() - start})
+    return publish(report, command.json, command.html)
 
 
-def report(outcome: Outcome, as_json: bool, planted: str = "") -> int:
-    """Print what was found; the exit code."""
-    checks = outcome.checks
-    everything = [c for found in checks.values() for c in found]
-    if as_json:
-        for c in everything:
-            print(msgspec.json.encode(c).decode())
+def show_report(command: ReportCommand) -> int:
+    """Run `report`; its exit code."""
+    if command.schema:
+        print(msgspec.json.format(msgspec.json.encode(records.schema())).decode())
+        return MATCH
+    if not command.file:
+        raise ValueError("which report? Name a file that `python -m parity check --json` wrote, or ask for --schema")
+    return publish(records.read(command.file), False, command.html)
+
+
+def see_doctor(command: DoctorCommand) -> int:
+    """Run `doctor`; its exit code."""
+    found = examine()
+    problems = sum(bool(f.problem) for f in found)
+    if command.json:
+        print("\n".join(msgspec.json.encode(f).decode() for f in found))
     else:
-        console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-        print_report(console, checks, outcome.traces, outcome.seconds, planted)
-    if any(not c.ok for c in everything):
-        return MISMATCH
-    if checks.keys() != outcome.traces.keys() or not all(sum(c.rows for c in found) for found in checks.values()):
-        Console(stderr=True).print("nothing was compared in some case: no rows", style="red")
-        return NOTHING
-    return MATCH
+        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        console.print(doctor_table(found))
+        console.print(f"\n{problems} of {len(found)} settings would make a comparison unfair")
+    return MISMATCH if problems else MATCH
+
+
+def publish(report: Report, as_json: bool, html: Path | None) -> int:
+    """Print what was found, as lines of JSON or for people; its exit code."""
+    if as_json:
+        print("\n".join(records.lines(report)))
+    else:
+        print_report(Console(width=None if sys.stdout.isatty() else 100, highlight=False), report)
+    if html:
+        html.write_text(page(report))
+        Console(stderr=True).print(f"wrote {html}", highlight=False)
+    return report.footer.exit_code

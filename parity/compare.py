@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import msgspec
 import numpy as np
 
-from parity import reference
+from parity import reference, vectorised
 from parity.inputs import Problem, exact_inputs
-from parity.reference import Exact, Perturbed
+from parity.picture import Picture
+from parity.reference import Exact, Numbers, Perturbed
 from parity.rows import PADDING, Strategy, Table, identity, row_tables
 from parity.tolerances import DRAWS, allowance, numpy_dtype
 from parity.trace import Trace
@@ -29,7 +31,17 @@ class Where(msgspec.Struct, omit_defaults=True):
     index: list[int] = []
 
 
-class Check(msgspec.Struct, omit_defaults=True):
+class Row(msgspec.Struct, omit_defaults=True):
+    """A failing row, by its worst number."""
+
+    where: Where
+    got: float
+    expected: float
+    error: float
+    allowed: float
+
+
+class Check(msgspec.Struct, omit_defaults=True, tag_field="kind", tag="comparison"):
     """One array of one case, compared with one other."""
 
     case: str
@@ -49,8 +61,12 @@ class Check(msgspec.Struct, omit_defaults=True):
     expected: float | None = None
     where: Where | None = None
     common: list[str] = []  # what the failing rows, and not all rows, have in common
+    worst_rows: list[Row] = []  # of those that fail, worst first
     note: str = ""
 
+
+# How many failing rows of one array a report lists.
+LISTED = 20
 
 Kind = Literal["rows", "rank", "expert", "sum", "repeat"]
 
@@ -82,6 +98,9 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
     )
     draws = [Perturbed(np.random.default_rng([case.seed, 1, i])) for i in range(DRAWS)]
 
+    def oracle(numbers: Numbers) -> ModuleType:
+        return vectorised.oracle_for(case) if isinstance(numbers, Exact) else vectorised
+
     def arithmetic(kind: Kind, f, dtype: str, order: str = "", **more: bool) -> Expected:
         return judged(kind, f(Exact()), [f(numbers) for numbers in draws], dtype, order, **more)
 
@@ -100,27 +119,27 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
     everything, kept = (reference.sent(case, ids, keep, strategy) for strategy in ("dynamic", "static"))
 
     def backward_of_route(numbers):
-        return reference.route_backward(case, x, router, ids, dscore, numbers)
+        return oracle(numbers).route_backward(case, x, router, ids, dscore, numbers)
 
     def backward_of_experts(numbers):
-        return reference.experts_backward(case, x, ids, w, dy, numbers)
+        return oracle(numbers).experts_backward(case, x, ids, w, dy, numbers)
 
     def backward_of_combine(numbers):
-        return reference.combine_backward(case, y, score, keep, dout, numbers)
+        return oracle(numbers).combine_backward(case, y, score, keep, dout, numbers)
 
     route_exact, route_drawn = backward_of_route(Exact()), [backward_of_route(n) for n in draws]
     experts_exact, experts_drawn = backward_of_experts(Exact()), [backward_of_experts(n) for n in draws]
     combine_exact, combine_drawn = backward_of_combine(Exact()), [backward_of_combine(n) for n in draws]
-    layers = [reference.layer(case, x, router, w, dout, ids, keep, n) for n in draws]
+    layers = [vectorised.layer(case, x, router, w, dout, ids, keep, n) for n in draws]
 
     def end_to_end(kind: Kind, name: str, dtype: str, order: str = "", **more: bool) -> Expected:
         return judged(kind, getattr(problem.exact, name), [getattr(a, name) for a in layers], dtype, order, **more)
 
     def out_of_combine(numbers):
-        return reference.combine(case, y, score, keep, numbers)
+        return oracle(numbers).combine(case, y, score, keep, numbers)
 
     def dx_of_group(numbers):
-        return reference.group_backward(case, dx_rows, keep, numbers)
+        return oracle(numbers).group_backward(case, dx_rows, keep, numbers)
 
     score_e2e = end_to_end("rank", "score", case.wide)
     y_e2e = end_to_end("rows", "y", case.dtype, "expert_major")
@@ -259,8 +278,11 @@ def _canonical_rows(arrays: list[Array], expected: Expected, table: Table) -> Ca
     return Canonical(values, present, slots, holders)
 
 
-def compare(problem: Problem, traces: list[Trace]) -> Iterator[Check]:
-    """Every array of every trace against the oracle, and of every two traces against each other."""
+def compare(problem: Problem, traces: list[Trace], picture: Picture | None = None) -> Iterator[Check]:
+    """Every array of every trace against the oracle, and of every two traces against each other.
+
+    Fills in `picture` on the way.
+    """
     found: dict[str, dict[str, Canonical]] = {}
     by_strategy = expectations(problem)
     expected = {trace.backend: by_strategy[trace.strategy] for trace in traces}
@@ -274,7 +296,9 @@ def compare(problem: Problem, traces: list[Trace]) -> Iterator[Check]:
                 yield _failed(problem, name, trace.backend, "oracle", str(mismatch), want.allowed is None)
                 continue
             found[trace.backend][name] = have
-            yield _judge(problem, name, trace.backend, "oracle", have, want.values, want.allowed, have.present, want)
+            yield _judge(
+                problem, name, trace.backend, "oracle", have, want.values, want.allowed, have.present, want, picture
+            )
         yield from _moves_its_own_rows(problem, trace.backend, found[trace.backend])
         yield choice_of_experts(problem, trace)
     for i, left in enumerate(traces):
@@ -319,12 +343,12 @@ def choice_of_experts(problem: Problem, trace: Trace) -> Check:
         return _failed(problem, name, trace.backend, "oracle", f"shape is {shape}, not {problem.expert_id.shape}", True)
     x, router, _, _ = exact_inputs(problem)
     draws = [Perturbed(np.random.default_rng([case.seed, 2, i])) for i in range(DRAWS)]
-    logits, _ = reference.route(case, x, router, Exact())
-    close = 2 * allowance(logits, [reference.route(case, x, router, n)[0] for n in draws], case.wide).max(axis=-1)
+    logits, _ = vectorised.oracle_for(case).route(case, x, router, Exact())
+    close = 2 * allowance(logits, [vectorised.route(case, x, router, n)[0] for n in draws], case.wide).max(axis=-1)
     whole = np.array_equal(x, x.round()) and np.array_equal(router, router.round())
     if whole and (np.abs(x) @ np.abs(router)).max(initial=0) < 2**24:
         close[:] = 0
-    expected = reference.select(case, logits)
+    expected = vectorised.oracle_for(case).select(case, logits)
     wrong, near = [], 0
     for p, t in np.argwhere((ids != expected).any(axis=-1)):
         if close[p, t] > 0 and _defensible(logits[p, t], ids[p, t], close[p, t]):
@@ -369,7 +393,7 @@ def _failed(problem: Problem, name: str, left: str, right: str, note: str, bitwi
 
 def _judge(
     problem: Problem, name: str, left: str, right: str, have: Canonical, values: Array, allowed: Array | None,
-    present: Array, want: Expected,
+    present: Array, want: Expected, picture: Picture | None = None,
 ) -> Check:  # fmt: skip
     mode, stage, value = name.split("/")
     got, expected = have.values[present], values[present]
@@ -385,17 +409,30 @@ def _judge(
     check.rows = int(np.prod(got.shape[:-1])) if want.kind != "rank" or got.ndim > 1 else got.size
     if not ratio.size:
         return check
-    flat = int(np.argmax(ratio))
-    at = tuple(int(i) for i in np.unravel_index(flat, ratio.shape))
-    check.worst = float(ratio[at])
-    bad = np.asarray(ratio > 1 if allowed is not None else ratio > 0)
-    check.failing = int(bad.reshape(-1, ratio.shape[-1] if ratio.ndim > 1 else 1).any(axis=-1).sum())
+    bad = ratio > (0 if allowed is None else 1)
+    by_row = ratio.reshape(-1, ratio.shape[-1] if ratio.ndim > 1 else 1)
+    check.failing = int(bad.reshape(by_row.shape).any(axis=1).sum())
     check.ok = check.failing == 0
-    check.error, check.got, check.expected = float(error[at]), float(got[at]), float(expected[at])
-    check.allowed = 0.0 if allowed is None else float(allowed[present][at])
-    check.where = _where(problem, want, have, int(np.flatnonzero(present)[at[0]]), at)
-    if check.failing and ratio.ndim > 1:
+    margin = np.zeros(ratio.shape) if allowed is None else allowed[present]
+
+    def row(index: int) -> Row:
+        at = np.unravel_index(index * by_row.shape[1] + int(by_row[index].argmax()), ratio.shape)
+        at = tuple(int(i) for i in at)
+        where = _where(problem, want, have, int(np.flatnonzero(present)[at[0]]), at)
+        return Row(where, float(got[at]), float(expected[at]), float(error[at]), float(margin[at]))
+
+    worst_first = np.argsort(-by_row.max(axis=1), kind="stable")
+    worst, check.worst = row(int(worst_first[0])), float(ratio.max())
+    check.where, check.got, check.expected = worst.where, worst.got, worst.expected
+    check.error, check.allowed = worst.error, worst.allowed
+    check.worst_rows = [row(int(i)) for i in worst_first[: min(check.failing, LISTED)]]
+    if check.failing > 1 and ratio.ndim > 1:
         check.common = _in_common(problem, want, have, np.flatnonzero(present), np.asarray(bad.any(axis=-1)))
+    if picture and want.kind == "rows":
+        rank, token, k = np.unravel_index(np.flatnonzero(present), problem.expert_id.shape)
+        picture.add_rows(left, rank, problem.expert_id[rank, token, k], ratio)
+    if picture and allowed is not None:
+        picture.add_magnitudes(f"{left} {name}", expected, error, margin)
     return check
 
 

@@ -5,7 +5,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -16,17 +15,10 @@ from parity.backends import BACKENDS, run
 from parity.case import Case
 from parity.compare import Check, compare
 from parity.faults import Fault, plant
-from parity.inputs import draw
+from parity.inputs import Problem, draw
+from parity.picture import blank
+from parity.records import CaseRecord, Header, Report, footer, header
 from parity.trace import Trace
-
-
-@dataclass
-class Outcome:
-    """What came of a run, by case, and the seconds that each part took."""
-
-    checks: dict[str, list[Check]] = field(default_factory=dict)
-    traces: dict[str, list[Trace]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def run_cases(
@@ -39,20 +31,22 @@ def run_cases(
     in_torchrun: bool = False,
     save: Path | None = None,
     show_progress: bool = True,
-) -> Outcome | None:
+) -> Report | None:
     """Draw every case, run the backends at once in processes of their own, compare as their traces come in.
 
     None on every rank but 0 of a torchrun group, which then has nothing left to do.
 
     Raises BackendError when a framework is missing or its run ends in error.
     """
-    outcome, begin, comparing = Outcome(traces={case.name: [] for case in cases}), time.perf_counter(), 0.0
+    head, begin, seconds = header(fault.name if fault else ""), time.perf_counter(), {"oracle": 0.0, "compare": 0.0}
+    traces: dict[str, list[Trace]] = {case.name: [] for case in cases}
+    judged: dict[str, tuple[CaseRecord, list[Check]]] = {}
     with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress(show_progress) as bar:
         folder = Path(temporary)
         problems = {case.name: draw(case) for case in bar.track(cases, description="oracle")}
         for name, problem in problems.items():
             problem.save(folder / f"{name}.problem")
-        outcome.seconds["oracle"] = time.perf_counter() - begin
+        seconds["oracle"] = time.perf_counter() - begin
         if in_torchrun:
             from parity.run_torch import join_torchrun
 
@@ -63,23 +57,39 @@ def run_cases(
         if fault:
             homes[fault.side] = plant(fault, folder / "planted")
         tasks = {backend: bar.add_task(backend, total=len(cases)) for backend in backends}
-        with closing(run(folder, homes, len(cases), jax_ranks, timeout, outcome.seconds)) as running:
+        with closing(run(folder, homes, len(cases), jax_ranks, timeout, seconds)) as running:
             for backend, name in chain(joined, running):
                 bar.advance(tasks[backend])
-                traces = outcome.traces[name]
-                traces.append(Trace.load(folder / f"{name}.{backend}.safetensors"))
-                if len(traces) == len(backends):
+                traces[name].append(Trace.load(folder / f"{name}.{backend}.safetensors"))
+                if len(traces[name]) == len(backends):
                     start = time.perf_counter()
-                    traces.sort(key=lambda trace: BACKENDS.index(trace.backend))
-                    outcome.checks[name] = list(compare(problems[name], traces))
-                    comparing += time.perf_counter() - start
+                    judged[name] = judge(problems[name], traces.pop(name))
+                    seconds["compare"] += time.perf_counter() - start
         if save:
             save.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("*.safetensors"):
                 shutil.copy(path, save)
-    outcome.seconds |= {"compare": comparing, "in all": time.perf_counter() - begin}
-    outcome.checks = {case.name: outcome.checks[case.name] for case in cases if case.name in outcome.checks}
-    return outcome
+    seconds["in all"] = time.perf_counter() - begin
+    return make_report(head, [case.name for case in cases], judged, seconds)
+
+
+def judge(problem: Problem, traces: list[Trace]) -> tuple[CaseRecord, list[Check]]:
+    """Every comparison of one case, and what it looked like."""
+    case, picture = problem.case, blank(problem)
+    traces.sort(key=lambda trace: BACKENDS.index(trace.backend))
+    checks = list(compare(problem, traces, picture))
+    seconds = {trace.backend: trace.seconds for trace in traces}
+    environment = {trace.backend: trace.environment for trace in traces}
+    return CaseRecord(case, case.command(), seconds, environment, picture), checks
+
+
+def make_report(
+    head: Header, names: list[str], judged: dict[str, tuple[CaseRecord, list[Check]]], seconds: dict[str, float]
+) -> Report:
+    """The report of cases in the order asked for; those that were never judged are missed in the footer."""
+    order = [name for name in names if name in judged]
+    checks = {name: judged[name][1] for name in order}
+    return Report(head, {name: judged[name][0] for name in order}, checks, footer(checks, len(names), seconds))
 
 
 def progress(show: bool = True) -> Progress:

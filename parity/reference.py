@@ -5,13 +5,15 @@ random relative error of at most the unit roundoff (`Perturbed`, the yardstick o
 values before their last rounding. Shapes carry the rank in front: x_PTD.
 """
 
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 
 from parity.case import Case
-from parity.tolerances import smallest_step, unit_roundoff
+from parity.tolerances import noise, smallest_step
 
 Array = np.ndarray
 
@@ -36,12 +38,12 @@ class Perturbed:
 
     def round(self, a: Array, dtype: str) -> Array:
         """The value stored in `dtype`, off by up to the unit roundoff, or by half a step below the normal range."""
-        noise = self.rng.uniform(-1, 1, np.shape(a))
-        return a + noise * np.maximum(unit_roundoff(dtype) * np.abs(a), smallest_step(dtype) / 2)
+        off = self.rng.uniform(-1, 1, np.shape(a))
+        return a + off * np.maximum(noise(dtype) * np.abs(a), smallest_step(dtype) / 2)
 
     def summand(self, a: Array, n: int, dtype: str) -> Array:
         """One factor of a sum of n products accumulated in `dtype`: n roundings walk randomly, so sqrt(n) of them."""
-        return a * (1 + np.sqrt(max(n, 1)) * unit_roundoff(dtype) * self.rng.uniform(-1, 1, np.shape(a)))
+        return a * (1 + np.sqrt(max(n, 1)) * noise(dtype) * self.rng.uniform(-1, 1, np.shape(a)))
 
 
 Numbers = Exact | Perturbed
@@ -61,11 +63,16 @@ def route(case: Case, x_PTD: Array, router_DE: Array, numbers: Numbers) -> tuple
     for p, t in np.ndindex(*x_PTD.shape[:2]):
         logits_PTE[p, t] = numbers.summand(x_PTD[p, t], case.width, case.wide) @ router_DE
     logits_PTE = numbers.round(logits_PTE, case.wide)
+    return logits_PTE, scores(case, logits_PTE, numbers)
+
+
+def scores(case: Case, logits_PTE: Array, numbers: Numbers) -> Array:
+    """Softmax or sigmoid of the logits: [P, T, E]."""
     if case.score_function == "sigmoid":
-        return logits_PTE, numbers.round(1 / (1 + np.exp(-logits_PTE)), case.wide)
+        return numbers.round(1 / (1 + np.exp(-logits_PTE)), case.wide)
     power_PTE = numbers.round(np.exp(logits_PTE - logits_PTE.max(-1, keepdims=True)), case.wide)
     total_PT1 = numbers.summand(power_PTE, case.experts, case.wide).sum(-1, keepdims=True)
-    return logits_PTE, numbers.round(power_PTE / total_PT1, case.wide)
+    return numbers.round(power_PTE / total_PT1, case.wide)
 
 
 def select(case: Case, logits_PTE: Array) -> Array:
@@ -247,19 +254,20 @@ class Layer(NamedTuple):
 
 def layer(
     case: Case, x_PTD: Array, router_DE: Array, w: Weights, dout_PTD: Array, id_PTK: Array, keep_PTK: Array,
-    numbers: Numbers,
+    numbers: Numbers, oracle: ModuleType | None = None,
 ) -> Layer:  # fmt: skip
-    """Forward, and backward from the cotangent `dout`, with the expert ids given."""
-    logits, score_PTE = route(case, x_PTD, router_DE, numbers)
+    """Forward, and backward from the cotangent `dout`, with the expert ids given; of `oracle`'s functions, or these."""
+    oracle = oracle or sys.modules[__name__]
+    logits, score_PTE = oracle.route(case, x_PTD, router_DE, numbers)
     score = chosen_scores(case, score_PTE, id_PTK, numbers)
     score_r = numbers.round(score, case.wide)
-    y = experts(case, x_PTD, id_PTK, w, numbers)
+    y = oracle.experts(case, x_PTD, id_PTK, w, numbers)
     y_r = numbers.round(y, case.dtype)
-    out = combine(case, y_r, score_r, keep_PTK, numbers)
-    dy, dscore = combine_backward(case, y_r, score_r, keep_PTK, dout_PTD, numbers)
-    dx_rows, dw = experts_backward(case, x_PTD, id_PTK, w, numbers.round(dy, case.dtype), numbers)
-    dx_experts = group_backward(case, numbers.round(dx_rows, case.dtype), keep_PTK, numbers)
+    out = oracle.combine(case, y_r, score_r, keep_PTK, numbers)
+    dy, dscore = oracle.combine_backward(case, y_r, score_r, keep_PTK, dout_PTD, numbers)
+    dx_rows, dw = oracle.experts_backward(case, x_PTD, id_PTK, w, numbers.round(dy, case.dtype), numbers)
+    dx_experts = oracle.group_backward(case, numbers.round(dx_rows, case.dtype), keep_PTK, numbers)
     dscore_r = numbers.round(dscore, case.wide)
-    dx_router, drouter = route_backward(case, x_PTD, router_DE, id_PTK, dscore_r, numbers)
+    dx_router, drouter = oracle.route_backward(case, x_PTD, router_DE, id_PTK, dscore_r, numbers)
     dx = numbers.round(dx_experts, case.dtype) + numbers.round(dx_router, case.dtype)
     return Layer(logits, score, y, out, dy, dscore, dx_rows, dx_experts, dx_router, dx, drouter, *dw)

@@ -24,6 +24,7 @@ def row_tables(case: Case, expert_id: Array, keep: Array, strategy: Strategy) ->
     the expert-major padding comes last, after expert bins each (expert, source) keeps its bin.
     """
     P, C, e = case.ranks, case.capacity, case.experts // case.ranks
+    bin_per_expert = strategy == "static" and case.bins != P  # with an expert a rank, both kinds of bin are the same
     expert_of = expert_id.reshape(-1)
     kept = keep.reshape(-1) if strategy == "static" else np.ones(expert_of.size, bool)
     by_expert = {
@@ -34,13 +35,13 @@ def row_tables(case: Case, expert_id: Array, keep: Array, strategy: Strategy) ->
 
     def sent(source: int, target: int) -> list[int]:
         segments = [by_expert[source, g] for g in range(target * e, (target + 1) * e)]
-        if strategy == "static" and case.capacity_per == "expert":
+        if bin_per_expert:
             return joined(padded(segment, C) for segment in segments)
         return joined(segments) if strategy == "dynamic" else padded(joined(segments), C)
 
     def expert_major(target: int) -> list[int]:
         segments = [by_expert[p, g] for g in range(target * e, (target + 1) * e) for p in range(P)]
-        if strategy == "static" and case.capacity_per == "expert":
+        if bin_per_expert:
             return joined(padded(segment, C) for segment in segments)
         return joined(segments) if strategy == "dynamic" else padded(joined(segments), P * C)
 

@@ -102,7 +102,7 @@ def over_ranks(f: Callable, P: int, how: str, *, replicated: tuple[int, ...] = (
     return sharded
 
 
-@lru_cache
+@lru_cache(maxsize=4)  # cases with the same program come one after the other; more would only fill memory
 def everything(case: Case, capacity: Capacity, oracle_rows: int, how: str) -> Callable:
     """One compiled function for all that a case asks for, end to end and stage by stage.
 

@@ -28,6 +28,16 @@ def unit_roundoff(dtype: str) -> float:
 
 
 @cache
+def noise(dtype: str) -> float:
+    """The largest relative error that a draw puts on a rounded value: the unit roundoff.
+
+    Four times that for float64: the draws and the oracle are float64 themselves, so that less would be rounded away,
+    and the oracle is as far off as the implementation.
+    """
+    return unit_roundoff(dtype) * (4 if dtype == "float64" else 1)
+
+
+@cache
 def smallest_step(dtype: str) -> float:
     """The distance between subnormal numbers."""
     return float(ml_dtypes.finfo(numpy_dtype(dtype)).smallest_subnormal)

@@ -130,7 +130,8 @@ def test_gradients_of_combine(device, shape, dtype, plain):
     y_ND, dout_TD = torch.randn(T * K, D, device=device).to(dtype), torch.randn(T, D, device=device).to(dtype)
     score_TK = torch.randn(T, K, device=device, dtype=torch.promote_types(dtype, torch.float32))
     _, slot_TK, assignment_N = plain(group_by_expert, dout_TD, ids_TK, counts_E)
-    y_ND.requires_grad_(), score_TK.requires_grad_()
+    for leaf in (y_ND, score_TK):
+        leaf.requires_grad_()
     out_TD = plain(combine, y_ND, score_TK, slot_TK, assignment_N)
     expected_dy_ND, _ = plain(torch.autograd.grad, out_TD, (y_ND, score_TK), dout_TD)
     dy_ND, dscore_TK = kernels.weighted_sum_backward(dout_TD, y_ND.detach(), score_TK.detach(), slot_TK)
@@ -166,7 +167,8 @@ def test_the_whole_chain_on_a_gpu(shape, plain):
     inputs = torch.randn(T, D, device="cuda", dtype=torch.bfloat16), torch.rand(T, K, device="cuda"), ids_TK, counts_E
     out, dx, dscore = gradients(dispatch_and_combine, *inputs)
     expected = plain(gradients, dispatch_and_combine, *inputs)
-    same(out, expected[0]), same(dx, expected[1])
+    same(out, expected[0])
+    same(dx, expected[1])
     torch.testing.assert_close(dscore, expected[2])
     poison = [torch.full((T * K, D), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     del poison

@@ -11,7 +11,8 @@ from rich.text import Text
 from parity.blame import blame
 from parity.compare import Check, Where
 from parity.faults import Fault
-from parity.trace import STAGES, Trace
+from parity.records import Report
+from parity.trace import STAGES
 
 SHORT = {
     "route": "1 route",
@@ -24,32 +25,34 @@ SHORT = {
     "return_tokens": "8 return",
     "combine": "9 combine",
 }
+MOST = 60  # cases in the table; of more, those that fail
+VERDICT_STYLE = {"match": "bold green", "mismatch": "bold red", "nothing compared": "bold red"}
 
 
-def table(checks: dict[str, list[Check]], traces: dict[str, list[Trace]]) -> Table:
+def table(report: Report) -> Table:
     """One line per case: its shape, the nine stages on their own, the whole layer, and the closest call."""
     result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("case", "P", "T", "E", "K", "dtype", "C", "dropped", "stages 1-9", "layer", "closest", "s"):
         right = column in ("P", "T", "E", "K", "C", "dropped", "closest", "s")
         result.add_column(column, justify="right" if right else "left", no_wrap=True)
-    for name, found in checks.items():
-        case = traces[name][0].case
+    for name, record in report.cases.items():
+        if len(report.cases) > MOST and not _failed(report, name):
+            continue
+        case, found = record.case, report.checks[name]
         strip = Text.assemble(*(_mark(c for c in found if c.mode == "isolated" and c.stage == s) for s in STAGES))
-        end_to_end = _mark(c for c in found if c.mode == "e2e")
-        seconds = sum(trace.seconds for trace in traces[name])
+        end_to_end = _mark(c for c in found if c.mode != "isolated")
+        dropped = sum(map(sum, record.picture.dropped)) if "jax" in record.seconds else "-"
         closest = max((c.worst for c in found if not c.bitwise), default=math.nan)
         shown = f"{closest:.2f}" if closest < 1000 else ">999"
         result.add_row(
             name, str(case.ranks), str(case.tokens), str(case.experts), str(case.top_k), case.dtype, str(case.capacity),
-            _dropped(traces[name]), strip, Text.assemble(end_to_end), shown, f"{seconds:.1f}",
+            str(dropped), strip, Text.assemble(end_to_end), shown, f"{sum(record.seconds.values()):.1f}",
         )  # fmt: skip
     return result
 
 
-def _dropped(traces: list[Trace]) -> str:
-    """Assignments that the static side dropped, over all ranks."""
-    counts = [t.arrays["e2e/group_by_expert/dropped_in_all"] for t in traces if t.strategy == "static"]
-    return str(sum(int(c) for c in counts[0])) if counts else "-"
+def _failed(report: Report, name: str) -> bool:
+    return any(not c.ok for c in report.checks[name])
 
 
 def _mark(found) -> tuple[str, str]:
@@ -59,11 +62,11 @@ def _mark(found) -> tuple[str, str]:
     return ("\N{CHECK MARK}", "green") if all(c.ok for c in found) else ("\N{BALLOT X}", "bold red")
 
 
-def failures(checks: dict[str, list[Check]], traces: dict[str, list[Trace]], planted: str) -> Group:
+def failures(report: Report) -> Group:
     """For each case that failed: who is wrong, at which stage first, the worst row, and the command that repeats it."""
     lines: list[Text] = []
-    for name, found in checks.items():
-        verdict = blame(found)
+    for name, record in report.cases.items():
+        verdict = blame(report.checks[name])
         if verdict is None:
             continue
         check = verdict.check
@@ -75,9 +78,9 @@ def failures(checks: dict[str, list[Check]], traces: dict[str, list[Trace]], pla
         lines += [Text(f"  failing rows: {shared}") for shared in check.common]
         lines.append(Text(f"  look at:  {verdict.function}"))
         lines.append(Text(f"  in all:   {verdict.arrays} comparisons differ"))
-        side = f" --backend {verdict.sides[0]}" if not both and len(traces[name]) > 1 else ""
-        fault = f" --fault {planted}" if planted else ""
-        lines.append(Text(f"  repeat:   {traces[name][0].case.command()}{side}{fault}", "cyan"))
+        side = f" --backend {verdict.sides[0]}" if not both and len(record.seconds) > 1 else ""
+        fault = f" --fault {report.header.planted}" if report.header.planted else ""
+        lines.append(Text(f"  repeat:   {record.command}{side}{fault}", "cyan"))
     return Group(*lines)
 
 
@@ -103,28 +106,21 @@ def place(where: Where) -> str:
     return ", ".join([*parts, *([f"index {where.index}"] if where.index else [])])
 
 
-def print_report(
-    console: Console,
-    checks: dict[str, list[Check]],
-    traces: dict[str, list[Trace]],
-    parts: dict[str, float],
-    planted: str = "",
-) -> None:
+def print_report(console: Console, report: Report) -> None:
     """The table, the failures, one line of summary and where the time went."""
-    everything = [c for found in checks.values() for c in found]
-    console.print(table(checks, traces))
-    bad = [c for c in everything if not c.ok]
-    if bad:
-        console.print(failures(checks, traces, planted))
-    rows, bitwise = sum(c.rows for c in everything), sum(c.rows for c in everything if c.bitwise)
+    foot = report.footer
+    if len(report.cases) <= MOST or foot.failing:
+        console.print(table(report))
+    if foot.failing:
+        console.print(failures(report))
     console.print(
-        f"\n{len(checks)} cases, {len(everything)} comparisons, {rows:,} rows: {bitwise:,} bit for bit, "
-        f"{rows - bitwise:,} within their own allowance"
+        f"\n{foot.cases} cases, {foot.comparisons} comparisons, {foot.rows:,} rows: {foot.bitwise:,} bit for bit, "
+        f"{foot.rows - foot.bitwise:,} within their own allowance"
     )
-    console.print("time: " + ", ".join(f"{part} {s:.1f} s" for part, s in parts.items()))
-    failed = sorted({c.case for c in bad})
-    verdict = f"MISMATCH in {len(failed)} of {len(checks)} cases: {', '.join(failed)}" if bad else "match"
-    console.print(Text(verdict, "bold red" if bad else "bold green"))
+    console.print("time: " + ", ".join(f"{part} {s:.1f} s" for part, s in foot.seconds.items()))
+    failed = [name for name in report.checks if _failed(report, name)]
+    names = f" in {len(failed)} of {foot.cases} cases: {', '.join(failed)}" if failed else ""
+    console.print(Text(foot.verdict.upper() + names if failed else foot.verdict, VERDICT_STYLE[foot.verdict]))
 
 
 class Found(NamedTuple):

@@ -1,0 +1,33 @@
+"""One configuration for all tests: eight virtual JAX devices, shapes checked, repeatable examples."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+import torch
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes in signatures are checked under test only. Has to come before the packages are imported.
+install_import_hook(["torch_impl", "jax_impl"], "beartype.beartype")
+
+from torch_ranks import TorchRanks  # noqa: E402
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
+settings.register_profile("explore", deadline=None, max_examples=1000)  # pytest --hypothesis-profile explore
+settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("markexpr") != "gpu":
+        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def torch_ranks() -> Iterator[TorchRanks]:
+    """Up to four real processes; see `TorchRanks`."""
+    ranks = TorchRanks()
+    yield ranks
+    ranks.stop()

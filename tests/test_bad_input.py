@@ -1,0 +1,231 @@
+"""Wrong input is refused with the values and the fix, in both packages, before anything is sent to another rank."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+
+import jax_impl
+import jax_impl.grouping
+import torch_impl
+import torch_impl.exchange
+import torch_impl.layout
+from jax_impl import Capacity, plan_capacity
+
+T, D, F, E, K = 3, 4, 8, 4, 2
+IDS = [[0, 1], [2, 3], [1, 0]]
+
+
+@pytest.fixture(autouse=True)
+def _shapes_unchecked(monkeypatch):
+    """As users run it: shapes in signatures are checked under test only, and would speak first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+class Torch:
+    asarray = staticmethod(torch.as_tensor)
+    layer = staticmethod(torch_impl.moe_layer)
+    package = torch_impl
+
+
+class Jax:
+    asarray = staticmethod(jnp.asarray)
+    layer = staticmethod(partial(jax_impl.moe_layer, capacity=Capacity(1, T * K)))
+    package = jax_impl
+
+
+both = pytest.mark.parametrize("side", [Torch, Jax])
+
+
+def arguments(side, **changed) -> dict[str, Any]:
+    good = {
+        "x_TD": normal(T, D),
+        "router_DE": normal(D, E),
+        "w_gate_eDF": normal(E, D, F),
+        "w_up_eDF": normal(E, D, F),
+        "w_down_eFD": normal(E, F, D),
+    }
+    return {name: side.asarray(a) for name, a in (good | changed).items()}
+
+
+def routing(side, score=None, ids=None, counts=(2, 2, 1, 1)):
+    score = normal(T, K) if score is None else score
+    return side.package.Routing(side.asarray(score), side.asarray(np.array(IDS if ids is None else ids)),
+                                side.asarray(np.array(counts)))  # fmt: skip
+
+
+@both
+def test_good_input_passes(side):
+    side.layer(**arguments(side), top_k=K)
+    side.layer(**arguments(side), top_k=K, routing=routing(side))
+
+
+@both
+@pytest.mark.parametrize(
+    ("changed", "how", "message"),
+    [
+        ({"x_TD": normal(2, T, D)}, {}, r"\(2, 3, 4\).*flatten the batch"),
+        ({"router_DE": normal(E + 1, D)}, {}, r"\(5, 4\).*\[D, E\]"),
+        ({"x_TD": np.ones((T, D), np.int32)}, {}, "x is .*int32.*must be float32, bfloat16, float16 or float64"),
+        ({"router_DE": np.ones((D, E), np.int32)}, {}, "router .*int32.*floating point"),
+        ({}, {"top_k": E + 1}, "top_k is 5 with 4 experts: it must be between 1 and E"),
+        ({}, {"top_k": 0}, "top_k is 0 with 4 experts"),
+        ({}, {"score_function": "relu"}, "score_function is 'relu': it must be 'softmax' or 'sigmoid'"),
+        ({}, {"scale": float("nan")}, "scale is nan: it must be finite"),
+        ({"w_up_eDF": normal(E, D, F + 1)}, {}, r"w_up has shape .4, 4, 9., expected .4, 4, 8."),
+        ({"w_gate_eDF": normal(E - 1, D, F)}, {}, r"w_gate has shape .3, 4, 8., expected .4, 4, 8.: this rank holds"),
+        ({"w_down_eFD": normal(E, D, F)}, {}, r"w_down has shape .4, 4, 8., expected .4, 8, 4."),
+        ({"w_down_eFD": np.ones((E, F, D), np.float16)}, {}, "w_down is .*float16.* and x is .*float32.*: convert"),
+    ],
+)
+def test_layer(side, changed, how, message):
+    with pytest.raises(ValueError, match=message):
+        side.layer(**arguments(side, **changed), **({"top_k": K} | how))
+
+
+@both
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ids": [[0, 1], [2, 4], [1, 0]]}, "expert ids run from 0 to 4 with 4 experts: they must be in .0, 4."),
+        ({"ids": [[0, 1], [2, -1], [1, 0]]}, "expert ids run from -1 to 2 with 4 experts"),
+        ({"ids": [[0, 1], [3, 3], [1, 0]]}, r"token 1 chose experts \[3, 3\]: a token's experts must differ"),
+        ({"ids": np.array(IDS, np.float32)}, "expert ids are .*float32: they must be int32 or int64"),
+        ({"ids": [[0], [1], [2]]}, r"scores have shape .3, 2. and expert ids .3, 1"),
+        ({"ids": IDS[:2], "score": normal(2, K)}, r"scores have shape .2, 2. .*x .3, 4.: both must be \[T, K\]"),
+        ({"score": np.ones((T, K), np.int32)}, "scores are .*int32: they must be floating point"),
+        ({"counts": (6,)}, "K is 2 with 1 experts: a token cannot choose more than there are"),
+    ],
+)
+def test_routing_made_before(side, changed, message):
+    with pytest.raises(ValueError, match=message):
+        side.layer(**arguments(side), top_k=K, routing=routing(side, **changed))
+
+
+@both
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[0, 1]], r"expert ids have shape .1, 2., scores will have .3, 2.: replay"),
+        ([[0, 1], [2, 4], [1, 0]], "expert ids run from 0 to 4 with 4 experts"),
+    ],
+)
+def test_replayed_ids(side, ids, message):
+    x, router = side.asarray(normal(T, D)), side.asarray(normal(D, E))
+    with pytest.raises(ValueError, match=message):
+        side.package.route(x, router, K, expert_id_TK=side.asarray(np.array(ids)))
+
+
+def test_another_device():
+    x, router, meta = torch.ones(T, D), torch.ones(D, E), torch.device("meta")
+    with pytest.raises(ValueError, match="x is on cpu and router on meta: move one"):
+        torch_impl.route(x, router.to(meta), K)
+    moved = arguments(Torch, w_up_eDF=torch.ones(E, D, F, device=meta))
+    with pytest.raises(ValueError, match=r"w_up is torch\.float32 on meta and x is torch\.float32 on cpu"):
+        torch_impl.moe_layer(**moved, top_k=K)
+    given = routing(Torch)._replace(score_TK=torch.ones(T, K, device=meta))
+    with pytest.raises(ValueError, match="x is on cpu, scores on meta, expert ids on cpu: move them to one device"):
+        torch_impl.moe_layer(**arguments(Torch), top_k=K, routing=given)
+
+
+def refused(_rank, group):
+    """E = 6 does not divide over 4 ranks: every rank must refuse it alone, none may wait for another."""
+    weights = [torch.ones(1, 4, 4)] * 3
+    with pytest.raises(ValueError, match="6 experts do not divide over 4 ranks: E must be a multiple of P"):
+        torch_impl.moe_layer(torch.ones(3, 4), torch.ones(4, 6), *weights, top_k=2, group=group)
+
+
+def refused_on_one(rank, group):
+    """Only rank 1 has a bad id: it must refuse before the exchange, where the others would wait for it."""
+    ids = torch.tensor([[0, 4 if rank == 1 else 1]])
+    given = torch_impl.Routing(torch.ones(1, 2), ids, torch.tensor([1, 1, 0, 0]))
+    w = torch.ones(1, 4, 4)
+    if rank == 1:
+        with pytest.raises(ValueError, match="expert ids run from 0 to 4 with 4 experts"):
+            torch_impl.moe_layer(torch.ones(1, 4), torch.ones(4, 4), w, w, w, 2, routing=given, group=group)
+
+
+def test_over_ranks_torch(torch_ranks):
+    torch_ranks(refused, [0, 1, 2, 3])
+    torch_ranks(refused_on_one, [0, 1, 2, 3])
+
+
+def test_over_ranks_jax():
+    weights: Any = [jnp.ones((4, 1, 4, 4))] * 3
+    layer = jax.vmap(
+        partial(jax_impl.moe_layer, top_k=2, capacity=Capacity(4, 6), axis_name="ranks"),
+        in_axes=(0, None, 0, 0, 0), axis_name="ranks",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="6 experts do not divide over 4 ranks: E must be a multiple of P"):
+        layer(jnp.ones((4, 3, 4)), jnp.ones((4, 6)), *weights)
+
+
+def test_ids_out_of_range_inside_a_trace_are_dropped_and_counted():
+    """Their values cannot be read there: such an assignment contributes nothing, and shows in `dropped`."""
+
+    @jax.jit
+    def layer(ids):
+        given = routing(Jax)._replace(expert_id_TK=ids, counts_E=jnp.array([2, 2, 1, 0]))
+        return Jax.layer(**arguments(Jax), top_k=K, routing=given)
+
+    stages = layer(jnp.array([[0, 1], [2, 9], [1, 0]]))
+    assert stages.dropped == 1
+    assert stages.dropped_E.tolist() == [0, 0, 0, 0]
+    assert stages.grouped.slot_TK[1, 1] == T * K
+    np.testing.assert_array_equal(stages.out_TD[1] * 2, stages.out_TD[0])
+
+
+def test_counts_of_another_routing():
+    """On a GPU an id out of range cannot be read without a sync; it is counted nowhere, and the sum says so."""
+    x, splits = torch.ones(3, 4), torch_impl.exchange.Splits([2], [2], 2)
+    with pytest.raises(
+        ValueError, match="3 rows to send, but the counts per expert add up to 2: an expert id is out of"
+    ):
+        torch_impl.exchange.send_tokens(x, splits)
+
+
+def test_output_size():
+    counts = torch.tensor([[1, 1]])
+    with pytest.raises(ValueError, match="output_size is 3 but 2 rows were received: pass the total"):
+        torch_impl.layout.to_expert_major(torch.ones(2, 4), counts, 3)
+
+
+@pytest.mark.parametrize("factor", [0, -1, "-1/2", float("inf"), float("nan"), "none", "1/0"])
+def test_capacity_factor(factor):
+    with pytest.raises(ValueError, match="must be finite and positive, as a decimal"):
+        plan_capacity(factor, 8, 2, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"n_ranks": 3}, "4 experts do not divide over 3 ranks"),
+        ({"per": "token"}, "capacity_per is 'token': it must be 'rank' or 'expert'"),
+        ({"align": 0}, "align is 0: it must be at least 1"),
+    ],
+)
+def test_plan_capacity(how, message):
+    with pytest.raises(ValueError, match=message):
+        plan_capacity(**({"factor": 1, "n_tokens": 8, "top_k": 2, "n_experts": 4, "n_ranks": 2} | how))
+
+
+@pytest.mark.parametrize(
+    ("capacity", "message"),
+    [
+        (Capacity(1, 0), "a capacity of 0 rows per bin: it must be at least 1"),
+        (Capacity(3, 4), "3 bins for 4 experts: use one bin per rank, or one per expert"),
+        (Capacity(1, 4, "first"), "priority is 'first': it must be 'token', 'choice' or 'score'"),
+    ],
+)
+def test_capacity(capacity, message):
+    with pytest.raises(ValueError, match=message):
+        jax_impl.moe_layer(**arguments(Jax), top_k=K, capacity=capacity)

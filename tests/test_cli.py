@@ -1,0 +1,268 @@
+"""The command line: exit codes, outputs for people and for programs, two machines, torchrun."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from parity import cli, records
+from parity.case import PRESETS, Case
+
+SMALL = ["--ranks", "2", "--tokens", "3", "--experts", "4", "--width", "8", "--hidden", "8"]
+
+
+def parity(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`python -m parity ...` in a process of its own."""
+    command = [sys.executable, "-m", "parity", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=180)
+
+
+def in_process(capsys, *arguments: str) -> tuple[int, str, str]:
+    """The same in this process, where nothing is to be run."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(list(arguments))
+    code, out = end.value.code, capsys.readouterr()
+    assert isinstance(code, int)
+    return code, out.out, out.err
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """Both sides of one case, run apart."""
+    folder = tmp_path_factory.mktemp("saved")
+    for backend in ("torch", "jax"):
+        run = parity("check", *SMALL, "--backend", backend, "--save", str(folder / backend), "--json")
+        assert run.returncode == 0, run.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(saved) -> str:
+    run = parity("compare", str(saved / "torch"), str(saved / "jax"))
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_two_machines(saved, capsys):
+    code, out, _ = in_process(capsys, "compare", str(saved / "torch"), str(saved / "jax"), "--no-json")
+    assert code == 0
+    assert out.endswith("match\n")
+    assert "1 cases" in out
+
+
+def test_a_wrong_number_in_a_saved_trace_is_a_mismatch(saved, tmp_path, capsys):
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    path = saved / "torch" / "custom.torch.safetensors"
+    with safe_open(path, framework="numpy") as f:
+        tensors, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()  # noqa: SIM118
+    tensors["isolated/combine/out/1"][2, 5] *= 1.001
+    save_file(tensors, tmp_path / path.name, metadata=about)
+    code, out, _ = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"), "--no-json")
+    assert code == 1
+    assert "torch is wrong at stage 9 combine, forward" in out
+    assert "source rank 1, token 2, index [5]" in out
+    assert "torch_impl/grouping.py: combine" in out
+    assert "MISMATCH in 1 of 1 cases: custom" in out
+
+
+def test_one_side_alone_cannot_be_compared(saved, capsys):
+    code, _, err = in_process(capsys, "compare", str(saved / "torch"))
+    assert code == 2
+    assert "give a folder of the other side too" in " ".join(err.split())
+
+
+def test_an_empty_folder(tmp_path, capsys):
+    code, _, err = in_process(capsys, "compare", str(tmp_path))
+    assert code == 2
+    assert "holds no traces" in err
+
+
+def test_lines_of_json_fit_the_schema(report, capsys):
+    code, schema, _ = in_process(capsys, "report", "--schema")
+    assert code == 0
+    kinds = json.loads(schema)["$defs"]
+    lines = [json.loads(line) for line in report.splitlines()]
+    assert [line["kind"] for line in (lines[0], lines[1], lines[-1])] == ["header", "case", "footer"]
+    assert {line["kind"] for line in lines[2:-1]} == {"comparison"}
+    for line, name in ((lines[0], "Header"), (lines[1], "CaseRecord"), (lines[2], "Check"), (lines[-1], "Footer")):
+        assert line.keys() <= kinds[name]["properties"].keys()
+        assert set(kinds[name]["required"]) <= line.keys()
+    assert lines[-1] | {"seconds": None} == {
+        "kind": "footer", "verdict": "match", "exit_code": 0, "cases": 1, "comparisons": len(lines) - 3,
+        "rows": sum(line["rows"] for line in lines[2:-1]),
+        "bitwise": sum(line["rows"] for line in lines[2:-1] if line["bitwise"]), "failing": 0, "seconds": None,
+    }  # fmt: skip
+
+
+def test_a_report_is_read_back(report, tmp_path, capsys):
+    path = tmp_path / "report.jsonl"
+    path.write_text(report)
+    code, out, _ = in_process(capsys, "report", str(path), "--html", str(tmp_path / "page.html"))
+    assert code == 0
+    assert out.endswith("match\n")
+    assert (tmp_path / "page.html").stat().st_size > 1000
+    assert records.lines(records.read(path)) == report.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (slice(None, -1), "has no footer: its run did not end"),
+        (slice(1, None), "does not begin with a header"),
+        (slice(None, 5), "has no footer"),
+        (slice(0, 0), "does not begin with a header"),
+    ],
+)
+def test_a_report_that_is_not_whole_is_refused(report, tmp_path, capsys, cut, message):
+    path = tmp_path / "report.jsonl"
+    path.write_text("\n".join(report.splitlines()[cut]))
+    code, _, err = in_process(capsys, "report", str(path))
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
+def test_a_report_with_a_line_lost_in_the_middle_is_refused(report, tmp_path, capsys):
+    lines = report.splitlines()
+    path = tmp_path / "report.jsonl"
+    path.write_text("\n".join([*lines[:9], *lines[10:]]))
+    code, _, err = in_process(capsys, "report", str(path))
+    assert code == 2
+    assert "it is not whole" in " ".join(err.split())
+
+
+def test_numbers_that_json_lacks_survive(report, tmp_path):
+    path = tmp_path / "report.jsonl"
+    path.write_text(report)
+    check = records.read(path).checks["custom"][0]
+    check.worst, check.got, check.error = float("inf"), float("nan"), float("-inf")
+    back = msgspec.convert(json.loads(records.encode(check)), records.Record, strict=False)
+    assert repr(back) == repr(check)
+
+
+def test_nothing_compared_is_no_match(report, tmp_path):
+    path = tmp_path / "report.jsonl"
+    path.write_text(report)
+    whole = records.read(path)
+    for check in whole.checks["custom"]:
+        check.rows = 0
+    assert records.footer(whole.checks, 1, {}).exit_code == 5
+    assert records.footer({}, 0, {}).exit_code == 5
+    assert records.footer(records.read(path).checks, 2, {}).exit_code == 5  # a case was never judged
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nosuch"], "no preset is called nosuch. There are: balanced, zipf"),
+        (["--experts", "6", "--ranks", "4"], "--experts 6 do not divide over --ranks 4"),
+        (["--top-k", "9"], "--top-k is 9 with --experts 8: a token cannot choose more"),
+        (["--capacity-factor", "-1"], "--capacity-factor is '-1': it must be finite and positive"),
+        (["zipf", "--fault", "nosuch"], "no fault is called nosuch"),
+        (["zipf", "--fault", "jax-tf32", "--backend", "torch"], "a fault of jax, which --backend torch does not run"),
+        (["--trace", "/nosuch.safetensors"], "cannot read /nosuch.safetensors as safetensors"),
+        (["zipf", "--random", "3"], "--random draws its cases: leave out presets"),
+    ],
+)
+def test_wrong_usage(capsys, arguments, message):
+    code, _, err = in_process(capsys, "check", *arguments)
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
+def test_a_flag_that_does_not_exist(capsys):
+    assert in_process(capsys, "check", "--nosuch")[0] == 2
+
+
+def test_a_framework_that_is_not_there(tmp_path):
+    """A package named torch that cannot be imported, found before the real one."""
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")\n")
+    for package in ("parity", "torch_impl", "jax_impl"):
+        (tmp_path / package).symlink_to(Path(cli.__file__).parent.parent / package)
+    run = parity("check", *SMALL, cwd=tmp_path)
+    assert run.returncode == 3
+    assert "torch is not installed: pip install -e '.[torch]'" in " ".join(run.stderr.split())
+
+
+def test_a_changed_preset_says_how_to_repeat_it():
+    command = cli.CheckCommand(presets=("zipf",), case=cli.Flags(dtype="bfloat16"))
+    (case,) = cli.chosen_cases(command)
+    assert case.command() == "python -m parity check --name zipf-changed --dtype bfloat16 --pattern zipf"
+    assert PRESETS["zipf"].command() == "python -m parity check zipf"
+
+
+def test_random_cases_repeat_and_differ():
+    def drawn(seed: int) -> list[Case]:
+        return cli.chosen_cases(cli.CheckCommand(random=200, case=cli.Flags(seed=seed, dtype="bfloat16")))
+
+    cases = drawn(3)
+    assert cases == drawn(3)
+    assert cases != drawn(4)
+    assert len({case.name for case in cases}) == 200
+    assert {case.dtype for case in cases} == {"bfloat16"}
+    for name in ("ranks", "tokens", "top_k", "pattern", "capacity_per", "priority", "capacity_factor"):
+        assert len({getattr(case, name) for case in cases}) > 1, name
+    assert {0, 1} <= {case.tokens for case in cases}
+
+
+def test_the_command_of_any_case_gives_that_case(monkeypatch):
+    """Parsed as a shell would."""
+    chosen = []
+    monkeypatch.setattr(cli, "check", lambda command: chosen.extend(cli.chosen_cases(command)) or 0)
+    cases = [*PRESETS.values(), *cli.chosen_cases(cli.CheckCommand(random=50, case=cli.Flags(seed=5)))]
+    for case in cases:
+        with pytest.raises(SystemExit):
+            cli.main(shlex.split(case.command())[3:])
+    assert chosen == cases
+    assert {case.renormalize for case in cases} == {True, False}
+
+
+def test_help_teaches(capsys):
+    code, out, _ = in_process(capsys, "check", "--help")
+    assert code == 0
+    for word in ("Exit code", "python -m parity check zipf", "--capacity-factor", "P, ranks in the expert-parallel"):
+        assert word in out
+
+
+def test_no_color(report, tmp_path):
+    path = tmp_path / "report.jsonl"
+    path.write_text(report)
+    for variable, coloured in (({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False)):
+        run = subprocess.run(
+            [sys.executable, "-m", "parity", "report", str(path)], capture_output=True, text=True,
+            env=os.environ | variable, timeout=60,
+        )  # fmt: skip
+        assert ("\x1b[32m" in run.stdout) == coloured
+
+
+def test_doctor(capsys):
+    code, out, _ = in_process(capsys, "doctor")
+    assert code == 0, out
+    for word in ("float32 matmul", "torch", "jax", "x64", "would make a comparison unfair"):
+        assert word in out
+
+
+def test_torchrun():
+    """The PyTorch side uses the group it was given."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*torchrun, "-m", "parity", "check", *SMALL, "--json"], capture_output=True, text=True, timeout=180
+    )
+    assert run.returncode == 0, run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert lines[-1]["verdict"] == "match"
+    assert {line["left"] for line in lines[2:-1]} == {"torch", "jax"}
+
+
+def test_torchrun_with_another_number_of_ranks(capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    code, _, err = in_process(capsys, "check", "zipf")
+    assert code == 2
+    assert "torchrun started 3 processes, but zipf has --ranks 4: add --ranks 3, or start 4" in " ".join(err.split())

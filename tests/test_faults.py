@@ -1,0 +1,69 @@
+"""Every planted fault is caught, and blamed on the side and the stage that it was planted in."""
+
+import pytest
+
+from parity.case import PRESETS
+from parity.cli import try_fault
+from parity.engine import run_cases
+from parity.faults import FAULTS, ROOT, find, plant
+from parity.report.terminal import failures
+from parity.trace import STAGES
+
+# One of each stage, of both sides, and of the ways to be caught: a crash, padding, a second step, a hang, a sum.
+QUICK = [
+    "torch-router-gradient-wrong", "torch-token-gradient-in-bfloat16", "torch-counts-of-wrong-expert",
+    "torch-stale-buffer", "torch-idle-rank-detached", "torch-rank-and-expert-swapped", "torch-stale-weight-gradient",
+    "torch-inverse-applied-twice", "torch-backward-splits-swapped", "torch-right-on-first-rank-only",
+    "jax-drop-by-lowest-score", "jax-padding-in-last-group", "jax-score-gradient-missing",
+]  # fmt: skip
+
+
+def assert_blamed(name: str) -> None:
+    fault = find(name)
+    found = try_fault(fault)
+    assert found.caught, fault.sentence
+    assert (found.side, found.stage) == (fault.side, fault.stage), found.how
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_caught_and_blamed(name):
+    assert_blamed(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FAULTS.keys() - set(QUICK)))
+def test_the_others_too(name):
+    assert_blamed(name)
+
+
+def test_there_are_enough_of_them():
+    assert len(FAULTS) >= 30
+    assert {(fault.side, fault.stage) for fault in FAULTS.values()} >= {("torch", stage) for stage in STAGES}
+    assert {find(name).stage for name in QUICK} == set(STAGES)
+    assert all(fault.preset in PRESETS for fault in FAULTS.values())
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_fault_still_fits_the_code(tmp_path, name):
+    """Its text is in its file exactly once, and what it becomes can be compiled."""
+    fault = FAULTS[name]
+    path = plant(fault, tmp_path / "planted") / fault.file
+    assert path.read_text() != (ROOT / fault.file).read_text()
+    compile(path.read_text(), fault.file, "exec")
+
+
+def test_what_is_said_of_a_fault():
+    """Who, where, which row, by how much, what failing rows have in common, what to look at and what to type."""
+    fault = find("torch-gradient-of-last-k-lost")
+    report = run_cases([PRESETS["zipf"]], ("torch",), fault=fault, show_progress=False)
+    assert report is not None
+    said = "\n".join(str(part) for part in failures(report).renderables)
+    for words in (
+        "zipf: torch is wrong at stage 2 group, backward, fed the oracle's input",
+        "dx against oracle: 64 of 64 rows; worst: rank",
+        "allowed",
+        "would need",
+        "look at:  torch_impl/grouping.py: group_by_expert",
+        "repeat:   python -m parity check zipf --fault torch-gradient-of-last-k-lost",
+    ):
+        assert words in said, said

@@ -1,0 +1,92 @@
+"""Any number of ranks computes the same: real processes in PyTorch, shard_map and vmap in JAX."""
+
+import pytest
+import torch
+from jax_ranks import capacity_of, run_problem
+from problems import STANDARD, bits, close, dense, draw
+from torch_ranks import TorchRanks, layer_arguments, run_layer
+
+from jax_impl import Capacity
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ids"),
+    [
+        ([5], None),
+        ([5, 5], None),
+        ([5, 2, 4, 0], None),  # tokens are uneven over the ranks, and one has none
+        # All tokens on rank 0, all for experts of rank 1: 0 receives nothing, 1 sends nothing, 2 and 3 do neither.
+        ([5, 0, 0, 0], [[3, 2]] * 5),
+    ],
+)
+def test_processes_equal_one_rank(torch_ranks: TorchRanks, sizes, ids):
+    """Outputs and gradients, also of a rank that sends or receives nothing, which has to take part all the same."""
+    P = len(sizes)
+    problem = draw(P, T=5, D=4, F=8, E=8, K=2, renormalize=True, scale=2.5)
+    problem = problem if ids is None else problem.with_ids(ids)
+    arguments = [layer_arguments(problem, rank, P) for rank in range(P)]
+    for of_rank, T in zip(arguments, sizes, strict=True):
+        for i in (0, 3, 5):  # x, dout, ids
+            of_rank[i] = of_rank[i][:T]
+    results = torch_ranks(run_layer, *map(list, zip(*arguments, strict=True)))
+    x, dout, ids = (torch.cat([of_rank[i] for of_rank in arguments]) for i in (0, 3, 5))
+    expected = dense(x, problem.router_DE, problem.weights, dout, problem.how, ids)
+    # No process group here.
+    alone, alone_gradients = run_layer(x, problem.router_DE, problem.weights, dout, problem.how, ids)
+
+    assert [stages.out_TD.shape[0] for stages, _ in results] == sizes
+    together = torch.cat([stages.out_TD for stages, _ in results])
+    close(together, expected.out_TD)
+    close(together, alone.out_TD)
+    for name in expected.gradients:
+        parts = [gradients[name] for _, gradients in results]
+        # The router's gradient is the sum over ranks; a token's and an expert's are complete where they live.
+        gradient = sum(parts) if name == "router" else torch.cat(parts)
+        close(gradient, expected.gradients[name])
+        close(gradient, alone_gradients[name])
+
+
+def test_a_rank_that_receives_nothing_jax():
+    problem = STANDARD.with_ids([[7, 4, 5]] * 6)
+    stages, gradients = run_problem(problem, capacity_of(problem, None))
+    assert stages.counts_Pe.tolist() == [[[0, 0, 0, 0]] * 2, [[6, 6, 0, 6]] * 2]
+    for rank in range(2):
+        x, router, _, dout, how, ids = layer_arguments(problem, rank, 2)
+        close(stages.out_TD[rank], dense(x, router, problem.weights, dout, how, ids).out_TD, "float32")
+    for name in ("w_gate", "w_up", "w_down"):
+        assert not gradients[name][0].any()
+        assert gradients[name][1].any()
+
+
+@pytest.mark.parametrize("capacity", [Capacity(2, 9), Capacity(8, 2)])
+def test_shard_map_equals_vmap(capacity):
+    """Bit for bit. A router of zeros keeps its matmul, which vmap batches and so rounds otherwise, out of dx."""
+    problem = STANDARD._replace(router_DE=torch.zeros_like(STANDARD.router_DE))
+    stages, gradients = run_problem(problem, capacity, "shard_map")
+    mapped_stages, mapped_gradients = run_problem(problem, capacity, "vmap")
+    close(gradients.pop("router"), mapped_gradients.pop("router"), "float32")
+    assert bits((stages, gradients)) == bits((mapped_stages, mapped_gradients))
+
+
+def test_one_rank_needs_no_axis():
+    problem, capacity = draw(P=1, T=12, D=8, F=8, E=4, K=2), Capacity(1, 24)
+    assert bits(run_problem(problem, capacity, "no axis")) == bits(run_problem(problem, capacity, "shard_map"))
+
+
+def program(what: str, group) -> str:
+    if what == "raise":
+        raise ValueError("from a rank")
+    if what == "exit":
+        raise SystemExit
+    return what
+
+
+def test_a_failing_rank_fails_the_test():
+    """A guard on the helper: the error arrives, nothing is left running, and the next call starts anew."""
+    ranks = TorchRanks()
+    with pytest.raises(RuntimeError, match="from a rank"):
+        ranks(program, ["fine", "raise"])
+    assert not ranks.processes
+    with pytest.raises(RuntimeError, match="ended without an answer"):
+        ranks(program, ["fine", "exit"])
+    assert not ranks.processes

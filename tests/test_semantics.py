@@ -1,0 +1,367 @@
+"""What the layer promises beyond its values: rounding, gradients, repeatability, drops and padding."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import jax_ranks
+import numpy as np
+import pytest
+import torch
+import torch_ranks
+from jax_ranks import AXIS, capacity_of, over_ranks, run_problem
+from problems import STANDARD, Problem, bits, close, dense, draw, who_stays
+from torch_ranks import layer_arguments
+
+import jax_impl.grouping
+import jax_impl.layer
+import jax_impl.layout
+import torch_impl.grouping
+import torch_impl.layer
+import torch_impl.layout
+import torch_impl.routing
+from jax_impl import Capacity
+
+NAN = float("nan")
+
+# Rounding. A token's three experts are 2, 0, 1, so its rows lie in another order than k. Terms k = 0, 1, 2 of a sum:
+#
+#     2^24 1 -2^24     in order, in float32: 2^24 + 1 = 2^24 (to even), and 0. By row or backwards, or in float64: 1
+#     1 2^24 -2^24     the same, 0; and 1 if it began with the last two
+#     256 1 -256       1; in bfloat16 256 + 1 = 256, and 0
+#     1 2^-8 2^-8      1 + 2^-7, a bfloat16; rounded after every step 1 (1 + 2^-8 is a tie, to even)
+
+TERMS_KD = [[2.0**24, 1, 256, 1], [1, 2.0**24, 1, 2.0**-8], [-(2.0**24), -(2.0**24), -256, 2.0**-8]]
+SUM = [[0, 0, 1, 1 + 2.0**-7]]
+IDS = [[2, 0, 1]]
+ROWS = [TERMS_KD[1], TERMS_KD[2], TERMS_KD[0]]  # in the order of experts
+
+
+def test_sums_are_float32_in_order_of_k_torch():
+    x = torch.zeros(1, 4, dtype=torch.bfloat16, requires_grad=True)
+    grouped = torch_impl.grouping.group_by_expert(x, torch.tensor(IDS), torch.tensor([1, 1, 1]))
+    rows = torch.tensor(ROWS, dtype=torch.bfloat16)
+    (dx,) = torch.autograd.grad(grouped.x_ND, x, rows)
+    assert dx.dtype == torch.bfloat16
+    assert dx.tolist() == SUM
+    out = torch_impl.grouping.combine(rows, torch.ones(1, 3), grouped.slot_TK, grouped.assignment_N)
+    assert out.dtype == torch.bfloat16
+    assert out.tolist() == SUM
+
+
+@pytest.mark.parametrize("capacity", [Capacity(1, 4), Capacity(3, 1)])
+def test_sums_are_float32_in_order_of_k_jax(capacity):
+    @jax.jit
+    def both(rows):
+        def group(x):
+            ids, ones = jnp.array(IDS), jnp.ones((1, 3))
+            grouped = jax_impl.grouping.group_by_expert(x, ids, ones, jnp.array([1, 1, 1]), capacity)
+            return grouped.x_BCD, grouped
+
+        _, vjp, grouped = jax.vjp(group, jnp.zeros((1, 4), jnp.bfloat16), has_aux=True)
+        out = jax_impl.grouping.combine(rows, jnp.ones((1, 3)), grouped.slot_TK, grouped.assignment_BC)
+        return vjp(rows)[0], out
+
+    rows = jnp.array([*ROWS, [NAN] * 4][: capacity.n_bins * capacity.rows], jnp.bfloat16)
+    dx, out = both(rows.reshape(capacity.n_bins, capacity.rows, 4))
+    assert dx.dtype == out.dtype == jnp.bfloat16
+    assert dx.tolist() == out.tolist() == SUM
+
+
+# Scores stay float32, they are not rounded to y's bfloat16 (where 1 + 2^-9 is 1), nor is their gradient.
+#
+#     out = (1 + 2^-9) * 256 - 256 = 1/2        dscore = dout . y = 256 * 256 + 1 * 1 = 65537, which is no bfloat16
+
+
+def test_scores_stay_float32_torch():
+    y = torch.tensor([[256.0, 1], [-256, 1]], dtype=torch.bfloat16, requires_grad=True)
+    score = torch.tensor([[1 + 2.0**-9, 1]], requires_grad=True)
+    out = torch_impl.grouping.combine(y, score, torch.tensor([[0, 1]]), torch.tensor([0, 1]))
+    assert out[0, 0] == 0.5
+    dy, dscore = torch.autograd.grad(out, (y, score), torch.tensor([[256, 1]], dtype=torch.bfloat16))
+    assert dy.dtype == torch.bfloat16
+    assert dscore.dtype == torch.float32
+    assert dscore.tolist() == [[65537, -65535]]
+
+
+def test_scores_stay_float32_jax():
+    combine = partial(jax_impl.grouping.combine, slot_TK=jnp.array([[0, 1]]), assignment_BC=jnp.array([[0, 1]]))
+    y = jnp.array([[[256.0, 1], [-256, 1]]], jnp.bfloat16)
+    out, vjp = jax.vjp(jax.jit(combine), y, jnp.array([[1 + 2.0**-9, 1]]))
+    assert out[0, 0] == 0.5
+    dy, dscore = vjp(jnp.array([[256, 1]], jnp.bfloat16))
+    assert dy.dtype == jnp.bfloat16
+    assert dscore.dtype == jnp.float32
+    assert dscore.tolist() == [[65537, -65535]]
+
+
+# The backward passes that are written by hand, against finite differences in float64.
+
+
+def test_hand_written_backward_torch():
+    problem = draw(P=1, T=3, D=2, F=3, E=4, K=3)
+    ids = problem.expert_id_PTK[0]
+    counts = ids.reshape(-1).bincount(minlength=4)
+    x = problem.x_PTD[0].clone().requires_grad_()
+    score = torch.rand(3, 3, dtype=torch.float64, requires_grad=True)
+    grouped = torch_impl.grouping.group_by_expert(x.detach(), ids, counts)
+    rows = grouped.x_ND.clone().requires_grad_()
+    source = torch.tensor([3, 0, 1, 2, 8, 4, 6, 5, 7])
+    check = torch.autograd.gradcheck
+    assert check(lambda x: torch_impl.grouping.group_by_expert(x, ids, counts).x_ND, (x,))
+    assert check(torch_impl.grouping.combine, (rows, score, grouped.slot_TK, grouped.assignment_N))
+    assert check(torch_impl.layout.permute_rows, (rows, source, torch_impl.layout.invert(source)))
+    inputs = [a.clone().requires_grad_() for a in (x, problem.router_DE, *problem.weights)]
+    assert check(lambda *inputs: torch_impl.layer.moe_layer(*inputs, top_k=3, renormalize=True).out_TD, inputs)
+
+
+@pytest.mark.parametrize("capacity", [Capacity(1, 7), Capacity(4, 2)])
+def test_hand_written_backward_jax(capacity):
+    """Against autodiff of plain indexing, with padding and drops. (The whole layer is compared with `dense` below.)"""
+    problem = draw(P=1, T=3, D=2, F=3, E=4, K=3)
+    ids = problem.expert_id_PTK[0].numpy()
+
+    @jax.jit
+    def gradients(x, score, y, dx_BCD, dout, dy):
+        counts = jnp.bincount(jnp.array(ids).reshape(-1), length=4)
+        grouped = jax_impl.grouping.group_by_expert(x, jnp.array(ids), score, counts, capacity)
+        slot, assignment = grouped.slot_TK, grouped.assignment_BC
+        major = jax_impl.layout.to_expert_major(y, grouped.kept_E[None])
+        source, target = major.source_S, major.target_BC
+
+        def with_zero(a):
+            return jnp.concatenate([a.reshape(-1, a.shape[-1]), jnp.zeros((1, a.shape[-1]))])
+
+        def plain_combine(y, score):
+            return (with_zero(y)[slot] * score[..., None]).sum(1)
+
+        pairs = [
+            (jax_impl.grouping.expand_rows, (x, assignment, slot), dx_BCD, lambda x: with_zero(x)[assignment // 3]),
+            (
+                jax_impl.layout.permute_rows,
+                (y, source, target),
+                dy.reshape(major.x_SD.shape),
+                lambda y: with_zero(y)[source],
+            ),
+            (jax_impl.grouping.combine, (y, score, slot, assignment), dout, plain_combine),
+        ]
+        differences = []
+        for ours, (*inputs, index, inverse), cotangent, plain in pairs:
+            a, ours_vjp = jax.vjp(lambda *inputs, f=ours, i=index, j=inverse: f(*inputs, i, j), *inputs)
+            b, plain_vjp = jax.vjp(plain, *inputs)
+            assert a.shape == b.shape
+            differences += [(a, b), *zip(ours_vjp(cotangent), plain_vjp(cotangent), strict=True)]
+        return differences, grouped.kept_E
+
+    rng = np.random.default_rng(0)
+    bins = (capacity.n_bins, capacity.rows, 2)
+    with jax.enable_x64(True):
+        inputs = [rng.normal(size=shape) for shape in [(3, 2), (3, 3), bins, bins, (3, 2), bins]]
+        differences, kept_E = jax.device_get(gradients(*inputs))
+    assert kept_E.sum() < 9
+    for ours, plain in differences:
+        assert np.any(ours)
+        close(ours, plain)
+
+
+# Repeatability.
+
+
+def test_repeatable_torch():
+    problem = draw(P=1, T=64, D=16, F=32, E=8, K=3)
+    runs = [bits(torch_ranks.run_layer(*layer_arguments(problem, 0, 1, torch.bfloat16))[1]) for _ in range(3)]
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_repeatable_jax():
+    runs = [bits(run_problem(STANDARD, capacity_of(STANDARD, "1"))) for _ in range(3)]
+    assert runs[0] == runs[1] == runs[2]
+
+
+# Drops: the dense computation with score * keep.
+
+
+@pytest.mark.parametrize(
+    ("problem", "capacity"),
+    [
+        (STANDARD, Capacity(2, 9, "token")),
+        (STANDARD, Capacity(2, 9, "score")),
+        (STANDARD, Capacity(8, 2, "choice")),
+        (draw(P=1, T=6, D=4, F=8, E=4, K=3), Capacity(1, 13, "choice")),
+    ],
+)
+def test_drops_equal_score_times_keep(problem: Problem, capacity: Capacity):
+    stages, gradients = run_problem(problem, capacity, dtype="float64")
+    scores = torch.softmax(problem.x_PTD @ problem.router_DE, -1).gather(2, problem.expert_id_PTK).numpy()
+    E, ids = problem.router_DE.shape[1], problem.expert_id_PTK.numpy()
+    keep = np.stack([who_stays(ids[r], scores[r], E, *capacity) for r in range(len(ids))])
+    assert stages.dropped.tolist() == (~keep).sum((1, 2)).tolist()
+    assert stages.dropped_E.tolist() == [np.bincount(ids[r][~keep[r]], minlength=E).tolist() for r in range(len(ids))]
+    assert (stages.dropped > 0).all()
+
+    together = [a.flatten(0, 1) for a in (problem.x_PTD, problem.dout_PTD, problem.expert_id_PTK)]
+    keep = torch.from_numpy(keep).flatten(0, 1)
+    expected = dense(together[0], problem.router_DE, problem.weights, together[1], problem.how, together[2], keep)
+    close(stages.out_TD.reshape(-1, 4), expected.out_TD)
+    gradients["router"] = gradients["router"].sum(0)
+    for name, gradient in expected.gradients.items():
+        close(gradients[name].reshape(gradient.shape), gradient)
+    assert not gradients["score"].reshape(keep.shape)[~keep].any()
+
+
+@pytest.mark.parametrize("per", ["rank", "expert"])
+def test_the_no_drop_bound_is_reached(per):
+    """Every token wants the same experts: nothing drops, and with one row less something does."""
+    capacity = capacity_of(STANDARD, None, per)
+    ids, counts = jnp.array([[0, 1, 2]] * 6), jnp.array([6, 6, 6, 0, 0, 0, 0, 0])
+    for rows, kept in ((capacity.rows, 18), (capacity.rows - 1, 17 if per == "rank" else 15)):
+        group = partial(jax_impl.grouping.group_by_expert, capacity=capacity._replace(rows=rows))
+        assert jax.jit(group)(jnp.ones((6, 4)), ids, jnp.ones((6, 3)), counts).kept_E.sum() == kept
+
+
+# Padding. Every padding row is NaN wherever a stage says it may hold anything, on the way out and on the way back.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def poison(x, real, forward, backward):
+    """NaN in place of all rows but the real ones, in x, in its gradient or in both."""
+    return jnp.where(real[..., None], x, NAN) if forward else x
+
+
+poison.defvjp(
+    lambda x, real, forward, backward: (poison(x, real, forward, backward), real),
+    lambda forward, backward, real, dx: (jnp.where(real[..., None], dx, NAN) if backward else dx, None),
+)
+
+
+@pytest.mark.parametrize("capacity", [Capacity(2, 9), Capacity(8, 2)])
+def test_padding_reaches_nothing(monkeypatch, capacity):
+    layer, real = jax_impl.layer, {}
+
+    def group_by_expert(*arguments):
+        grouped = stages["group_by_expert"](*arguments)
+        real["sent"] = grouped.assignment_BC < arguments[1].size
+        return grouped._replace(x_BCD=poison(grouped.x_BCD, real["sent"], True, True))
+
+    def to_expert_major(x_BCD, counts_Pe):
+        held_B = counts_Pe.sum(1) if capacity.n_bins == 2 else counts_Pe.reshape(-1)
+        real["received"] = jnp.arange(capacity.rows) < held_B[:, None]
+        major = stages["to_expert_major"](poison(x_BCD, real["received"], True, True), counts_Pe)
+        real["major"] = major.source_S < held_B.size * capacity.rows
+        # Stage 6 was promised zero in its input; the gradient that it returns may hold anything.
+        return major._replace(x_SD=poison(major.x_SD, real["major"], False, True))
+
+    def apply_experts(*arguments):
+        # Stage 6 was promised zero in the gradient; what it returns may hold anything.
+        return poison(stages["apply_experts"](*arguments), real["major"], True, False)
+
+    def to_rank_major(*arguments):
+        return poison(stages["to_rank_major"](*arguments), real["received"], True, True)
+
+    def return_tokens(*arguments):
+        return poison(stages["return_tokens"](*arguments), real["sent"], True, True)
+
+    poisoned = (group_by_expert, to_expert_major, apply_experts, to_rank_major, return_tokens)
+    stages = {stage.__name__: getattr(layer, stage.__name__) for stage in poisoned}
+    clean = run_problem(STANDARD, capacity)
+    for stage in poisoned:
+        monkeypatch.setattr(layer, stage.__name__, stage)
+    run = partial(jax_ranks.run_layer, how=STANDARD.how, capacity=capacity, axis_name=AXIS)
+    after, gradients = jax.device_get(over_ranks(run)(*jax_ranks.layer_arguments(STANDARD)))
+    for rows in (after.grouped.x_BCD, after.y_SD, after.rank_major_BCD, after.returned_BCD):
+        assert np.isnan(rows).any()
+    assert bits((after.out_TD, gradients)) == bits((clean[0].out_TD, clean[1]))
+
+
+# Dtypes, shapes, strides.
+
+
+def rounded_dense(problem: Problem, dtype: str):
+    """The dense computation in float64, on inputs that were rounded to `dtype`."""
+    x, router, weights, dout, how, ids = layer_arguments(problem, 0, 1, getattr(torch, dtype))
+    gate, up, down = (w.double() for w in weights)
+    return dense(x.double(), router.double(), (gate, up, down), dout.double(), how, ids)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("F", [8, 5])  # 5: no whole 16-byte units, which grouped_mm does not take
+def test_dtypes_torch(dtype, F):
+    problem = draw(P=1, T=12, D=8, F=F, E=4, K=2)
+    stages, gradients = torch_ranks.run_layer(*layer_arguments(problem, 0, 1, getattr(torch, dtype)))
+    expected = rounded_dense(problem, dtype)
+    assert str(stages.out_TD.dtype) == str(gradients["w_up"].dtype) == f"torch.{dtype}"
+    close(stages.out_TD.double(), expected.out_TD, dtype)
+    for name, gradient in gradients.items():
+        close(gradient.double(), expected.gradients[name], dtype)
+
+
+@pytest.mark.parametrize(("dtype", "per"), [("float32", "rank"), ("float16", "rank"), ("bfloat16", "expert")])
+def test_dtypes_jax(dtype, per):
+    problem = draw(P=1, T=12, D=8, F=8, E=4, K=2)
+    stages, gradients = run_problem(problem, capacity_of(problem, None, per), "no axis", dtype)
+    expected = rounded_dense(problem, dtype)
+    assert str(stages.out_TD.dtype) == str(gradients["w_up"].dtype) == dtype
+    close(stages.out_TD[0], expected.out_TD, dtype)
+    for name, gradient in gradients.items():
+        close(gradient[0], expected.gradients[name], dtype)
+
+
+@pytest.mark.parametrize("per", ["rank", "expert"])
+def test_no_hidden_promotion(monkeypatch, per):
+    """bfloat16 and float32 meet only where one is converted. (Strict mode forbids `jnp.promote_types` itself too.)"""
+    monkeypatch.setattr(jnp, "promote_types", np.promote_types)
+    problem = draw(P=1, T=4, D=4, F=4, E=4, K=2)
+    arguments = jax.tree.map(lambda a: a[0], jax_ranks.layer_arguments(problem, "bfloat16"))
+    run = partial(jax_ranks.run_layer, how=problem.how, capacity=capacity_of(problem, "1/2", per, "score"))
+    with jax.numpy_dtype_promotion("strict"):
+        jax.eval_shape(run, *arguments)
+
+
+def test_one_compilation_serves_every_routing():
+    capacity = Capacity(2, 9)
+    run_problem(STANDARD, capacity)
+    layer = jax_ranks.compiled_layer(capacity, "shard_map", 3)
+    compilations = layer._cache_size()  # type: ignore[attr-defined]
+    for ids in ([[7, 6, 5]] * 6, [[0, 1, 2]] * 6, [[k % 8, (k + 3) % 8, (k + 4) % 8] for k in range(6)]):
+        run_problem(STANDARD.with_ids(ids), capacity)
+    assert layer._cache_size() == compilations  # type: ignore[attr-defined]
+
+
+def test_no_tokens_torch():
+    problem = draw(P=1, T=0, D=4, F=4, E=4, K=2)
+    stages, gradients = torch_ranks.run_layer(*layer_arguments(problem, 0, 1))
+    assert stages.out_TD.shape == gradients["x"].shape == (0, 4)
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def test_no_tokens_jax():
+    problem = draw(P=2, T=0, D=4, F=4, E=4, K=2)
+    stages, gradients = run_problem(problem, capacity_of(problem, "1"))
+    assert stages.out_TD.shape == gradients["x"].shape == (2, 0, 4)
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+def every_second(a: torch.Tensor) -> torch.Tensor:
+    """The same values, as a slice of something twice as wide."""
+    return torch.stack([a, a], dim=-1).flatten(-2)[..., ::2]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])  # float32 goes through grouped_mm
+def test_input_that_is_not_contiguous(dtype):
+    """x, ids and the gradient as slices, the router transposed, the weights chunks of a fused one, and transposed."""
+    problem = draw(P=1, T=6, D=8, F=8, E=4, K=2)
+    x, router, (gate, up, down), dout, how, ids = layer_arguments(problem, 0, 1, getattr(torch, dtype))
+    strided_gate, strided_up = torch.cat([gate, up], dim=-1).chunk(2, dim=-1)
+    strided_down = down.mT.contiguous().mT
+    strided = [every_second(x), router.T.contiguous().T, strided_gate, strided_up, strided_down]
+    assert not any(a.is_contiguous() for a in strided)
+
+    leaves = [a.detach().requires_grad_() for a in strided]
+    routing = torch_impl.routing.route(leaves[0], leaves[1], 2, expert_id_TK=every_second(ids))
+    x_TD, router_DE, *weights = leaves
+    out = torch_impl.layer.moe_layer(x_TD, router_DE, *weights, top_k=2, routing=routing).out_TD
+    gradients = torch.autograd.grad(out, leaves, every_second(dout))
+    expected, expected_gradients = torch_ranks.run_layer(x, router, (gate, up, down), dout, how, ids)
+    close(out.detach(), expected.out_TD, dtype)
+    for name, gradient in zip(("x", "router", "w_gate", "w_up", "w_down"), gradients, strict=True):
+        close(gradient, expected_gradients[name], dtype)

@@ -1,0 +1,61 @@
+"""The oracle without loops equals the oracle with loops: exactly rounded, and in how far its draws stray."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from parity import reference, vectorised
+from parity.case import PRESETS, Case
+from parity.inputs import draw, exact_inputs
+from parity.reference import Exact, Perturbed
+
+CASES = [
+    PRESETS["sigmoid"],
+    PRESETS["drop-expert-choice"],
+    replace(PRESETS["bfloat16"], renormalize=True, capacity_factor="1/2"),
+    Case(tokens=0),
+]
+
+
+def layers(case: Case, oracle, numbers) -> reference.Layer:
+    problem = draw(case)
+    x, router, w, dout = exact_inputs(problem)
+    return oracle.layer(case, x, router, w, dout, problem.expert_id, problem.keep, numbers)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equal_but_for_the_order_of_sums(case):
+    plain, fast = layers(case, reference, Exact()), layers(case, vectorised, Exact())
+    for name, a, b in zip(plain._fields, plain, fast, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13, err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.name)
+def test_draws_stray_as_far(case):
+    """The mean over a tensor of each row's largest error: of many numbers, so close."""
+    exact = layers(case, reference, Exact())
+    drawn = [
+        [layers(case, oracle, Perturbed(np.random.default_rng([seed, 7]))) for seed in range(4)]
+        for oracle in (reference, vectorised)
+    ]
+    for name in exact._fields:
+        plain, fast = (
+            np.mean([np.abs(getattr(a, name) - getattr(exact, name)).max(axis=-1) for a in of_oracle])
+            for of_oracle in drawn
+        )
+        assert 0.8 < fast / plain < 1.25, name
+
+
+def test_selection_breaks_ties_alike():
+    problem = draw(PRESETS["ties"])
+    x, router, *_ = exact_inputs(problem)
+    logits, _ = vectorised.route(problem.case, x, router, Exact())
+    ids = vectorised.select(problem.case, logits)
+    np.testing.assert_array_equal(ids, reference.select(problem.case, logits))
+    assert (np.diff(np.sort(logits, axis=-1), axis=-1) == 0).any(axis=-1).mean() > 0.5
+
+
+def test_big_cases_do_without_loops():
+    assert vectorised.oracle_for(PRESETS["pydoc"]) is reference
+    assert vectorised.oracle_for(Case(tokens=512, top_k=2)) is vectorised
