@@ -5,6 +5,9 @@ test is that the plain versions serve.
 """
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,7 +172,7 @@ def test_the_whole_chain_on_a_gpu(shape, plain):
     expected = plain(gradients, dispatch_and_combine, *inputs)
     same(out, expected[0])
     same(dx, expected[1])
-    torch.testing.assert_close(dscore, expected[2])
+    torch.testing.assert_close(dscore, expected[2], rtol=1e-4, atol=1e-3)  # bounded exactly above
     poison = [torch.full((T * K, D), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     del poison
     for first, again in zip((out, dx, dscore), gradients(dispatch_and_combine, *inputs), strict=True):
@@ -178,6 +181,13 @@ def test_the_whole_chain_on_a_gpu(shape, plain):
 
 @pytest.mark.gpu
 def test_the_whole_chain_is_captured_whole():
+    """In a process of its own: here every call checks its shapes, which no compiler sees through."""
+    root = Path(__file__).parent.parent
+    paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    subprocess.run([sys.executable, __file__], check=True, cwd=root, env=os.environ | {"PYTHONPATH": paths})
+
+
+def capture():
     """`torch.compile(fullgraph=True)` and a CUDA graph give the bits of the eager run."""
     ids_TK, counts_E = routing(64, 8, 2, "cuda")
     inputs = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16), torch.rand(64, 2, device="cuda")
@@ -191,3 +201,7 @@ def test_the_whole_chain_is_captured_whole():
     compiled = torch.compile(dispatch_and_combine, fullgraph=True)
     for ours, theirs in zip(gradients(compiled, *inputs, ids_TK, counts_E), expected, strict=True):
         same(ours, theirs)
+
+
+if __name__ == "__main__":
+    capture()

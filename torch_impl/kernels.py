@@ -51,13 +51,13 @@ def _sort_by_expert(expert_id, assignment, slot, N, E, BLOCK: tl.constexpr):
     lower = tl.zeros([BLOCK], tl.int32)
     for first in range(0, N, BLOCK):
         a = first + tl.arange(0, BLOCK)
-        key = tl.load(expert_id + a, mask=a < N, other=E).to(tl.int32)
+        key = tl.load(expert_id + a, mask=a < N, other=E)
         key = tl.where((key < 0) | (key > E), E, key)
         lower += (key < g).to(tl.int32)
     place = tl.sum(lower, 0)
     for first in range(0, N, BLOCK):
         a = first + tl.arange(0, BLOCK)
-        key = tl.load(expert_id + a, mask=a < N, other=E).to(tl.int32)
+        key = tl.load(expert_id + a, mask=a < N, other=E)
         key = tl.where((key < 0) | (key > E), E, key)
         mine = (key == g) & (a < N)
         row = place + tl.cumsum(mine.to(tl.int32), 0) - 1
@@ -78,7 +78,7 @@ def expert_major_rows(
     target_R = torch.empty_like(source_R)
     _expert_major_rows[(P * e,)](
         counts_Pe.contiguous(), source_R, target_R, output_size, P, e,
-        SEGMENTS=triton.next_power_of_2(P * e), BLOCK=1024, num_warps=4,
+        SEGMENTS=_power_of_2(P * e), BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return source_R, target_R
 
@@ -108,7 +108,7 @@ def gather_rows(x_RD: Float[Tensor, "R D"], source_R: Integer[Tensor, " O"]) -> 
     D = x_RD.shape[1]
     y_OD = x_RD.new_empty(source_R.shape[0], D)
     BLOCK, num_warps = _tile(D, 1)
-    chunks = triton.cdiv(D, BLOCK)
+    chunks = -(-D // BLOCK)
     _gather_rows[(source_R.shape[0] * chunks,)](
         x_RD.contiguous(), source_R, y_OD, D, chunks, BLOCK=BLOCK, num_warps=num_warps
     )
@@ -130,7 +130,7 @@ def expand_rows(x_TD: Float[Tensor, "T D"], slot_TK: Integer[Tensor, "T K"]) -> 
     (T, K), D = slot_TK.shape, x_TD.shape[1]
     x_ND = x_TD.new_empty(T * K, D)
     BLOCK, num_warps = _tile(D, 1)
-    chunks = triton.cdiv(D, BLOCK)
+    chunks = -(-D // BLOCK)
     _expand_rows[(T * chunks,)](x_TD.contiguous(), slot_TK, x_ND, D, chunks, K=K, BLOCK=BLOCK, num_warps=num_warps)
     return x_ND
 
@@ -153,7 +153,7 @@ def sum_rows(
     (T, K), D = slot_TK.shape, y_ND.shape[1]
     out_TD = y_ND.new_empty(T, D)
     BLOCK, num_warps = _tile(D, K)
-    chunks = triton.cdiv(D, BLOCK)
+    chunks = -(-D // BLOCK)
     _sum_rows[(T * chunks,)](
         y_ND.contiguous(), slot_TK, slot_TK if score_TK is None else score_TK.contiguous(), out_TD, D, chunks,
         K=K, WEIGHTED=score_TK is not None, BLOCK=BLOCK, num_warps=num_warps,
@@ -198,7 +198,7 @@ def weighted_sum_backward(
     BLOCK, num_warps = _tile(D, K)
     _weighted_sum_backward[(T,)](
         dout_TD.contiguous(), y_ND.contiguous(), score_TK.contiguous(), slot_TK, dy_ND, dscore_TK, D,
-        K=K, K_PADDED=triton.next_power_of_2(K), BLOCK=BLOCK, num_warps=num_warps,
+        K=K, K_PADDED=_power_of_2(K), BLOCK=BLOCK, num_warps=num_warps,
     )  # fmt: skip
     return dy_ND, dscore_TK
 
@@ -227,5 +227,10 @@ def _weighted_sum_backward(
 
 def _tile(width: int, n_rows: int) -> tuple[int, int]:
     """Columns that a program takes of so many rows at once, and its warps: 16-byte accesses, two or four a thread."""
-    BLOCK = max(128, min(triton.next_power_of_2(width), 8192 // triton.next_power_of_2(n_rows)))
+    BLOCK = max(128, min(_power_of_2(width), 8192 // _power_of_2(n_rows)))
     return BLOCK, max(1, min(8, BLOCK // (512 if n_rows == 1 else 256)))
+
+
+def _power_of_2(n: int) -> int:
+    """The least one that is not below n: tiles are powers of two."""
+    return 1 << (n - 1).bit_length()
