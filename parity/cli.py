@@ -16,7 +16,7 @@ from rich.console import Console
 from parity import faults, records
 from parity.backends import BACKENDS, BackendError
 from parity.blame import blame
-from parity.case import PRESETS, Case
+from parity.case import MODELS, PRESETS, Case
 from parity.doctor import doctor_table, examine
 from parity.engine import judge, make_report, progress, run_cases
 from parity.inputs import case_from_trace, draw
@@ -71,8 +71,13 @@ class CheckCommand:
     """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all."""
     backend: Literal["both", "torch", "jax"] = "both"
     """Run one side only, here; with --save the other can run on another machine."""
-    jax_ranks: Literal["shard_map", "vmap"] = "shard_map"
-    """A device per rank, or all ranks on one device."""
+    model: tuple[str, ...] = ()
+    """Check the layer of real models at full width: deepseek-v3, mixtral-8x7b, qwen3-30b-a3b, gpt-oss-120b or
+    olmoe-1b-7b."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: a GPU per rank, PyTorch over NCCL, where there are enough; otherwise all ranks share, over gloo."""
+    jax_ranks: Literal["auto", "shard_map", "processes", "vmap"] = "auto"
+    """A device per rank in one process, a process for each, or all ranks on one device; auto: as many as there are."""
     timeout: float = 60
     """Seconds without progress of any PyTorch rank after which the run ends, saying which rank hangs where."""
     save: Path | None = None
@@ -186,6 +191,11 @@ def chosen_cases(command: CheckCommand) -> list[Case]:
         if command.presets or "name" in changes or "trace" in changes:
             raise ValueError("--random draws its cases: leave out presets, --name and --trace")
         return random_cases(command.random, changes.pop("seed", 0), changes)
+    if command.model:
+        unknown = [name for name in command.model if name not in MODELS]
+        if unknown:
+            raise ValueError(f"no model is called {', '.join(unknown)}. There are: {', '.join(MODELS)}")
+        return [_changed(MODELS[name], changes) for name in command.model]
     unknown = [name for name in command.presets if name not in PRESETS and name != "all"]
     if unknown:
         raise ValueError(f"no preset is called {', '.join(unknown)}. There are: {', '.join(PRESETS)}")
@@ -194,8 +204,11 @@ def chosen_cases(command: CheckCommand) -> list[Case]:
         return [case_from_trace(replace(Case(tokens=0), **changes))]
     if not names:
         return [Case(**changes)]
-    changed = {"name": ""} | changes if changes else {}
-    return [replace(PRESETS[n], **(changed and changed | {"name": changes.get("name", f"{n}-changed")})) for n in names]
+    return [_changed(PRESETS[name], changes) for name in names]
+
+
+def _changed(case: Case, changes: dict[str, Any]) -> Case:
+    return replace(case, **{"name": f"{case.name}-changed"} | changes) if changes else case
 
 
 def check(command: CheckCommand) -> int:
@@ -211,10 +224,24 @@ def check(command: CheckCommand) -> int:
             raise ValueError(f"{fault.name} cannot be planted under torchrun: start without it")
         cases = of_group(cases, group_size, picked=bool(command.presets))
     report = run_cases(
-        cases, backends, jax_ranks=command.jax_ranks, timeout=command.timeout, fault=fault,
-        in_torchrun=group_size is not None, save=command.save,
+        cases, backends, device=command.device, jax_ranks=jax_ranks(command, cases), timeout=command.timeout,
+        fault=fault, in_torchrun=group_size is not None, save=command.save,
     )  # fmt: skip
     return MATCH if report is None else publish(report, command.json, command.html)
+
+
+def jax_ranks(command: CheckCommand, cases: list[Case]) -> str:
+    """How JAX has its ranks: as asked, or a device each where there are enough."""
+    if command.jax_ranks != "auto":
+        return command.jax_ranks
+    most = max(case.ranks for case in cases)
+    return "shard_map" if command.device == "cpu" or gpus() >= most else "vmap"
+
+
+def gpus() -> int:
+    """How many NVIDIA GPUs programs may use here, without a framework asking, which could keep memory."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(list(Path("/dev").glob("nvidia[0-9]*"))) if allowed is None else len(allowed.split(","))
 
 
 def list_faults(command: FaultsCommand) -> int:

@@ -418,7 +418,7 @@ def _judge(
     def row(index: int) -> Row:
         at = np.unravel_index(index * by_row.shape[1] + int(by_row[index].argmax()), ratio.shape)
         at = tuple(int(i) for i in at)
-        where = _where(problem, want, have, int(np.flatnonzero(present)[at[0]]), at)
+        where = _where(problem, value, want, have, int(np.flatnonzero(present)[at[0]]), at)
         return Row(where, float(got[at]), float(expected[at]), float(error[at]), float(margin[at]))
 
     worst_first = np.argsort(-by_row.max(axis=1), kind="stable")
@@ -469,7 +469,7 @@ def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array
     return shared
 
 
-def _where(problem: Problem, want: Expected, have: Canonical, first: int, at: tuple[int, ...]) -> Where:
+def _where(problem: Problem, value: str, want: Expected, have: Canonical, first: int, at: tuple[int, ...]) -> Where:
     if want.kind == "rows":
         p, t, k = identity(problem.case, first)
         assert have.slots is not None
@@ -479,7 +479,9 @@ def _where(problem: Problem, want: Expected, have: Canonical, first: int, at: tu
         )
     if want.kind == "expert":
         e = problem.case.experts // problem.case.ranks
-        return Where(rank=first // e, expert=first, index=list(at[1:]))
+        size = {"dw_down": problem.case.hidden}.get(value, problem.case.width)
+        rows = np.arange(size)[problem.case.compared_rows(size)]
+        return Where(rank=first // e, expert=first, index=[int(rows[at[1]]), *at[2:]])
     if want.kind == "repeat":
         return Where()
     if want.kind == "sum":

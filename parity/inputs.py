@@ -12,6 +12,7 @@ from parity.case import Case
 from parity.reference import Exact, Layer, Weights
 from parity.tolerances import numpy_dtype
 from parity.vectorised import oracle_for
+from parity.windows import Windows, draw_windows
 
 Array = np.ndarray
 TRACES = Path(__file__).parent / "traces"
@@ -85,7 +86,7 @@ def draw(case: Case) -> Problem:
         x = _tokens_that_choose(case, wanted, router.astype(np.float64), rng)
     dtype = numpy_dtype(case.dtype)
     x = x.astype(dtype)
-    drawn = Weights(*(rng.standard_normal(s) / np.sqrt(s[1]) for s in [(E, D, F), (E, D, F), (E, F, D)]))
+    drawn = Weights(*(_weights(case, shape, rng) for shape in [(E, D, F), (E, D, F), (E, F, D)]))
     weights = Weights(*(recorded.get(n, a).astype(dtype) for n, a in zip(Weights._fields, drawn, strict=True)))
     dout = rng.standard_normal((P, T, D)).astype(dtype)
 
@@ -101,6 +102,10 @@ def draw(case: Case) -> Problem:
     rows = {name: getattr(exact, name).astype(dtype) for name in ("y", "dy", "dx_rows")}
     dscore = exact.dscore.astype(case.wide)
     return Problem(case, x, router, weights, dout, expert_id, keep, stored, exact=exact, dscore=dscore, **rows)
+
+
+def _weights(case: Case, shape: tuple[int, int, int], rng: np.random.Generator) -> Array | Windows:
+    return draw_windows(shape, rng) if case.real_size else rng.standard_normal(shape) / np.sqrt(shape[1])
 
 
 def exact_inputs(problem: Problem) -> tuple[Array, Array, Weights, Array]:
