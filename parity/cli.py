@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -101,6 +102,8 @@ class FaultsCommand:
     """Which; all when none is named."""
     run: bool = False
     """Plant each and check."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where; those that need a GPU are neither run nor counted on a CPU."""
 
 
 @dataclass
@@ -224,18 +227,18 @@ def check(command: CheckCommand) -> int:
             raise ValueError(f"{fault.name} cannot be planted under torchrun: start without it")
         cases = of_group(cases, group_size, picked=bool(command.presets))
     report = run_cases(
-        cases, backends, device=command.device, jax_ranks=jax_ranks(command, cases), timeout=command.timeout,
-        fault=fault, in_torchrun=group_size is not None, save=command.save,
+        cases, backends, device=command.device, timeout=command.timeout, fault=fault, save=command.save,
+        jax_ranks=ranks_of_jax(command.jax_ranks, command.device, max(case.ranks for case in cases)),
+        in_torchrun=group_size is not None,
     )  # fmt: skip
     return MATCH if report is None else publish(report, command.json, command.html)
 
 
-def jax_ranks(command: CheckCommand, cases: list[Case]) -> str:
+def ranks_of_jax(asked: str, device: str, most: int) -> str:
     """How JAX has its ranks: as asked, or a device each where there are enough."""
-    if command.jax_ranks != "auto":
-        return command.jax_ranks
-    most = max(case.ranks for case in cases)
-    return "shard_map" if command.device == "cpu" or gpus() >= most else "vmap"
+    if asked != "auto":
+        return asked
+    return "shard_map" if device == "cpu" or gpus() >= most else "vmap"
 
 
 def gpus() -> int:
@@ -251,20 +254,27 @@ def list_faults(command: FaultsCommand) -> int:
     if not command.run:
         console.print(fault_table([(fault, None) for fault in chosen]))
         return MATCH
-    with progress() as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = bar.track(pool.map(try_fault, chosen), total=len(chosen), description="faults")
-        tried = list(zip(chosen, found, strict=True))
+    ready = [fault for fault in chosen if command.device == "cuda" or not fault.gpu_only]
+    with progress() as bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        trials = pool.map(partial(try_fault, device=command.device), ready)
+        tried = list(zip(ready, bar.track(trials, total=len(ready), description="faults"), strict=True))
     console.print(fault_table(tried))
+    for fault in chosen:
+        if fault not in ready:
+            console.print(f"{fault.name}: not run, and not counted: {fault.gpu_only}")
     caught = sum(result.caught for _, result in tried)
     blamed = sum((result.side, result.stage) == (fault.side, fault.stage) for fault, result in tried)
     console.print(f"caught {caught} of {len(tried)}, blamed {blamed} of {len(tried)}")
     return MATCH if caught == blamed == len(tried) else MISMATCH
 
 
-def try_fault(fault: faults.Fault) -> Found:
+def try_fault(fault: faults.Fault, device: str = "cpu") -> Found:
     """Plant a fault, run its preset on its side only, and say who was blamed."""
     try:
-        report = run_cases([PRESETS[fault.preset]], (fault.side,), fault=fault, timeout=10, show_progress=False)
+        cases, ranks = [PRESETS[fault.preset]], ranks_of_jax("auto", device, PRESETS[fault.preset].ranks)
+        report = run_cases(
+            cases, (fault.side,), device=device, jax_ranks=ranks, fault=fault, timeout=10, show_progress=False
+        )
     except BackendError as error:
         return Found(True, error.backend, error.stage, "the run ended: " + str(error))
     assert report is not None
