@@ -1,9 +1,10 @@
 """Trace against oracle, and trace against trace: bitwise where data moves, within an allowance per row elsewhere."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -65,6 +66,10 @@ class Check(msgspec.Struct, omit_defaults=True, tag_field="kind", tag="compariso
     note: str = ""
 
 
+# NumPy lets go of the interpreter's lock on large arrays.
+_THREADS = ThreadPoolExecutor()
+T = TypeVar("T")
+
 # How many failing rows of one array a report lists.
 LISTED = 20
 
@@ -101,13 +106,16 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
     def oracle(numbers: Numbers) -> ModuleType:
         return vectorised.oracle_for(case) if isinstance(numbers, Exact) else vectorised
 
-    def arithmetic(kind: Kind, f, dtype: str, order: str = "", **more: bool) -> Expected:
-        return judged(kind, f(Exact()), [f(numbers) for numbers in draws], dtype, order, **more)
+    def drawn(f: Callable[[Numbers], T]) -> list[T]:
+        return list(_THREADS.map(f, draws))  # each draw has a generator of its own, so threads change nothing
 
-    def judged(kind: Kind, exact: Array, drawn: list[Array], dtype: str, order: str = "", **more: bool) -> Expected:
+    def arithmetic(kind: Kind, f, dtype: str, order: str = "", **more: bool) -> Expected:
+        return judged(kind, f(Exact()), drawn(f), dtype, order, **more)
+
+    def judged(kind: Kind, exact: Array, others: list[Array], dtype: str, order: str = "", **more: bool) -> Expected:
         if kind == "rows":
-            exact, drawn = exact.reshape(-1, D), [a.reshape(-1, D) for a in drawn]
-        return Expected(kind, exact, allowance(exact, drawn, dtype), dtype, order, **more)
+            exact, others = exact.reshape(-1, D), [a.reshape(-1, D) for a in others]
+        return Expected(kind, exact, allowance(exact, others, dtype), dtype, order, **more)
 
     def moved(values: Array, order: str, **more: bool) -> Expected:
         return Expected("rows", values.reshape(-1, D).astype(np.float64), None, case.dtype, order, **more)
@@ -127,10 +135,10 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
     def backward_of_combine(numbers):
         return oracle(numbers).combine_backward(case, y, score, keep, dout, numbers)
 
-    route_exact, route_drawn = backward_of_route(Exact()), [backward_of_route(n) for n in draws]
-    experts_exact, experts_drawn = backward_of_experts(Exact()), [backward_of_experts(n) for n in draws]
-    combine_exact, combine_drawn = backward_of_combine(Exact()), [backward_of_combine(n) for n in draws]
-    layers = [vectorised.layer(case, x, router, w, dout, ids, keep, n) for n in draws]
+    route_exact, route_drawn = backward_of_route(Exact()), drawn(backward_of_route)
+    experts_exact, experts_drawn = backward_of_experts(Exact()), drawn(backward_of_experts)
+    combine_exact, combine_drawn = backward_of_combine(Exact()), drawn(backward_of_combine)
+    layers = drawn(lambda numbers: vectorised.layer(case, x, router, w, dout, ids, keep, numbers))
 
     def end_to_end(kind: Kind, name: str, dtype: str, order: str = "", **more: bool) -> Expected:
         return judged(kind, getattr(problem.exact, name), [getattr(a, name) for a in layers], dtype, order, **more)
@@ -288,18 +296,21 @@ def compare(problem: Problem, traces: list[Trace], picture: Picture | None = Non
     expected = {trace.backend: by_strategy[trace.strategy] for trace in traces}
     for trace in traces:
         table = row_tables(problem.case, problem.expert_id, problem.keep, trace.strategy)
-        found[trace.backend] = {}
-        for name, want in expected[trace.backend].items():
+        mine = found[trace.backend] = {}
+
+        def against_the_oracle(name: str, trace: Trace = trace, table: Table = table, mine: dict = mine) -> Check:
+            want = expected[trace.backend][name]
             try:
                 have = canonical(problem.case.ranks, trace.arrays.get(name), want, table)
             except MismatchError as mismatch:
-                yield _failed(problem, name, trace.backend, "oracle", str(mismatch), want.allowed is None)
-                continue
-            found[trace.backend][name] = have
-            yield _judge(
+                return _failed(problem, name, trace.backend, "oracle", str(mismatch), want.allowed is None)
+            mine[name] = have
+            return _judge(
                 problem, name, trace.backend, "oracle", have, want.values, want.allowed, have.present, want, picture
             )
-        yield from _moves_its_own_rows(problem, trace.backend, found[trace.backend])
+
+        yield from _THREADS.map(against_the_oracle, expected[trace.backend])
+        yield from _moves_its_own_rows(problem, trace.backend, mine)
         yield choice_of_experts(problem, trace)
     for i, left in enumerate(traces):
         for right in traces[i + 1 :]:
@@ -310,12 +321,16 @@ def _against(
     problem: Problem, left: str, right: str, found: dict[str, dict[str, Canonical]], expected: dict
 ) -> Iterator[Check]:
     """Two traces: what both have, row by row. Each may be off by its own allowance, so they may differ by two."""
-    for name in [n for n in found[left] if n in found[right]]:
+
+    def of(name: str) -> Check | None:
         a, b, want = found[left][name], found[right][name], expected[left][name]
         if name.endswith("exchange_counts/counts") and not np.array_equal(want.values, expected[right][name].values):
-            continue  # one side dropped rows: each was held against the oracle's counts for it
+            return None  # one side dropped rows: each was held against the oracle's counts for it
         allowed = None if want.allowed is None else 2 * want.allowed
-        yield _judge(problem, name, left, right, a, b.values, allowed, a.present & b.present, want)
+        return _judge(problem, name, left, right, a, b.values, allowed, a.present & b.present, want)
+
+    names = [name for name in expected[left] if name in found[left] and name in found[right]]
+    yield from filter(None, _THREADS.map(of, names))
 
 
 def _moves_its_own_rows(problem: Problem, backend: str, found: dict[str, Canonical]) -> Iterator[Check]:

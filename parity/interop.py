@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jax import Array
+from jax.core import Tracer
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -27,9 +28,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 # What both frameworks have, by the same name.
 DTYPES = (
-    "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128 "
-    "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
-).split()
+    *("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+)
 # Bytes. On a CPU, JAX copies what is aligned worse; on a GPU it takes it, and the program that reads it fails.
 ALIGNMENT = {"cpu": 64, "cuda": 16}
 
@@ -44,7 +46,6 @@ def to_jax(tensor: Tensor) -> Array:
     is where JAX has no device.
     """
     _check_tensor(tensor)
-    release()
     # Both ends of the order: from_dlpack names a stream that JAX's programs wait for, and PyTorch makes that one wait
     # for its current stream. Lifetime: JAX drops the tensor when the programs that read it are done, not when the
     # array goes, so PyTorch's allocator never hands the memory on too early.
@@ -57,22 +58,25 @@ def to_jax(tensor: Tensor) -> Array:
 def to_torch(array: Array) -> Tensor:
     """The array's memory as a tensor; PyTorch's current stream waits until JAX has written it.
 
-    JAX takes arrays to be immutable: do not write to the tensor. On a GPU, as with PyTorch's own tensors, a stream other
-    than the current one that uses the tensor must be joined before the tensor goes; and the memory of a tensor that is
-    gone is JAX's again at this module's next call, or `release`.
+    JAX takes arrays to be immutable: do not write to the tensor. On a GPU, as with PyTorch's own tensors, another
+    stream that uses it must be joined to the current one before the tensor goes; and the memory of a tensor that is
+    gone is JAX's again at the next conversion to PyTorch, or `release`.
 
     Raises ValueError where PyTorch cannot take the memory as it is: a tracer, a deleted array, one over several devices
     or processes or in host memory of a GPU, or a dtype or device that PyTorch lacks.
     """
-    device = _check_array(array)
     release()
+    return _lend(array)
+
+
+def _lend(array: Array) -> Tensor:
+    device = _check_array(array)
     tensor = torch.from_dlpack(array)  # passes the current stream, and JAX makes it wait
     _check_same_memory(tensor, array)
     if device.platform != "cpu":
+        storage = StorageWeakRef(tensor.untyped_storage())
         with _lent_lock:
-            _lent.append(
-                _Loan(array, StorageWeakRef(tensor.untyped_storage()), torch.cuda.current_stream(tensor.device))
-            )
+            _lent.append(_Loan(array, storage, torch.cuda.current_stream(tensor.device)))
     return tensor
 
 
@@ -89,7 +93,7 @@ class _Loan:
     array: Array
     storage: StorageWeakRef
     stream: torch.cuda.Stream
-    done: torch.cuda.Event | None = None
+    done: Any = None  # an event, once no tensor is left
 
     def over(self) -> bool:
         if self.done is None and self.storage.expired():
@@ -105,8 +109,8 @@ def jax_in_torch(f: Callable) -> Callable:
     """The JAX function `f`, compiled, as a function of tensors that PyTorch differentiates.
 
     Arguments and results are pytrees of tensors, all on one device; bind anything else with functools.partial. Each
-    shape and set of arguments that require grad compiles once forward and once backward. What backward needs is kept by
-    `save_for_backward`: in-place changes are noticed, hooks and checkpointing work, and memory goes when PyTorch's does.
+    shape and set of arguments that require grad compiles once forward and once backward. `save_for_backward` keeps what
+    backward needs: in-place changes are noticed, hooks and checkpointing work, and it is freed when PyTorch frees it.
 
     Raises ValueError on what `to_jax` and `to_torch` refuse, on tensors on several devices, and on a second derivative.
     """
@@ -188,26 +192,28 @@ class _Call(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, program: _Program, tree, wanted: tuple[bool, ...], *tensors: Tensor):
         # The arrays live until the current stream waits for the results, so for what PyTorch does next, JAX has read.
+        release()
         arrays = [to_jax(tensor.detach()) for tensor in tensors]
         out, residuals = program.forward(tree, wanted, arrays)
         out_arrays, out_tree = jax.tree.flatten(out)
-        outputs = [to_torch(array) for array in out_arrays]
+        outputs = [_lend(array) for array in out_arrays]
         inexact = [jnp.issubdtype(array.dtype, jnp.inexact) for array in out_arrays]
         ctx.mark_non_differentiable(*(t for t, has_gradient in zip(outputs, inexact, strict=True) if not has_gradient))
-        everything = [*tensors, *outputs, *map(to_torch, residuals.arrays)]
+        everything = [*tensors, *outputs, *map(_lend, residuals.arrays)]
         ctx.save_for_backward(*(everything[place] for place in residuals.places))
         ctx.like = _Like(out_tree, tuple(None if i else a.shape for i, a in zip(inexact, out_arrays, strict=True)))
         ctx.program, ctx.wanted, ctx.vjp_tree = program, wanted, residuals.vjp
-        ctx.x64 = jax.config.jax_enable_x64
+        ctx.x64 = jax.dtypes.canonicalize_dtype("float64") == "float64"
         return out_tree, *outputs
 
     @staticmethod
     def backward(ctx: Any, _, *cotangents: Tensor):  # type: ignore[override]
+        release()
         with jax.enable_x64(ctx.x64):  # set for a thread, and this may be another one
             residuals = [to_jax(tensor.detach()) for tensor in ctx.saved_tensors]
             shapes = zip(cotangents, ctx.like.integers, strict=True)
             arrays = [to_jax(_plain(cotangent)) for cotangent, shape in shapes if shape is None]
-            gradients = [*map(to_torch, ctx.program.backward(ctx.vjp_tree, ctx.like, residuals, arrays))]
+            gradients = [*map(_lend, ctx.program.backward(ctx.vjp_tree, ctx.like, residuals, arrays))]
         if torch.is_grad_enabled():  # create_graph=True
             gradients = _NoSecondDerivative.apply(torch.empty(0, requires_grad=True), *gradients)
         given = iter(gradients)  # type: ignore[arg-type]
@@ -215,14 +221,14 @@ class _Call(torch.autograd.Function):
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Gradients that say so when they are differentiated; as mere results of `to_torch` they would count as constants."""
+    """Gradients that object to being differentiated: as mere results of `to_torch` they would count as constants."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, *gradients: Tensor):  # type: ignore[override]
+    def forward(_ctx: Any, _: Tensor, *gradients: Tensor):  # type: ignore[override]
         return gradients
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor):  # type: ignore[override]
+    def backward(_ctx: Any, *_: Tensor):  # type: ignore[override]
         raise ValueError(
             "the gradient of a jax_in_torch function was differentiated, and PyTorch sees no further than the first "
             "derivative: take it inside the JAX function (jax.grad), or pass create_graph=False"
@@ -239,7 +245,7 @@ def _plain(cotangent: Tensor) -> Tensor:
 def _check_argument(leaf: Any, name: str, first: Any) -> None:
     if not isinstance(leaf, Tensor):
         raise ValueError(
-            f"argument {name} is {type(leaf).__name__}, not a tensor: bind it to the JAX function with functools.partial"
+            f"argument {name} is {type(leaf).__name__}, not a tensor: bind it to the function with functools.partial"
         )
     if leaf.device != first.device:
         raise ValueError(f"argument {name} is on {leaf.device} and another on {first.device}: move one to the other's")
@@ -249,7 +255,8 @@ def _check_argument(leaf: Any, name: str, first: Any) -> None:
 def _check_tensor(tensor: Tensor, name: str = "tensor") -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is {type(tensor).__name__}: to_jax takes a torch.Tensor")
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout != torch.strided:
+    wrapper = getattr(type(tensor), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
+    if wrapper or tensor.layout != torch.strided:
         raise ValueError(
             f"{name} is a {type(tensor).__name__} of layout {tensor.layout}, not one block of memory: pass what it is "
             "made of (DTensor.to_local(), values and indices), or to_dense()"
@@ -268,8 +275,8 @@ def _check_tensor(tensor: Tensor, name: str = "tensor") -> None:
         )
     if not tensor.is_contiguous():
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, and JAX takes rows without gaps, in "
-            "order: tensor.contiguous()"
+            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, and JAX takes rows in order, "
+            "without gaps: tensor.contiguous()"
         )
     if tensor.data_ptr() % ALIGNMENT[tensor.device.type]:
         raise ValueError(
@@ -285,8 +292,8 @@ def _check_device(tensor: Tensor, name: str) -> None:
         devices = []
     if tensor.device.index not in (None, *(device.local_hardware_id for device in devices)) or not devices:
         raise ValueError(
-            f"{name} is on {tensor.device}, where JAX has no device, only {jax.devices()}: install jax for it (jax[cuda13]; "
-            "JAX_PLATFORMS must not leave it out), or move the tensor to one that both have"
+            f"{name} is on {tensor.device}, where JAX has no device, only {jax.local_devices()}: install JAX for it "
+            "(jax[cuda13], and JAX_PLATFORMS must not leave it out), or move the tensor to one that both have"
         )
     if tensor.device.type == "cpu" and tensor.is_pinned():
         raise ValueError(f"{name} is in pinned memory, which JAX takes for a GPU's: tensor.clone() is in plain memory")
@@ -304,9 +311,9 @@ def _check_dtype(tensor: Tensor, name: str) -> None:
         )
 
 
-def _check_array(array: Array) -> jax.Device:
+def _check_array(array: Array) -> Any:
     """The one device that the array is on."""
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, Tracer):
         raise ValueError(
             f"{array.aval} is a tracer, which has no memory yet: call to_torch on what the jitted function returns"
         )
@@ -316,15 +323,15 @@ def _check_array(array: Array) -> jax.Device:
         raise ValueError("array was deleted or donated: keep it, or call to_torch on the result it was donated for")
     if not array.is_fully_addressable or len(array.devices()) > 1:
         raise ValueError(
-            f"array is spread over {len(array.devices())} devices ({array.sharding}), some maybe of other processes, and "
-            "a tensor is on one: call to_torch on each of array.addressable_shards' data, or gather with jax.device_put"
+            f"array is spread over {len(array.devices())} devices, or not all in this process ({array.sharding}): call "
+            "to_torch on each of array.addressable_shards' data, or gather it on one device with jax.device_put"
         )
     (device,) = array.devices()
     kind = array.sharding.memory_kind
     if device.platform not in ("cpu", "gpu") or kind not in (None, device.default_memory().kind):
         raise ValueError(
-            f"array is in {kind} memory of {device}, which PyTorch cannot share: jax.device_put(array, jax.devices('cpu')[0]), "
-            "or to a GPU"
+            f"array is in {kind} memory of {device}, and a tensor can share a CPU's or a GPU's own memory only: "
+            "jax.device_put(array, jax.devices('cpu')[0]), or to a GPU"
         )
     if device.platform == "gpu" and not torch.cuda.is_available():
         raise ValueError(
