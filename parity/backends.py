@@ -82,14 +82,14 @@ def run(
 ) -> Generator[tuple[str, str]]:  # fmt: skip
     """Start every backend, each from its home folder, and yield (backend, case) as each trace is written.
 
-    All at once, and JAX, which spends its time compiling, as a process for each core, up to four; but one after the
+    All at once, and JAX, which spends its time compiling, as a process for each core, up to eight; but one after the
     other where a case's weights are so large that only one of them fits a GPU. Whatever happens, no process is left.
     Fills in `seconds` by backend.
 
     Raises BackendError with the cause of the first that failed.
     """
     one_by_one = any(case.real_size for case in cases)
-    jax_shares = 1 if one_by_one or jax_ranks == "processes" else min(4, os.cpu_count() or 1, len(cases))
+    jax_shares = 1 if one_by_one or jax_ranks == "processes" else min(8, os.cpu_count() or 1, len(cases))
     arguments = {
         "torch": [[str(timeout), device]],
         "jax": [[jax_ranks, str(share), str(jax_shares)] for share in range(jax_shares)],

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 
@@ -101,6 +101,11 @@ class Case:
 
     def __post_init__(self) -> None:
         """Raises ValueError on a case that cannot exist, naming the flag to change."""
+        for f in fields(self):
+            if get_origin(f.type) is Literal and getattr(self, f.name) not in get_args(f.type):
+                raise ValueError(
+                    f"--{flag(f.name)} is {getattr(self, f.name)!r}: it must be one of {', '.join(get_args(f.type))}"
+                )
         for name in ("ranks", "width", "hidden", "experts", "top_k", "align"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{flag(name)} is {getattr(self, name)}: it must be at least 1")
@@ -124,7 +129,7 @@ class Case:
             )
         try:
             positive = self.capacity_factor is None or Fraction(self.capacity_factor) > 0
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):
             positive = False
         if not positive:
             raise ValueError(

@@ -313,10 +313,11 @@ def compare_folders(command: CompareCommand) -> int:
     for name, found in traces.items():
         if len({trace.case for trace in found}) > 1:
             raise ValueError(f"{name} is not the same case in every folder: {[t.case for t in found]}")
-        if len({trace.backend for trace in found}) < 2:
-            raise ValueError(
-                f"{name} has traces of {[t.backend for t in found]} only: give a folder of the other side too"
-            )
+        sides = [trace.backend for trace in found]
+        if len(set(sides)) < len(sides):
+            raise ValueError(f"{name} has traces of {sides}: give one of each side")
+        if len(sides) < 2:
+            raise ValueError(f"{name} has traces of {sides} only: give a folder of the other side too")
     head, start = records.header(), time.perf_counter()
     with progress() as bar:
         judged = {

@@ -380,7 +380,7 @@ def _isolated(case: Case, planned: Capacity, oracle_rows: int, axis: str | None,
         ones = jnp.ones_like(score)
         order = grouping.combine(in_bins["order_grouped"], ones, slot, assignment)
         stage("combine", order=order)
-        stage("group_by_expert", order=group_vjp(in_bins["order_grouped"])[0])
+        stage("group_by_expert", dx_order=group_vjp(in_bins["order_grouped"])[0])
     return out
 
 

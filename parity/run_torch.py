@@ -338,7 +338,7 @@ def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[s
         order = grouping.combine(probe, weight, index["slot"], index["assignment"])
         stage("combine", {"order": order})
         probe = probe * put(problem.keep[rank]).reshape(-1)[index["assignment"], None]
-        stage("group_by_expert", {"order": torch.autograd.grad(grouped.x_ND, x, probe)[0]})
+        stage("group_by_expert", {"dx_order": torch.autograd.grad(grouped.x_ND, x, probe)[0]})
     return out
 
 
