@@ -160,7 +160,7 @@ _TORCH = [
      "out_TD = torch.zeros(", "out_TD = torch.empty(", "zipf"),
     ("stream-not-waited-for", "to_expert_major", "Rows are gathered on a second stream, which nobody waits for.",
      "layout.py", "    return ExpertMajor(permute_rows(x_RD, source_R, target_R), source_R, target_R)",
-     "    with torch.cuda.stream(torch.cuda.Stream()):\n        torch.cuda._sleep(10**8)\n"
+     "    with torch.cuda.stream(torch.cuda.Stream()):\n        torch.cuda._sleep(10**9)\n"
      "        x_RD = permute_rows(x_RD, source_R, target_R)\n    return ExpertMajor(x_RD, source_R, target_R)",
      "zipf", "a CPU has no streams"),
     ("tf32-allowed", "apply_experts", "float32 matmuls may use TF32.", "experts.py",

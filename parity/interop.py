@@ -39,13 +39,18 @@ ALIGNMENT = {"cpu": 64, "cuda": 16}
 def to_jax(tensor: Tensor) -> Array:
     """The tensor's memory as a JAX array, ready once PyTorch's work on the current stream is done.
 
-    JAX takes arrays to be immutable: do not write to the tensor while the array is in use.
+    JAX takes arrays to be immutable: do not write to the tensor while the array is in use. Do not donate the array: a
+    GPU's program would write its result over the tensor.
 
     Raises ValueError where JAX cannot take the memory as it is: a tensor that requires grad, is not contiguous or not
     aligned (64 bytes on a CPU, 16 on a GPU), has a dtype that JAX lacks or would narrow (64 bits while x64 is off), or
     is where JAX has no device.
     """
     _check_tensor(tensor)
+    return _borrow(tensor)
+
+
+def _borrow(tensor: Tensor) -> Array:
     # Both ends of the order: from_dlpack names a stream that JAX's programs wait for, and PyTorch makes that one wait
     # for its current stream. Lifetime: JAX drops the tensor when the programs that read it are done, not when the
     # array goes, so PyTorch's allocator never hands the memory on too early.
@@ -193,12 +198,11 @@ class _Call(torch.autograd.Function):
     def forward(ctx: Any, program: _Program, tree, wanted: tuple[bool, ...], *tensors: Tensor):
         # The arrays live until the current stream waits for the results, so for what PyTorch does next, JAX has read.
         release()
-        arrays = [to_jax(tensor.detach()) for tensor in tensors]
+        arrays = [_borrow(tensor.detach()) for tensor in tensors]  # checked by the caller, who knows their names
         out, residuals = program.forward(tree, wanted, arrays)
         out_arrays, out_tree = jax.tree.flatten(out)
         outputs = [_lend(array) for array in out_arrays]
         inexact = [jnp.issubdtype(array.dtype, jnp.inexact) for array in out_arrays]
-        ctx.mark_non_differentiable(*(t for t, has_gradient in zip(outputs, inexact, strict=True) if not has_gradient))
         everything = [*tensors, *outputs, *map(_lend, residuals.arrays)]
         ctx.save_for_backward(*(everything[place] for place in residuals.places))
         ctx.like = _Like(out_tree, tuple(None if i else a.shape for i, a in zip(inexact, out_arrays, strict=True)))

@@ -66,6 +66,7 @@ def test_one_synchronisation():
     assert synchronisations(lambda: x.sum().item()) == 1  # a guard on the counter
 
 
+@pytest.mark.filterwarnings("ignore")  # the profiler warns of its own cycles
 def test_one_copy_to_the_host():
     inputs, dout = torch_inputs(torch.bfloat16), PROBLEM.dout_PTD[0].to("cuda", torch.bfloat16)
     torch_step(inputs, dout)
