@@ -198,6 +198,11 @@ def over_ranks(f: Callable, P: int, how: str, *, replicated: tuple[int, ...] = (
     return sharded
 
 
+# Compiling is most of what a check costs on a CPU, and machine code for stages on their own runs once. The whole layer is
+# compiled as users compile it.
+_COMPILED_QUICKLY = {"cpu": {"xla_backend_optimization_level": 0}}
+
+
 @lru_cache(maxsize=4)  # cases with the same program come one after the other; more would only fill memory
 def programs(case: Case, capacity: Capacity, oracle_rows: int, how: str) -> tuple[Callable, Callable]:
     """The whole layer and the stages on their own, each compiled once for all cases of these shapes.
@@ -213,7 +218,7 @@ def programs(case: Case, capacity: Capacity, oracle_rows: int, how: str) -> tupl
     def isolated(weights: Arrays, feeds: Arrays) -> Arrays:
         return each(partial(_isolated, case, capacity, oracle_rows, axis))(weights | feeds)
 
-    return jax.jit(end_to_end), jax.jit(isolated)
+    return jax.jit(end_to_end), jax.jit(isolated, compiler_options=_COMPILED_QUICKLY.get(jax.default_backend()))
 
 
 def _capacity(case: Case) -> Capacity:
