@@ -198,7 +198,7 @@ def over_ranks(f: Callable, P: int, how: str, *, replicated: tuple[int, ...] = (
     return sharded
 
 
-# Compiling is most of what a check costs on a CPU, and machine code for stages on their own runs once. The whole layer is
+# Compiling is most of what a check costs on a CPU, and the code for stages on their own runs once. The whole layer is
 # compiled as users compile it.
 _COMPILED_QUICKLY = {"cpu": {"xla_backend_optimization_level": 0}}
 
