@@ -26,7 +26,7 @@ from parity.random_cases import random_cases
 from parity.records import Report
 from parity.report.bench import print_bench
 from parity.report.html import page
-from parity.report.terminal import Found, describe, fault_table, print_report
+from parity.report.terminal import Found, describe, fault_table, print_report, summary
 from parity.trace import Trace, load_folder
 
 MATCH, MISMATCH, USAGE, BACKEND, INTERRUPTED = 0, 1, 2, 3, 130
@@ -136,13 +136,14 @@ class CompareCommand:
 
 @dataclass
 class ReportCommand:
-    """Show a report that `check --json` wrote. One without its footer, whose run did not end, is refused.
+    """Show a report that `check --json` wrote, or a line for each of several. One without its footer, whose run did
+    not end, is refused.
 
-    Exit code: that of the run, or 2 when the file is no whole report.
+    Exit code: that of the run, of several the highest, or 2 when a file is no whole report.
     """
 
-    file: tyro.conf.Positional[Path | None] = None
-    """Lines of JSON."""
+    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Lines of JSON, which may be compressed (.xz)."""
     html: Path | None = None
     """Write the report as a page of its own too."""
     schema: bool = False
@@ -406,9 +407,15 @@ def show_report(command: ReportCommand) -> int:
     if command.schema:
         print(msgspec.json.format(msgspec.json.encode(records.schema())).decode())
         return MATCH
-    if not command.file:
+    if not command.files:
         raise ValueError("which report? Name a file that `python -m parity check --json` wrote, or ask for --schema")
-    return publish(records.read(command.file), False, command.html)
+    if len(command.files) == 1:
+        return publish(records.read(command.files[0]), False, command.html)
+    if command.html:
+        raise ValueError("--html makes a page of one report: name one file")
+    reports = {path.name.split(".")[0]: records.read(path) for path in command.files}
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(summary(reports))
+    return max(report.footer.exit_code for report in reports.values())
 
 
 def see_doctor(command: DoctorCommand) -> int:

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -201,13 +202,13 @@ def run(problem: Problem, rank: int, device: torch.device, progress: Progress) -
     with poisoned_memory():
         mine = _isolated(problem, rank, device, at)
     at("the first step")
-    first = _end_to_end(problem, rank, device)
+    first = _end_to_end(problem, rank, device, waits := HostWaits(device))
     at("steps on other inputs")
     for other in problem.steps_between():
-        _end_to_end(other, rank, device)
+        _end_to_end(other, rank, device, HostWaits(device))
     at("the first step, repeated")
     with poisoned_memory():
-        again = _end_to_end(problem, rank, device)
+        again = _end_to_end(problem, rank, device, HostWaits(device))
     mine |= again | {name.replace("e2e", "repeat", 1): differing_bits(a, again[name]) for name, a in first.items()}
     at("gathering")
     everybody: list[Arrays] = [mine]
@@ -217,9 +218,37 @@ def run(problem: Problem, rank: int, device: torch.device, progress: Progress) -
         everybody = [arrays for arrays in gathered if arrays is not None]
     if rank:
         return None
-    trace = Trace(problem.case, "torch", "dynamic", environment(device))
+    trace = Trace(problem.case, "torch", "dynamic", environment(device) | waits.found())
     trace.arrays = {name: [arrays[name] for arrays in everybody] for name in mine}
     return trace
+
+
+@dataclass
+class HostWaits:
+    """How often one forward and backward pass made the host wait for the GPU, as PyTorch's own debug mode has it."""
+
+    device: torch.device
+    count: int = 0
+
+    def found(self) -> dict[str, str]:
+        """For the report; a CPU has nothing to wait for."""
+        return {"host waits": f"{self.count} a step"} if self.device.type == "cuda" else {}
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count those of this block."""
+        if self.device.type != "cuda":
+            yield
+            return
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        self.count += sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 @contextmanager
@@ -342,18 +371,19 @@ def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[s
     return out
 
 
-def _end_to_end(problem: Problem, rank: int, device: torch.device) -> Arrays:
+def _end_to_end(problem: Problem, rank: int, device: torch.device, waits: HostWaits) -> Arrays:
     """The whole layer and its gradients, with the oracle's expert ids; what a capacity drops has its score masked."""
     case = problem.case
     e = case.experts // case.ranks
     x, router = (to_torch(a).to(device).requires_grad_() for a in (problem.x[rank], problem.router))
     weights = [weights_of(w, slice(rank * e, (rank + 1) * e), device) for w in problem.weights]
     ids, keep = to_torch(problem.expert_id[rank]).to(device), to_torch(problem.keep[rank]).to(device)
-    chosen = routing.route(x, router, case.top_k, case.score_function, case.renormalize, case.scale, expert_id_TK=ids)
-    masked = chosen._replace(score_TK=chosen.score_TK * keep)
-    stages = layer.moe_layer(x, router, *weights, top_k=case.top_k, routing=masked)
-    wanted = (x, chosen.score_TK, router, *weights)
-    dx, dscore, drouter, *dw = torch.autograd.grad(stages.out_TD, wanted, to_torch(problem.dout[rank]).to(device))
+    dout, how = to_torch(problem.dout[rank]).to(device), (case.score_function, case.renormalize, case.scale)
+    with waits.counted():
+        chosen = routing.route(x, router, case.top_k, *how, expert_id_TK=ids)
+        masked = chosen._replace(score_TK=chosen.score_TK * keep)
+        stages = layer.moe_layer(x, router, *weights, top_k=case.top_k, routing=masked)
+        dx, dscore, drouter, *dw = torch.autograd.grad(stages.out_TD, (x, chosen.score_TK, router, *weights), dout)
     values = {
         "route/score": chosen.score_TK,
         "group_by_expert/x": stages.grouped.x_ND,

@@ -1,13 +1,14 @@
 """A table for people."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from parity.backends import BACKENDS
 from parity.blame import blame
 from parity.compare import Check, Where
 from parity.faults import Fault
@@ -121,6 +122,40 @@ def print_report(console: Console, report: Report) -> None:
     failed = [name for name in report.checks if _failed(report, name)]
     names = f" in {len(failed)} of {foot.cases} cases: {', '.join(failed)}" if failed else ""
     console.print(Text(foot.verdict.upper() + names if failed else foot.verdict, VERDICT_STYLE[foot.verdict]))
+
+
+def summary(reports: Mapping[str, Report]) -> Table:
+    """One line per report: where it ran, how much was compared, and the closest call."""
+    result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for column in (
+        "report",
+        "devices",
+        "torch",
+        "jax",
+        "cases",
+        "rows",
+        "bit for bit",
+        "closest",
+        "host waits",
+        "s",
+        "",
+    ):
+        right = column in ("cases", "rows", "bit for bit", "closest", "s")
+        result.add_column(column, justify="right" if right else "left", no_wrap=True)
+    for name, report in reports.items():
+        foot, about = report.footer, [record.environment for record in report.cases.values()]
+        closest = max((c.worst for found in report.checks.values() for c in found if not c.bitwise), default=math.nan)
+
+        def stated(what: str, about: list = about) -> str:
+            found = [one.get(backend, {}).get(what, "") for backend in BACKENDS for one in about]
+            return ", ".join(dict.fromkeys(filter(None, found))) or "-"
+
+        result.add_row(
+            name, stated("devices"), stated("torch"), stated("jax"), str(foot.cases), f"{foot.rows:,}",
+            f"{foot.bitwise:,}", f"{closest:.3f}", stated("host waits"), f"{foot.seconds.get('in all', math.nan):.0f}",
+            Text(foot.verdict, VERDICT_STYLE[foot.verdict]),
+        )  # fmt: skip
+    return result
 
 
 class Found(NamedTuple):
