@@ -19,6 +19,7 @@ from parity.backends import BACKENDS, BackendError
 STAGES = ("group_by_expert", "to_expert_major", "to_rank_major", "combine")
 PARTS = (*STAGES, "whole", "experts")
 DIRECTIONS = ("forward", "forward+backward")
+ACROSS_RANKS = ("exchange", "whole")  # what is measured where the rows really go to other ranks
 N_SETS = 3  # inputs to rotate among: with the N-row arrays in between, far more than any cache holds
 
 
@@ -64,6 +65,7 @@ class Plan(msgspec.Struct, frozen=True):
     parts: tuple[str, ...] = PARTS
     baselines: bool = True
     compiled: bool = True  # the baseline under torch.compile, which takes minutes to compile
+    ranks: int = 1  # more: the exchange, and the whole with it, over as many GPUs, or processes on a CPU
     seconds: float = 0.3  # spent timing each figure
     dtype: str = "bfloat16"
     seed: int = 0
@@ -81,7 +83,8 @@ class Figure(msgspec.Struct):
     low: float  # quartiles
     high: float
     runs: int
-    bytes: int = 0  # that have to move
+    bytes: int = 0  # that have to move in this rank's memory
+    link_bytes: int = 0  # that have to leave this rank, and as many arrive
     flops: int = 0  # that have to be done
     peak_bytes: int | None = None  # allocated at most over the inputs, results included
     launches: int | None = None  # kernels, copies and fills on the device
@@ -107,6 +110,11 @@ def row_passes(part: str, direction: str, tokens: int, rows: int) -> int:
     backward = forward | {"combine": T + 2 * N}
     names = STAGES if part == "whole" else (part,)
     return sum(forward[name] + (backward[name] if direction != "forward" else 0) for name in names)
+
+
+def leaving_rows(rows: int, ranks: int, direction: str) -> int:
+    """Of N rows spread evenly, those for other ranks: out with dispatch and back with combine; backward once more."""
+    return rows * (ranks - 1) // ranks * (1 if direction == "forward" else 2)
 
 
 def expert_flops(shape: Shape, rows: int, direction: str) -> int:
@@ -146,18 +154,22 @@ def busiest(ran: Sequence[tuple[str, float]], number: int = 10) -> dict[str, flo
 def run_bench(plan: Plan) -> Generator[Figure]:
     """Every figure as it comes in. Copies come first, on each side: floors are of the fastest seen so far.
 
+    A floor is the bytes in memory over the copy bandwidth, plus those between ranks over that of a copy between GPUs.
+
     Raises BackendError when a framework is missing or its run ends in error.
     """
-    bandwidth = 0.0
+    memory, link = 0.0, 0.0
     for side in plan.sides:
         for figure in _measure(plan, side):
             if figure.error:
                 yield figure
                 continue
             if figure.part == "copy":
-                bandwidth = max(bandwidth, figure.bytes / figure.median)
-            if figure.bytes:
-                figure.floor = figure.bytes / bandwidth
+                memory = max(memory, figure.bytes / figure.median)
+            if figure.part == "link":
+                link = max(link, figure.link_bytes / figure.median)
+            if (figure.bytes or figure.link_bytes) and (link or not figure.link_bytes):
+                figure.floor = figure.bytes / memory + (figure.link_bytes / link if link else 0)
                 figure.share = figure.floor / figure.median
             yield figure
 

@@ -15,12 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import msgspec
+import numpy as np
 from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jax_impl.exchange import exchange_counts, return_tokens, send_tokens
 from jax_impl.experts import apply_experts
 from jax_impl.grouping import Capacity, combine, group_by_expert
 from jax_impl.layout import rank_bins_source, to_expert_major, to_rank_major
 from parity.bench import (
+    ACROSS_RANKS,
     DIRECTIONS,
     N_SETS,
     STAGES,
@@ -31,6 +35,7 @@ from parity.bench import (
     choose_shapes,
     draw_routing,
     expert_flops,
+    leaving_rows,
     row_passes,
     summarize,
 )
@@ -122,8 +127,9 @@ METER = Meter()
 
 
 def live_bytes() -> int:
-    """Bytes of every array that is alive; an array that two names share counts once."""
-    return sum({a.unsafe_buffer_pointer(): a.nbytes for a in jax.live_arrays() if not a.is_deleted()}.values())
+    """Bytes on the first device of every array that is alive; an array that two names share counts once."""
+    on_first = [a.addressable_shards[0].data for a in jax.live_arrays() if not a.is_deleted()]
+    return sum({a.unsafe_buffer_pointer(): a.nbytes for a in on_first}.values())
 
 
 def program(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,8 +147,14 @@ def program(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def main(plan: Plan) -> None:
     """Measure, and print a line of JSON for each figure."""
+    jax.config.update("jax_num_cpu_devices", plan.ranks)
+    # Virtual devices share threads: of two exchanges in flight, each can wait for a thread that the other has.
+    jax.config.update("jax_cpu_enable_async_dispatch", plan.ranks == 1)
     on_gpu = jax.default_backend() == "gpu"
     emit(copy_figure(plan, on_gpu))
+    if plan.ranks > 1:
+        across_ranks(plan, choose_shapes(plan, on_gpu))
+        return
     for shape in choose_shapes(plan, on_gpu):
         for variant, movement in ({"ours": OURS, "plain": PLAIN} if plan.baselines else {"ours": OURS}).items():
             capacity = Capacity(shape.ranks, shape.rows_per_bin)
@@ -278,6 +290,73 @@ def expert_figures(plan: Plan, shape: Shape) -> None:
             figure.shape, figure.variant, figure.part, figure.direction = shape.name, variant, "experts", direction
             figure.flops = expert_flops(shape, rows, direction)
             emit(figure)
+
+
+def across_ranks(plan: Plan, shapes: list[Shape]) -> None:
+    """The exchange, and the whole with it, a device per rank; every stage is a program of its own."""
+    P = plan.ranks
+    if len(jax.devices()) < P:
+        raise ValueError(f"--ranks {P} with {len(jax.devices())} devices: the exchange is measured with a GPU a rank")
+    mesh = jax.make_mesh((P,), ("ranks",), axis_types=(AxisType.Auto,), devices=jax.devices()[:P])
+
+    def on_ranks(stage: Callable[..., Any]) -> Callable[..., Any]:
+        def block(*arguments: Any) -> Any:
+            return jax.tree.map(lambda a: a[None], stage(*jax.tree.map(lambda a: a[0], arguments)))
+
+        return jax.shard_map(block, mesh=mesh, in_specs=PartitionSpec("ranks"), out_specs=PartitionSpec("ranks"))
+
+    for shape in [msgspec.structs.replace(shape, ranks=P) for shape in shapes]:
+        C, N, D = shape.rows_per_bin, P * shape.rows_per_bin, shape.width
+        group = partial(group_by_expert, capacity=Capacity(P, C))
+        send, back = (partial(f, axis_name="ranks") for f in (send_tokens, return_tokens))
+        count = program(on_ranks(partial(exchange_counts, axis_name="ranks")))
+        stages = [on_ranks(f) for f in (group, send, to_expert_major, to_rank_major, back, combine)]
+        inference, differentiable = [program(f) for f in stages], [differentiated(f) for f in stages]
+        split = NamedSharding(mesh, PartitionSpec("ranks"))
+
+        def draw(seed: int, *sizes: int, split=split) -> Array:
+            return jax.device_put(jax.random.normal(jax.random.key(seed), (P, *sizes), plan.dtype), split)
+
+        sets = []
+        for i in range(N_SETS):
+            routing = [draw_routing(shape, plan.seed + N_SETS * rank + i) for rank in range(P)]
+            score, ids, counts = (jax.device_put(np.stack(a), split) for a in zip(*routing, strict=True))
+            x, dout, rows = draw(i, shape.tokens, D), draw(i + N_SETS, shape.tokens, D), draw(i, P, C, D)
+            sets.append((x, dout, rows, score, ids.astype(jnp.int32), counts.astype(jnp.int32)))
+
+        def run(i: int, part: str, backward: bool, sets=sets, count=count, programs=(inference, differentiable)) -> Any:
+            x, dout, rows, score, ids, counts = sets[i % N_SETS]
+            vjps: list[Any] = []
+
+            def stage(number: int, *arguments: Any) -> tuple:
+                if not backward:
+                    out = programs[0][number](*arguments)
+                    return out if isinstance(out, tuple) else (out,)
+                out, vjp, more = programs[1][number][0](*arguments)
+                vjps.append((number, vjp))
+                return out, *more
+
+            if part == "exchange":
+                cotangent = out = stage(1, rows)[0]
+            else:
+                x, slot, assignment, kept = stage(0, x, ids, score, counts)
+                counts_Pe = count(kept)
+                x, source, target = stage(2, *stage(1, x), counts_Pe)
+                out, cotangent = stage(5, *stage(4, *stage(3, x, source, target)), score, slot, assignment)[0], dout
+            while vjps:
+                number, vjp = vjps.pop()
+                cotangent, *_ = programs[1][number][1](vjp, cotangent)
+            return out, cotangent
+
+        for part in [part for part in ACROSS_RANKS if part in plan.parts]:
+            for direction in DIRECTIONS:
+                figure = measure(plan, partial(run, part=part, backward=direction != "forward"))
+                figure.shape, figure.variant, figure.part, figure.direction = shape.name, f"{P} ranks", part, direction
+                row_bytes, ways = D * jnp.dtype(plan.dtype).itemsize, 2 if part == "whole" else 1  # there and back
+                figure.link_bytes = ways * leaving_rows(N, P, direction) * row_bytes
+                if part == "whole":
+                    figure.bytes = row_passes(part, direction, shape.tokens, N) * row_bytes
+                emit(figure)
 
 
 def measure(plan: Plan, step: Step) -> Figure:

@@ -1,17 +1,22 @@
 """The PyTorch side of `bench`: ours, the straightforward version, and that under torch.compile."""
 
+import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from parity.bench import (
+    ACROSS_RANKS,
     DIRECTIONS,
     N_SETS,
     STAGES,
@@ -22,14 +27,17 @@ from parity.bench import (
     choose_shapes,
     draw_routing,
     expert_flops,
+    leaving_rows,
     row_passes,
     summarize,
 )
+from torch_impl.exchange import exchange_counts, return_tokens, send_tokens
 from torch_impl.experts import apply_experts
 from torch_impl.grouping import combine, group_by_expert
 from torch_impl.layout import expert_major_source, invert, to_expert_major, to_rank_major
 
 Step = Callable[[int], Any]  # runs once, on the set of inputs with this number
+RUNS_TOGETHER = 20  # with other ranks, which must agree on it
 
 
 class Movement(NamedTuple):
@@ -76,6 +84,12 @@ PLAIN = Movement(plain_group_by_expert, plain_to_expert_major, plain_to_rank_maj
 
 def main(plan: Plan) -> None:
     """Measure, and print a line of JSON for each figure."""
+    if plan.ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        torch.multiprocessing.spawn(one_rank, (plan, address), nprocs=plan.ranks)
+        return
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     emit(copy_figure(plan, device))
@@ -189,19 +203,91 @@ def expert_figures(plan: Plan, shape: Shape, device: torch.device) -> None:
         emit(figure)
 
 
-def measure(plan: Plan, device: torch.device, step: Step) -> Figure:
-    """Time and count a step; where it fails, say why, and let the others be measured."""
+def one_rank(rank: int, plan: Plan, address: str) -> None:
+    """The exchange, and the whole with it, on one of several ranks; the first prints what it measured."""
+    on_gpu, P = torch.cuda.is_available(), plan.ranks
+    if on_gpu and torch.cuda.device_count() < P:
+        raise ValueError(
+            f"--ranks {P} with {torch.cuda.device_count()} GPUs: the exchange is measured with a GPU a rank"
+        )
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=address, rank=rank, world_size=P)
+    if rank == 0:
+        emit(copy_figure(plan, device))
+    if rank == 0 and on_gpu:
+        emit(link_figure(plan))
+    dist.barrier()
+    for shape in choose_shapes(plan, on_gpu):
+        shape = msgspec.structs.replace(shape, ranks=P)
+        for part in [part for part in ACROSS_RANKS if part in plan.parts]:
+            sets = [draw_for_ranks(plan, shape, device, part, plan.seed + N_SETS * rank + i) for i in range(N_SETS)]
+            for direction in DIRECTIONS:
+
+                def step(i: int, sets=sets, backward: bool = direction != "forward") -> Any:
+                    run, inputs, cotangent = sets[i % N_SETS]
+                    with torch.set_grad_enabled(backward):
+                        out = run(*inputs)
+                    return torch.autograd.grad(out, inputs, cotangent) if backward else out
+
+                figure = measure(plan, device, step, runs=RUNS_TOGETHER)
+                figure.shape, figure.variant, figure.part, figure.direction = shape.name, f"{P} ranks", part, direction
+                row_bytes = shape.width * torch.empty((), dtype=getattr(torch, plan.dtype)).element_size()
+                ways = 2 if part == "whole" else 1  # there and back
+                figure.link_bytes = ways * leaving_rows(shape.rows, P, direction) * row_bytes
+                if part == "whole":
+                    figure.bytes = row_passes(part, direction, shape.tokens, shape.rows) * row_bytes
+                if rank == 0:
+                    emit(figure)
+    dist.destroy_process_group()
+
+
+def link_figure(plan: Plan) -> Figure:
+    """What the link between two GPUs gives one copy from one to the other: exchanges are held against it."""
+    size = 2**30
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=f"cuda:{i}") for i in range(2))
+    figure = measure(plan, torch.device("cuda", 0), lambda _: target.copy_(source))
+    figure.part, figure.link_bytes = "link", size
+    return figure
+
+
+def draw_for_ranks(
+    plan: Plan, shape: Shape, device: torch.device, part: str, seed: int
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]:
+    """What to run, those of its arguments that are differentiated by, and the gradient that comes back to it."""
+    score_TK, ids_TK, counts_E = (torch.from_numpy(a).to(device) for a in draw_routing(shape, seed))
+    _, splits = exchange_counts(counts_E)
+
+    def draw(rows: int) -> Tensor:
+        return torch.randn(rows, shape.width, device=device).to(getattr(torch, plan.dtype))
+
+    if part == "exchange":
+        return partial(send_tokens, splits=splits), (draw(shape.rows).requires_grad_(),), draw(splits.total)
+
+    def whole(x_TD: Tensor, score_TK: Tensor) -> Tensor:
+        x_ND, slot_TK, assignment_N = group_by_expert(x_TD, ids_TK, counts_E)
+        counts_Pe, splits = exchange_counts(counts_E)
+        x_RD, source_R, target_R = to_expert_major(send_tokens(x_ND, splits), counts_Pe, splits.total)
+        y_ND = return_tokens(to_rank_major(x_RD, source_R, target_R), splits)
+        return combine(y_ND, score_TK, slot_TK, assignment_N)
+
+    return whole, (draw(shape.tokens).requires_grad_(), score_TK.requires_grad_()), draw(shape.tokens)
+
+
+def measure(plan: Plan, device: torch.device, step: Step, runs: int | None = None) -> Figure:
+    """Time and count a step; where it fails, say why, and let the others be measured. Ranks agree on `runs`."""
     try:
-        return measure_well(plan, device, step)
+        return measure_well(plan, device, step, runs)
     except RuntimeError as error:
         return Figure("", "torch", "", "", "", 0, 0, 0, 0, error=str(error)[:500])
 
 
-def measure_well(plan: Plan, device: torch.device, step: Step) -> Figure:
+def measure_well(plan: Plan, device: torch.device, step: Step, runs: int | None) -> Figure:
     """Warm up, time, then count once each: peak memory, launches and waits."""
     for i in range(N_SETS):  # compiles, and fills the allocator's pool
         step(i)
-    seconds = (time_on_gpu if device.type == "cuda" else time_on_cpu)(step, plan.seconds)
+    seconds = (time_on_gpu if device.type == "cuda" else time_on_cpu)(step, plan.seconds, runs)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     figure = Figure("", "torch", "", "", "", **summarize(seconds), device=name)  # type: ignore[arg-type]
     if device.type == "cuda":
@@ -217,13 +303,13 @@ def measure_well(plan: Plan, device: torch.device, step: Step) -> Figure:
     return figure
 
 
-def time_on_gpu(step: Step, budget: float) -> list[float]:
+def time_on_gpu(step: Step, budget: float, runs: int | None = None) -> list[float]:
     """Seconds of each run between two events on the device, in a queue that the host keeps full."""
     begin = time.perf_counter()
     for i in range(N_SETS):
         step(i)
     torch.cuda.synchronize()
-    runs = max(10, min(200, int(budget * N_SETS / (time.perf_counter() - begin))))
+    runs = runs or max(10, min(200, int(budget * N_SETS / (time.perf_counter() - begin))))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for i, (start, end) in enumerate(events):
         start.record()
@@ -233,10 +319,10 @@ def time_on_gpu(step: Step, budget: float) -> list[float]:
     return [start.elapsed_time(end) / 1000 for start, end in events]
 
 
-def time_on_cpu(step: Step, budget: float) -> list[float]:
+def time_on_cpu(step: Step, budget: float, runs: int | None = None) -> list[float]:
     """Seconds of each run by the host's clock."""
     seconds: list[float] = []
-    while len(seconds) < 5 or (sum(seconds) < budget and len(seconds) < 200):
+    while len(seconds) < (runs or 5) or (not runs and sum(seconds) < budget and len(seconds) < 200):
         begin = time.perf_counter()
         step(len(seconds))
         seconds.append(time.perf_counter() - begin)

@@ -24,7 +24,7 @@ from parity.engine import judge, make_report, progress, run_cases
 from parity.inputs import case_from_trace, draw
 from parity.random_cases import random_cases
 from parity.records import Report
-from parity.report.bench import print_bench
+from parity.report.bench import plot_bench, print_bench
 from parity.report.html import page
 from parity.report.terminal import Found, describe, fault_table, print_report, summary
 from parity.trace import Trace, load_folder
@@ -163,18 +163,23 @@ class BenchCommand:
         python -m parity bench                       the three models' shapes on a GPU, a small one on a CPU
         python -m parity bench mixtral --side torch  one shape, one side
         python -m parity bench small --parts whole --no-baselines
+        python -m parity bench --ranks 2             the exchange too, over two GPUs
     """
 
     shapes: tyro.conf.Positional[tuple[str, ...]] = ()
     """Which: deepseek-v3, mixtral, qwen3, small."""
     side: Literal["both", "torch", "jax"] = "both"
     """Measure one framework only."""
-    parts: tuple[str, ...] = PARTS
-    """Stages, the whole of them, the experts."""
+    parts: tuple[str, ...] = (*PARTS, "exchange")
+    """Stages, the whole of them, the experts; over several --ranks, the exchange and the whole."""
     baselines: bool = True
     """Measure the straightforward versions too."""
     compiled: bool = True
     """And PyTorch's under torch.compile."""
+    ranks: int = 1
+    """More: measure the exchange, and the whole with it, a GPU per rank; on a CPU, processes and virtual devices."""
+    plot: Path | None = None
+    """Draw each figure's share of its floor into this file (.png, .svg or .pdf)."""
     seconds: float = 0.3
     """Time to spend on each figure."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -331,16 +336,18 @@ def bench(command: BenchCommand) -> int:
 
     Raises ValueError on an unknown shape or part, and on a time that is not positive.
     """
-    for name, known in ((command.shapes, SHAPES), (command.parts, PARTS)):
+    for name, known in ((command.shapes, SHAPES), (command.parts, (*PARTS, "exchange"))):
         if unknown := [word for word in name if word not in known]:
             raise ValueError(f"unknown: {', '.join(unknown)}. There are: {', '.join(known)}")
     if not command.seconds > 0:
         raise ValueError(f"--seconds is {command.seconds}: it must be positive")
+    if command.ranks < 1:
+        raise ValueError(f"--ranks is {command.ranks}: it must be at least 1")
     plan = Plan(
         shapes=tuple(SHAPES[name] for name in command.shapes),
         sides=BACKENDS if command.side == "both" else (command.side,),
         parts=command.parts, baselines=command.baselines, compiled=command.compiled,
-        seconds=command.seconds, dtype=command.dtype, seed=command.seed,
+        seconds=command.seconds, dtype=command.dtype, seed=command.seed, ranks=command.ranks,
     )  # fmt: skip
     figures: list[Figure] = []
     with progress() as bar:
@@ -356,6 +363,9 @@ def bench(command: BenchCommand) -> int:
                 print(line, flush=True)
     if not command.json:
         print_bench(Console(width=None if sys.stdout.isatty() else 160, highlight=False), figures)
+    if command.plot:
+        plot_bench(figures, command.plot)
+        Console(stderr=True).print(f"wrote {command.plot}", highlight=False)
     return BACKEND if any(figure.error for figure in figures) else MATCH
 
 

@@ -7,7 +7,8 @@ import torch
 
 from jax_impl.grouping import Capacity
 from parity import bench_jax, bench_torch
-from parity.bench import DIRECTIONS, STAGES, Plan, Shape, draw_routing, row_passes, run_bench
+from parity.bench import DIRECTIONS, STAGES, Figure, Plan, Shape, draw_routing, row_passes, run_bench
+from parity.report.bench import plot_bench
 
 TINY = Shape("tiny", tokens=16, width=8, experts=4, top_k=2, hidden=8, ranks=2)
 
@@ -66,3 +67,17 @@ def test_every_figure_comes_out_with_its_floor():
     assert found == [(side, v, d) for side in ("torch", "jax") for v in ("ours", "plain") for d in DIRECTIONS]
     assert [f.side for f in figures if f.part == "copy"] == ["torch", "jax"]
     assert all(f.share and f.floor and f.low <= f.median <= f.high for f in figures)
+
+
+def test_every_figure_across_ranks_comes_out_with_what_left_the_rank(tmp_path):
+    plan = Plan(shapes=(TINY,), parts=("exchange", "whole"), seconds=0.001, ranks=2)
+    figures = list(run_bench(plan))
+    assert [f.error for f in figures if f.error] == []
+    found = [(f.side, f.part, f.direction) for f in figures if f.shape]
+    assert found == [(s, p, d) for s in ("torch", "jax") for p in ("exchange", "whole") for d in DIRECTIONS]
+    leaving = TINY.rows // 2 * TINY.width * 2  # half of the rows, in bfloat16
+    assert [f.link_bytes // leaving for f in figures if f.shape] == [1, 2, 2, 4] * 2
+    plot_bench(
+        [*figures, Figure("tiny", "torch", "ours", "whole", "forward", 1, 1, 1, 1, share=0.5)], tmp_path / "a.png"
+    )
+    assert (tmp_path / "a.png").stat().st_size > 1000
