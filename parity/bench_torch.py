@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 from torch._C._autograd import DeviceType
+from torch.multiprocessing.spawn import spawn
 from torch.profiler import ProfilerActivity, profile
 
 from parity.bench import (
@@ -88,7 +88,7 @@ def main(plan: Plan) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-        torch.multiprocessing.spawn(one_rank, (plan, address), nprocs=plan.ranks)
+        spawn(one_rank, (plan, address), nprocs=plan.ranks)
         return
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
