@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from parity.blame import Blame, blame
 from parity.compare import LISTED, Check, Row, Where
 from parity.faults import FAULTS
-from parity.picture import Magnitude, Picture
+from parity.picture import Magnitude
 from parity.records import CaseRecord, Report
 from parity.report.terminal import SHORT, describe, headline, place, repeat
 from parity.trace import STAGES
@@ -259,20 +259,23 @@ def _superscript(n: int) -> str:
 BARS_BOTTOM, BARS_TOP = 150.0, 14.0
 
 
-def bars(record: CaseRecord) -> list[Bars]:
-    """Kept, dropped and padded rows by source rank and by expert.
+def _counts(record: CaseRecord) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int | None]]]:
+    """Rows kept, dropped and padded, of each source rank and of each expert.
 
-    Padding fills bins, so it has an expert only where a bin is for one: C rows from every rank, less those kept.
+    Padding fills bins, so it is an expert's only where a bin is for one: C rows from every rank, less those kept.
     """
     case, picture = record.case, record.picture
-    kept, dropped = zip(*picture.kept, strict=True), zip(*picture.dropped, strict=True)
-    by_expert = [(sum(k), sum(d)) for k, d in zip(kept, dropped, strict=True)]
-    each = case.ranks * case.capacity if case.capacity_per == "expert" else 0
     by_rank = zip(map(sum, picture.kept), map(sum, picture.dropped), picture.padding, strict=True)
-    return [
-        _bars("source rank", list(by_rank)),
-        _bars("expert", [(k, d, max(each - k, 0)) for k, d in by_expert]),
-    ]
+    kept, dropped = (list(map(sum, zip(*rows, strict=True))) for rows in (picture.kept, picture.dropped))
+    full = case.ranks * case.capacity if case.capacity_per == "expert" else None
+    by_expert = [(k, d, None if full is None else full - k) for k, d in zip(kept, dropped, strict=True)]
+    return list(by_rank), by_expert
+
+
+def bars(record: CaseRecord) -> list[Bars]:
+    """Kept, dropped and padded rows by source rank and by expert."""
+    by_rank, by_expert = _counts(record)
+    return [_bars("source rank", by_rank), _bars("expert", [(k, d, p or 0) for k, d, p in by_expert])]
 
 
 def _bars(axis: str, counts: list[tuple[int, int, int]]) -> Bars:
@@ -297,21 +300,21 @@ def _round_step(most: int) -> int:
     return next(step * power for step in (1, 2, 5, 10, 20, 50) if most <= 5 * step * power)
 
 
-def totals(picture: Picture) -> list[tuple[str, int, int, int | None, dict[str, float | None]]]:
-    """The charts in numbers, a source rank or an expert a line: kept, dropped, padding, worst ratio by side."""
+def totals(record: CaseRecord) -> list[tuple[str, int, int, int | None, list[float | None]]]:
+    """The charts in numbers, a source rank or an expert a line: kept, dropped, padding, worst ratio of each side."""
 
     def worst(cells: Iterable[float | None]) -> float | None:
         return max((cell for cell in cells if cell is not None), default=None)
 
-    lines: list[tuple[str, int, int, int | None, dict[str, float | None]]] = []
-    for p, padding in enumerate(picture.padding):
-        ratios = {side: worst(rows[p]) for side, rows in picture.worst.items()}
-        lines.append((f"source rank {p}", sum(picture.kept[p]), sum(picture.dropped[p]), padding, ratios))
-    for g in range(len(picture.kept[0])):
-        ratios = {side: worst(row[g] for row in rows) for side, rows in picture.worst.items()}
-        kept, dropped = (sum(row[g] for row in rows) for rows in (picture.kept, picture.dropped))
-        lines.append((f"expert {g}", kept, dropped, None, ratios))
-    return lines
+    by_rank, by_expert = _counts(record)
+    maps = record.picture.worst.values()
+    return [
+        *((f"source rank {p}", *counts, [worst(rows[p]) for rows in maps]) for p, counts in enumerate(by_rank)),
+        *(
+            (f"expert {g}", *counts, [worst(row[g] for row in rows) for rows in maps])
+            for g, counts in enumerate(by_expert)
+        ),
+    ]
 
 
 # ---- Tables
