@@ -134,6 +134,7 @@ def spoiled(traces: dict[str, Trace]) -> None:
     jax["isolated/return_tokens/y"][0] = jax["isolated/return_tokens/y"][0][:-1]
     jax["repeat/combine/out"][0] += 7
     torch["isolated/combine/out"][1][...] = np.nan
+    torch["e2e/send_tokens/x"] = [a + 1 for a in torch["e2e/send_tokens/x"]]  # 24 rows, of which 20 are listed
     torch["isolated/route/expert_id"][0][1] = torch["isolated/route/expert_id"][0][1, ::-1]
 
 
@@ -219,19 +220,38 @@ def test_every_failing_row_is_there_by_identity(mismatch):
     assert sorted(row[:13] for row in shown) == sorted(row[:13] for row in wanted)
     for row in shown:
         assert any(row[:13] == w[:13] and np.allclose(row[13:], w[13:], rtol=1e-8, equal_nan=True) for w in wanted)
-    assert {row[0] for row in shown} == {"1 route", "2 group", "9 combine"}
+    assert {row[0] for row in shown} == {"1 route", "2 group", "4 send", "9 combine"}
+    notes = [" ".join(p.text.split()) for p in node.all("p", class_="note")]
+    in_all = sum(c.failing for c in mismatch.checks["drops"] if c.where is not None and c.mode != "repeat")
+    assert in_all > len(lines)
+    assert any(f"{len(lines)} of the {in_all} that fail" in note for note in notes)
     whole = [p.text for p in node.all("p", class_="whole")]
     assert any("8 return, alone, jax:" in text and "shapes are" in text for text in whole)
     assert any("run twice, jax:" in text and "7 numbers differ between two runs" in text for text in whole)
 
 
 def test_numbers_that_differ_look_different():
-    report = report_of(DROPS, spoil=lambda t: t["jax"].arrays.__setitem__(
-        "isolated/send_tokens/x", [np.nextafter(a, np.float32(9)) for a in t["jax"].arrays["isolated/send_tokens/x"]]
-    ))  # fmt: skip
-    lines = tree(report).one("table", class_="rows").lines
-    assert lines
+    """Even by the last bit of a float64."""
+
+    def one_bit_more(traces: dict[str, Trace]) -> None:
+        for a in traces["jax"].arrays["isolated/send_tokens/x"]:
+            a[...] = np.nextafter(a, 9, where=a != 0, out=a.copy())
+
+    lines = tree(report_of(replace(DROPS, dtype="float64"), spoil=one_bit_more)).one("table", class_="rows").lines
+    assert {line[0] for line in lines} == {"4 send"}
     assert all(line[12] != line[13] for line in lines)
+    assert all(float(line[12]) == np.nextafter(float(line[13]), 9) for line in lines if line[3] == "oracle")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [
+        (None, DASH), (math.nan, DASH), (math.inf, "\N{INFINITY}"), (0.0, "0.00"), (0.999, "1.00"), (1.0, "1.00"),
+        (1.0001, ">1"), (1.0049, ">1"), (1.006, "1.01"), (10.4, "10"), (123456.0, "1e5"), (3e45, "3e45"),
+    ],
+)  # fmt: skip
+def test_a_ratio_over_one_never_reads_as_one(ratio, text):
+    assert ratio_text(ratio) == text
 
 
 def test_the_strip_agrees_with_the_comparisons(mismatch):
