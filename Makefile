@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 parity: $(VENV)/installed  ## do PyTorch and JAX compute the same thing? (sets up .venv first)
-	$(RUN) parity check
+	$(RUN) parity check --no-json
 
 test: $(VENV)/installed  ## the tests
 	$(RUN) pytest

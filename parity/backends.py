@@ -7,13 +7,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 
+from parity.case import Case
+
 BACKENDS = ("torch", "jax")
+DONE = "done: "  # before the name of a case whose trace is written
 
 
 class BackendError(Exception):
@@ -34,25 +37,29 @@ class Worker:
     command: list[str]
     stderr: Path
     cwd: Path
+    device: str
     seconds: float = 0.0
     error: str = ""
 
     def start(self, done: Queue[tuple[str, str] | None]) -> None:
         """Start the process, in a session of its own so that all of it can be ended, and follow it in a thread."""
-        # A rank is a CPU device here; and forked ranks must not find a machine's worth of threads each.
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+        # Forked ranks must not find a machine's worth of threads each, nor one framework take all of a GPU's memory.
+        own = {"JAX_PLATFORMS": self.device, "OMP_NUM_THREADS": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        environment = os.environ | own
         self.began = time.perf_counter()
         with self.stderr.open("w") as stderr:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
                 env=environment, start_new_session=True, cwd=self.cwd,
             )  # fmt: skip
-        threading.Thread(target=self._follow, args=(done,), daemon=True).start()
+        self.thread = threading.Thread(target=self._follow, args=(done,), daemon=True)
+        self.thread.start()
 
     def _follow(self, done: Queue[tuple[str, str] | None]) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            done.put((self.backend, line.strip()))
+        for line in self.process.stdout:  # libraries print there too
+            if line.startswith(DONE):
+                done.put((self.backend, line.removeprefix(DONE).strip()))
         if self.process.wait():
             self.error = self.stderr.read_text().strip() or f"ended with exit code {self.process.returncode}"
         self.seconds = time.perf_counter() - self.began
@@ -63,21 +70,28 @@ class Worker:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.thread.join()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
 
 
 def run(
-    folder: Path, homes: dict[str, Path], n_cases: int, jax_ranks: str, timeout: float, seconds: dict[str, float]
-) -> Generator[tuple[str, str]]:
-    """Start every backend at once, each from its home folder, and yield (backend, case) as each trace is written.
+    folder: Path, homes: dict[str, Path], cases: Sequence[Case], device: str, jax_ranks: str, timeout: float,
+    seconds: dict[str, float],
+) -> Generator[tuple[str, str]]:  # fmt: skip
+    """Start every backend, each from its home folder, and yield (backend, case) as each trace is written.
 
-    JAX spends its time compiling, so it gets a process for each core, up to four. Whatever happens, no process is left.
+    All at once, and JAX, which spends its time compiling, as a process for each core, up to eight; but one after the
+    other where a case's weights are so large that only one of them fits a GPU. Whatever happens, no process is left.
     Fills in `seconds` by backend.
 
     Raises BackendError with the cause of the first that failed.
     """
-    jax_shares = min(4, os.cpu_count() or 1, n_cases)
+    one_by_one = any(case.real_size for case in cases)
+    jax_shares = 1 if one_by_one or jax_ranks == "processes" else min(8, os.cpu_count() or 1, len(cases))
     arguments = {
-        "torch": [[str(timeout)]],
+        "torch": [[str(timeout), device]],
         "jax": [[jax_ranks, str(share), str(jax_shares)] for share in range(jax_shares)],
     }
     workers = [
@@ -86,21 +100,25 @@ def run(
             [sys.executable, "-m", f"parity.run_{backend}", str(folder), *more],
             folder / f"{backend}-{share}.stderr",
             home,
+            device,
         )
         for backend, home in homes.items()
         for share, more in enumerate(arguments[backend])
     ]
     done: Queue[tuple[str, str] | None] = Queue()
+    started: list[Worker] = []
     try:
-        for worker in workers:
-            worker.start(done)
-        for _ in workers:
-            yield from iter(done.get, None)
-            for worker in workers:
-                if worker.error:
-                    raise BackendError(worker.backend, _explain(worker))
+        for group in [[worker] for worker in workers] if one_by_one else [workers]:
+            for worker in group:
+                worker.start(done)
+                started.append(worker)
+            for _ in group:
+                yield from iter(done.get, None)
+                for worker in group:
+                    if worker.error:
+                        raise BackendError(worker.backend, _explain(worker))
     finally:
-        for worker in workers:
+        for worker in started:
             worker.end()
     for worker in workers:
         seconds[worker.backend] = max(seconds.get(worker.backend, 0), worker.seconds)

@@ -3,7 +3,12 @@
 import math
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
+
+import numpy as np
+
+# Numbers in one kind of weight above which a case is of real size: 2**26 float32 are 256 MiB.
+REAL_SIZE = 2**26
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -96,6 +101,11 @@ class Case:
 
     def __post_init__(self) -> None:
         """Raises ValueError on a case that cannot exist, naming the flag to change."""
+        for f in fields(self):
+            if get_origin(f.type) is Literal and getattr(self, f.name) not in get_args(f.type):
+                raise ValueError(
+                    f"--{flag(f.name)} is {getattr(self, f.name)!r}: it must be one of {', '.join(get_args(f.type))}"
+                )
         for name in ("ranks", "width", "hidden", "experts", "top_k", "align"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{flag(name)} is {getattr(self, name)}: it must be at least 1")
@@ -119,7 +129,7 @@ class Case:
             )
         try:
             positive = self.capacity_factor is None or Fraction(self.capacity_factor) > 0
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):
             positive = False
         if not positive:
             raise ValueError(
@@ -143,12 +153,26 @@ class Case:
         return -(-max(rows, 1) // self.align) * self.align
 
     @property
+    def real_size(self) -> bool:
+        """Whether expert weights are too large to draw, store and compare number by number."""
+        return self.experts * self.width * self.hidden > REAL_SIZE
+
+    def compared_rows(self, n: int) -> list[int] | slice:
+        """Which of the n rows of each expert weight's gradient are compared: all; at real size the first and the last
+        and six between."""
+        if not self.real_size or n <= 8:
+            return slice(None)
+        return [0, *sorted((np.random.default_rng(n).permutation(n - 2)[:6] + 1).tolist()), n - 1]
+
+    @property
     def wide(self) -> str:
         """The dtype of scores, router and accumulation."""
         return "float64" if self.dtype == "float64" else "float32"
 
     def command(self) -> str:
         """The command that repeats this case."""
+        if self == MODELS.get(self.name):
+            return f"python -m parity check --model {self.name}"
         if self == PRESETS.get(self.name):
             return f"python -m parity check {self.name}"
         changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
@@ -203,3 +227,25 @@ def _presets() -> dict[str, Case]:
 
 
 PRESETS = _presets()
+
+# Published shapes of real models: width, hidden width of an expert, routed experts, experts per token, whether scores
+# are renormalised. From each model's configuration (config.json) on the Hugging Face hub, where it has the name given.
+
+
+def _model(
+    name: str, width: int, hidden: int, experts: int, top_k: int, renormalize: bool, **more: Any
+) -> tuple[str, Case]:
+    shape = {"width": width, "hidden": hidden, "experts": experts, "top_k": top_k, "renormalize": renormalize}
+    return name, Case(name, ranks=8, tokens=8, dtype="bfloat16", pattern="zipf", **shape, **more)
+
+
+MODELS = dict(
+    [
+        # deepseek-ai/DeepSeek-V3
+        _model("deepseek-v3", 7168, 2048, 256, 8, True, score_function="sigmoid", scale=2.5),
+        _model("mixtral-8x7b", 4096, 14336, 8, 2, True),  # mistralai/Mixtral-8x7B-v0.1
+        _model("qwen3-30b-a3b", 2048, 768, 128, 8, True),  # Qwen/Qwen3-30B-A3B
+        _model("gpt-oss-120b", 2880, 2880, 128, 4, True),  # openai/gpt-oss-120b
+        _model("olmoe-1b-7b", 2048, 1024, 64, 8, False),  # allenai/OLMoE-1B-7B-0924
+    ]
+)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from parity import faults, records
 from parity.backends import BACKENDS, BackendError
 from parity.blame import blame
-from parity.case import PRESETS, Case
+from parity.case import MODELS, PRESETS, Case
 from parity.doctor import doctor_table, examine
 from parity.engine import judge, make_report, progress, run_cases
 from parity.inputs import case_from_trace, draw
@@ -71,8 +72,13 @@ class CheckCommand:
     """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all."""
     backend: Literal["both", "torch", "jax"] = "both"
     """Run one side only, here; with --save the other can run on another machine."""
-    jax_ranks: Literal["shard_map", "vmap"] = "shard_map"
-    """A device per rank, or all ranks on one device."""
+    model: tuple[str, ...] = ()
+    """Check the layer of real models at full width: deepseek-v3, mixtral-8x7b, qwen3-30b-a3b, gpt-oss-120b or
+    olmoe-1b-7b."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: a GPU per rank, PyTorch over NCCL, where there are enough; otherwise all ranks share, over gloo."""
+    jax_ranks: Literal["auto", "shard_map", "processes", "vmap"] = "auto"
+    """A device per rank in one process, a process for each, or all ranks on one device; auto: as many as there are."""
     timeout: float = 60
     """Seconds without progress of any PyTorch rank after which the run ends, saying which rank hangs where."""
     save: Path | None = None
@@ -96,6 +102,8 @@ class FaultsCommand:
     """Which; all when none is named."""
     run: bool = False
     """Plant each and check."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where; those that need a GPU are neither run nor counted on a CPU."""
 
 
 @dataclass
@@ -186,6 +194,11 @@ def chosen_cases(command: CheckCommand) -> list[Case]:
         if command.presets or "name" in changes or "trace" in changes:
             raise ValueError("--random draws its cases: leave out presets, --name and --trace")
         return random_cases(command.random, changes.pop("seed", 0), changes)
+    if command.model:
+        unknown = [name for name in command.model if name not in MODELS]
+        if unknown:
+            raise ValueError(f"no model is called {', '.join(unknown)}. There are: {', '.join(MODELS)}")
+        return [_changed(MODELS[name], changes) for name in command.model]
     unknown = [name for name in command.presets if name not in PRESETS and name != "all"]
     if unknown:
         raise ValueError(f"no preset is called {', '.join(unknown)}. There are: {', '.join(PRESETS)}")
@@ -194,8 +207,11 @@ def chosen_cases(command: CheckCommand) -> list[Case]:
         return [case_from_trace(replace(Case(tokens=0), **changes))]
     if not names:
         return [Case(**changes)]
-    changed = {"name": ""} | changes if changes else {}
-    return [replace(PRESETS[n], **(changed and changed | {"name": changes.get("name", f"{n}-changed")})) for n in names]
+    return [_changed(PRESETS[name], changes) for name in names]
+
+
+def _changed(case: Case, changes: dict[str, Any]) -> Case:
+    return replace(case, **{"name": f"{case.name}-changed"} | changes) if changes else case
 
 
 def check(command: CheckCommand) -> int:
@@ -211,10 +227,24 @@ def check(command: CheckCommand) -> int:
             raise ValueError(f"{fault.name} cannot be planted under torchrun: start without it")
         cases = of_group(cases, group_size, picked=bool(command.presets))
     report = run_cases(
-        cases, backends, jax_ranks=command.jax_ranks, timeout=command.timeout, fault=fault,
-        in_torchrun=group_size is not None, save=command.save,
+        cases, backends, device=command.device, timeout=command.timeout, fault=fault, save=command.save,
+        jax_ranks=ranks_of_jax(command.jax_ranks, command.device, max(case.ranks for case in cases)),
+        in_torchrun=group_size is not None,
     )  # fmt: skip
     return MATCH if report is None else publish(report, command.json, command.html)
+
+
+def ranks_of_jax(asked: str, device: str, most: int) -> str:
+    """How JAX has its ranks: as asked, or a device each where there are enough."""
+    if asked != "auto":
+        return asked
+    return "shard_map" if device == "cpu" or gpus() >= most else "vmap"
+
+
+def gpus() -> int:
+    """How many NVIDIA GPUs programs may use here, without a framework asking, which could keep memory."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(list(Path("/dev").glob("nvidia[0-9]*"))) if allowed is None else len(allowed.split(","))
 
 
 def list_faults(command: FaultsCommand) -> int:
@@ -224,20 +254,27 @@ def list_faults(command: FaultsCommand) -> int:
     if not command.run:
         console.print(fault_table([(fault, None) for fault in chosen]))
         return MATCH
-    with progress() as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = bar.track(pool.map(try_fault, chosen), total=len(chosen), description="faults")
-        tried = list(zip(chosen, found, strict=True))
+    ready = [fault for fault in chosen if command.device == "cuda" or not fault.gpu_only]
+    with progress() as bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        trials = pool.map(partial(try_fault, device=command.device), ready)
+        tried = list(zip(ready, bar.track(trials, total=len(ready), description="faults"), strict=True))
     console.print(fault_table(tried))
+    for fault in chosen:
+        if fault not in ready:
+            console.print(f"{fault.name}: not run, and not counted: {fault.gpu_only}")
     caught = sum(result.caught for _, result in tried)
     blamed = sum((result.side, result.stage) == (fault.side, fault.stage) for fault, result in tried)
     console.print(f"caught {caught} of {len(tried)}, blamed {blamed} of {len(tried)}")
     return MATCH if caught == blamed == len(tried) else MISMATCH
 
 
-def try_fault(fault: faults.Fault) -> Found:
+def try_fault(fault: faults.Fault, device: str = "cpu") -> Found:
     """Plant a fault, run its preset on its side only, and say who was blamed."""
     try:
-        report = run_cases([PRESETS[fault.preset]], (fault.side,), fault=fault, timeout=10, show_progress=False)
+        cases, ranks = [PRESETS[fault.preset]], ranks_of_jax("auto", device, PRESETS[fault.preset].ranks)
+        report = run_cases(
+            cases, (fault.side,), device=device, jax_ranks=ranks, fault=fault, timeout=10, show_progress=False
+        )
     except BackendError as error:
         return Found(True, error.backend, error.stage, "the run ended: " + str(error))
     assert report is not None
@@ -276,10 +313,11 @@ def compare_folders(command: CompareCommand) -> int:
     for name, found in traces.items():
         if len({trace.case for trace in found}) > 1:
             raise ValueError(f"{name} is not the same case in every folder: {[t.case for t in found]}")
-        if len({trace.backend for trace in found}) < 2:
-            raise ValueError(
-                f"{name} has traces of {[t.backend for t in found]} only: give a folder of the other side too"
-            )
+        sides = [trace.backend for trace in found]
+        if len(set(sides)) < len(sides):
+            raise ValueError(f"{name} has traces of {sides}: give one of each side")
+        if len(sides) < 2:
+            raise ValueError(f"{name} has traces of {sides} only: give a folder of the other side too")
     head, start = records.header(), time.perf_counter()
     with progress() as bar:
         judged = {

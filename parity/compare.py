@@ -1,9 +1,10 @@
 """Trace against oracle, and trace against trace: bitwise where data moves, within an allowance per row elsewhere."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -65,6 +66,10 @@ class Check(msgspec.Struct, omit_defaults=True, tag_field="kind", tag="compariso
     note: str = ""
 
 
+# NumPy lets go of the interpreter's lock on large arrays.
+_THREADS = ThreadPoolExecutor()
+T = TypeVar("T")
+
 # How many failing rows of one array a report lists.
 LISTED = 20
 
@@ -86,6 +91,7 @@ class Expected:
     dtype: str
     order: str = ""
     zero_padding: bool = False  # the stage promises that what it pads with is zero
+    once: bool = False  # one array may stand for all ranks: what it holds is the same for them
 
 
 def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
@@ -101,13 +107,16 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
     def oracle(numbers: Numbers) -> ModuleType:
         return vectorised.oracle_for(case) if isinstance(numbers, Exact) else vectorised
 
-    def arithmetic(kind: Kind, f, dtype: str, order: str = "", **more: bool) -> Expected:
-        return judged(kind, f(Exact()), [f(numbers) for numbers in draws], dtype, order, **more)
+    def drawn(f: Callable[[Numbers], T]) -> list[T]:
+        return list(_THREADS.map(f, draws))  # each draw has a generator of its own, so threads change nothing
 
-    def judged(kind: Kind, exact: Array, drawn: list[Array], dtype: str, order: str = "", **more: bool) -> Expected:
+    def arithmetic(kind: Kind, f, dtype: str, order: str = "", **more: bool) -> Expected:
+        return judged(kind, f(Exact()), drawn(f), dtype, order, **more)
+
+    def judged(kind: Kind, exact: Array, others: list[Array], dtype: str, order: str = "", **more: bool) -> Expected:
         if kind == "rows":
-            exact, drawn = exact.reshape(-1, D), [a.reshape(-1, D) for a in drawn]
-        return Expected(kind, exact, allowance(exact, drawn, dtype), dtype, order, **more)
+            exact, others = exact.reshape(-1, D), [a.reshape(-1, D) for a in others]
+        return Expected(kind, exact, allowance(exact, others, dtype), dtype, order, once=kind == "sum", **more)
 
     def moved(values: Array, order: str, **more: bool) -> Expected:
         return Expected("rows", values.reshape(-1, D).astype(np.float64), None, case.dtype, order, **more)
@@ -127,10 +136,10 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
     def backward_of_combine(numbers):
         return oracle(numbers).combine_backward(case, y, score, keep, dout, numbers)
 
-    route_exact, route_drawn = backward_of_route(Exact()), [backward_of_route(n) for n in draws]
-    experts_exact, experts_drawn = backward_of_experts(Exact()), [backward_of_experts(n) for n in draws]
-    combine_exact, combine_drawn = backward_of_combine(Exact()), [backward_of_combine(n) for n in draws]
-    layers = [vectorised.layer(case, x, router, w, dout, ids, keep, n) for n in draws]
+    route_exact, route_drawn = backward_of_route(Exact()), drawn(backward_of_route)
+    experts_exact, experts_drawn = backward_of_experts(Exact()), drawn(backward_of_experts)
+    combine_exact, combine_drawn = backward_of_combine(Exact()), drawn(backward_of_combine)
+    layers = drawn(lambda numbers: vectorised.layer(case, x, router, w, dout, ids, keep, numbers))
 
     def end_to_end(kind: Kind, name: str, dtype: str, order: str = "", **more: bool) -> Expected:
         return judged(kind, getattr(problem.exact, name), [getattr(a, name) for a in layers], dtype, order, **more)
@@ -188,7 +197,7 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
 
     if case.top_k >= 3:
         in_order = Expected("rank", problem.order_probe()[1], None, case.dtype)
-        expected |= {f"isolated/{stage}/order": in_order for stage in ("group_by_expert", "combine")}
+        expected |= {f"isolated/{name}": in_order for name in ("group_by_expert/dx_order", "combine/order")}
 
     def exchanged(sent_PE: Array) -> dict[str, Expected]:
         counts = counted(reference.received(case, sent_PE))
@@ -205,7 +214,8 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
     }
     for each in by_strategy.values():
         for name in [name for name in each if name.startswith("e2e")]:
-            each[name.replace("e2e", "repeat", 1)] = Expected("repeat", np.zeros(1), None, "int")
+            once = each[name].once
+            each[name.replace("e2e", "repeat", 1)] = Expected("repeat", np.zeros(1), None, "int", once=once)
     return by_strategy
 
 
@@ -234,18 +244,22 @@ def canonical(P: int, per_rank: list[Array] | None, expected: Expected, table: T
     wanted = {np.dtype("int32"), np.dtype("int64")} if expected.dtype == "int" else {numpy_dtype(expected.dtype)}
     if not dtypes <= wanted:
         raise MismatchError(f"dtype is {', '.join(map(str, dtypes))}, expected {expected.dtype}")
+    if len(per_rank) != P and not (expected.once and len(per_rank) == 1):
+        raise MismatchError(f"{len(per_rank)} arrays, expected one for each of {P} ranks")
     arrays = [a.astype(np.int64 if expected.dtype == "int" else np.float64) for a in per_rank]
     if expected.kind == "rows":
         return _canonical_rows(arrays, expected, table)
     shape = expected.values.shape
     if expected.kind == "repeat":
-        return Canonical(np.array([sum(int(a) for a in arrays)]), np.ones(1, bool), None, None)
+        if any(a.shape for a in arrays):
+            raise MismatchError(f"shapes are {[a.shape for a in arrays]}, expected one number a rank")
+        return Canonical(np.abs(arrays).sum(keepdims=True), np.ones(1, bool), None, None)
     if expected.kind == "expert":
-        if len(arrays) != P or any(a.shape != (shape[0] // P, *shape[1:]) for a in arrays):
+        if any(a.shape != (shape[0] // P, *shape[1:]) for a in arrays):
             raise MismatchError(f"shapes are {[a.shape for a in arrays]}, expected {P} x {(shape[0] // P, *shape[1:])}")
         values = np.concatenate(arrays)
     elif expected.kind == "rank":
-        if len(arrays) != P or any(a.shape != shape[1:] for a in arrays):
+        if any(a.shape != shape[1:] for a in arrays):
             raise MismatchError(f"shapes are {[a.shape for a in arrays]}, expected {P} x {shape[1:]}")
         values = np.stack(arrays)
     else:
@@ -261,8 +275,7 @@ def _canonical_rows(arrays: list[Array], expected: Expected, table: Table) -> Ca
     order, shape = table[expected.order], expected.values.shape
     if [a.shape for a in arrays] != [(rows.size, shape[1]) for rows in order]:
         raise MismatchError(
-            f"rows are {[a.shape[0] for a in arrays]} of width {[a.shape[-1] for a in arrays]}, "
-            f"expected {[rows.size for rows in order]} of {shape[1]}"
+            f"shapes are {[a.shape for a in arrays]}, expected {[(rows.size, shape[1]) for rows in order]}"
         )
     values, present = np.full(shape, np.nan), np.zeros(shape[0], bool)
     slots, holders = np.full(shape[0], -1), np.full(shape[0], -1)
@@ -288,18 +301,21 @@ def compare(problem: Problem, traces: list[Trace], picture: Picture | None = Non
     expected = {trace.backend: by_strategy[trace.strategy] for trace in traces}
     for trace in traces:
         table = row_tables(problem.case, problem.expert_id, problem.keep, trace.strategy)
-        found[trace.backend] = {}
-        for name, want in expected[trace.backend].items():
+        mine = found[trace.backend] = {}
+
+        def against_the_oracle(name: str, trace: Trace = trace, table: Table = table, mine: dict = mine) -> Check:
+            want = expected[trace.backend][name]
             try:
                 have = canonical(problem.case.ranks, trace.arrays.get(name), want, table)
             except MismatchError as mismatch:
-                yield _failed(problem, name, trace.backend, "oracle", str(mismatch), want.allowed is None)
-                continue
-            found[trace.backend][name] = have
-            yield _judge(
+                return _failed(problem, name, trace.backend, "oracle", str(mismatch), want.allowed is None)
+            mine[name] = have
+            return _judge(
                 problem, name, trace.backend, "oracle", have, want.values, want.allowed, have.present, want, picture
             )
-        yield from _moves_its_own_rows(problem, trace.backend, found[trace.backend])
+
+        yield from _THREADS.map(against_the_oracle, expected[trace.backend])
+        yield from _moves_its_own_rows(problem, trace.backend, mine)
         yield choice_of_experts(problem, trace)
     for i, left in enumerate(traces):
         for right in traces[i + 1 :]:
@@ -310,12 +326,16 @@ def _against(
     problem: Problem, left: str, right: str, found: dict[str, dict[str, Canonical]], expected: dict
 ) -> Iterator[Check]:
     """Two traces: what both have, row by row. Each may be off by its own allowance, so they may differ by two."""
-    for name in [n for n in found[left] if n in found[right]]:
+
+    def of(name: str) -> Check | None:
         a, b, want = found[left][name], found[right][name], expected[left][name]
         if name.endswith("exchange_counts/counts") and not np.array_equal(want.values, expected[right][name].values):
-            continue  # one side dropped rows: each was held against the oracle's counts for it
+            return None  # one side dropped rows: each was held against the oracle's counts for it
         allowed = None if want.allowed is None else 2 * want.allowed
-        yield _judge(problem, name, left, right, a, b.values, allowed, a.present & b.present, want)
+        return _judge(problem, name, left, right, a, b.values, allowed, a.present & b.present, want)
+
+    names = [name for name in expected[left] if name in found[left] and name in found[right]]
+    yield from filter(None, _THREADS.map(of, names))
 
 
 def _moves_its_own_rows(problem: Problem, backend: str, found: dict[str, Canonical]) -> Iterator[Check]:
@@ -336,11 +356,11 @@ def choice_of_experts(problem: Problem, trace: Trace) -> Check:
     exact in float32 (small integers), nothing is too close, and ties go to the lower id.
     """
     case, name = problem.case, "isolated/route/expert_id"
-    per_rank = trace.arrays.get(name)
-    ids = None if per_rank is None else np.stack(per_rank)
-    if ids is None or ids.shape != problem.expert_id.shape:
-        shape = None if ids is None else ids.shape
-        return _failed(problem, name, trace.backend, "oracle", f"shape is {shape}, not {problem.expert_id.shape}", True)
+    want = Expected("rank", problem.expert_id, None, "int")
+    try:
+        ids = canonical(case.ranks, trace.arrays.get(name), want, {}).values
+    except MismatchError as mismatch:
+        return _failed(problem, name, trace.backend, "oracle", str(mismatch), True)
     x, router, _, _ = exact_inputs(problem)
     draws = [Perturbed(np.random.default_rng([case.seed, 2, i])) for i in range(DRAWS)]
     logits, _ = vectorised.oracle_for(case).route(case, x, router, Exact())
@@ -400,7 +420,7 @@ def _judge(
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.abs(got - expected)
         if allowed is None:
-            ratio = np.where(got == expected, 0.0, np.inf)
+            ratio = np.where((got == expected) & (np.signbit(got) == np.signbit(expected)), 0.0, np.inf)
         else:
             ratio = np.where(error <= allowed[present], error / np.maximum(allowed[present], 1e-300), np.inf)
             ratio = np.where(np.isinf(ratio), np.maximum(error / allowed[present], 1.0), ratio)
@@ -418,7 +438,7 @@ def _judge(
     def row(index: int) -> Row:
         at = np.unravel_index(index * by_row.shape[1] + int(by_row[index].argmax()), ratio.shape)
         at = tuple(int(i) for i in at)
-        where = _where(problem, want, have, int(np.flatnonzero(present)[at[0]]), at)
+        where = _where(problem, value, want, have, int(np.flatnonzero(present)[at[0]]), at)
         return Row(where, float(got[at]), float(expected[at]), float(error[at]), float(margin[at]))
 
     worst_first = np.argsort(-by_row.max(axis=1), kind="stable")
@@ -469,7 +489,7 @@ def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array
     return shared
 
 
-def _where(problem: Problem, want: Expected, have: Canonical, first: int, at: tuple[int, ...]) -> Where:
+def _where(problem: Problem, value: str, want: Expected, have: Canonical, first: int, at: tuple[int, ...]) -> Where:
     if want.kind == "rows":
         p, t, k = identity(problem.case, first)
         assert have.slots is not None
@@ -479,15 +499,26 @@ def _where(problem: Problem, want: Expected, have: Canonical, first: int, at: tu
         )
     if want.kind == "expert":
         e = problem.case.experts // problem.case.ranks
-        return Where(rank=first // e, expert=first, index=list(at[1:]))
+        size = {"dw_down": problem.case.hidden}.get(value, problem.case.width)
+        rows = np.arange(size)[problem.case.compared_rows(size)]
+        return Where(rank=first // e, expert=first, index=[int(rows[at[1]]), *at[2:]])
     if want.kind == "repeat":
         return Where()
     if want.kind == "sum":
         return Where(index=[first, *at[1:]])
-    is_token = want.values.ndim == 3 and want.dtype != "int"
-    token = at[1] if is_token else None
-    k = at[2] if is_token and want.values.shape[-1] == problem.case.top_k != problem.case.width else None
-    expert = None if k is None else int(problem.expert_id[first, at[1], k])
-    return Where(
-        rank=first, source_rank=first, token=token, k=k, expert=expert, index=list(at[2:] if is_token else at[1:])
-    )
+    if want.dtype == "int":
+        return _where_counted(problem, first, at)
+    per_choice = value in ("score", "dscore")
+    k = at[2] if per_choice else None
+    expert = int(problem.expert_id[first, at[1], at[2]]) if per_choice else None
+    return Where(rank=first, source_rank=first, token=at[1], k=k, expert=expert, index=list(at[2:]))
+
+
+def _where_counted(problem: Problem, first: int, at: tuple[int, ...]) -> Where:
+    """Of counts: [P, E] on the sender; [P, P, e] on the receiver, by sender; one number a rank."""
+    if len(at) == 3:
+        e = problem.case.experts // problem.case.ranks
+        return Where(rank=first, source_rank=at[1], expert=first * e + at[2], index=list(at[1:]))
+    if len(at) == 2:
+        return Where(rank=first, source_rank=first, expert=at[1], index=list(at[1:]))
+    return Where(rank=first, source_rank=first)

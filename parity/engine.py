@@ -25,6 +25,7 @@ def run_cases(
     cases: Sequence[Case],
     backends: tuple[str, ...],
     *,
+    device: str = "cpu",
     jax_ranks: str = "shard_map",
     timeout: float = 60,
     fault: Fault | None = None,
@@ -50,14 +51,14 @@ def run_cases(
         if in_torchrun:
             from parity.run_torch import join_torchrun
 
-            if join_torchrun(folder, list(problems.values())) != 0:
+            if join_torchrun(folder, list(problems.values()), device) != 0:
                 return None
         joined = [("torch", case.name) for case in cases if in_torchrun]
         homes = {backend: Path.cwd() for backend in backends if not (in_torchrun and backend == "torch")}
         if fault:
             homes[fault.side] = plant(fault, folder / "planted")
         tasks = {backend: bar.add_task(backend, total=len(cases)) for backend in backends}
-        with closing(run(folder, homes, len(cases), jax_ranks, timeout, seconds)) as running:
+        with closing(run(folder, homes, cases, device, jax_ranks, timeout, seconds)) as running:
             for backend, name in chain(joined, running):
                 bar.advance(tasks[backend])
                 traces[name].append(Trace.load(folder / f"{name}.{backend}.safetensors"))

@@ -27,6 +27,7 @@ class Fault:
     old: str
     new: str
     preset: str = "zipf"
+    gpu_only: str = ""  # why it cannot show on a CPU
 
 
 def plant(fault: Fault, folder: Path) -> Path:
@@ -155,6 +156,17 @@ _TORCH = [
     ("k-in-wrong-order", "combine", "The sum over k runs backwards.", "grouping.py",
      "for score_T, slot_T in zip(score_TK.unbind(dim=1), slot_TK.unbind(dim=1), strict=True):",
      "for score_T, slot_T in zip(score_TK.unbind(dim=1)[::-1], slot_TK.unbind(dim=1)[::-1], strict=True):", "k-all"),
+    ("accumulator-not-zeroed", "combine", "The sum over k starts from whatever the memory held.", "grouping.py",
+     "out_TD = torch.zeros(", "out_TD = torch.empty(", "zipf"),
+    ("stream-not-waited-for", "to_expert_major", "Rows are gathered on a second stream, which nobody waits for.",
+     "layout.py", "    return ExpertMajor(permute_rows(x_RD, source_R, target_R), source_R, target_R)",
+     "    with torch.cuda.stream(torch.cuda.Stream()):\n        torch.cuda._sleep(10**9)\n"
+     "        x_RD = permute_rows(x_RD, source_R, target_R)\n    return ExpertMajor(x_RD, source_R, target_R)",
+     "zipf", "a CPU has no streams"),
+    ("tf32-allowed", "apply_experts", "float32 matmuls may use TF32.", "experts.py",
+     "    wide = torch.promote_types(x_RD.dtype, torch.float32)\n",
+     "    torch.backends.cuda.matmul.allow_tf32 = True\n    wide = torch.promote_types(x_RD.dtype, torch.float32)\n",
+     "pydoc", "a CPU has no TF32"),
     ("right-on-first-rank-only", "combine", "The row index is offset by the rank.", "grouping.py",
      "return weighted_sum(y_ND, score_TK, slot_TK, assignment_N)",
      "return weighted_sum(y_ND, score_TK, (slot_TK + torch.distributed.get_rank()) % len(y_ND), assignment_N)", "zipf"),
@@ -197,6 +209,9 @@ _JAX = [
     ("returned-to-wrong-rank", "return_tokens", "Bins go back one rank further.", "exchange.py",
      "    return _all_to_all(y_BCD, axis_name)",
      "    return jax.numpy.roll(_all_to_all(y_BCD, axis_name), 1, axis=0)", "zipf"),
+    ("default-precision", "apply_experts", "float32 matmuls take JAX's default precision: TF32 on a GPU.", "experts.py",
+     'y_SF = jax.lax.ragged_dot(x_SD, w_eDF, counts_e, precision="highest")',
+     "y_SF = jax.lax.ragged_dot(x_SD, w_eDF, counts_e)", "pydoc", "a CPU has no TF32"),
     ("score-gradient-missing", "combine", "Scores get no gradient.", "grouping.py",
      "jnp.stack(dscore_TK, axis=1).astype(score_TK.dtype)", "jnp.zeros_like(score_TK)", "zipf"),
     ("renormalise-after-drops", "combine", "Scores are renormalised over what was kept.", "grouping.py",

@@ -1,8 +1,10 @@
 """Seeded NumPy inputs of a case, drawn once and given to every runner."""
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -12,6 +14,7 @@ from parity.case import Case
 from parity.reference import Exact, Layer, Weights
 from parity.tolerances import numpy_dtype
 from parity.vectorised import oracle_for
+from parity.windows import Windows, draw_windows
 
 Array = np.ndarray
 TRACES = Path(__file__).parent / "traces"
@@ -85,7 +88,7 @@ def draw(case: Case) -> Problem:
         x = _tokens_that_choose(case, wanted, router.astype(np.float64), rng)
     dtype = numpy_dtype(case.dtype)
     x = x.astype(dtype)
-    drawn = Weights(*(rng.standard_normal(s) / np.sqrt(s[1]) for s in [(E, D, F), (E, D, F), (E, F, D)]))
+    drawn = Weights(*(_weights(case, shape, rng) for shape in [(E, D, F), (E, D, F), (E, F, D)]))
     weights = Weights(*(recorded.get(n, a).astype(dtype) for n, a in zip(Weights._fields, drawn, strict=True)))
     dout = rng.standard_normal((P, T, D)).astype(dtype)
 
@@ -101,6 +104,10 @@ def draw(case: Case) -> Problem:
     rows = {name: getattr(exact, name).astype(dtype) for name in ("y", "dy", "dx_rows")}
     dscore = exact.dscore.astype(case.wide)
     return Problem(case, x, router, weights, dout, expert_id, keep, stored, exact=exact, dscore=dscore, **rows)
+
+
+def _weights(case: Case, shape: tuple[int, int, int], rng: np.random.Generator) -> Array | Windows:
+    return draw_windows(shape, rng) if case.real_size else rng.standard_normal(shape) / np.sqrt(shape[1])
 
 
 def exact_inputs(problem: Problem) -> tuple[Array, Array, Weights, Array]:
@@ -181,7 +188,7 @@ def read_trace(trace: str) -> tuple[dict[str, Array], dict[str, str]]:
         with safe_open(path, framework="numpy") as f:
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  safe_open is no dict
             metadata = f.metadata() or {}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, AttributeError) as error:  # AttributeError: a dtype that NumPy lacks
         raise ValueError(f"--trace {trace}: cannot read {path} as safetensors: {error}") from error
     sizes: dict[str, int] = {}
     for name, form in TRACE_FORM.items():
@@ -194,9 +201,14 @@ def read_trace(trace: str) -> tuple[dict[str, Array], dict[str, str]]:
                 raise ValueError(
                     f"--trace {trace}: {name} has shape {tensors[name].shape}, but {letter} is {sizes[letter]}"
                 )
+    for name, a in tensors.items():
+        if name != "expert_id" and not np.isfinite(a.astype(np.float64)).all():
+            raise ValueError(f"--trace {trace}: {name} holds numbers that are not finite")
     ids = tensors.get("expert_id")
     if ids is None or ids.dtype.kind not in "iu":
         raise ValueError(f"--trace {trace}: needs a tensor expert_id of integers, [M, K], and has {sorted(tensors)}")
+    if not ids.size:
+        raise ValueError(f"--trace {trace}: expert_id has shape {ids.shape}: there is nothing in it")
     if ("x" in tensors) != ("router" in tensors):
         raise ValueError(f"--trace {trace}: x and router come together or not at all: scores need both")
     return tensors, metadata
@@ -216,7 +228,11 @@ def case_from_trace(case: Case) -> Case:
         if name in tensors
         for letter, size in zip(form.split(), tensors[name].shape, strict=True)
     }
-    sizes.setdefault("E", int(metadata.get("n_experts", 0)) or int(tensors["expert_id"].max(initial=0)) + 1)
+    said = _metadata(case.trace, metadata)
+    if sizes.setdefault("E", said.get("n_experts", int(tensors["expert_id"].max()) + 1)) != said.get(
+        "n_experts", sizes["E"]
+    ):
+        raise ValueError(f"--trace {case.trace}: n_experts is {said['n_experts']}, but the tensors have {sizes['E']}")
     if case.tokens > (most := sizes["M"] // case.ranks):
         raise ValueError(f"--tokens {case.tokens} on --ranks {case.ranks}, but the recording has {sizes['M']} tokens")
     return replace(
@@ -226,10 +242,28 @@ def case_from_trace(case: Case) -> Case:
         experts=sizes["E"],
         width=sizes.get("D", case.width),
         hidden=sizes.get("F", case.hidden),
-        score_function=metadata.get("score_function", case.score_function),
-        renormalize={"true": True, "false": False}.get(metadata.get("renormalize", ""), case.renormalize),
-        scale=float(metadata.get("scale", case.scale)),
+        **{name: value for name, value in said.items() if name != "n_experts"},
     )
+
+
+def _metadata(trace: str, metadata: dict[str, str]) -> dict[str, Any]:
+    """What a recording says of its router. Raises ValueError on a value that it cannot have."""
+    read: dict[str, Callable[[str], Any]] = {
+        "n_experts": int,
+        "score_function": {"softmax": "softmax", "sigmoid": "sigmoid"}.__getitem__,
+        "renormalize": {"true": True, "false": False}.__getitem__,
+        "scale": float,
+    }
+    said = {}
+    for name in read.keys() & metadata.keys():
+        try:
+            said[name] = read[name](metadata[name].lower())
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"--trace {trace}: its metadata has {name} {metadata[name]!r}: n_experts must be an integer, "
+                "score_function softmax or sigmoid, renormalize true or false, scale a number"
+            ) from error
+    return said
 
 
 def load_trace(case: Case) -> dict[str, Array]:

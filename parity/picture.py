@@ -1,5 +1,7 @@
 """What a case looks like: where rows went, where errors are, and how large they are for the size of the numbers."""
 
+from threading import Lock
+
 import msgspec
 import numpy as np
 
@@ -7,6 +9,7 @@ from parity import reference
 from parity.inputs import Problem
 
 Array = np.ndarray
+_LOCK = Lock()  # arrays are compared in threads
 
 
 class Magnitude(msgspec.Struct):
@@ -33,8 +36,9 @@ class Picture(msgspec.Struct):
         """Error over allowance, [n, ...], of rows with these source ranks and experts."""
         worst = self.worst.setdefault(backend, [[None] * len(self.kept[0]) for _ in self.kept])
         by_row = ratio.reshape(ratio.shape[0], -1).max(axis=1, initial=0)
-        for p, g, value in zip(rank.tolist(), expert.tolist(), by_row.tolist(), strict=True):
-            worst[p][g] = max(worst[p][g] or 0.0, value)
+        with _LOCK:
+            for p, g, value in zip(rank.tolist(), expert.tolist(), by_row.tolist(), strict=True):
+                worst[p][g] = max(worst[p][g] or 0.0, value)
 
     def add_magnitudes(self, name: str, expected: Array, error: Array, allowed: Array) -> None:
         """Error and allowance against the size of what was expected."""

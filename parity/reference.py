@@ -14,6 +14,7 @@ import numpy as np
 
 from parity.case import Case
 from parity.tolerances import noise, smallest_step
+from parity.windows import Windows
 
 Array = np.ndarray
 
@@ -52,9 +53,9 @@ Numbers = Exact | Perturbed
 class Weights(NamedTuple):
     """Of all experts: [E, D, F], [E, D, F], [E, F, D]."""
 
-    w_gate: Array
-    w_up: Array
-    w_down: Array
+    w_gate: Array | Windows
+    w_up: Array | Windows
+    w_down: Array | Windows
 
 
 def route(case: Case, x_PTD: Array, router_DE: Array, numbers: Numbers) -> tuple[Array, Array]:
@@ -181,10 +182,10 @@ def _hidden(case: Case, x_D: Array, w: Weights, g: int, numbers: Numbers) -> tup
 
 def experts_backward(
     case: Case, x_PTD: Array, id_PTK: Array, w: Weights, dy_PTKD: Array, numbers: Numbers
-) -> tuple[Array, Weights]:
+) -> tuple[Array, tuple[Array, Array, Array]]:
     """Gradients of each row [P, T, K, D] and of the weights. Where dy is zero a row adds nothing."""
     dx_PTKD = np.zeros_like(dy_PTKD)
-    dw = Weights(*(np.zeros(a.shape) for a in w))
+    dw_gate, dw_up, dw_down = (np.zeros(a.shape) for a in w)
     rows_E = np.bincount(id_PTK.reshape(-1), minlength=case.experts).tolist()
     for p, t, k in np.ndindex(*id_PTK.shape):
         g, x_D, dy_D = int(id_PTK[p, t, k]), x_PTD[p, t], dy_PTKD[p, t, k]
@@ -197,10 +198,10 @@ def experts_backward(
         through_gate_D = w.w_gate[g] @ numbers.summand(dgate_F, case.hidden, case.wide)
         through_up_D = w.w_up[g] @ numbers.summand(dup_F, case.hidden, case.wide)
         dx_PTKD[p, t, k] = numbers.round(through_gate_D, case.dtype) + numbers.round(through_up_D, case.dtype)
-        dw.w_gate[g] += np.outer(numbers.summand(x_D, rows_E[g], case.wide), dgate_F)
-        dw.w_up[g] += np.outer(numbers.summand(x_D, rows_E[g], case.wide), dup_F)
-        dw.w_down[g] += np.outer(numbers.summand(hidden_F, rows_E[g], case.wide), dy_D)
-    return dx_PTKD, dw
+        dw_gate[g] += np.outer(numbers.summand(x_D, rows_E[g], case.wide), dgate_F)
+        dw_up[g] += np.outer(numbers.summand(x_D, rows_E[g], case.wide), dup_F)
+        dw_down[g] += np.outer(numbers.summand(hidden_F, rows_E[g], case.wide), dy_D)
+    return dx_PTKD, (dw_gate, dw_up, dw_down)
 
 
 def combine(case: Case, y_PTKD: Array, score_PTK: Array, keep_PTK: Array, numbers: Numbers) -> Array:

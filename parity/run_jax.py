@@ -1,9 +1,11 @@
-"""Case -> Trace in JAX: one device per rank under `shard_map`, or all ranks on one device under `vmap`."""
+"""Case -> Trace in JAX: a device per rank under `shard_map`, in one process or in one each; or one for all, `vmap`."""
 
 import platform
+import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -11,37 +13,79 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_impl import exchange, experts, grouping, layer, layout, routing
 from jax_impl.grouping import Capacity, plan_capacity
 from parity import reference
-from parity.backends import end_with_parent
+from parity.backends import DONE, end_with_parent
 from parity.case import Case
 from parity.inputs import Problem
 from parity.rows import indices, lay_out, row_tables
 from parity.trace import Trace, differing_bits
+from parity.windows import STRIDE, Windows
 
 AXIS = "ranks"
 Arrays = dict[str, jax.Array]
 
 
 def main(folder: Path, how: str, share: int, shares: int) -> None:
-    """Run this share of the problems in `folder` and save the traces there; `how` is shard_map or vmap.
+    """Run this share of the problems in `folder` and save the traces there; `how` says how ranks are had.
 
     Cases that share a compilation go to the same share.
     """
-    problems = [Problem.load(path) for path in sorted(folder.glob("*.problem"))]
-    programs = {(_static(problem.case), _capacity(problem.case)): None for problem in problems}
+    cases = {path: Problem.load(path).case for path in sorted(folder.glob("*.problem"))}
+    programs = {(_static(case), _capacity(case)): None for case in cases.values()}
     mine = list(programs)[share::shares]
-    problems = [problem for problem in problems if (_static(problem.case), _capacity(problem.case)) in mine]
-    jax.config.update("jax_num_cpu_devices", max([problem.case.ranks for problem in problems], default=1))
-    for problem in problems:
+    paths = [path for path, case in cases.items() if (_static(case), _capacity(case)) in mine]
+    if how == "processes":
+        for P in sorted({cases[path].ranks for path in paths}):
+            _start_processes(folder, P, [path for path in paths if cases[path].ranks == P])
+        return
+    jax.config.update("jax_num_cpu_devices", max([cases[path].ranks for path in paths], default=1))
+    run_all(folder, paths, how)
+
+
+def run_all(folder: Path, paths: list[Path], how: str) -> None:
+    """Run the problems in these files one after the other, and say which is done."""
+    for path in paths:
         start = time.perf_counter()
-        trace = run(problem, how)
+        trace = run(Problem.load(path), how)
         trace.seconds = time.perf_counter() - start
-        trace.save(folder)
-        print(trace.case.name, flush=True)
+        if jax.process_index() == 0:
+            trace.save(folder)
+            print(DONE + trace.case.name, flush=True)
+
+
+def _start_processes(folder: Path, P: int, paths: list[Path]) -> None:
+    """A process per rank, each with one device, that find each other by `jax.distributed`. All end when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    code = "from parity.run_jax import join; join()"
+    names = [path.name for path in paths]
+    group = [
+        subprocess.Popen([sys.executable, "-c", code, str(folder), address, str(P), str(rank), *names])
+        for rank in range(P)
+    ]
+    while any(process.poll() is None for process in group):
+        time.sleep(0.1)
+        failed = [rank for rank, process in enumerate(group) if process.poll()]
+        if failed:
+            for process in group:
+                process.kill()
+            sys.exit(f"rank {failed[0]} of {P} ended with exit code {group[failed[0]].returncode}")
+
+
+def join() -> None:
+    """One rank of several processes."""
+    folder, address, P, rank, *names = sys.argv[1:]
+    local = [int(rank)] if jax.config.jax_platforms != "cpu" else None  # type: ignore[attr-defined]
+    jax.config.update("jax_num_cpu_devices", 1)
+    if int(P) > 1:
+        jax.distributed.initialize(address, int(P), int(rank), local_device_ids=local)
+    run_all(Path(folder), [Path(folder) / name for name in names], "processes")
 
 
 def run(problem: Problem, how: str) -> Trace:
@@ -49,28 +93,81 @@ def run(problem: Problem, how: str) -> Trace:
     case = problem.case
     trace = Trace(case, "jax", "static", environment())
     with jax.enable_x64(case.dtype == "float64"):
-        compiled = everything(_static(case), _capacity(case), case.capacity, how)
-        feeds = _feeds(problem)
-        first = jax.device_get(compiled(_end_to_end_inputs(problem), feeds))
+        end_to_end, isolated = programs(_static(case), _capacity(case), case.capacity, how)
+        weights = _weights(problem, how)
+
+        def whole(problem: Problem) -> dict[str, np.ndarray]:
+            return fetch(end_to_end(weights, put(_end_to_end_inputs(problem), case.ranks, how)), how)
+
+        first = whole(problem)
         for other in problem.steps_between():
-            compiled(_end_to_end_inputs(other), feeds)
-        arrays = jax.device_get(compiled(_end_to_end_inputs(problem), feeds))
+            whole(other)
+        again = whole(problem)
+        arrays = again | fetch(isolated(weights, put(_feeds(problem), case.ranks, how)), how)
     trace.arrays = {name: _per_rank(name, a) for name, a in arrays.items()}
-    for name in [name for name in arrays if name.startswith("e2e")]:
-        before, after = _per_rank(name, first[name]), trace.arrays[name]
-        repeat = [differing_bits(a, b) for a, b in zip(before, after, strict=True)]
+    for name, before in first.items():
+        repeat = [differing_bits(a, b) for a, b in zip(_per_rank(name, before), trace.arrays[name], strict=True)]
         trace.arrays[name.replace("e2e", "repeat", 1)] = repeat
     return trace
 
 
-def _per_rank(name: str, a: jax.Array) -> list[np.ndarray]:
+def put(tree: dict[str, np.ndarray], P: int, how: str) -> Arrays:
+    """On the devices: a rank's part on the rank's device, the router on all."""
+    if how == "vmap" or P == 1:
+        return {name: jnp.asarray(a) for name, a in tree.items()}
+
+    def place(name: str, a: np.ndarray) -> jax.Array:
+        # Not device_put, which compares what the processes give it, and to which NaN is not equal to NaN.
+        return jax.make_array_from_callback(a.shape, _sharding(P, name != "router"), lambda index: a[index])
+
+    return {name: place(name, np.asarray(a)) for name, a in tree.items()}
+
+
+def fetch(arrays: Arrays, how: str) -> dict[str, np.ndarray]:
+    """On the host, those of every process's devices."""
+    if how == "processes" and jax.process_count() > 1:
+        return multihost_utils.process_allgather(arrays, tiled=True)
+    return jax.device_get(arrays)
+
+
+def _sharding(P: int, split: bool) -> NamedSharding:
+    return NamedSharding(_mesh(P), PartitionSpec(AXIS) if split else PartitionSpec())
+
+
+def _mesh(P: int) -> jax.sharding.Mesh:
+    return jax.make_mesh((P,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:P])
+
+
+def _weights(problem: Problem, how: str) -> Arrays:
+    """[P, e, ...]; those of real size are put together from their bank where they are needed."""
+    P, e = problem.case.ranks, problem.case.experts // problem.case.ranks
+    split = None if how == "vmap" or P == 1 else _sharding(P, True)
+
+    def on_devices(w: np.ndarray | Windows) -> jax.Array:
+        if not isinstance(w, Windows):
+            return put({"w": w.reshape(P, e, *w.shape[1:])}, P, how)["w"]
+        _, rows, columns = w.shape
+
+        def windows(bank):
+            starts = jnp.arange(P * e) * STRIDE
+            flat = jax.vmap(lambda start: jax.lax.dynamic_slice(bank, (start,), (rows * columns,)))(starts)
+            return flat.reshape(P, e, rows, columns)
+
+        bank = put({"router": w.bank}, P, how)["router"]
+        return jax.jit(windows, out_shardings=split)(bank)
+
+    return {name: on_devices(w) for name, w in problem.weights._asdict().items()}
+
+
+def _per_rank(name: str, a: np.ndarray) -> list[np.ndarray]:
     """One array per rank; the end-to-end router gradient, of a replicated argument, is one for all."""
     return [np.asarray(a)] if name == "e2e/route/drouter" else list(np.asarray(a))
 
 
 def environment() -> dict[str, str]:
     """Versions and devices, for the report."""
-    return {"jax": jax.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    about = {"jax": jax.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    return about | {"devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
 
 
 def _static(case: Case) -> Case:
@@ -96,27 +193,27 @@ def over_ranks(f: Callable, P: int, how: str, *, replicated: tuple[int, ...] = (
 
     def sharded(*args):
         specs = tuple(PartitionSpec() if i in replicated else PartitionSpec(AXIS) for i in range(len(args)))
-        mesh = jax.make_mesh((P,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:P])
-        return jax.shard_map(block, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS))(*args)
+        return jax.shard_map(block, mesh=_mesh(P), in_specs=specs, out_specs=PartitionSpec(AXIS))(*args)
 
     return sharded
 
 
 @lru_cache(maxsize=4)  # cases with the same program come one after the other; more would only fill memory
-def everything(case: Case, capacity: Capacity, oracle_rows: int, how: str) -> Callable:
-    """One compiled function for all that a case asks for, end to end and stage by stage.
+def programs(case: Case, capacity: Capacity, oracle_rows: int, how: str) -> tuple[Callable, Callable]:
+    """The whole layer and the stages on their own, each compiled once for all cases of these shapes.
 
     The whole layer runs with its own capacity; a stage on its own is fed bins of the oracle's.
     """
     axis = AXIS if case.ranks > 1 else None
     each = partial(over_ranks, P=case.ranks, how=how)
 
-    def compiled(whole: Arrays, feeds: Arrays) -> Arrays:
-        return _end_to_end(case, capacity, axis, each, whole) | each(
-            partial(_isolated, case, capacity, oracle_rows, axis)
-        )(feeds)
+    def end_to_end(weights: Arrays, inputs: Arrays) -> Arrays:
+        return _end_to_end(case, capacity, axis, each, weights | inputs)
 
-    return jax.jit(compiled)
+    def isolated(weights: Arrays, feeds: Arrays) -> Arrays:
+        return each(partial(_isolated, case, capacity, oracle_rows, axis))(weights | feeds)
+
+    return jax.jit(end_to_end), jax.jit(isolated)
 
 
 def _capacity(case: Case) -> Capacity:
@@ -126,11 +223,8 @@ def _capacity(case: Case) -> Capacity:
     )  # fmt: skip
 
 
-def _end_to_end_inputs(problem: Problem) -> Arrays:
-    names = ("x", "router", "expert_id", "dout")
-    P = problem.case.ranks
-    weights = {n: w.reshape(P, -1, *w.shape[1:]) for n, w in problem.weights._asdict().items()}
-    return {n: jnp.asarray(a) for n, a in ({n: getattr(problem, n) for n in names} | weights).items()}
+def _end_to_end_inputs(problem: Problem) -> dict[str, np.ndarray]:
+    return {name: getattr(problem, name) for name in ("x", "router", "expert_id", "dout")}
 
 
 def _end_to_end(case: Case, capacity: Capacity, axis: str | None, each: Callable, whole: Arrays) -> Arrays:
@@ -149,7 +243,7 @@ def _end_to_end(case: Case, capacity: Capacity, axis: str | None, each: Callable
 
     inputs = tuple(whole[n] for n in ("x", "router", "w_gate", "w_up", "w_down"))
     _, vjp, stages = jax.vjp(differentiable, *inputs, has_aux=True)
-    dx, drouter, dw_gate, dw_up, dw_down = vjp(whole["dout"])
+    dx, drouter, *dw = vjp(whole["dout"])
 
     def score_gradient(y, score, slot, assignment, dout):
         return jax.vjp(lambda score: grouping.combine(y, score, slot, assignment), score)[1](dout)[0]
@@ -171,13 +265,18 @@ def _end_to_end(case: Case, capacity: Capacity, axis: str | None, each: Callable
         "return_tokens/y": _flat(stages.returned_BCD),
         "combine/out": stages.out_TD,
         "combine/dscore": dscore,
-        "apply_experts/dw_gate": dw_gate,
-        "apply_experts/dw_up": dw_up,
-        "apply_experts/dw_down": dw_down,
+        **{f"apply_experts/{name}": a for name, a in compared(case, dw).items()},
         "route/drouter": drouter,
         "route/dx": dx,
     }
     return {f"e2e/{name}": value for name, value in values.items()}
+
+
+def compared(case: Case, dw: Sequence[jax.Array]) -> Arrays:
+    """Of the weights' gradients, the rows that are compared."""
+    names = ("dw_gate", "dw_up", "dw_down")
+    rows = [case.compared_rows(a.shape[-2]) for a in dw]
+    return {n: a[..., r if isinstance(r, slice) else np.array(r), :] for n, a, r in zip(names, dw, rows, strict=True)}
 
 
 def _flat(a: jax.Array) -> jax.Array:
@@ -204,7 +303,7 @@ _FEEDS = {
 }
 
 
-def _feeds(problem: Problem) -> Arrays:
+def _feeds(problem: Problem) -> dict[str, np.ndarray]:
     case, P = problem.case, problem.case.ranks
     table = row_tables(case, problem.expert_id, problem.keep, "static")
     rows = {"x": np.repeat(problem.x.reshape(-1, case.width), case.top_k, axis=0)}
@@ -214,13 +313,11 @@ def _feeds(problem: Problem) -> Arrays:
     if case.bins == P:  # rows past the groups, which no expert may read
         feeds["x_expert_major"] = np.stack(lay_out(rows["x"], table["expert_major"], np.nan))
     feeds |= {n: getattr(problem, n) for n in ("x", "expert_id", "score", "dscore", "dout")}
-    feeds |= {n: w.reshape(P, -1, *w.shape[1:]) for n, w in problem.weights._asdict().items()}
     sent_PE = reference.sent(case, problem.expert_id, problem.keep, "static")
     feeds |= {"sent_E": sent_PE.astype(np.int32), "counts_Pe": reference.received(case, sent_PE).astype(np.int32)}
     index = [indices(case, table, rank) for rank in range(P)]
     feeds |= {name: np.stack([i[name] for i in index]).astype(np.int32) for name in index[0]}
-    feeds["router"] = np.broadcast_to(problem.router, (P, *problem.router.shape))
-    return {n: jnp.asarray(a) for n, a in feeds.items()}
+    return feeds | {"router_of_rank": np.broadcast_to(problem.router, (P, *problem.router.shape))}
 
 
 def _isolated(case: Case, planned: Capacity, oracle_rows: int, axis: str | None, feeds: Arrays) -> Arrays:
@@ -239,7 +336,7 @@ def _isolated(case: Case, planned: Capacity, oracle_rows: int, axis: str | None,
     def stage(name: str, **values: jax.Array) -> None:
         out.update({f"isolated/{name}/{key}": value for key, value in values.items()})
 
-    x, router, ids, score = (feeds[n] for n in ("x", "router", "expert_id", "score"))
+    x, router, ids, score = (feeds[n] for n in ("x", "router_of_rank", "expert_id", "score"))
     how = (case.top_k, case.score_function, case.renormalize, case.scale)
     own = routing.route(x, router, *how)
     counts = routing.count_per_expert(ids, case.experts)
@@ -266,8 +363,8 @@ def _isolated(case: Case, planned: Capacity, oracle_rows: int, axis: str | None,
     y_SD, vjp = jax.vjp(
         lambda x, *w: experts.apply_experts(x, counts_Pe.sum(axis=0), *w), major["x_expert_major"], *weights
     )
-    dx, dw_gate, dw_up, dw_down = vjp(major["dy_expert_major"])
-    stage("apply_experts", y=_rows(y_SD), dx=_rows(dx), dw_gate=dw_gate, dw_up=dw_up, dw_down=dw_down)
+    dx, *dw = vjp(major["dy_expert_major"])
+    stage("apply_experts", y=_rows(y_SD), dx=_rows(dx), **compared(case, dw))
 
     y_BCD, vjp = jax.vjp(lambda y: layout.to_rank_major(y, source, target), major["y_expert_major"])
     stage("to_rank_major", y=_rows(y_BCD), dy=_rows(vjp(in_bins["dy_received"])[0]))
@@ -283,7 +380,7 @@ def _isolated(case: Case, planned: Capacity, oracle_rows: int, axis: str | None,
         ones = jnp.ones_like(score)
         order = grouping.combine(in_bins["order_grouped"], ones, slot, assignment)
         stage("combine", order=order)
-        stage("group_by_expert", order=group_vjp(in_bins["order_grouped"])[0])
+        stage("group_by_expert", dx_order=group_vjp(in_bins["order_grouped"])[0])
     return out
 
 

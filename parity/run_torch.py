@@ -8,11 +8,10 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,17 +22,19 @@ import torch
 import torch.distributed as dist
 
 from parity import reference
-from parity.backends import end_with_parent
+from parity.backends import DONE, end_with_parent
+from parity.case import Case
 from parity.inputs import Problem
 from parity.rows import indices, lay_out, row_tables
 from parity.trace import Trace, differing_bits
+from parity.windows import STRIDE, Windows
 from torch_impl import exchange, experts, grouping, layer, layout, routing
 
 Arrays = dict[str, np.ndarray]
 START_UP = 60.0  # seconds more, for ranks to find each other on a machine that is busy
 
 
-def main(folder: Path, timeout: float) -> None:
+def main(folder: Path, timeout: float, on: str) -> None:
     """Run every problem in `folder`, as many processes as each has ranks, and save the traces there."""
     torch.set_num_threads(1)
     paths = sorted(folder.glob("*.problem"))
@@ -42,7 +43,7 @@ def main(folder: Path, timeout: float) -> None:
         mine = [path for path in paths if ranks[path] == P]
         # Forked, so that PyTorch is imported once and not once per rank.
         fork = multiprocessing.get_context("fork")
-        group = [fork.Process(target=_rank, args=(rank, P, folder, mine, timeout)) for rank in range(P)]
+        group = [fork.Process(target=_rank, args=(rank, P, folder, mine, timeout, on)) for rank in range(P)]
         for process in group:
             process.start()
         _wait_for_all(group, folder, timeout)
@@ -106,7 +107,7 @@ def _read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _rank(rank: int, P: int, folder: Path, paths: list[Path], timeout: float) -> None:
+def _rank(rank: int, P: int, folder: Path, paths: list[Path], timeout: float, on: str) -> None:
     progress = Progress(folder / f"at-{rank}")
     stack = (folder / f"stack-{rank}").open("w")
     faulthandler.register(signal.SIGUSR1, stack)
@@ -115,8 +116,10 @@ def _rank(rank: int, P: int, folder: Path, paths: list[Path], timeout: float) ->
             rendezvous = f"file://{folder.resolve()}/rendezvous-{P}"
             # Longer than the launcher's patience: it, not a rank that waits, should say who hangs.
             patience = timedelta(seconds=10 * timeout)
-            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=P, timeout=patience)
-        _run_all(folder, (Problem.load(path) for path in paths), rank, partial(print, flush=True), progress)
+            backend = collectives(on, P)
+            dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=P, timeout=patience)
+        device = device_of(on, rank)
+        _run_all(folder, (Problem.load(path) for path in paths), rank, device, _say_done, progress)
         if P > 1:
             dist.destroy_process_group()
     except BaseException as error:
@@ -140,25 +143,47 @@ class Progress:
             self.path.write_text(f"{self.steps} {self.place}")
 
 
+def _say_done(case: str) -> None:
+    print(DONE + case, flush=True)
+
+
+def collectives(on: str, P: int) -> str:
+    """NCCL where every rank has a GPU of its own. gloo where they share one, or a CPU: NCCL takes one rank a GPU."""
+    return "cpu:gloo,cuda:nccl" if on == "cuda" and torch.cuda.device_count() >= P else "gloo"
+
+
+def device_of(on: str, rank: int) -> torch.device:
+    """The rank's device; GPUs are shared out in turn."""
+    if on == "cpu":
+        return torch.device("cpu")
+    # Sums of bfloat16 products are float32 in this layer: so must be those that a matmul splits.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
 def _run_all(
-    folder: Path, problems: Iterable[Problem], rank: int, case_done: Callable[[str], None], progress: Progress
-) -> None:
+    folder: Path, problems: Iterable[Problem], rank: int, device: torch.device, case_done: Callable[[str], None],
+    progress: Progress,
+) -> None:  # fmt: skip
     for problem in problems:
         start = time.perf_counter()
-        trace = run(problem, rank, torch.device("cpu"), progress)
+        trace = run(problem, rank, device, progress)
         if trace is not None:
             trace.seconds = time.perf_counter() - start
             trace.save(folder)
             case_done(trace.case.name)
 
 
-def join_torchrun(folder: Path, problems: list[Problem]) -> int:
+def join_torchrun(folder: Path, problems: list[Problem], on: str) -> int:
     """Run problems in the group that torchrun gave; rank 0 saves the traces. This process's rank."""
     torch.set_num_threads(1)
+    device = device_of(on, int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group(collectives(on, int(os.environ["WORLD_SIZE"])))
     rank = dist.get_rank()
-    _run_all(folder, problems, rank, lambda _: None, Progress())
+    _run_all(folder, problems, rank, device, lambda _: None, Progress())
     dist.destroy_process_group()
     return rank
 
@@ -192,7 +217,7 @@ def run(problem: Problem, rank: int, device: torch.device, progress: Progress) -
         everybody = [arrays for arrays in gathered if arrays is not None]
     if rank:
         return None
-    trace = Trace(problem.case, "torch", "dynamic", environment())
+    trace = Trace(problem.case, "torch", "dynamic", environment(device))
     trace.arrays = {name: [arrays[name] for arrays in everybody] for name in mine}
     return trace
 
@@ -206,9 +231,14 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def environment() -> dict[str, str]:
+def environment(device: torch.device) -> dict[str, str]:
     """Versions and devices, for the report."""
-    return {"torch": str(torch.__version__), "python": platform.python_version(), "platform": platform.platform()}
+    about = {"torch": str(torch.__version__), "python": platform.python_version(), "platform": platform.platform()}
+    if dist.is_initialized():
+        about["collectives"] = dist.get_backend_config()
+    if device.type == "cuda":
+        about["devices"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+    return about
 
 
 def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[str], None]) -> Arrays:
@@ -227,7 +257,7 @@ def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[s
         values = values.reshape(-1, case.width)
         return put(lay_out(values, table[where], np.nan)[rank], grad=grad)
 
-    def stage(name: str, values: dict[str, object]) -> None:
+    def stage(name: str, values: Mapping[str, object]) -> None:
         out.update({f"isolated/{name}/{key}": to_numpy(value) for key, value in values.items()})
 
     def vjp(f: Callable, inputs: tuple[torch.Tensor, ...], cotangent: torch.Tensor) -> tuple:
@@ -274,13 +304,15 @@ def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[s
     stage("to_expert_major", {"x": major.x_RD, "dx": dx})
 
     at("apply_experts")
-    weights = tuple(put(w[mine], grad=True) for w in problem.weights)
+    weights = tuple(weights_of(w, mine, device) for w in problem.weights)
     result = vjp(
         lambda x, *w: experts.apply_experts(x, counts_Pe.sum(0), *w),
         (rows(x_rows, "expert_major", grad=True), *weights),
         rows(problem.dy, "expert_major"),
     )
-    stage("apply_experts", dict(zip(("y", "dx", "dw_gate", "dw_up", "dw_down"), result, strict=True)))
+    y, dx, *dw = result
+    stage("apply_experts", {"y": y, "dx": dx} | compared(case, dw))
+    del weights, result, dw
 
     at("to_rank_major")
     y, dy = rows(problem.y, "expert_major", grad=True), rows(problem.dy, "received")
@@ -306,7 +338,7 @@ def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[s
         order = grouping.combine(probe, weight, index["slot"], index["assignment"])
         stage("combine", {"order": order})
         probe = probe * put(problem.keep[rank]).reshape(-1)[index["assignment"], None]
-        stage("group_by_expert", {"order": torch.autograd.grad(grouped.x_ND, x, probe)[0]})
+        stage("group_by_expert", {"dx_order": torch.autograd.grad(grouped.x_ND, x, probe)[0]})
     return out
 
 
@@ -314,18 +346,14 @@ def _end_to_end(problem: Problem, rank: int, device: torch.device) -> Arrays:
     """The whole layer and its gradients, with the oracle's expert ids; what a capacity drops has its score masked."""
     case = problem.case
     e = case.experts // case.ranks
-    x, router, *weights = (
-        to_torch(a).to(device).requires_grad_()
-        for a in (problem.x[rank], problem.router, *(w[rank * e : (rank + 1) * e] for w in problem.weights))
-    )
+    x, router = (to_torch(a).to(device).requires_grad_() for a in (problem.x[rank], problem.router))
+    weights = [weights_of(w, slice(rank * e, (rank + 1) * e), device) for w in problem.weights]
     ids, keep = to_torch(problem.expert_id[rank]).to(device), to_torch(problem.keep[rank]).to(device)
     chosen = routing.route(x, router, case.top_k, case.score_function, case.renormalize, case.scale, expert_id_TK=ids)
     masked = chosen._replace(score_TK=chosen.score_TK * keep)
     stages = layer.moe_layer(x, router, *weights, top_k=case.top_k, routing=masked)
     wanted = (x, chosen.score_TK, router, *weights)
-    dx, dscore, drouter, dw_gate, dw_up, dw_down = torch.autograd.grad(
-        stages.out_TD, wanted, to_torch(problem.dout[rank]).to(device)
-    )
+    dx, dscore, drouter, *dw = torch.autograd.grad(stages.out_TD, wanted, to_torch(problem.dout[rank]).to(device))
     values = {
         "route/score": chosen.score_TK,
         "group_by_expert/x": stages.grouped.x_ND,
@@ -337,13 +365,26 @@ def _end_to_end(problem: Problem, rank: int, device: torch.device) -> Arrays:
         "return_tokens/y": stages.returned_ND,
         "combine/out": stages.out_TD,
         "combine/dscore": dscore,
-        "apply_experts/dw_gate": dw_gate,
-        "apply_experts/dw_up": dw_up,
-        "apply_experts/dw_down": dw_down,
+        **{f"apply_experts/{name}": a for name, a in compared(case, dw).items()},
         "route/drouter": all_sum(drouter),
         "route/dx": dx,
     }
     return {f"e2e/{name}": to_numpy(value) for name, value in values.items()}
+
+
+def weights_of(w: np.ndarray | Windows, mine: slice, device: torch.device) -> torch.Tensor:
+    """The weights of a rank's experts, to differentiate by."""
+    if isinstance(w, np.ndarray):
+        return to_torch(w[mine]).to(device).requires_grad_()
+    bank, (_, rows, columns) = to_torch(w.bank).to(device), w.shape
+    size, strides = (mine.stop - mine.start, rows, columns), (STRIDE, columns, 1)
+    return bank.as_strided(size, strides, (w.first + mine.start) * STRIDE).clone().requires_grad_()
+
+
+def compared(case: Case, dw: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of the weights' gradients, the rows that are compared."""
+    names = ("dw_gate", "dw_up", "dw_down")
+    return {name: a[:, case.compared_rows(a.shape[1])] for name, a in zip(names, dw, strict=True)}
 
 
 def all_sum(a: torch.Tensor) -> torch.Tensor:
@@ -371,4 +412,4 @@ def to_numpy(a: object) -> np.ndarray:
 
 if __name__ == "__main__":
     end_with_parent()
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    main(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3])

@@ -20,7 +20,8 @@ PLAIN = 2048
 
 def oracle_for(case: Case) -> ModuleType:
     """The plain loops where they are quick enough, and these functions elsewhere."""
-    return reference if case.ranks * case.tokens * case.top_k <= PLAIN else sys.modules[__name__]
+    small = case.ranks * case.tokens * case.top_k <= PLAIN and not case.real_size
+    return reference if small else sys.modules[__name__]
 
 
 def route(case: Case, x_PTD: Array, router_DE: Array, numbers: Numbers) -> tuple[Array, Array]:
@@ -78,10 +79,12 @@ def _hidden(case: Case, x_nD: Array, w: Weights, g: int, numbers: Numbers) -> tu
 
 def experts_backward(
     case: Case, x_PTD: Array, id_PTK: Array, w: Weights, dy_PTKD: Array, numbers: Numbers
-) -> tuple[Array, Weights]:
-    """See `reference.experts_backward`."""
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    """See `reference.experts_backward`; of the weights' gradients only the rows that are compared."""
     dx_PTKD = np.zeros_like(dy_PTKD)
-    dw = Weights(*(np.zeros(a.shape) for a in w))
+    rows = [case.compared_rows(a.shape[1]) for a in w]
+    sizes = [(a.shape[0], np.arange(a.shape[1])[r].size, a.shape[2]) for a, r in zip(w, rows, strict=True)]
+    dw_gate, dw_up, dw_down = (np.zeros(size) for size in sizes)
     for g in np.unique(id_PTK):
         p, t, k = np.nonzero(id_PTK == g)
         x_nD, dy_nD, n = x_PTD[p, t], dy_PTKD[p, t, k], p.size
@@ -94,10 +97,10 @@ def experts_backward(
         through_gate_nD = numbers.summand(dgate_nF, case.hidden, case.wide) @ w.w_gate[g].T
         through_up_nD = numbers.summand(dup_nF, case.hidden, case.wide) @ w.w_up[g].T
         dx_PTKD[p, t, k] = numbers.round(through_gate_nD, case.dtype) + numbers.round(through_up_nD, case.dtype)
-        dw.w_gate[g] = numbers.summand(x_nD, n, case.wide).T @ dgate_nF
-        dw.w_up[g] = numbers.summand(x_nD, n, case.wide).T @ dup_nF
-        dw.w_down[g] = numbers.summand(hidden_nF, n, case.wide).T @ dy_nD
-    return dx_PTKD, dw
+        dw_gate[g] = numbers.summand(x_nD[:, rows[0]], n, case.wide).T @ dgate_nF
+        dw_up[g] = numbers.summand(x_nD[:, rows[1]], n, case.wide).T @ dup_nF
+        dw_down[g] = numbers.summand(hidden_nF[:, rows[2]], n, case.wide).T @ dy_nD
+    return dx_PTKD, (dw_gate, dw_up, dw_down)
 
 
 def combine(case: Case, y_PTKD: Array, score_PTK: Array, keep_PTK: Array, numbers: Numbers) -> Array:

@@ -31,3 +31,16 @@ def torch_ranks() -> Iterator[TorchRanks]:
     ranks = TorchRanks()
     yield ranks
     ranks.stop()
+
+
+_gpu_tests_left_out: list[pytest.Item] = []
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    _gpu_tests_left_out.extend(item for item in items if item.get_closest_marker("gpu"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _gpu_tests_left_out:
+        n, there = len(_gpu_tests_left_out), "there is one" if torch.cuda.is_available() else "there is none here"
+        terminalreporter.write_line(f"{n} tests need a GPU and were not run ({there}): make test-gpu")

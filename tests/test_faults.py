@@ -31,9 +31,18 @@ def test_caught_and_blamed(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(FAULTS.keys() - set(QUICK)))
+@pytest.mark.parametrize("name", sorted(name for name in FAULTS.keys() - set(QUICK) if not FAULTS[name].gpu_only))
 def test_the_others_too(name):
     assert_blamed(name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in FAULTS if FAULTS[name].gpu_only])
+def test_those_that_show_on_a_gpu_only(name):
+    fault = find(name)
+    found = try_fault(fault, "cuda")
+    assert found.caught, fault.sentence
+    assert (found.side, found.stage) == (fault.side, fault.stage), found.how
 
 
 def test_there_are_enough_of_them():

@@ -1,0 +1,407 @@
+"""Inputs are repeatable, each preset has what it promises, and recordings and cases that cannot be used are refused."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from problems import bits
+from safetensors.numpy import save_file
+
+from parity import reference
+from parity.case import PRESETS, Case
+from parity.inputs import Problem, case_from_trace, draw, exact_inputs, load_trace
+from parity.reference import Exact
+from parity.tolerances import numpy_dtype
+
+Array = np.ndarray
+SMALL = Case(ranks=2, tokens=4, width=8, hidden=4, experts=4)
+
+
+def values(problem: Problem) -> dict[str, Array]:
+    """Every array of a problem."""
+    own = {f.name: getattr(problem, f.name) for f in fields(problem) if f.name not in ("case", "weights", "exact")}
+    return own | problem.weights._asdict() | {f"exact {k}": v for k, v in problem.exact._asdict().items()}
+
+
+def load(problem: Problem, kept: bool = True) -> Array:
+    """Assignments that each rank sends to each expert, [P, E]: those kept, or all."""
+    return reference.count(problem.case, problem.expert_id, problem.keep | (not kept))
+
+
+# ---- Repeatable
+
+
+@pytest.mark.parametrize("pattern", ["random", "zipf", "ties"])
+def test_same_seed_same_bits(pattern):
+    case = replace(SMALL, pattern=pattern)
+    first = draw(case)
+    draw(replace(case, seed=1))
+    assert bits(values(draw(case))) == bits(values(first))
+    assert bits(values(draw(replace(case, name="renamed")))) == bits(values(first))
+
+
+def test_another_seed_draws_everything_anew():
+    first, other = values(draw(SMALL)), values(draw(replace(SMALL, seed=1)))
+    for name in ("x", "router", "w_gate", "w_up", "w_down", "dout"):
+        assert np.intersect1d(first[name], other[name]).size == 0
+    assert (first["expert_id"] != other["expert_id"]).any()
+
+
+def test_what_is_dropped_decides_nothing_else():
+    free, tight = (draw(replace(SMALL, capacity_factor=factor)) for factor in (None, "1/2"))
+    assert free.keep.all()
+    assert not tight.keep.all()
+    for name in ("x", "router", "expert_id", "score", "dout", "y"):
+        assert bits(getattr(free, name)) == bits(getattr(tight, name))
+
+
+def test_saved_and_loaded(tmp_path):
+    problem = draw(replace(SMALL, dtype="bfloat16"))
+    problem.save(tmp_path / "problem")
+    again = Problem.load(tmp_path / "problem")
+    assert again.case == problem.case
+    assert again.x.dtype == problem.x.dtype
+    assert bits(values(again)) == bits(values(problem))
+
+
+# ---- Presets
+
+
+@pytest.fixture(scope="module")
+def presets() -> dict[str, Problem]:
+    return {name: draw(case) for name, case in PRESETS.items()}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_draws(presets, name):
+    problem, case = presets[name], PRESETS[name]
+    assert problem.case == case
+    assert case.name == name
+    P, T, D, F, E, K = case.ranks, case.tokens, case.width, case.hidden, case.experts, case.top_k
+    shapes = {"x": (P, T, D), "router": (D, E), "w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
+    shapes |= {"dout": (P, T, D), "expert_id": (P, T, K), "keep": (P, T, K), "score": (P, T, K), "y": (P, T, K, D)}
+    found = values(problem)
+    assert {name: found[name].shape for name in shapes} == shapes
+    narrow = ("x", "w_gate", "w_up", "w_down", "dout", "y", "dy", "dx_rows")
+    assert {found[name].dtype for name in narrow} == {numpy_dtype(case.dtype)}
+    assert {found[name].dtype for name in ("router", "score", "dscore")} == {np.dtype(np.float32)}
+    assert all(np.isfinite(a.astype(np.float64)).all() for a in found.values())
+    assert problem.expert_id.dtype == np.int32
+    in_order = np.sort(problem.expert_id, axis=-1)
+    assert (in_order[..., 1:] != in_order[..., :-1]).all()
+
+    x, router, _, _ = exact_inputs(problem)  # the ids are the router's own choice
+    logits, _ = reference.route(case, x, router, Exact())
+    np.testing.assert_array_equal(problem.expert_id, reference.select(case, logits))
+    if case.pattern != "ties":  # and no close one
+        best = np.sort(logits, axis=-1)[..., ::-1]
+        assert np.diff(best[..., : K + 1]).max(initial=-1) < -1e-4
+
+
+def test_balanced(presets):
+    assert (load(presets["balanced"]) == 16 * 2 / 8).all()
+
+
+def test_zipf(presets):
+    total_E = load(presets["zipf"]).sum(axis=0)
+    assert total_E[0] == total_E.max()
+    assert total_E[0] > 2 * total_E.mean()
+    assert total_E[:2].sum() > total_E[2:].sum()
+    assert (load(presets["p8"]).sum(axis=0)[:2] > 2 * 8 * 8 * 2 / 16).all()
+
+
+def test_one_expert(presets):
+    assert (presets["one-expert"].expert_id[..., 0] == 0).all()
+    assert set(presets["one-expert"].expert_id[..., 1].flat) == set(range(1, 8))
+
+
+def test_empty_expert(presets):
+    assert (load(presets["empty-expert"]).sum(axis=0) == 0).tolist() == [g == 4 for g in range(8)]
+
+
+def test_idle_rank(presets):
+    at_rank = load(presets["idle-rank"]).reshape(4, 4, 2).sum(axis=(0, 2))
+    assert (at_rank == 0).tolist() == [False, False, True, False]
+
+
+def test_stay_home(presets):
+    sent = load(presets["stay-home"]).reshape(4, 4, 2).sum(axis=2)  # from rank, to rank
+    assert (sent > 0).tolist() == [[True, False, False, False], *[[False, True, True, True]] * 3]
+
+
+def test_ties(presets):
+    problem = presets["ties"]
+    x, router, _, _ = exact_inputs(problem)
+    best = np.sort(x @ router, axis=-1)[..., ::-1]
+    assert np.array_equal(best, best.round())
+    tied = best[..., :-1] == best[..., 1:]
+    assert tied[..., 0].any()  # which comes first
+    assert tied[..., 1].any()  # which comes at all
+
+
+def test_sizes(presets):
+    assert presets["k1"].case.top_k == 1
+    assert (np.sort(presets["k-all"].expert_id) == np.arange(8)).all()
+    assert presets["t1"].x.shape[1] == 1
+    assert [presets[f"p{P}"].case.ranks for P in (1, 4, 8)] == [1, 4, 8]
+
+
+def test_sigmoid(presets):
+    problem = presets["sigmoid"]
+    np.testing.assert_allclose(problem.score.sum(axis=-1), 2.5, rtol=1e-6)
+    logits = (problem.x.astype(np.float64) @ problem.router)[0, 0, problem.expert_id[0, 0]]
+    expected = 1 / (1 + np.exp(-logits))
+    np.testing.assert_allclose(problem.score[0, 0], 2.5 * expected / expected.sum(), rtol=1e-5)
+
+
+DROPPING = [name for name in PRESETS if "drop" in name] + ["under-bound", "pydoc", "capacity-exact"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_who_drops(presets, name):
+    assert presets[name].keep.all() == (name not in DROPPING)
+
+
+def test_at_the_bound_and_under_it(presets):
+    """Every rank sends its 16 rows to one expert."""
+    at, under = presets["at-bound"], presets["under-bound"]
+    assert (at.case.capacity, under.case.capacity) == (16, 15)
+    assert load(at).max(axis=1).tolist() == [16] * 4
+    assert (~under.keep).sum(axis=(1, 2)).tolist() == [1] * 4
+    assert not under.keep[:, -1].any()
+
+
+def test_a_capacity_that_is_exact(presets):
+    """In float32 it is one row more, in which something would be kept that is not."""
+    problem = presets["capacity-exact"]
+    one_more = replace(problem.case, capacity_factor=str(Fraction(16 * 4, 25 * 2)))
+    assert (problem.case.capacity, one_more.capacity) == (15, 16)
+    assert np.ceil(np.float32(1.2) * np.float32(50) / np.float32(4)) == 16
+    more = reference.keep_within_capacity(one_more, problem.expert_id, problem.score)
+    assert more.sum() > problem.keep.sum()
+
+
+def test_bins_of_experts_have_room_and_none_is_full(presets):
+    assert presets["expert-bins"].case.capacity == 16
+    assert load(presets["expert-bins"]).max() < 16
+    assert load(presets["expert-bins"]).min() == 0
+
+
+@pytest.mark.parametrize("per", ["rank", "expert"])
+def test_heavy_drops_by_each_priority(presets, per):
+    token, choice, score = (presets[f"drop-{per}-{priority}"] for priority in ("token", "choice", "score"))
+    for problem in (token, choice, score):
+        assert 0.2 < (~problem.keep).mean() < 0.7
+        assert (load(problem, kept=False) - load(problem)).sum(axis=1).min() > 0  # on every rank
+        assert (problem.keep.any(axis=-1) & ~problem.keep.all(axis=-1)).any()  # a token that lost a part
+        assert (~problem.keep).all(axis=-1).any()  # and one that lost all
+    assert bits(token.expert_id) == bits(choice.expert_id) == bits(score.expert_id)
+    assert len({bits(problem.keep)[0] for problem in (token, choice, score)}) == 3
+
+
+def test_dtypes(presets):
+    assert [presets[name].case.dtype for name in ("bfloat16", "bfloat16-drop", "pydoc-bfloat16", "float16")] == [
+        *["bfloat16"] * 3, "float16"
+    ]  # fmt: skip
+    assert draw(replace(SMALL, dtype="float64")).score.dtype == np.float64
+
+
+def test_a_trained_router(presets):
+    """What was recorded, not what was drawn; its load is not even."""
+    problem, recorded = presets["pydoc"], load_trace(PRESETS["pydoc"])
+    assert recorded.keys() == {"expert_id", "x", "router", "w_gate", "w_up", "w_down"}
+    for name, a in recorded.items():
+        np.testing.assert_array_equal(values(problem)[name], a)
+    total_E = load(problem, kept=False).sum(axis=0)
+    assert total_E.max() > 1.5 * total_E.mean()
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"dtype": "float16"}, {"dtype": "float64"}])
+def test_the_order_of_a_sum_shows(changes):
+    problem = draw(replace(SMALL, top_k=3, capacity_factor="3/4", **changes))
+    rows, in_order = problem.order_probe()
+    assert rows.dtype == numpy_dtype(problem.case.dtype)
+    first, second, third = np.moveaxis(rows.astype(problem.case.wide) * problem.keep[..., None], 2, 0)
+    assert bits((first + second + third).astype(np.float64)) == bits(in_order)
+    whole = problem.keep.all(axis=-1)
+    assert 0 < whole.sum() < whole.size
+    assert (in_order[whole] == 2.0 ** (-39 if problem.case.dtype == "float64" else -10)).all()
+    assert not (third + first + second)[whole].any()
+    assert not (second + third + first)[whole].any()
+
+
+def test_steps_between_change_tokens_and_experts():
+    problem = draw(SMALL)
+    elsewhere, same_experts = problem.steps_between()
+    assert (elsewhere.x == -problem.x).all()
+    assert (elsewhere.expert_id == (problem.expert_id + 1) % 4).all()
+    assert (same_experts.x == -problem.x).all()
+    assert (same_experts.expert_id == problem.expert_id).all()
+
+
+# ---- Recordings
+
+IDS = np.array([[0, 1], [2, 3], [1, 0], [3, 2], [0, 3]])
+
+
+@pytest.fixture
+def record(tmp_path) -> Callable[..., Case]:
+    """Writes a recording, with five tokens' ids unless given, and returns the case that it fixes on two ranks."""
+
+    def write(metadata: dict[str, str] | None = None, **tensors: Array | None) -> Case:
+        held = {name: np.ascontiguousarray(a) for name, a in ({"expert_id": IDS} | tensors).items() if a is not None}
+        save_file(held, tmp_path / "recording.safetensors", metadata=metadata)
+        return case_from_trace(Case(ranks=2, tokens=0, trace=str(tmp_path / "recording.safetensors")))
+
+    return write
+
+
+def recorded_layer(seed: int = 0) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    shapes = {"x": (5, 6), "router": (6, 4), "w_gate": (4, 6, 3), "w_up": (4, 6, 3), "w_down": (4, 3, 6)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8])
+def test_ids_alone(record, dtype):
+    case = record(expert_id=IDS.astype(dtype))
+    assert (case.tokens, case.top_k, case.experts, case.width) == (2, 2, 4, 32)
+    problem = draw(case)
+    assert problem.expert_id.tolist() == IDS[:4].reshape(2, 2, 2).tolist()  # the fifth is left over
+    x, router, _, _ = exact_inputs(problem)  # tokens are made that choose them
+    np.testing.assert_array_equal(reference.select(case, x @ router), problem.expert_id)
+    assert draw(replace(case, tokens=1)).expert_id.tolist() == IDS[:2].reshape(2, 1, 2).tolist()
+
+
+def test_a_whole_layer(record):
+    tensors = recorded_layer()
+    case = record({"score_function": "sigmoid", "renormalize": "True", "scale": "2.5"}, **tensors)
+    assert (case.width, case.hidden, case.experts) == (6, 3, 4)
+    assert (case.score_function, case.renormalize, case.scale) == ("sigmoid", True, 2.5)
+    problem = draw(case)
+    for name in ("router", "w_gate", "w_up", "w_down"):
+        np.testing.assert_array_equal(values(problem)[name], tensors[name])
+    np.testing.assert_array_equal(problem.x, tensors["x"][:4].reshape(2, 2, 6))
+    assert problem.expert_id.tolist() == IDS[:4].reshape(2, 2, 2).tolist()  # whatever this router would choose
+    np.testing.assert_allclose(problem.score.sum(axis=-1), 2.5, rtol=1e-6)
+
+
+def test_experts_that_nobody_chose(record):
+    case = record({"n_experts": "6"})
+    assert case.experts == 6
+    assert load(draw(case)).sum(axis=0).tolist() == [2, 2, 2, 2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {"expert_id": None, "x": np.zeros((5, 6))},
+            r"needs a tensor expert_id of integers, \[M, K\], and has \['x'\]",
+        ),
+        ({"expert_id": IDS.astype(np.float32)}, r"needs a tensor expert_id of integers"),
+        ({"expert_id": IDS[0]}, r"expert_id has shape \(2,\), expected \[M K\]"),
+        ({"x": np.zeros((5, 6))}, "x and router come together or not at all"),
+        ({"router": np.zeros((6, 4))}, "x and router come together or not at all"),
+        ({"x": np.zeros((1, 5, 6)), "router": np.zeros((6, 4))}, r"x has shape \(1, 5, 6\), expected \[M D\]"),
+        ({"x": np.zeros((4, 6)), "router": np.zeros((6, 4))}, r"x has shape \(4, 6\), but M is 5"),
+        ({"x": np.zeros((5, 6)), "router": np.zeros((7, 4))}, r"router has shape \(7, 4\), but D is 6"),
+        ({"w_gate": np.zeros((4, 6, 3)), "w_down": np.zeros((4, 6, 3))}, r"w_down has shape .*, but F is 3"),
+        ({"expert_id": IDS + 1}, "--experts 5 do not divide over --ranks 2: use a multiple"),
+    ],
+)
+def test_a_recording_of_the_wrong_form(record, tensors, message):
+    with pytest.raises(ValueError, match=message):
+        record(**tensors)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "ids", "message"),
+    [
+        ({"n_experts": "2"}, IDS, "expert ids run from 0 to 3 with 2 experts: set n_experts in the metadata"),
+        ({"n_experts": "4"}, IDS - 1, "expert ids run from -1 to 2 with 4 experts"),
+        (None, np.array([[0, 1], [3, 3], [1, 0], [3, 2]]), r"token 1 chose \[3 3\]: they must differ"),
+    ],
+)
+def test_ids_that_cannot_be(record, metadata, ids, message):
+    case = record(metadata, expert_id=ids)
+    with pytest.raises(ValueError, match=message):
+        draw(case)
+
+
+def test_more_tokens_than_recorded(record):
+    with pytest.raises(ValueError, match="--tokens 3 on --ranks 2, but the recording has 5 tokens"):
+        draw(replace(record(), tokens=3))
+
+
+def test_a_case_that_is_not_the_recordings(record):
+    with pytest.raises(ValueError, match=r"the recording needs Case\(.*top_k=2, .*got Case\(.*top_k=1"):
+        draw(replace(record(), top_k=1))
+
+
+def test_no_recording(tmp_path):
+    for path in (tmp_path / "none.safetensors", tmp_path, tmp_path / "junk"):
+        Path(tmp_path / "junk").write_bytes(b"junk")
+        with pytest.raises(ValueError, match=r"--trace .*cannot read .* as safetensors"):
+            draw(Case(trace=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "message"),
+    [
+        ({"score_function": "relu"}, {}, "score_function 'relu'.*softmax or sigmoid"),
+        ({"renormalize": "yes"}, {}, "renormalize 'yes'.*true or false"),
+        ({"scale": "abc"}, {}, "scale 'abc'.*a number"),
+        ({"n_experts": "many"}, {}, "n_experts 'many'.*an integer"),
+        ({"n_experts": "8"}, recorded_layer(), "n_experts is 8, but the tensors have 4"),
+        ({}, {"expert_id": np.zeros((0, 2), np.int64)}, r"expert_id has shape \(0, 2\)"),
+        ({}, recorded_layer() | {"x": np.full((5, 6), np.nan)}, "x holds numbers that are not finite"),
+    ],
+)
+def test_a_recording_that_says_what_cannot_be(record, metadata, tensors, message):
+    with pytest.raises(ValueError, match=f"--trace .*{message}"):
+        record(metadata, **tensors)
+
+
+# ---- Cases that cannot exist
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({name: 0}, f"--{name.replace('_', '-')} is 0: it must be at least 1")
+          for name in ("ranks", "width", "hidden", "experts", "top_k", "align")),
+        ({"tokens": -1}, "--tokens is -1 and --seed 0: neither can be negative"),
+        ({"seed": -1}, "--tokens is 16 and --seed -1: neither can be negative"),
+        ({"experts": 6}, "--experts 6 do not divide over --ranks 4: use a multiple"),
+        ({"top_k": 9}, "--top-k is 9 with --experts 8: a token cannot choose more"),
+        ({"scale": float("inf")}, "--scale is inf: it must be finite"),
+        ({"scale": float("nan")}, "--scale is nan: it must be finite"),
+        *(({"capacity_factor": factor}, f"--capacity-factor is '{factor}': it must be finite and positive")
+          for factor in ("0", "-1.5", "1/0", "nan", "inf", "plenty", "")),
+        ({"pattern": "empty_expert", "top_k": 8}, "--pattern empty_expert leaves fewer than --top-k 8 of --experts 8"),
+        ({"pattern": "idle_rank", "top_k": 7}, "--pattern idle_rank leaves fewer than --top-k 7 of --experts 8"),
+        ({"pattern": "idle_rank", "ranks": 1}, "--pattern idle_rank leaves fewer than"),
+        ({"pattern": "stay_home", "top_k": 3}, "--pattern stay_home leaves fewer than"),
+    ],
+)  # fmt: skip
+def test_a_case_that_cannot_exist(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(Case(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ranks", "top_k"),
+    [("empty_expert", 4, 7), ("idle_rank", 4, 6), ("idle_rank", 2, 4), ("stay_home", 4, 2)],
+)
+def test_a_case_that_just_exists(pattern, ranks, top_k):
+    draw(replace(Case(), pattern=pattern, ranks=ranks, top_k=top_k, tokens=2))
+
+
+@pytest.mark.parametrize("name", ["dtype", "pattern", "score_function", "capacity_per", "priority"])
+def test_a_choice_that_is_none(name):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is 'other': it must be one of"):
+        replace(Case(), **{name: "other"})
