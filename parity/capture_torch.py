@@ -1,15 +1,14 @@
 """What a compiler sees of the dispatch, for one P and one way to size the permute: a process each, for its memory."""
 
-import os
-import resource
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import msgspec
 import torch
+import torch._functorch.config
+import torch._inductor.config
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
@@ -22,29 +21,39 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from parity.capture import Measured, Way
+from parity.capture import Clock, D, K, Measured, T, Way, e, peak_mib
 from torch_impl import exchange, layout
 
-T, D, K, e = 64, 8, 2, 2  # tokens, width, experts per token, experts on a rank: small, as only shapes are looked at
 
-
-def measure(P: int, way: Way, inductor: bool) -> Measured:
+def measure(P: int, way: Way) -> Measured:
     """Capture one step forward and backward, without running it, and say how large its sizes became."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=P)
     found = Measured("torch", str(torch.__version__), P, way)
-    before = peak_mib()
-    try:
-        graphs, found.capture_s = captured_graphs(lambda *a: step(*a, way), *inputs(P))
-        describe(found, graphs)
-        found.syncs = count_syncs(lambda *a: step(*a, way), P, graphs["backward"])
-        if inductor:
-            os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
-            found.compile_s = capture(lambda *a: step(*a, way), inputs(P), compile_fx)
-    except Exception as error:
-        found.error = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    found.peak_mib = round(peak_mib() - before, 1)
-    dist.destroy_process_group()
+    with ranks(P):
+        before = peak_mib()
+        try:
+            graphs, found.capture_s = captured_graphs(lambda *a: step(*a, way), *inputs(P))
+            describe(found, graphs)
+            found.syncs = count_syncs(lambda *a: step(*a, way), P, graphs["backward"])
+        except Exception as error:
+            found.error = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        found.peak_mib = round(peak_mib() - before, 1)
     return found
+
+
+def compile_seconds(P: int, way: Way) -> float:
+    """CPU seconds that capture and Inductor take, forward and backward, in this process and the C++ compiler."""
+    with ranks(P), torch._inductor.config.patch(compile_threads=1, force_disable_caches=True):
+        return capture(lambda *a: step(*a, way), inputs(P), compile_fx)
+
+
+@contextmanager
+def ranks(P: int) -> Iterator[None]:
+    """A group of P ranks of which there is only this one: enough to capture, not to run."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=P)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def inputs(P: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -99,13 +108,15 @@ class _CapturedError(Exception):
 
 
 def capture(function: Callable, arguments: tuple, compiler: Callable) -> float:
-    """Seconds until `compiler` is through with the one graph of `function`, backward included; it is not run."""
+    """CPU seconds until `compiler` is through with the one graph of `function`, backward included; it is not run."""
     torch._dynamo.reset()
-    seconds, start = [], time.perf_counter()
+    seconds, clock = [], Clock()
 
     def backend(gm: GraphModule, example: list[Any]) -> Callable:
-        compiler(gm, example)
-        seconds.append(time.perf_counter() - start)
+        # Backward compiles when it first runs, unless a symbol is among what is saved for it; here it always shall.
+        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            compiler(gm, example)
+        seconds.append(clock.seconds())
         raise _CapturedError
 
     try:
@@ -113,7 +124,7 @@ def capture(function: Callable, arguments: tuple, compiler: Callable) -> float:
     except BackendCompilerFailed:
         if not seconds:
             raise
-    return round(seconds[0], 3)
+    return seconds[0]
 
 
 def captured_graphs(function: Callable, *arguments: Any) -> tuple[dict[str, GraphModule], float]:
@@ -127,9 +138,7 @@ def captured_graphs(function: Callable, *arguments: Any) -> tuple[dict[str, Grap
 
         return compiler
 
-    # Backward compiles when it first runs, unless a symbol is among what is saved for it; here it always shall.
-    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
-        seconds = capture(function, arguments, aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward")))
+    seconds = capture(function, arguments, aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward")))
     return graphs, seconds
 
 
@@ -185,16 +194,13 @@ def is_gather(node: Node) -> bool:
 def count_syncs(function: Callable, P: int, backward: GraphModule) -> int:
     """How often one eager step would make the host wait for a GPU, forward and backward.
 
-    There need not be one: the operations that eager dispatches are recorded on fake CUDA tensors. Their autograd does
-    need one, so backward is counted in its graph, on the CPU, where each read of a value counts.
+    There need not be one: what eager dispatches is recorded with `meta` as the device. Backward cannot run there, so
+    its reads are counted in its graph.
     """
-    gather = patch.object(
-        layout, "permute_rows", lambda x, source, _: x.index_select(0, source)
-    )  # x[i] needs a CUDA build
-    with gather, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), torch.no_grad():
-        x_ND, counts_E = inputs(P, "cuda")
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), torch.no_grad():
+        x_ND, counts_E = inputs(P, "meta")
         forward = make_fx(function)(x_ND.detach(), counts_E)
-    return len(syncs(forward, "cuda")) + len(syncs(backward, "cpu"))
+    return len(syncs(forward, "meta")) + len(syncs(backward, "cpu"))
 
 
 def syncs(gm: GraphModule, device: str) -> list[Node]:
@@ -213,11 +219,22 @@ def _waits(node: Node, device: str) -> bool:
     return to_host or unsized or reads
 
 
-def peak_mib() -> float:
-    """The most memory this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def warm_up(compiler: Callable) -> None:
+    """Import what only the first compilation imports."""
+    with torch._inductor.config.patch(compile_threads=1, force_disable_caches=True):
+        capture(lambda x: x.sin().sum(), (torch.zeros(8, requires_grad=True),), compiler)
+
+
+def main(P: int, way: Way, inductor: bool) -> None:
+    """Measure, and print what there is before Inductor, which may take too long."""
+    torch.set_num_threads(1)
+    warm_up(compile_fx if inductor else aot_autograd(fw_compiler=lambda gm, _: gm.forward))
+    found = measure(P, way)
+    print(msgspec.json.encode(found).decode(), flush=True)
+    if inductor and not found.error:
+        found.compile_s = compile_seconds(P, way)
+        print(msgspec.json.encode(found).decode())
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(msgspec.json.encode(measure(int(sys.argv[1]), sys.argv[2], sys.argv[3] == "inductor")).decode())  # type: ignore[arg-type]
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:] == ["inductor"])  # type: ignore[arg-type]

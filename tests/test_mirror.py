@@ -20,6 +20,7 @@ TORCH_ONLY = {
     "checks.check_received": "the bound on the one symbol, for a compiler",
     "checks.check_sizes": "a fact for a compiler, an error otherwise",
     "checks.is_captured": "whether a compiler is looking",
+    "experts.fits_grouped_mm": "what grouped_mm takes",
     "experts.group_ends": "offsets, as grouped_mm wants them",
 }
 JAX_ONLY = {

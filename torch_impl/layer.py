@@ -58,7 +58,8 @@ def moe_layer(
 
     grouped = group_by_expert(x_TD, expert_id_TK)
     counts_Pe, splits = exchange_counts(counts_E, group)
-    check_received(splits.total, n_ranks(group) * (max_tokens or x_TD.shape[0]) * min(top_k, counts_Pe.shape[1]))
+    T = x_TD.shape[0] if max_tokens is None else max_tokens
+    check_received(splits.total, counts_Pe.shape[0] * T * min(top_k, counts_Pe.shape[1]))
     received_RD = send_tokens(grouped.x_ND, splits, group)
     expert_major = to_expert_major(received_RD, counts_Pe, splits.total)
     y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(dim=0), w_gate_eDF, w_up_eDF, w_down_eFD)
