@@ -27,7 +27,7 @@ def measure(P: int, way: str) -> Measured:
     found.compile_s = clock.seconds()
     found.peak_mib = round(peak_mib() - before, 1)
     found.nodes = lowered.as_text().count(" stablehlo.")
-    found.instructions = executable.as_text().count(" = ")
+    found.instructions = (executable.as_text() or "").count(" = ")
     return found
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -31,9 +32,9 @@ def measure(P: int, way: Way) -> Measured:
     with ranks(P):
         before = peak_mib()
         try:
-            graphs, found.capture_s = captured_graphs(lambda *a: step(*a, way), *inputs(P))
+            graphs, found.capture_s = captured_graphs(partial(step, way=way), *inputs(P))
             describe(found, graphs)
-            found.syncs = count_syncs(lambda *a: step(*a, way), P, graphs["backward"])
+            found.syncs = count_syncs(partial(step, way=way), P, graphs["backward"])
         except Exception as error:
             found.error = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         found.peak_mib = round(peak_mib() - before, 1)
@@ -43,7 +44,7 @@ def measure(P: int, way: Way) -> Measured:
 def compile_seconds(P: int, way: Way) -> float:
     """CPU seconds that capture and Inductor take, forward and backward, in this process and the C++ compiler."""
     with ranks(P), torch._inductor.config.patch(compile_threads=1, force_disable_caches=True):
-        return capture(lambda *a: step(*a, way), inputs(P), compile_fx)
+        return capture(partial(step, way=way), inputs(P), compile_fx)
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def step(x_ND: Tensor, counts_E: Tensor, way: Way) -> Tensor:
         torch._check(size >= 0)
         torch._check(size <= n_ranks * T * min(K, e))
         torch._check(size == x_RD.shape[0])
-    source_R = layout.expert_major_source(counts_Pe, size)
+    source_R = layout.expert_major_source(counts_Pe, size)  # type: ignore[arg-type]
     target_R = layout.invert(source_R)
     x_RD = layout.permute_rows(x_RD, source_R, target_R)
     y_RD = layout.permute_rows(x_RD, target_R, source_R)
@@ -153,7 +154,7 @@ def describe(found: Measured, graphs: dict[str, GraphModule]) -> None:
     found.symbols_in_all = len(shape_env.var_to_range)
     found.terms = max(terms(s) for _, _, s in sizes)
     found.permute_terms = max((terms(s) for s in permutes["forward"]), default=0)
-    found.permute_terms_backward = max((terms(s) for s in permutes["backward"]), default=0)
+    found.permute_terms_backward = max((terms(s) for s in permutes.get("backward", ())), default=0)
     longest = max(permutes["forward"], key=terms)
     found.size = str(longest) if len(str(longest)) <= 40 else f"{str(longest)[:18]} ... {str(longest)[-18:]}"
     bound = shape_env.bound_sympy(longest)

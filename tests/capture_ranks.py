@@ -5,7 +5,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
+from parity.capture import Measured
 from torch_impl import layer, layout, routing
 
 T, D, F, E, K = 8, 8, 8, 8, 2
@@ -22,33 +26,38 @@ class Compared(NamedTuple):
 
 
 def routings(P: int, rank: int, n: int) -> list[Tensor]:
-    """Expert ids of one rank: where a rank receives everything, nothing or a single row, and then at random."""
-    e = E // P
-    first = [[0, 1]] * T
-    all_but_one = [*first[:-1], [0, e]]  # one row for rank 1
-    planted = [first, all_but_one if rank == 0 else first, first]
+    """Expert ids of one rank. First a common routing, which is compiled for; then rank 0 receives everything and rank 1
+    nothing, then rank 1 a single row; and random ones after that.
+    """
+    everything = [[0, 1]] * T
+    but_one = [*everything[:-1], [0, E // P]]
     generator = torch.Generator().manual_seed(rank)
-    drawn = [torch.rand(T, E, generator=generator).argsort(dim=1)[:, :K].contiguous() for _ in range(n - len(planted))]
-    return [drawn[0], *map(torch.tensor, planted), *drawn[1:]]
+    drawn = [torch.rand(T, E, generator=generator).argsort(dim=1)[:, :K].contiguous() for _ in range(n - 2)]
+    return [drawn[0], torch.tensor(everything), torch.tensor(but_one if rank == 0 else everything), *drawn[1:]]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parameters(P: int, seed: int = 0) -> list[Tensor]:
+    """The router and one rank's experts."""
+    e = E // P
+    return [normal(*shape, seed=seed + i) for i, shape in enumerate([(D, E), (e, D, F), (e, D, F), (e, F, D)])]
 
 
 def run_both(
     rank: int, P: int, n: int, backend: str, dtype: torch.dtype, on: str, group: dist.ProcessGroup | None
 ) -> Compared:
     """The layer forward and backward, eager and compiled once, on `n` routings."""
-    device = torch.device(on, rank % torch.cuda.device_count()) if on != "cpu" else torch.device("cpu")
+    device = torch.device("cpu") if on == "cpu" else torch.device("cuda", rank % torch.cuda.device_count())
     if on == "cuda" and torch.cuda.device_count() >= P:
         torch.cuda.set_device(device)
-        group = dist.new_group(dist.get_process_group_ranks(group), backend="nccl", use_local_synchronization=True)
+        members = dist.get_process_group_ranks(group)
+        group = dist.new_group(members, backend="nccl", use_local_synchronization=True)  # type: ignore[assignment]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    generator = torch.Generator().manual_seed(rank)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_()
-
-    e = E // P
-    inputs = [normal(T, D), normal(D, E), normal(e, D, F), normal(e, D, F), normal(e, F, D)]
+    inputs = [a.to(device, dtype).requires_grad_() for a in (normal(T, D, seed=rank), *parameters(P))]
 
     def moe(x_TD, router_DE, w_gate_eDF, w_up_eDF, w_down_eFD, ids_TK):
         chosen = routing.route(x_TD, router_DE, K, expert_id_TK=ids_TK)
@@ -56,23 +65,21 @@ def run_both(
 
     compiled = torch.compile(moe, backend=backend, fullgraph=True)
     rows, moved_differ, error = [], 0, 0.0
-    for ids_TK in routings(P, rank, n):
-        dout_TD = normal(T, D).detach()
+    for i, ids_TK in enumerate(routings(P, rank, n)):
+        dout_TD = normal(T, D, seed=1000 + i).to(device, dtype)
         results = []
         for run in (moe, compiled):
-            stages = run(*inputs, ids_TK.to(device))
-            gradients = torch.autograd.grad(stages.out_TD, inputs, dout_TD)
-            results.append((stages, gradients))
-        (stages, gradients), (stages_, gradients_) = results
-        rows.append(stages_.splits.total)
-        moved_differ += sum(not torch.equal(a, b) for a, b in zip(moved(stages), moved(stages_), strict=True))
-        for a, b in zip((stages.out_TD, *gradients), (stages_.out_TD, *gradients_), strict=True):
+            stages = run(*inputs, ids_TK.to(device))  # type: ignore[call-arg]
+            results.append((stages, torch.autograd.grad(stages.out_TD, inputs, dout_TD)))
+        (eager, gradients), (stages, gradients_) = results
+        rows.append(stages.splits.total)
+        moved_differ += sum(not torch.equal(a, b) for a, b in zip(moved(eager), moved(stages), strict=True))
+        for a, b in zip((eager.out_TD, *gradients), (stages.out_TD, *gradients_), strict=True):
             scale = torch.finfo(dtype).eps * float(a.detach().abs().max().clamp(min=1))
             error = max(error, float((a.detach() - b.detach()).abs().max()) / scale)
     counters = torch._dynamo.utils.counters
-    return Compared(
-        rows, moved_differ, error, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-    )
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    return Compared(rows, moved_differ, error, graphs, breaks)
 
 
 def moved(stages: layer.Stages) -> list[Tensor]:
@@ -86,44 +93,123 @@ def moved(stages: layer.Stages) -> list[Tensor]:
 def uneven(T_here: int, backend: str, group: dist.ProcessGroup | None) -> bool:
     """Whether the compiled layer equals the eager one where ranks have different numbers of tokens."""
     torch._dynamo.reset()
-    torch.manual_seed(0)
-    P = dist.get_world_size(group)
-    weights = [torch.randn(E // P, D, F) for _ in range(3)]
-    x_TD, router_DE = torch.randn(T_here, D), torch.randn(D, E)
 
-    def moe(x_TD, router_DE, *weights):
-        return layer.moe_layer(x_TD, router_DE, *weights, top_k=K, max_tokens=T, group=group).out_TD
+    def moe(x_TD, *weights):
+        return layer.moe_layer(x_TD, *weights, top_k=K, max_tokens=T, group=group).out_TD
 
-    expected = moe(x_TD, router_DE, *weights)
-    return torch.equal(torch.compile(moe, backend=backend, fullgraph=True)(x_TD, router_DE, *weights), expected)
+    inputs = [normal(T_here, D), *parameters(dist.get_world_size(group))]
+    return torch.equal(torch.compile(moe, backend=backend, fullgraph=True)(*inputs), moe(*inputs))
 
 
-def permute_of(n: int, output_size: int | None, backend: str, _: Any) -> list[float]:
-    """Compile a permute of `n` rows, a number that the compiler does not know, by counts that add up to six; run it."""
+class Captured(NamedTuple):
+    of: Measured
+    bounded: bool  # whether it is known that no size is larger than a rank can receive
+    rows: list[int]  # received
+    same: bool  # whether all results are those of the eager step, bit for bit
+
+
+def captured_by(how: str, rank: int, P: int, group: dist.ProcessGroup | None) -> Captured:
+    """Capture the layer's step once, by another way than `torch.compile`, and run that on other routings."""
+    from parity.capture_torch import describe, tensors  # not for pytest: Inductor warns of itself when imported
+
+    inputs = [normal(T, D, seed=rank).requires_grad_(), *(a.requires_grad_() for a in parameters(P))]
+
+    def step(ids_TK: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        chosen = routing.route(inputs[0], inputs[1], K, expert_id_TK=ids_TK)
+        stages = layer.moe_layer(*inputs, top_k=K, routing=chosen, group=group)
+        results = (*moved(stages), stages.out_TD)
+        return results if "export" in how else (*results, *torch.autograd.grad(stages.out_TD.sum(), inputs))
+
+    class Step(torch.nn.Module):
+        def forward(self, ids_TK: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return step(ids_TK, *inputs)
+
+    first, *others = routings(P, rank, 5)
+    if how == "make_fx":
+        graph = run = make_fx(step, tracing_mode="symbolic")(first, *inputs)
+    else:
+        program = torch.export.export(Step(), (first, *inputs), strict=how == "strict export").run_decompositions({})
+        graph, run = program.graph_module, program.module()
+    found, rows, same = Measured("torch", "", P, how), [], True
+    describe(found, {"forward": graph})
+    most = P * T * min(K, E // P)
+    bounded = all(statically_known_true(n <= most) for _, value in tensors(graph) for n in value.shape)
+    for ids_TK in (first, *others):
+        expected, actual = step(ids_TK, *inputs), run(ids_TK, *inputs)
+        rows.append(len(expected[5]))
+        same &= all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    return Captured(found, bounded, rows, same)
+
+
+def permute_of(counts: list[int], output_size: int | None, backend: str, _: Any) -> list[list[float]]:
+    """Compile a permute whose size is only known when it runs, for rows 0..5; then run it on rows as in `counts`."""
     torch._dynamo.reset()
 
-    def permute(x_RD: Tensor, n: Tensor, counts_Pe: Tensor) -> Tensor:
-        rows = n.item()
+    def permute(x_RD: Tensor, counts_Pe: Tensor) -> Tensor:
+        rows = counts_Pe.sum().item()
         torch._check(rows >= 0)
         torch._check(rows <= 16)
         return layout.to_expert_major(x_RD[:rows], counts_Pe, output_size).x_RD
 
     run = torch.compile(permute, backend=backend, fullgraph=True)
-    return run(torch.arange(16.0)[:, None], torch.tensor(n), torch.tensor([[2, 3, 1]])).flatten().tolist()
+    x_RD = torch.arange(16.0)[:, None]
+    return [run(x_RD, torch.tensor([c])).flatten().tolist() for c in ([1, 3, 2], counts)]
 
 
 def ids_out_of_range(backend: str, group: dist.ProcessGroup | None) -> None:
     """Compile the layer and choose an expert that does not exist; ids are not read under capture."""
     torch._dynamo.reset()
-    x_TD, router_DE, weights = torch.randn(T, D), torch.randn(D, E), [torch.randn(E, D, F) for _ in range(3)]
 
-    def moe(x_TD, router_DE, ids_TK, *weights):
-        score_TK = ids_TK.float()
-        chosen = routing.Routing(score_TK, ids_TK, routing.count_per_expert(ids_TK, E))
-        return layer.moe_layer(x_TD, router_DE, *weights, top_k=K, routing=chosen, group=group).out_TD
+    def moe(ids_TK, *inputs):
+        chosen = routing.Routing(ids_TK.float(), ids_TK, routing.count_per_expert(ids_TK, E))
+        return layer.moe_layer(*inputs, top_k=K, routing=chosen, group=group).out_TD
 
-    ids_TK = torch.tensor([[0, 1]] * T)
+    ids_TK, inputs = torch.tensor([[0, 1]] * T), [normal(T, D), *parameters(dist.get_world_size(group))]
     run = torch.compile(moe, backend=backend, fullgraph=True)
-    run(x_TD, router_DE, ids_TK, *weights)
+    run(ids_TK, *inputs)
     ids_TK[3, 1] = E
-    run(x_TD, router_DE, ids_TK, *weights)
+    run(ids_TK, *inputs)
+
+
+# Token 0 chooses expert 0; its second choice ties between all others.
+TIED_DE = torch.cat([torch.eye(1, E), torch.eye(E).roll(1, dims=1)[1:] + torch.eye(E)[1:] / 2])
+
+
+def recomputed(replay: bool, how: str, rank: int, group: dist.ProcessGroup | None) -> str:
+    """Recompute the dispatch in backward, where the tie falls to the highest id: replayed or chosen again.
+
+    "equal" if the gradients are those of a step that keeps everything, bit for bit; otherwise what went wrong.
+    """
+    torch._dynamo.reset()
+    T = D
+    experts = parameters(dist.get_world_size(group))[1:]
+    inputs = [a.requires_grad_() for a in (torch.eye(T), TIED_DE.clone(), *experts)]
+    chosen = 0
+
+    def choose(x_TD: Tensor, router_DE: Tensor) -> Tensor:
+        nonlocal chosen
+        chosen += 1
+        if chosen == 1:
+            return routing.route(x_TD, router_DE, K).expert_id_TK
+        return E - 1 - routing.route(x_TD, router_DE.flip(1), K).expert_id_TK
+
+    def moe(ids_TK, x_TD, router_DE, *weights):
+        ids_TK = choose(x_TD.detach(), router_DE.detach()) if ids_TK is None else ids_TK
+        routed = routing.route(x_TD, router_DE, K, expert_id_TK=ids_TK)
+        return layer.moe_layer(x_TD, router_DE, *weights, top_k=K, routing=routed, group=group).out_TD
+
+    kept_TK = choose(inputs[0].detach(), inputs[1].detach())
+    dout_TD = normal(T, D, seed=rank)
+    expected = torch.autograd.grad(moe(kept_TK, *inputs), inputs, dout_TD)
+    chosen = 0
+    ids_TK = choose(inputs[0].detach(), inputs[1].detach()) if replay else None
+
+    def step(*inputs):
+        return checkpoint(moe, ids_TK, *inputs, use_reentrant=False)
+
+    run = step if how == "eager" else torch.compile(step, backend=how, fullgraph=True)
+    try:
+        actual = torch.autograd.grad(run(*inputs), inputs, dout_TD)
+    except CheckpointError as error:
+        return str(error)
+    return "equal" if all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)) else "another gradient"
