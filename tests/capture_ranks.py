@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from parity.capture import Measured
@@ -132,8 +132,10 @@ def captured_by(how: str, rank: int, P: int, group: dist.ProcessGroup | None) ->
         graph, run = program.graph_module, program.module()
     found, rows, same = Measured("torch", "", P, how), [], True
     describe(found, {"forward": graph})
-    most = P * T * min(K, E // P)
-    bounded = all(statically_known_true(n <= most) for _, value in tensors(graph) for n in value.shape)
+    values = [value for _, value in tensors(graph)]
+    most = P * values[0].shape[0] * min(K, E // P)  # the ids come first; to make_fx, their number is a symbol too
+    sizes = [n for value in values for n in value.shape if isinstance(n, torch.SymInt) and free_unbacked_symbols(n)]
+    bounded = bool(sizes) and all(statically_known_true(n <= most) for n in sizes)
     for ids_TK in (first, *others):
         expected, actual = step(ids_TK, *inputs), run(ids_TK, *inputs)
         rows.append(len(expected[5]))
@@ -141,8 +143,8 @@ def captured_by(how: str, rank: int, P: int, group: dist.ProcessGroup | None) ->
     return Captured(found, bounded, rows, same)
 
 
-def permute_of(counts: list[int], output_size: int | None, backend: str, _: Any) -> list[list[float]]:
-    """Compile a permute whose size is only known when it runs, for rows 0..5; then run it on rows as in `counts`."""
+def permute_of(many_counts: list[list[int]], output_size: int | None, backend: str, _: Any) -> list[list[float] | str]:
+    """Compile a permute whose size is known when it runs, and run it for all counts: the rows, or what it said."""
     torch._dynamo.reset()
 
     def permute(x_RD: Tensor, counts_Pe: Tensor) -> Tensor:
@@ -151,13 +153,17 @@ def permute_of(counts: list[int], output_size: int | None, backend: str, _: Any)
         torch._check(rows <= 16)
         return layout.to_expert_major(x_RD[:rows], counts_Pe, output_size).x_RD
 
-    run = torch.compile(permute, backend=backend, fullgraph=True)
-    x_RD = torch.arange(16.0)[:, None]
-    return [run(x_RD, torch.tensor([c])).flatten().tolist() for c in ([1, 3, 2], counts)]
+    run, results = torch.compile(permute, backend=backend, fullgraph=True), []
+    for counts in many_counts:
+        try:
+            results.append(run(torch.arange(16.0)[:, None], torch.tensor([counts])).flatten().tolist())
+        except RuntimeError as error:
+            results.append(str(error))
+    return results
 
 
-def ids_out_of_range(backend: str, group: dist.ProcessGroup | None) -> None:
-    """Compile the layer and choose an expert that does not exist; ids are not read under capture."""
+def ids_out_of_range(backend: str, group: dist.ProcessGroup | None) -> str:
+    """Compile the layer and choose an expert that does not exist; ids are not read under capture. What it says."""
     torch._dynamo.reset()
 
     def moe(ids_TK, *inputs):
@@ -168,7 +174,11 @@ def ids_out_of_range(backend: str, group: dist.ProcessGroup | None) -> None:
     run = torch.compile(moe, backend=backend, fullgraph=True)
     run(ids_TK, *inputs)
     ids_TK[3, 1] = E
-    run(ids_TK, *inputs)
+    try:
+        run(ids_TK, *inputs)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 # Token 0 chooses expert 0; its second choice ties between all others.

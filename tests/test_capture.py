@@ -1,6 +1,7 @@
 """One symbol, not a sum of P: what a compiler sees of the dynamic path, and that what it makes of it is right."""
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -160,20 +161,21 @@ def test_uneven_tokens_with_a_promise(torch_ranks: TorchRanks):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_wrong_output_size_is_refused_when_compiled(torch_ranks: TorchRanks, backend):
     """The size is a plain number, right for the counts it is compiled with. Inductor alone would not notice."""
+    counts = [[1, 3, 2], [2, 3, 1], [2, 3, 3], [2, 3, 0]]
+    (results,) = torch_ranks(capture_ranks.permute_of, [counts], [6], [backend])
+    assert results[:2] == [[0, 1, 2, 3, 4, 5]] * 2
+    for refused in results[2:]:
+        assert re.search(r"u0 [<>]= 6", refused)
 
-    def run(counts: list[int], size: int | None) -> list:
-        return torch_ranks(capture_ranks.permute_of, [counts], [size], [backend])[0]
 
-    assert run([2, 3, 1], 6) == [[0, 1, 2, 3, 4, 5]] * 2
-    assert run([0, 0, 1], None) == [[0, 1, 2, 3, 4, 5], [0]]
-    for counts in ([2, 3, 3], [2, 3, 0]):
-        with pytest.raises(RuntimeError, match="u0 [<>]= 6"):
-            run(counts, 6)
+def test_a_permute_that_is_not_told_its_size(torch_ranks: TorchRanks):
+    (results,) = torch_ranks(capture_ranks.permute_of, [[[2, 3, 1], [0, 0, 1], [0, 0, 0]]], [None], ["aot_eager"])
+    assert results == [[0, 1, 2, 3, 4, 5], [0], []]
 
 
 def test_ids_out_of_range_are_refused_when_compiled(torch_ranks: TorchRanks):
-    with pytest.raises(RuntimeError, match="assertion failed for expression u0 >= 16"):
-        torch_ranks(capture_ranks.ids_out_of_range, ["aot_eager"])
+    (message,) = torch_ranks(capture_ranks.ids_out_of_range, ["aot_eager"])
+    assert "assertion failed for expression u0 >= 16" in message
 
 
 # Recomputation: a tie that falls one way in the forward and another in backward
