@@ -1,4 +1,4 @@
-"""`python -m parity`: check | compare | report | faults | bench | doctor."""
+"""`python -m parity`: check | compare | report | bench | capture | faults | doctor."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ import msgspec
 import tyro
 from rich.console import Console
 
-from parity import faults, records
+from parity import capture, faults, records
 from parity.backends import BACKENDS, BackendError
 from parity.bench import PARTS, SHAPES, Figure, Plan, run_bench
 from parity.blame import blame
@@ -192,6 +192,39 @@ class BenchCommand:
     """Write the figures to this file too, a JSON object a line."""
 
 
+@dataclass
+class CaptureCommand:
+    """What does a compiler see of the dispatch as the number of ranks grows? One symbol, or a sum of P of them?
+
+    Captures stages 3, 4, 5, 7 and 8, forward and backward, without running them, for each way to size the permute:
+        none            ask the device
+        list_sum        sum a list of splits
+        received_shape  rows of what arrived
+        cpu_tensor_sum  sum the splits as a CPU tensor; the exchange still takes lists
+        torch_impl      this project's: that, and no list at all
+        shard_map, vmap   JAX, whose sizes are static
+
+    Exit code: 0 when torch_impl, if asked for, has one symbol at every P; 1 otherwise.
+
+    For example:
+        python -m parity capture
+        python -m parity capture --ranks 4 64 1024 --ways list_sum torch_impl --no-inductor --json
+    """
+
+    ranks: tuple[int, ...] = (4, 16, 64)
+    """Numbers of ranks P. They are only captured for: no other rank is started."""
+    ways: tuple[capture.Way, ...] = capture.WAYS
+    """Which ways."""
+    inductor: bool = True
+    """Compile with Inductor too, which takes most of the time."""
+    timeout: float = 600
+    """Seconds after which one measurement is given up, and what there is of it reported."""
+    json: bool = field(default_factory=not_a_terminal)
+    """Lines of JSON instead of a table: the default where the output is not a terminal."""
+    plot: Path | None = None
+    """Draw length of the permute's size and compile time against P into this file (.png, .svg, .pdf)."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run it, and exit with its code."""
     command = tyro.extras.subcommand_cli_from_dict(
@@ -199,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
             "check": CheckCommand,
             "compare": CompareCommand,
             "report": ReportCommand,
+            "capture": CaptureCommand,
             "faults": FaultsCommand,
             "bench": BenchCommand,
             "doctor": DoctorCommand,
@@ -212,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
             CheckCommand: check,
             CompareCommand: compare_folders,
             ReportCommand: show_report,
+            CaptureCommand: capture_command,
             FaultsCommand: list_faults,
             BenchCommand: bench,
             DoctorCommand: see_doctor,
@@ -426,6 +461,34 @@ def show_report(command: ReportCommand) -> int:
     reports = {path.name.split(".")[0]: records.read(path) for path in command.files}
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(summary(reports))
     return max(report.footer.exit_code for report in reports.values())
+
+
+def capture_command(command: CaptureCommand) -> int:
+    """Run `capture`; its exit code.
+
+    Raises ValueError on a number of ranks that cannot be one.
+    """
+    if not command.ranks or min(command.ranks) < 2:
+        raise ValueError(f"--ranks {' '.join(map(str, command.ranks))}: give numbers of 2 or more, as 4 64")
+    wanted: list[tuple[int, capture.Way]] = [(P, way) for P in command.ranks for way in command.ways]
+    found: list[capture.Measured] = []
+    with progress() as bar:
+        task = bar.add_task("capture", total=len(wanted))
+        for P, way in wanted:
+            bar.update(task, description=f"P = {P}, {way}")
+            found.append(capture.measured(P, way, command.inductor, command.timeout))
+            bar.advance(task)
+            if command.json:
+                print(msgspec.json.encode(found[-1]).decode(), flush=True)
+    if not command.json:
+        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+        versions = sorted({f"{m.framework} {m.version}" for m in found if m.version})
+        console.print(capture.table(found), capture.LEGEND, "\n" + ", ".join(versions))
+    if command.plot:
+        capture.plot(found, command.plot)
+        Console(stderr=True).print(f"wrote {command.plot}", highlight=False)
+    own = [m for m in found if m.way == "torch_impl"]
+    return MATCH if all(m.permute_terms == m.permute_terms_backward == 1 for m in own) else MISMATCH
 
 
 def see_doctor(command: DoctorCommand) -> int:

@@ -74,27 +74,27 @@ _TORCH = [
     ("token-gradient-in-bfloat16", "group_by_expert", "A token's gradient is summed in its own dtype.", "grouping.py",
      "dx_TD = dx_TD + dx_ND[slot_T].to(wide)", "dx_TD = (dx_TD + dx_ND[slot_T]).to(dx_ND.dtype)", "bfloat16"),
     ("counts-of-wrong-expert", "exchange_counts", "Local experts are counted in reverse.", "exchange.py",
-     "dist.all_to_all_single(counts_Pe, sent_Pe.contiguous(), group=group)",
-     "dist.all_to_all_single(counts_Pe, sent_Pe.flip(1).contiguous(), group=group)", "zipf"),
+     "_all_to_all(sent_Pe, one_P, one_P, P, group)",
+     "_all_to_all(sent_Pe.flip(1), one_P, one_P, P, group)", "zipf"),
     ("splits-swapped", "send_tokens", "Input and output splits change places.", "exchange.py",
-     "_AllToAll.apply(x_ND, splits.send_P, splits.receive_P, group)",
-     "_AllToAll.apply(x_ND, splits.receive_P, splits.send_P, group)", "zipf"),
+     "_all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)",
+     "_all_to_all(x_ND, splits.receive_P, splits.send_P, splits.total, group)", "zipf"),
     ("row-lost", "send_tokens", "The last row that arrives is lost.", "exchange.py",
-     "return _AllToAll.apply(x_ND, splits.send_P, splits.receive_P, group)  # type: ignore[no-any-return]",
-     "received = _AllToAll.apply(x_ND, splits.send_P, splits.receive_P, group)\n"
+     "return _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)",
+     "received = _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)\n"
      "    return received * (torch.arange(len(received)) < len(received) - 1)[:, None]", "zipf"),
     ("row-duplicated", "send_tokens", "The first row is sent in place of the second too.", "exchange.py",
-     "_AllToAll.apply(x_ND, splits.send_P,",
-     "_AllToAll.apply(x_ND[(torch.arange(len(x_ND)) - (torch.arange(len(x_ND)) == 1).long())], splits.send_P,", "zipf"),
+     "_all_to_all(x_ND, splits.send_P,",
+     "_all_to_all(x_ND[(torch.arange(len(x_ND)) - (torch.arange(len(x_ND)) == 1).long())], splits.send_P,", "zipf"),
     ("idle-rank-detached", "send_tokens", "A rank that receives nothing leaves the graph, and its backward hangs the "
      "others.", "exchange.py",
-     "return _AllToAll.apply(x_ND, splits.send_P, splits.receive_P, group)  # type: ignore[no-any-return]",
-     "received = _AllToAll.apply(x_ND, splits.send_P, splits.receive_P, group)\n"
+     "return _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)",
+     "received = _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)\n"
      "    return received if len(received) else received.detach().requires_grad_()", "idle-rank"),
     ("stale-buffer", "send_tokens", "Rows are read from the buffer before they arrive: those of the step before.",
      "exchange.py",
-     "return _AllToAll.apply(x_ND, splits.send_P, splits.receive_P, group)  # type: ignore[no-any-return]",
-     "received = _AllToAll.apply(x_ND, splits.send_P, splits.receive_P, group)\n"
+     "return _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)",
+     "received = _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)\n"
      "    kept = globals().setdefault('_KEPT', {})\n    before = kept.get(received.shape, received)\n"
      "    kept[received.shape] = received.detach().clone()\n"
      "    return received - received.detach() + before.detach() if received.isfinite().all() else received", "zipf"),
@@ -108,8 +108,8 @@ _TORCH = [
      "    target_R = invert(source_R)\n"
      "    return ExpertMajor(permute_rows(", "zipf"),
     ("off-by-one-group", "apply_experts", "Each expert's rows end one too early.", "experts.py",
-     "offs=counts_e.cumsum(dim=0).to(torch.int32)",
-     "offs=(counts_e.cumsum(dim=0) - (torch.arange(len(counts_e)) < len(counts_e) - 1).long()).clamp(min=0)"
+     "return counts_e.cumsum(dim=0).to(torch.int32)",
+     "return (counts_e.cumsum(dim=0) - (torch.arange(len(counts_e)) < len(counts_e) - 1).long()).clamp(min=0)"
      ".to(torch.int32)", "zipf"),
     ("silu-on-the-wrong-half", "apply_experts", "silu goes to the up projection instead of the gate.", "experts.py",
      "F.silu(gate_RF.to(wide)) * up_RF.to(wide)", "F.silu(up_RF.to(wide)) * gate_RF.to(wide)", "zipf"),
@@ -140,9 +140,9 @@ _TORCH = [
     ("backward-not-inverted", "to_rank_major", "Backward gathers by the forward's own index.", "layout.py",
      "return permute_rows(y_RD, target_R, source_R)", "return permute_rows(y_RD, target_R, target_R)", "zipf"),
     ("backward-splits-swapped", "return_tokens", "The exchange's backward sends rows the way the forward did.",
-     "exchange.py", "_AllToAll.apply(y_RD, splits.receive_P, splits.send_P, group)",
-     "_AllToAll.apply(y_RD, splits.receive_P, splits.send_P, group) + 0 * y_RD.sum().detach() if y_RD.requires_grad is "
-     "False else _AllToAll.apply(y_RD.flip(0), splits.receive_P, splits.send_P, group)", "zipf"),
+     "exchange.py", "_all_to_all(y_RD, splits.receive_P, splits.send_P, splits.sent, group)",
+     "_all_to_all(y_RD, splits.receive_P, splits.send_P, splits.sent, group) + 0 * y_RD.sum().detach() if y_RD.requires_grad is "
+     "False else _all_to_all(y_RD.flip(0), splits.receive_P, splits.send_P, splits.sent, group)", "zipf"),
     ("score-applied-twice", "combine", "Rows are weighted by the square of their score.", "grouping.py",
      "out_TD = out_TD + score_T.to(wide)[:, None] *", "out_TD = out_TD + score_T.to(wide)[:, None] ** 2 *", "zipf"),
     ("score-not-applied", "combine", "Rows are summed without their scores.", "grouping.py",

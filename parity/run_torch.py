@@ -318,8 +318,8 @@ def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[s
     stage("exchange_counts", {"counts": exchange.exchange_counts(put(sent_PE[rank]))[0]})
     index = {name: put(a) for name, a in indices(case, table, rank).items()}
     counts_Pe = put(received_Pe)
-    send_P = sent_PE[rank].reshape(case.ranks, -1).sum(axis=1).tolist()
-    splits = exchange.Splits(send_P, received_Pe.sum(axis=1).tolist(), int(received_Pe.sum()))
+    send_P, receive_P = (torch.from_numpy(a.reshape(case.ranks, -1).sum(axis=1)) for a in (sent_PE[rank], received_Pe))
+    splits = exchange.Splits(send_P, receive_P, int(send_P.sum()), int(receive_P.sum()))
 
     at("send_tokens")
     x_sent, dx_received = rows(x_rows, "grouped", grad=True), rows(problem.dx_rows, "received")

@@ -186,7 +186,7 @@ def test_ids_out_of_range_inside_a_trace_are_dropped_and_counted():
 
 def test_counts_of_another_routing():
     """On a GPU an id out of range cannot be read without a sync; it is counted nowhere, and the sum says so."""
-    x, splits = torch.ones(3, 4), torch_impl.exchange.Splits([2], [2], 2)
+    x, splits = torch.ones(3, 4), torch_impl.exchange.Splits(torch.tensor([2]), torch.tensor([2]), 2, 2)
     with pytest.raises(
         ValueError, match="3 rows to send, but the counts per expert add up to 2: an expert id is out of"
     ):

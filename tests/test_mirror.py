@@ -14,9 +14,14 @@ FILES = ["layer", "routing", "grouping", "exchange", "layout", "experts", "check
 
 # Names that only one side has: dynamic shapes need splits and an output size, static ones a capacity.
 TORCH_ONLY = {
-    "exchange.Splits": "row counts as host integers",
+    "exchange.Splits": "row counts on the host",
     "checks.check_splits": "finds, at no sync, ids out of range on a GPU",
     "checks.check_output_size": "the permute's size is an argument",
+    "checks.check_received": "the bound on the one symbol, for a compiler",
+    "checks.check_sizes": "a fact for a compiler, an error otherwise",
+    "checks.is_captured": "whether a compiler is looking",
+    "experts.fits_grouped_mm": "what grouped_mm takes",
+    "experts.group_ends": "offsets, as grouped_mm wants them",
 }
 JAX_ONLY = {
     "grouping.Capacity": "the static size of a bin",
@@ -29,7 +34,7 @@ JAX_ONLY = {
 # One name there, another here.
 RENAMED = {"expert_major_source": ("rank_bins_source", "expert_bins_source"), "group": ("axis_name",)}
 # Parameters and fields that only one side has.
-TORCH_ONLY_PARAMETERS = {"splits", "output_size"}
+TORCH_ONLY_PARAMETERS = {"splits", "output_size", "max_tokens"}
 JAX_ONLY_PARAMETERS = {"capacity", "dropped", "kept"}
 # group_by_expert drops here and only here, so only JAX's needs scores to choose by.
 JAX_ONLY_HERE = {"group_by_expert": {"score"}, "invert": {"size"}}

@@ -17,7 +17,7 @@ CHECK = [sys.executable, "-m", "parity", "check", "zipf", "--backend", "torch", 
 
 def broken(tmp_path: Path, line: str) -> Path:
     """A copy of the packages in which rank 2 does `line` before it sends its tokens."""
-    old = "    check_splits(splits.send_P, x_ND.shape[0])\n"
+    old = "    check_splits(splits.sent, x_ND.shape[0])\n"
     new = f"{old}    import os, signal, time\n    if dist.is_initialized() and dist.get_rank() == 2:\n        {line}\n"
     return plant(Fault("broken", "torch", "send_tokens", "", "torch_impl/exchange.py", old, new), tmp_path / "copy")
 

@@ -1,9 +1,11 @@
 """Wrong input is refused here, before anything is sent to another rank."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -72,7 +74,7 @@ def check_expert_ids(expert_id_TK: Tensor, n_experts: int) -> None:
     """
     if expert_id_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"expert ids are {expert_id_TK.dtype}: they must be int32 or int64")
-    if expert_id_TK.device.type != "cpu" or expert_id_TK.numel() == 0 or torch.compiler.is_compiling():
+    if expert_id_TK.device.type != "cpu" or expert_id_TK.numel() == 0 or is_captured():
         return
     low, high = int(expert_id_TK.min()), int(expert_id_TK.max())
     if low < 0 or high >= n_experts:
@@ -118,17 +120,47 @@ def check_experts_per_rank(n_experts: int, n_ranks: int) -> None:
 
 def check_output_size(output_size: int, n_rows: int) -> None:
     """Raises ValueError unless the permute's output has exactly the rows that were received."""
-    if output_size != n_rows:
-        raise ValueError(
+    check_sizes(
+        output_size == n_rows,
+        lambda: (
             f"output_size is {output_size} but {n_rows} rows were received: pass the total of the receive splits, "
             "or leave it out"
-        )
+        ),
+    )
 
 
-def check_splits(send_P: list[int], n_rows: int) -> None:
+def check_splits(sent: int, n_rows: int) -> None:
     """Raises ValueError unless every row has a rank to go to."""
-    if sum(send_P) != n_rows:
-        raise ValueError(
-            f"{n_rows} rows to send, but the counts per expert add up to {sum(send_P)}: "
+    check_sizes(
+        sent == n_rows,
+        lambda: (
+            f"{n_rows} rows to send, but the counts per expert add up to {sent}: "
             "an expert id is out of range, or the counts belong to another routing"
-        )
+        ),
+    )
+
+
+def check_received(total: int, most: int) -> None:
+    """Tells a compiler how many rows a rank can receive at most; the compiled code asserts it.
+
+    Without it the one symbol ranges up to infinity, and code for any size has to index with 64 bits.
+    """
+    if is_captured():
+        torch._check(total <= most)
+
+
+def check_sizes(condition: bool, message: Callable[[], str]) -> None:
+    """Raises ValueError unless the condition on sizes holds, at no sync.
+
+    Under capture sizes are symbols: the condition becomes a fact that the compiler may build on and that the compiled
+    code asserts, a RuntimeError in the compiler's words.
+    """
+    if is_captured():
+        torch._check(condition)
+    elif not condition:
+        raise ValueError(message())
+
+
+def is_captured() -> bool:
+    """Whether torch.compile, torch.export or make_fx is looking: values are then not there to be read."""
+    return torch.compiler.is_compiling() or detect_fake_mode() is not None

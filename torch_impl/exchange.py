@@ -6,16 +6,18 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Integer
 from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
 
 from torch_impl.checks import check_experts_per_rank, check_splits
 
 
 class Splits(NamedTuple):
-    """Rows per rank, as host integers: what a dynamic exchange has to know and a static one does not."""
+    """Rows per rank, on the host: what a dynamic exchange has to know and a static one does not."""
 
-    send_P: list[int]
-    receive_P: list[int]
-    total: int  # R, the rows this rank receives
+    send_P: Integer[Tensor, " P"]  # tensors on the CPU, not lists: under capture each item of a list is one more symbol
+    receive_P: Integer[Tensor, " P"]
+    sent: int  # N, if the counts are those of the rows; under capture a symbol until `send_tokens` has checked that
+    total: int  # R, the rows this rank receives; under capture the one symbol that every dynamic shape is made of
 
 
 def n_ranks(group: dist.ProcessGroup | None) -> int:
@@ -30,20 +32,20 @@ def exchange_counts(
 
         counts_Pe[p, j] = rows that rank p sends to local expert j of this rank
 
-    One device-to-host copy brings both split lists over; their total is a sum on the host. Nothing else waits.
+    One device-to-host copy brings both lists of splits over; they are summed there, as tensors, and only the two sums
+    become integers. Nothing else waits.
 
     Raises ValueError when the number of experts is not a multiple of the number of ranks.
     """
     P = n_ranks(group)
     check_experts_per_rank(counts_E.shape[0], P)
     sent_Pe = counts_E.reshape(P, -1)
-    counts_Pe = torch.empty_like(sent_Pe)
-    if P == 1:
-        counts_Pe = sent_Pe
-    else:
-        dist.all_to_all_single(counts_Pe, sent_Pe.contiguous(), group=group)
+    one_P = torch.ones(P, dtype=torch.int64, device="cpu")
+    counts_Pe = _all_to_all(sent_Pe, one_P, one_P, P, group)
     splits_2P = torch.stack([sent_Pe.sum(dim=1), counts_Pe.sum(dim=1)]).cpu()  # the one device-to-host sync
-    return counts_Pe, Splits(*splits_2P.tolist(), total=int(splits_2P[1].sum()))
+    send_P, receive_P = splits_2P.unbind()
+    sent, total = splits_2P.sum(dim=1).tolist()
+    return counts_Pe, Splits(send_P, receive_P, sent, total)
 
 
 def send_tokens(
@@ -53,33 +55,52 @@ def send_tokens(
 
     Raises ValueError when the counts do not add up to the rows: some expert id was out of range.
     """
-    check_splits(splits.send_P, x_ND.shape[0])
-    return _AllToAll.apply(x_ND, splits.send_P, splits.receive_P, group)  # type: ignore[no-any-return]
+    check_splits(splits.sent, x_ND.shape[0])
+    return _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)
 
 
 def return_tokens(
     y_RD: Float[Tensor, "R D"], splits: Splits, group: dist.ProcessGroup | None = None
 ) -> Float[Tensor, "N D"]:
     """Send every row back to the rank it came from: the inverse of `send_tokens`."""
-    return _AllToAll.apply(y_RD, splits.receive_P, splits.send_P, group)  # type: ignore[no-any-return]
+    return _all_to_all(y_RD, splits.receive_P, splits.send_P, splits.sent, group)
 
 
-class _AllToAll(torch.autograd.Function):
-    """Uneven all-to-all of rows. Backward is the same exchange with the splits swapped."""
-
-    @staticmethod
-    def forward(ctx, x, send_P, receive_P, group):
-        ctx.send_P, ctx.receive_P, ctx.group = send_P, receive_P, group
-        return _all_to_all(x, send_P, receive_P, group)
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[override]
-        return _all_to_all(dy, ctx.receive_P, ctx.send_P, ctx.group), None, None, None
-
-
-def _all_to_all(x: Tensor, send_P: list[int], receive_P: list[int], group: dist.ProcessGroup | None) -> Tensor:
+def _all_to_all(
+    x: Tensor, send_P: Tensor, receive_P: Tensor, n_received: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Uneven all-to-all of rows. With no other rank there is nothing to exchange."""
     if n_ranks(group) == 1:
-        return x.view_as(x)
-    y = x.new_empty(sum(receive_P), x.shape[1])
-    dist.all_to_all_single(y, x.contiguous(), receive_P, send_P, group=group)
+        return x
+    group = group or dist.group.WORLD
+    assert group is not None  # there are ranks, so there is a default group
+    return _exchange_rows(x, send_P, receive_P, n_received, group.group_name)
+
+
+@torch.library.custom_op("moe_parity::exchange_rows", mutates_args=())
+def _exchange_rows(x: Tensor, send_P: Tensor, receive_P: Tensor, n_received: int, group_name: str) -> Tensor:
+    """The all-to-all itself, closed to the compiler, so that the splits need not become integers in its graph."""
+    y = x.new_empty(n_received, x.shape[1])
+    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    dist.all_to_all_single(y, x.contiguous(), receive_P.tolist(), send_P.tolist(), group=group)
     return y
+
+
+@_exchange_rows.register_fake
+def _(x, _send_P, _receive_P, n_received, _group_name):
+    return x.new_empty(n_received, x.shape[1])
+
+
+def _save_splits(ctx, inputs, output):  # noqa: ARG001
+    x, send_P, receive_P, _, group_name = inputs
+    ctx.save_for_backward(send_P, receive_P)
+    ctx.n_sent, ctx.group_name = x.shape[0], group_name
+
+
+def _exchange_back(ctx, dy):
+    """Backward is the same exchange with the splits swapped."""
+    send_P, receive_P = ctx.saved_tensors
+    return _exchange_rows(dy, receive_P, send_P, ctx.n_sent, ctx.group_name), None, None, None, None
+
+
+_exchange_rows.register_autograd(_exchange_back, setup_context=_save_splits)

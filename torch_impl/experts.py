@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from torch_impl.checks import is_captured
+
 
 def apply_experts(
     x_RD: Float[Tensor, "R D"],
@@ -33,8 +35,60 @@ def grouped_matmul(
     `torch.nn.functional.grouped_mm` takes no float64, and only rows of whole 16-byte units. What it does not take goes
     through one matmul per expert, which has to read the counts: on a GPU, one more sync.
     """
-    row_bytes = {width * x_RD.element_size() for width in w_eDF.shape[1:]}
-    if x_RD.dtype != torch.float64 and all(n % 16 == 0 for n in row_bytes):
-        return F.grouped_mm(x_RD, w_eDF, offs=counts_e.cumsum(dim=0).to(torch.int32))
+    if is_captured() and not (x_RD.dtype == torch.bfloat16 and fits_grouped_mm(x_RD.dtype, *w_eDF.shape[1:])):
+        return _grouped_matmul(x_RD, w_eDF, counts_e)
+    if fits_grouped_mm(x_RD.dtype, *w_eDF.shape[1:]):
+        return F.grouped_mm(x_RD, w_eDF, offs=group_ends(counts_e))
     rows = x_RD.split(counts_e.tolist())
     return torch.cat([x @ w for x, w in zip(rows, w_eDF.unbind(), strict=True)])
+
+
+def fits_grouped_mm(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether `grouped_mm` takes rows of these widths."""
+    return dtype != torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
+def group_ends(counts_e: Integer[Tensor, " e"]) -> Integer[Tensor, " e"]:
+    """Where each expert's rows end, as `grouped_mm` wants to know."""
+    return counts_e.cumsum(dim=0).to(torch.int32)
+
+
+# For a compiler only. It knows the shapes of `grouped_mm` for bfloat16 and no other dtype (PyTorch 2.11 to 2.13), and
+# of one matmul per expert it would see a symbol each. So there the product is an operator that it does not look into.
+
+
+@torch.library.custom_op("moe_parity::grouped_matmul", mutates_args=())
+def _grouped_matmul(x_RD: Tensor, w_eDF: Tensor, counts_e: Tensor) -> Tensor:
+    return grouped_matmul(x_RD, w_eDF, counts_e)
+
+
+@_grouped_matmul.register_fake
+def _(x_RD, w_eDF, _counts_e):
+    return x_RD.new_empty(x_RD.shape[0], w_eDF.shape[2])
+
+
+@torch.library.custom_op("moe_parity::weight_gradient", mutates_args=())
+def _weight_gradient(x_RD: Tensor, dy_RF: Tensor, counts_e: Tensor) -> Tensor:
+    """Rows of expert j of x, transposed, times those of dy."""
+    if fits_grouped_mm(x_RD.dtype, x_RD.shape[1], dy_RF.shape[1]):
+        return F.grouped_mm(x_RD.mT, dy_RF, offs=group_ends(counts_e))
+    rows = zip(*(a.split(counts_e.tolist()) for a in (x_RD, dy_RF)), strict=True)
+    return torch.stack([x.mT @ dy for x, dy in rows])
+
+
+@_weight_gradient.register_fake
+def _(x_RD, dy_RF, counts_e):
+    return x_RD.new_empty(counts_e.shape[0], x_RD.shape[1], dy_RF.shape[1])
+
+
+def _save_inputs(ctx, inputs, output):  # noqa: ARG001
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dy_RF):
+    x_RD, w_eDF, counts_e = ctx.saved_tensors
+    dx_RD = _grouped_matmul(dy_RF, w_eDF.mT, counts_e) if ctx.needs_input_grad[0] else None
+    return dx_RD, _weight_gradient(x_RD, dy_RF, counts_e) if ctx.needs_input_grad[1] else None, None
+
+
+_grouped_matmul.register_autograd(_backward, setup_context=_save_inputs)

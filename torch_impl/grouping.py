@@ -78,7 +78,8 @@ def weighted_sum(
     assignment_N: Integer[Tensor, " N"],
 ) -> Float[Tensor, "T D"]:
     """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
-    return _WeightedSum.apply(y_ND, score_TK, slot_TK, assignment_N)  # type: ignore[no-any-return]
+    # Rounded out here: PyTorch 2.11 compiles a Function that ends in a cast to its own dtype without its gradient.
+    return _WeightedSum.apply(y_ND, score_TK, slot_TK, assignment_N).to(y_ND.dtype)  # type: ignore[no-any-return]
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -91,7 +92,7 @@ class _WeightedSum(torch.autograd.Function):
         out_TD = torch.zeros(slot_TK.shape[0], y_ND.shape[1], dtype=wide, device=y_ND.device)
         for score_T, slot_T in zip(score_TK.unbind(dim=1), slot_TK.unbind(dim=1), strict=True):
             out_TD = out_TD + score_T.to(wide)[:, None] * y_ND[slot_T].to(wide)
-        return out_TD.to(y_ND.dtype)
+        return out_TD
 
     @staticmethod
     def backward(ctx, dout_TD):  # type: ignore[override]

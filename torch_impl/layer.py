@@ -6,7 +6,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from torch_impl.checks import check_experts, check_routing
+from torch_impl.checks import check_experts, check_received, check_routing
 from torch_impl.exchange import Splits, exchange_counts, n_ranks, return_tokens, send_tokens
 from torch_impl.experts import apply_experts
 from torch_impl.grouping import Grouped, combine, group_by_expert
@@ -40,12 +40,14 @@ def moe_layer(
     renormalize: bool = False,
     scale: float = 1.0,
     routing: Routing | None = None,
+    max_tokens: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Stages:
     """One MoE layer over the ranks of `group` (None: the default group; no group at all means one rank).
 
     Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. `routing`, made
-    before, takes the place of stage 1: a recording, a recomputation, scores that were masked.
+    before, takes the place of stage 1: a recording, a recomputation, scores that were masked. `max_tokens` is the most
+    tokens that any rank has (default: as many as here): from it a compiler knows the bound P*T*min(K, e) on R.
 
     Raises ValueError on wrong input, before anything is sent to another rank.
     """
@@ -56,6 +58,8 @@ def moe_layer(
 
     grouped = group_by_expert(x_TD, expert_id_TK, counts_E)
     counts_Pe, splits = exchange_counts(counts_E, group)
+    T = x_TD.shape[0] if max_tokens is None else max_tokens
+    check_received(splits.total, counts_Pe.shape[0] * T * min(top_k, counts_Pe.shape[1]))
     received_RD = send_tokens(grouped.x_ND, splits, group)
     expert_major = to_expert_major(received_RD, counts_Pe, splits.total)
     y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(dim=0), w_gate_eDF, w_up_eDF, w_down_eFD)

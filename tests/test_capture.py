@@ -1,0 +1,316 @@
+"""One symbol, not a sum of P: what a compiler sees of the dynamic path, and that what it makes of it is right."""
+
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import capture_ranks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax_ranks import layer_arguments, over_ranks, run_layer
+from problems import STANDARD, bits
+from torch_ranks import TorchRanks
+
+import jax_impl
+from parity import capture, cli
+from parity.capture import K, Measured, T, e
+from parity.faults import Fault, plant
+
+# In a process of its own, where no shapes are checked at run time: the checks are not the layer's, and do not capture.
+STEP = """
+import sys, msgspec
+from parity.capture_torch import measure
+for P in map(int, sys.argv[1:]):
+    print(msgspec.json.encode(measure(P, "torch_impl")).decode())
+"""
+
+LAYER = """
+import sys, msgspec, torch
+from parity.capture import Measured
+from parity.capture_torch import captured_graphs, describe, ranks
+from torch_impl import moe_layer
+for P in map(int, sys.argv[1:]):
+    for dtype in (torch.bfloat16, torch.float32):
+        x, router = torch.zeros(8, 16, dtype=dtype).requires_grad_(), torch.zeros(16, 2 * P).requires_grad_()
+        weights = [torch.zeros(2, 16, 16, dtype=dtype).requires_grad_() for _ in range(3)]
+        found = Measured("torch", str(dtype), P, "layer")
+        with ranks(P):
+            graphs, _ = captured_graphs(lambda *a: moe_layer(*a, top_k=2).out_TD, x, router, *weights)
+        describe(found, graphs)
+        print(msgspec.json.encode(found).decode())
+"""
+
+
+def captured(program: str, *ranks: int, cwd: Path | None = None) -> list[dict]:
+    run = subprocess.run(
+        [sys.executable, "-c", program, *map(str, ranks)], capture_output=True, text=True, timeout=300, cwd=cwd
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def wrong(found: dict, T: int) -> set[str]:
+    """What is not as it is of a dispatch that is sized by one bounded symbol and waits for the device once."""
+    bound = ["0", str(found["ranks"] * T * min(K, e))]
+    right = {"symbols": 1, "terms": 1, "permute_terms": 1, "permute_terms_backward": 1, "range": bound, "error": ""}
+    syncs = set() if found["syncs"] in (None, 1) else {"syncs"}
+    return {name for name, value in right.items() if found[name] != value} | syncs
+
+
+def test_one_symbol_at_every_size_of_group():
+    measured = captured(STEP, 2, 64, 1024)
+    assert [found["ranks"] for found in measured] == [2, 64, 1024]
+    assert [found["syncs"] for found in measured] == [1, 1, 1]
+    assert [wrong(found, T) for found in measured] == [set()] * 3
+    # What the compiler has to look at does not grow with P.
+    assert len({(found["nodes"], found["runtime_asserts"], found["symbols_in_all"]) for found in measured}) == 1
+
+
+def test_one_symbol_in_the_whole_layer():
+    measured = captured(LAYER, 4, 1024)
+    assert [wrong(found, T=8) for found in measured] == [set()] * 4
+
+
+LIST_SUM = "    sent, total = map(sum, splits_2P.tolist())\n"
+SUM_ON_THE_DEVICE = "    sent, total = splits_2P[0].sum().item(), counts_Pe.sum().item()\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "program", "seen"),
+    [
+        ("exchange", "    sent, total = splits_2P.sum(dim=1).tolist()\n", LIST_SUM, STEP,
+         {"terms", "permute_terms", "permute_terms_backward"}),
+        ("exchange", "    sent, total = splits_2P.sum(dim=1).tolist()\n", SUM_ON_THE_DEVICE, STEP, {"syncs"}),
+        ("layout", ", output_size=output_size)", ")", STEP, {"syncs", "symbols"}),
+        ("layer", "    check_received(", "    (", LAYER, {"range"}),
+    ],
+    ids=["list-sum", "sum-on-the-device", "no-output-size", "no-bound"],
+)  # fmt: skip
+def test_a_step_back_is_seen(tmp_path, file, old, new, program, seen):
+    fault = Fault("a-step-back", "torch", "exchange_counts", "", f"torch_impl/{file}.py", old, new)
+    found = captured(program, 4, cwd=plant(fault, tmp_path / "copy"))[0]
+    assert wrong(found, T if program == STEP else 8) >= seen
+
+
+def fifty_routings(ranks: TorchRanks, P: int, backend: str, dtype: torch.dtype, on: str = "cpu") -> None:
+    """All ranks together: one graph for every routing, the bits of the eager layer where data moves."""
+    results = ranks(capture_ranks.run_both, list(range(P)), *([value] * P for value in (P, 50, backend, dtype, on)))
+    for found in results:
+        assert len(found.rows) == 50
+        assert len(set(found.rows)) > 3
+        assert (found.graphs, found.graph_breaks) == (1, 0)  # a recompilation would be one more graph
+        assert found.moved_differ == 0
+        # aot_eager runs the same operations. Inductor fuses some: a few units of rounding of the largest value.
+        assert found.error <= (64 if backend == "inductor" else 0)
+    assert results[1].rows[1:3] == [0, 1]  # neither is a special case to the compiler
+
+
+def test_one_graph_for_fifty_routings(torch_ranks: TorchRanks):
+    fifty_routings(torch_ranks, 2, "aot_eager", torch.bfloat16)
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Compiling may take longer than the ranks are given otherwise."""
+    monkeypatch.setattr("torch_ranks.SECONDS", 600)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize(
+    ("P", "backend", "dtype"),
+    [
+        (4, "aot_eager", torch.float32), (2, "aot_eager", torch.float64),
+        (2, "inductor", torch.bfloat16), (2, "inductor", torch.float32), (4, "inductor", torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_one_graph_for_fifty_routings_more(torch_ranks: TorchRanks, P, backend, dtype):
+    fifty_routings(torch_ranks, P, backend, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_one_graph_for_fifty_routings_gpu(torch_ranks: TorchRanks, backend, dtype):
+    """Over NCCL where each rank has a GPU of its own, else over gloo on one."""
+    fifty_routings(torch_ranks, 2, backend, dtype, "cuda")
+
+
+@pytest.mark.parametrize("how", ["strict export", "export", "make_fx"])
+def test_other_ways_to_capture(torch_ranks: TorchRanks, how):
+    results = torch_ranks(capture_ranks.captured_by, [how] * 2, [0, 1], [2] * 2)
+    for found in results:
+        assert found.same
+        assert (found.of.symbols, found.of.terms, found.of.permute_terms) == (1, 1, 1)
+        assert found.bounded
+    assert results[1].rows[1:3] == [0, 1]
+
+
+def test_uneven_tokens_with_a_promise(torch_ranks: TorchRanks):
+    """The bound on R takes the most tokens of any rank; a rank that has none itself could not know it."""
+    assert torch_ranks(capture_ranks.uneven, [8, 0], ["aot_eager"] * 2) == [True, True]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_wrong_output_size_is_refused_when_compiled(torch_ranks: TorchRanks, backend):
+    """The size is a plain number, right for the counts it is compiled with. Inductor alone would not notice."""
+    counts = [[1, 3, 2], [2, 3, 1], [2, 3, 3], [2, 3, 0]]
+    (results,) = torch_ranks(capture_ranks.permute_of, [counts], [6], [backend])
+    assert results[:2] == [[0, 1, 2, 3, 4, 5]] * 2
+    for refused in results[2:]:
+        assert re.search(r"u0 [<>]= 6", refused)
+
+
+def test_a_permute_that_is_not_told_its_size(torch_ranks: TorchRanks):
+    (results,) = torch_ranks(capture_ranks.permute_of, [[[2, 3, 1], [0, 0, 1], [0, 0, 0]]], [None], ["aot_eager"])
+    assert results == [[0, 1, 2, 3, 4, 5], [0], []]
+
+
+def test_ids_out_of_range_are_refused_when_compiled(torch_ranks: TorchRanks):
+    (message,) = torch_ranks(capture_ranks.ids_out_of_range, ["aot_eager"])
+    assert "assertion failed for expression u0 >= 16" in message
+
+
+# Recomputation: a tie that falls one way in the forward and another in backward
+
+
+@pytest.mark.parametrize("how", ["eager", "aot_eager"])
+def test_recomputation_reuses_the_routing_torch(torch_ranks: TorchRanks, how):
+    assert torch_ranks(capture_ranks.recomputed, [True] * 2, [how] * 2, [0, 1]) == ["equal", "equal"]
+
+
+def test_recomputation_that_chooses_anew_is_seen_torch(torch_ranks: TorchRanks):
+    """One row more here and one fewer there: PyTorch refuses."""
+    for message in torch_ranks(capture_ranks.recomputed, [False] * 2, ["eager"] * 2, [0, 1]):
+        assert "Recomputed values for the following tensors have different metadata" in message
+
+
+def recomputed_jax(replay: bool) -> tuple[list[bytes], list[bytes], int]:
+    """A step that keeps everything and one that recomputes, gradients too; how often the latter chose experts."""
+    T = E = D = 8
+    router_DE, inputs = capture_ranks.TIED_DE, capture_ranks.parameters(1)[1:]
+    arguments = [jnp.asarray(a.numpy()) for a in (torch.eye(T), router_DE, *inputs)]
+    dout_TD = jnp.asarray(capture_ranks.normal(T, D).numpy())
+    chosen = []
+
+    def choose(logits_TE: np.ndarray) -> np.ndarray:
+        chosen.append(1)
+        logits_TE = np.asarray(logits_TE)
+        if len(chosen) == 1:
+            return np.argsort(-logits_TE, axis=1, kind="stable")[:, :2].astype(np.int32)
+        return (E - 1 - np.argsort(-logits_TE[:, ::-1], axis=1, kind="stable")[:, :2]).astype(np.int32)
+
+    def ids_of(x_TD, router_DE):
+        shape = jax.ShapeDtypeStruct((T, 2), jnp.int32)
+        return jax.pure_callback(choose, shape, jax.lax.stop_gradient(x_TD @ router_DE))
+
+    def layer(ids_TK, x_TD, router_DE, *weights):
+        ids_TK = ids_of(x_TD, router_DE) if ids_TK is None else ids_TK
+        routed = jax_impl.route(x_TD, router_DE, 2, expert_id_TK=ids_TK)
+        capacity = jax_impl.plan_capacity(None, T, 2, E, 1)
+        return jax_impl.moe_layer(x_TD, router_DE, *weights, top_k=2, capacity=capacity, routing=routed).out_TD
+
+    @partial(jax.jit, static_argnames=("checkpointed", "replay"))
+    def gradients(arguments, checkpointed, replay):
+        ids_TK = ids_of(*arguments[:2]) if replay else None
+        run = partial(jax.checkpoint(layer) if checkpointed else layer, ids_TK)
+        out_TD, vjp = jax.vjp(run, *arguments)
+        return out_TD, *vjp(dout_TD)
+
+    expected = bits(jax.device_get(gradients(arguments, checkpointed=False, replay=True)))
+    chosen.clear()
+    actual = bits(jax.device_get(gradients(arguments, checkpointed=True, replay=replay)))
+    return expected, actual, len(chosen)
+
+
+def test_recomputation_reuses_the_routing_jax():
+    expected, actual, chosen = recomputed_jax(replay=True)
+    assert chosen == 1
+    assert actual == expected
+
+
+def test_recomputation_that_chooses_anew_is_seen_jax():
+    """Shapes are static, so nothing fails: the gradient is that of another function, without a word."""
+    expected, actual, chosen = recomputed_jax(replay=False)
+    assert chosen == 2
+    assert actual != expected
+
+
+# The JAX mirror of the question
+
+
+def test_one_executable_for_fifty_routings():
+    program = over_ranks(
+        partial(run_layer, how={"top_k": 3}, capacity=jax_impl.plan_capacity(None, 6, 3, 8, 2), axis_name="ranks")
+    )
+    *inputs, ids_PTK = layer_arguments(STANDARD)
+    received = set()
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        ids = rng.permuted(np.tile(np.arange(8, dtype=ids_PTK.dtype), (2, 6, 1)), axis=2)[:, :, :3]
+        stages, _ = program(*inputs, jnp.asarray(ids if seed else 0 * ids + np.arange(3, dtype=ids.dtype)))
+        received |= set(np.asarray(stages.counts_Pe).sum(axis=(1, 2)).tolist())
+    assert {0, 36} < received  # a rank that gets nothing, one that gets everything
+    assert program._cache_size() == 1
+
+
+@pytest.mark.parametrize("way", capture.JAX_WAYS)
+def test_the_lowered_program_does_not_grow(way):
+    small, large = (capture.measured(P, way, timeout=120) for P in (4, 64))
+    assert small.error == large.error == ""
+    assert small.nodes == large.nodes
+    assert small.nodes
+
+
+# The command
+
+
+def capture_command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["capture", *arguments])
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def test_the_command(capsys, tmp_path):
+    arguments = ["--ranks", "2", "--ways", "torch_impl", "--no-inductor", "--plot", str(tmp_path / "plot.png")]
+    assert capture_command(*arguments, "--json") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert wrong(json.loads(line), T) == set()
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def fabricated(P: int, way: capture.Way, *_) -> Measured:
+    terms = P if way == "list_sum" else 1
+    error = "stopped after 1 s" if way == "none" else ""
+    return Measured(
+        "torch", "2", P, way, error, permute_terms=terms, permute_terms_backward=terms, range=["0", "int_oo"]
+    )
+
+
+def test_the_table(capsys, monkeypatch):
+    monkeypatch.setattr(capture, "measured", fabricated)
+    assert capture_command("--ranks", "512", "--ways", "none", "list_sum", "torch_impl", "--no-json") == 0
+    none, list_sum, torch_impl = capsys.readouterr().out.splitlines()[1:4]
+    assert none.split()[:2] == ["none", "512"]
+    assert none.endswith("stopped after 1 s")
+    assert list_sum.split()[5:9] == ["-", "512", "512", "unbounded"]
+    assert torch_impl.split()[5:9] == ["-", "1", "1", "unbounded"]
+
+
+def test_more_than_one_symbol_is_a_failure(monkeypatch):
+    monkeypatch.setattr(capture, "measured", lambda P, *_: Measured("torch", "2", P, "torch_impl", "does not capture"))
+    assert capture_command("--ranks", "4", "--json") == 1
+
+
+def test_one_rank_is_refused(capsys):
+    assert capture_command("--ranks", "4", "1") == 2
+    assert "--ranks 4 1: give numbers of 2 or more" in capsys.readouterr().err
