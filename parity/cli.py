@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from parity import faults, records
-from parity.backends import BACKENDS, BackendError
+from parity.backends import BACKENDS, SIDES, BackendError, framework
 from parity.blame import blame
 from parity.case import MODELS, PRESETS, Case
 from parity.doctor import doctor_table, examine
@@ -70,8 +70,9 @@ class CheckCommand:
     case: Annotated[Any, tyro.conf.arg(name="", constructor=Flags)] = field(default_factory=Flags)
     random: int = 0
     """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all."""
-    backend: Literal["both", "torch", "jax"] = "both"
-    """Run one side only, here; with --save the other can run on another machine."""
+    backend: tyro.conf.UseAppendAction[tuple[Literal["both", "torch", "jax", "torch-static", "jax-dynamic"], ...]] = ()
+    """What to run, once for each; default: both, torch and jax. One alone, with --save: the other can run on another
+    machine. torch-static: static capacity in PyTorch. jax-dynamic: uneven exchange in JAX, which needs GPUs."""
     model: tuple[str, ...] = ()
     """Check the layer of real models at full width: deepseek-v3, mixtral-8x7b, qwen3-30b-a3b, gpt-oss-120b or
     olmoe-1b-7b."""
@@ -217,18 +218,27 @@ def _changed(case: Case, changes: dict[str, Any]) -> Case:
 def check(command: CheckCommand) -> int:
     """Run `check`; its exit code."""
     cases = chosen_cases(command)
-    backends = BACKENDS if command.backend == "both" else (command.backend,)
+    asked = {*command.backend, *(SIDES if "both" in command.backend or not command.backend else ())}
+    backends = tuple(backend for backend in BACKENDS if backend in asked)
+    if "jax-dynamic" in backends and command.device == "cpu":
+        raise ValueError("--backend jax-dynamic: ragged_all_to_all is not implemented on XLA:CPU; use --device cuda")
     fault = faults.find(command.fault) if command.fault else None
     if fault and fault.side not in backends:
-        raise ValueError(f"{fault.name} is a fault of {fault.side}, which --backend {command.backend} does not run")
-    group_size = torchrun_size() if "torch" in backends else None
+        raise ValueError(f"{fault.name} is a fault of {fault.side}, which --backend {' '.join(backends)} does not run")
+    group_size = torchrun_size() if any(framework(backend) == "torch" for backend in backends) else None
     if group_size is not None:
-        if fault and fault.side == "torch":
+        if fault and framework(fault.side) == "torch":
             raise ValueError(f"{fault.name} cannot be planted under torchrun: start without it")
         cases = of_group(cases, group_size, picked=bool(command.presets))
+    jax_ranks = ranks_of_jax(command.jax_ranks, command.device, most := max(case.ranks for case in cases))
+    if "jax-dynamic" in backends and jax_ranks == "vmap" and most > 1:
+        raise ValueError(
+            f"--backend jax-dynamic: ragged_all_to_all has no vmap rule, so --ranks {most} need {most} GPUs, and "
+            f"there are {gpus()}: use --ranks {max(gpus(), 1)}"
+        )
     report = run_cases(
         cases, backends, device=command.device, timeout=command.timeout, fault=fault, save=command.save,
-        jax_ranks=ranks_of_jax(command.jax_ranks, command.device, max(case.ranks for case in cases)),
+        jax_ranks=jax_ranks,
         in_torchrun=group_size is not None,
     )  # fmt: skip
     return MATCH if report is None else publish(report, command.json, command.html)

@@ -10,15 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from jax_ranks import AXIS, over_ranks, to_jax
-from problems import STANDARD, bits, close, draw, who_stays
+from problems import STANDARD, bits, close, dense, draw, who_stays
 from test_one_sync import OnDevice, on_device
-from torch_ranks import TorchRanks, detach
+from torch_ranks import TorchRanks, detach, layer_arguments
 
 import jax_impl
 import jax_impl.dynamic
+import jax_impl.dynamic.grouping
 import jax_impl.grouping
 import jax_impl.routing
 import torch_impl.static
+import torch_impl.static.layer
 from jax_impl.dynamic import exchange
 from parity.case import PRESETS
 from parity.compare import compare
@@ -49,7 +51,7 @@ def grouped_by_jax(capacity: jax_impl.Capacity, n_experts: int):
     return group
 
 
-def assert_same_rows(x, ids, score, n_experts: int, capacity: tuple[int, int, str]) -> torch_impl.static.grouping.Grouped:
+def assert_same_rows(x, ids, score, n_experts: int, capacity: tuple[int, int, str]) -> grouping.Grouped:
     """Both keep the same assignments in the same slots, bit for bit; PyTorch's."""
     theirs = grouped_by_jax(jax_impl.Capacity(*capacity), n_experts)(x, ids, score)
     counts = torch.from_numpy(np.bincount(ids[(ids >= 0) & (ids < n_experts)].reshape(-1), minlength=n_experts))
@@ -131,13 +133,10 @@ def static_layer(x, router, weights, dout, how, ids, capacity, group=None):
 @pytest.mark.parametrize("n_bins", [2, 8])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])  # float64 goes through a matmul for each expert
 def test_static_pytorch_over_ranks_is_the_dense_layer_with_score_times_keep(torch_ranks: TorchRanks, n_bins, dtype):
-    from problems import dense
-    from torch_ranks import layer_arguments
-
     problem, P = draw(P=2, T=6, D=4, F=8, E=8, K=3), 2
     arguments = [layer_arguments(problem, rank, P, getattr(torch, dtype)) for rank in range(P)]
     capacity = grouping.Capacity(n_bins, 9 if n_bins == 2 else 2, "score")
-    results = torch_ranks(static_layer, *zip(*arguments, strict=True), [capacity] * P)
+    results = torch_ranks(static_layer, *map(list, zip(*arguments, strict=True)), [capacity] * P)
     dropped = 0
     expert_gradients = [torch.zeros_like(w) for w in problem.weights]
     for rank, (stages, gradients) in enumerate(results):
@@ -229,9 +228,7 @@ def emulated(monkeypatch):
 def dynamic_layer(x, router, weights, dout, ids, *, top_k, axis_name):
     def layer(x, router, weights):
         routing = jax_impl.route(x, router, top_k, expert_id_TK=ids)
-        stages = jax_impl.dynamic.moe_layer(
-            x, router, *weights, top_k=top_k, routing=routing, axis_name=axis_name
-        )
+        stages = jax_impl.dynamic.moe_layer(x, router, *weights, top_k=top_k, routing=routing, axis_name=axis_name)
         return stages.out_TD, stages
 
     _, vjp, stages = jax.vjp(layer, x, router, weights, has_aux=True)
@@ -246,8 +243,6 @@ def dynamic_arguments(problem):
 
 
 def test_dynamic_jax_over_ranks_is_the_dense_layer(emulated):
-    from problems import dense
-
     run = over_ranks(partial(dynamic_layer, top_k=3, axis_name=AXIS))
     stages, (dx, drouter, dweights) = jax.device_get(run(*dynamic_arguments(STANDARD)))
     expected = [
@@ -259,7 +254,7 @@ def test_dynamic_jax_over_ranks_is_the_dense_layer(emulated):
         close(dx[p], want.gradients["x"], "float32")
         close(drouter[p], want.gradients["router"], "float32")
     for got, name in zip(dweights, ("w_gate", "w_up", "w_down"), strict=True):
-        total = sum(want.gradients[name] for want in expected)
+        total = torch.stack([want.gradients[name] for want in expected]).sum(dim=0)
         close(got.reshape(total.shape), total, "float32")
 
 
@@ -329,10 +324,14 @@ def test_sizes_past_a_buffer_are_cut(emulated, monkeypatch):
 
 def test_dynamic_jax_says_where_it_does_not_run(monkeypatch):
     arguments = dynamic_arguments(STANDARD)
-    with pytest.raises(ValueError, match="ragged_all_to_all is not implemented on XLA:CPU: run the dynamic layer on GPU"):
+    with pytest.raises(
+        ValueError, match="ragged_all_to_all is not implemented on XLA:CPU: run the dynamic layer on GPU"
+    ):
         over_ranks(partial(dynamic_layer, top_k=3, axis_name=AXIS))(*arguments)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(ValueError, match="'ranks' is no axis of shard_map here, and ragged_all_to_all has no vmap rule"):
+    with pytest.raises(
+        ValueError, match="'ranks' is no axis of shard_map here, and ragged_all_to_all has no vmap rule"
+    ):
         over_ranks(partial(dynamic_layer, top_k=3, axis_name=AXIS), "vmap")(*arguments)
 
 
@@ -348,8 +347,6 @@ def test_one_rank_needs_no_collective():
     problem = draw(P=1, T=6, D=4, F=8, E=8, K=3)
     arguments = [jax.tree.map(lambda a: a[0], a) for a in dynamic_arguments(problem)]
     stages, _ = jax.jit(partial(dynamic_layer, top_k=3, axis_name=None))(*arguments)
-    from problems import dense
-
     want = dense(problem.x_PTD[0], problem.router_DE, problem.weights, problem.dout_PTD[0], problem.how,
                  problem.expert_id_PTK[0])  # fmt: skip
     close(stages.out_TD, want.out_TD, "float32")

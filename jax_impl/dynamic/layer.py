@@ -1,4 +1,4 @@
-"""The whole layer: nine stages, in order. Sizes stay on the device; `jax_impl/layer.py` is the same page with padding."""
+"""The whole layer: nine stages, in order. Sizes known on the device only; `torch_impl/layer.py` is the same page."""
 
 from typing import NamedTuple
 

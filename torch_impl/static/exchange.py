@@ -9,9 +9,7 @@ from torch_impl.checks import check_experts_per_rank
 from torch_impl.exchange import n_ranks
 
 
-def exchange_counts(
-    counts_E: Integer[Tensor, " E"], group: dist.ProcessGroup | None = None
-) -> Integer[Tensor, "P e"]:
+def exchange_counts(counts_E: Integer[Tensor, " E"], group: dist.ProcessGroup | None = None) -> Integer[Tensor, "P e"]:
     """Tell every rank how many rows each of its experts gets from here.
 
         counts_Pe[p, j] = rows that rank p sends to local expert j of this rank

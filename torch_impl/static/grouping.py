@@ -51,7 +51,9 @@ def plan_capacity(
 
 class Grouped(NamedTuple):
     x_BCD: Float[Tensor, "B C D"]
-    slot_TK: Integer[Tensor, "T K"]  # the row that holds assignment (t, k), counting over bins; B*C where it was dropped
+    slot_TK: Integer[
+        Tensor, "T K"
+    ]  # the row that holds assignment (t, k), counting over bins; B*C where it was dropped
     assignment_BC: Integer[Tensor, "B C"]  # the assignment a = t*K + k that each row holds; T*K where it is padding
     kept_E: Integer[Tensor, " E"]  # assignments kept, per expert
 

@@ -1,4 +1,4 @@
-"""The whole layer: nine stages, in order. Static shapes; `torch_impl/layer.py` is the same page with dynamic ones."""
+"""The whole layer: nine stages, in order. Static shapes; `jax_impl/layer.py` is the same page."""
 
 from typing import NamedTuple
 

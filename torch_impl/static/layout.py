@@ -40,18 +40,18 @@ def to_rank_major(
 def rank_bins_source(counts_Pe: Integer[Tensor, "P e"], capacity: int) -> Integer[Tensor, " S"]:
     """For each expert-major row, the rank-major row it comes from; P*C, past the end, for the padding, which is last.
 
-    Rows move in P*e segments. A segment's rows all shift by the same distance, so: repeat each segment's shift over
-    its rows, and add the row number. What is left over is one segment more.
+    Rows move in P*e segments. A segment's rows all shift by the same distance, so: find each row's segment, by how
+    many end before it, and add the shift to the row number. `repeat_interleave` would write past the end of its output
+    if ever the counts were more than the rows.
     """
     S = counts_Pe.shape[0] * capacity
     row_S = torch.arange(S, device=counts_Pe.device)
     counts_eP = counts_Pe.T
     start_Pe = row_S[::capacity, None] + counts_Pe.cumsum(dim=1) - counts_Pe
     start_eP = exclusive_cumsum(counts_eP.reshape(-1)).reshape(counts_eP.shape)
-    rest_1 = S - counts_Pe.sum(dim=(0, 1), keepdim=True).reshape(1)
-    shift = torch.cat([(start_Pe.T - start_eP).reshape(-1), torch.zeros_like(rest_1)])
-    shift_S = torch.repeat_interleave(shift, torch.cat([counts_eP.reshape(-1), rest_1]), output_size=S)
-    return torch.where(row_S < S - rest_1, shift_S + row_S, S)
+    segment_S = torch.searchsorted((start_eP + counts_eP).reshape(-1), row_S, right=True)
+    shift_S = rows_or_zero((start_Pe.T - start_eP).reshape(-1), segment_S)
+    return torch.where(row_S < counts_Pe.sum(), shift_S + row_S, S)
 
 
 def expert_bins_source(counts_Pe: Integer[Tensor, "P e"], capacity: int) -> Integer[Tensor, "e S"]:
