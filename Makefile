@@ -1,4 +1,4 @@
-.PHONY: help parity test test-slow test-gpu lint format clean
+.PHONY: help parity test test-slow test-gpu test-kernels lint format clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python -m
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
@@ -27,6 +27,15 @@ test-slow: $(VENV)/installed  ## the tests that take minutes
 test-gpu: $(VENV)/installed  ## the tests that need a GPU
 	$(RUN) pytest -m gpu
 
+test-kernels: $(VENV)-triton/installed  ## the Triton kernels without a GPU, in Triton's interpreter
+	TRITON_INTERPRET=1 $(VENV)-triton/bin/python -m pytest tests/test_kernels.py
+
+# The interpreter does not run under the NumPy that is pinned for everything else.
+$(VENV)-triton/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-triton
+	$(VENV)-triton/bin/pip install --quiet 'numpy<2.3' triton torch jax -e '.[test]'
+	@touch $@
+
 lint: $(VENV)/installed  ## ruff and pyright
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
@@ -37,4 +46,4 @@ format: $(VENV)/installed  ## let ruff rewrite
 	$(RUN) ruff check --fix .
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(VENV)-triton .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Integer
 
+from jax_impl import kernels
+
 
 def apply_experts(
     x_SD: Float[Array, "*S D"],
@@ -35,5 +37,7 @@ def grouped_matmul(
     """
     if x_SD.ndim == 3:
         return jnp.einsum("esd,edf->esf", x_SD, w_eDF, precision="highest")
+    if kernels.use_kernels(x_SD):
+        return kernels.grouped_matmul(x_SD, w_eDF, counts_e)
     y_SF = jax.lax.ragged_dot(x_SD, w_eDF, counts_e, precision="highest")
     return jnp.where((jnp.arange(x_SD.shape[0]) < counts_e.sum())[:, None], y_SF, 0)

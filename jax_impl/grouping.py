@@ -82,11 +82,14 @@ def group_by_expert(
     kept_E = (keep_N[:, None] & (expert_N[:, None] == jnp.arange(E))).sum(axis=0)
     kept_B = kept_E.reshape(B, -1).sum(axis=1)
 
-    sorted_N = jnp.argsort(expert_N, stable=True)
-    bin_N = expert_N[sorted_N] // (E // B)
-    place_N = jnp.cumsum(keep_N[sorted_N]) - 1 - (jnp.cumsum(kept_B) - kept_B)[bin_N]
-    slot_N = jnp.where(keep_N[sorted_N], bin_N * C + place_N, B * C)[invert(sorted_N, N)]
-    slot_TK, assignment_BC = slot_N.reshape(T, K), invert(slot_N, B * C).reshape(B, C)
+    # Dropped ones last: the kept ones of a bin are then contiguous, and follow those of the bins before it.
+    sorted_N = jnp.argsort(jnp.where(keep_N, expert_N, E), stable=True)
+    row_BC = (jnp.cumsum(kept_B) - kept_B)[:, None] + jnp.arange(C)
+    full_BC = jnp.arange(C) < kept_B[:, None]
+    assignment_BC = jnp.where(full_BC, rows_or_zero(sorted_N, row_BC), N)
+    slot_TK = invert(assignment_BC.reshape(-1), N).reshape(T, K)
+    # Computed once: left to itself, XLA computes an index anew in every gather that it fuses it into.
+    assignment_BC, slot_TK = jax.lax.optimization_barrier((assignment_BC, slot_TK))
     return Grouped(expand_rows(x_TD, assignment_BC, slot_TK), slot_TK, assignment_BC, kept_E)
 
 
@@ -104,9 +107,10 @@ def keep_within_capacity(
     """
     (N,), (E,), (B, C, priority) = expert_N.shape, counts_E.shape, capacity
     assignment_N = jnp.arange(N)
-    key_N = {"token": assignment_N, "choice": assignment_N % top_k, "score": -jax.lax.stop_gradient(score_N)}[priority]
+    key_N = {"token": None, "choice": assignment_N % top_k, "score": -jax.lax.stop_gradient(score_N)}[priority]
     bin_N = expert_N // (E // B)
-    first_N = jnp.lexsort((assignment_N, key_N, bin_N))
+    # Stable, so that ties need no key of their own: with a single key, XLA has a fast sort for GPUs.
+    first_N = jnp.lexsort((bin_N,) if key_N is None else (key_N, bin_N))
     counts_B = counts_E.reshape(B, -1).sum(axis=1)
     place_N = jnp.arange(N) - (jnp.cumsum(counts_B) - counts_B)[bin_N[first_N]]
     return (place_N < C)[invert(first_N, N)] & (bin_N < B)

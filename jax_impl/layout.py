@@ -26,6 +26,8 @@ def to_expert_major(x_BCD: Float[Array, "B C D"], counts_Pe: Integer[Array, "P e
     per_rank = counts_Pe.shape[0] == B
     source_S = rank_bins_source(counts_Pe, C) if per_rank else expert_bins_source(counts_Pe, C)
     target_BC = invert(source_S.reshape(-1), B * C).reshape(B, C)
+    # Computed once: left to itself, XLA computes an index anew in every gather that it fuses it into.
+    source_S, target_BC = jax.lax.optimization_barrier((source_S, target_BC))
     return ExpertMajor(permute_rows(x_BCD, source_S, target_BC), source_S, target_BC)
 
 
@@ -39,16 +41,18 @@ def to_rank_major(
 def rank_bins_source(counts_Pe: Integer[Array, "P e"], capacity: int) -> Integer[Array, " S"]:
     """For each expert-major row, the rank-major row it comes from; P*C, past the end, for the padding, which is last.
 
-    Rows move in P*e segments. A segment's rows all shift by the same distance, so: repeat each segment's shift over
-    its rows, and add the row number.
+    Rows move in P*e segments. A segment's rows all shift by the same distance, so: find each row's segment, by how
+    many end before it, and add the shift to the row number. `jnp.repeat` would say the same in a scan over all rows,
+    which is dozens of launches on a GPU.
     """
     S = counts_Pe.shape[0] * capacity
     counts_eP = counts_Pe.T
     start_Pe = jnp.arange(0, S, capacity)[:, None] + jnp.cumsum(counts_Pe, axis=1) - counts_Pe
     start_eP = exclusive_cumsum(counts_eP.reshape(-1)).reshape(counts_eP.shape)
     shift_eP = start_Pe.T - start_eP
-    shift_S = jnp.repeat(shift_eP.reshape(-1), counts_eP.reshape(-1), total_repeat_length=S)
     row_S = jnp.arange(S)
+    segment_S = (row_S[:, None] >= (start_eP + counts_eP).reshape(-1)).sum(axis=1)
+    shift_S = shift_eP.reshape(-1).at[segment_S].get(mode="clip")
     return jnp.where(row_S < counts_Pe.sum(), shift_S + row_S, S)
 
 

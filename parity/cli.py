@@ -1,4 +1,4 @@
-"""`python -m parity`: check | compare | report | faults | doctor."""
+"""`python -m parity`: check | compare | report | faults | bench | doctor."""
 
 import os
 import sys
@@ -16,6 +16,7 @@ from rich.console import Console
 
 from parity import faults, records
 from parity.backends import BACKENDS, SIDES, BackendError, framework
+from parity.bench import PARTS, SHAPES, Figure, Plan, run_bench
 from parity.blame import blame
 from parity.case import MODELS, PRESETS, Case
 from parity.doctor import doctor_table, examine
@@ -23,8 +24,9 @@ from parity.engine import judge, make_report, progress, run_cases
 from parity.inputs import case_from_trace, draw
 from parity.random_cases import random_cases
 from parity.records import Report
+from parity.report.bench import plot_bench, print_bench
 from parity.report.html import page
-from parity.report.terminal import Found, describe, fault_table, print_report
+from parity.report.terminal import Found, describe, fault_table, print_report, summary
 from parity.trace import Trace, load_folder
 
 MATCH, MISMATCH, USAGE, BACKEND, INTERRUPTED = 0, 1, 2, 3, 130
@@ -135,17 +137,60 @@ class CompareCommand:
 
 @dataclass
 class ReportCommand:
-    """Show a report that `check --json` wrote. One without its footer, whose run did not end, is refused.
+    """Show a report that `check --json` wrote, or a line for each of several. One without its footer, whose run did
+    not end, is refused.
 
-    Exit code: that of the run, or 2 when the file is no whole report.
+    Exit code: that of the run, of several the highest, or 2 when a file is no whole report.
     """
 
-    file: tyro.conf.Positional[Path | None] = None
-    """Lines of JSON."""
+    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Lines of JSON, which may be compressed (.xz)."""
     html: Path | None = None
     """Write the report as a page of its own too."""
     schema: bool = False
     """Print the JSON Schema of one line."""
+
+
+@dataclass
+class BenchCommand:
+    """How close to what the memory allows are the row movements, on both sides?
+
+    Each figure stands beside its floor: the bytes that have to move over the copy bandwidth measured in the same run.
+    Straightforward versions in both frameworks are measured along, unless left out.
+
+    Exit code: 0 measured, 2 wrong usage, 3 a framework is missing or crashed, or a figure could not be measured.
+
+    Examples:
+        python -m parity bench                       the three models' shapes on a GPU, a small one on a CPU
+        python -m parity bench mixtral --side torch  one shape, one side
+        python -m parity bench small --parts whole --no-baselines
+        python -m parity bench --ranks 2             the exchange too, over two GPUs
+    """
+
+    shapes: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Which: deepseek-v3, mixtral, qwen3, small."""
+    side: Literal["both", "torch", "jax"] = "both"
+    """Measure one framework only."""
+    parts: tuple[str, ...] = (*PARTS, "exchange")
+    """Stages, the whole of them, the experts; over several --ranks, the exchange and the whole."""
+    baselines: bool = True
+    """Measure the straightforward versions too."""
+    compiled: bool = True
+    """And PyTorch's under torch.compile."""
+    ranks: int = 1
+    """More: measure the exchange, and the whole with it, a GPU per rank; on a CPU, processes and virtual devices."""
+    plot: Path | None = None
+    """Draw each figure's share of its floor into this file (.png, .svg or .pdf)."""
+    seconds: float = 0.3
+    """Time to spend on each figure."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of the rows."""
+    seed: int = 0
+    """Of routing and rows."""
+    json: bool = False
+    """Print one JSON object per figure, as each is measured."""
+    save: Path | None = None
+    """Write the figures to this file too, a JSON object a line."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -156,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
             "compare": CompareCommand,
             "report": ReportCommand,
             "faults": FaultsCommand,
+            "bench": BenchCommand,
             "doctor": DoctorCommand,
         },
         args=argv,
@@ -168,6 +214,7 @@ def main(argv: list[str] | None = None) -> None:
             CompareCommand: compare_folders,
             ReportCommand: show_report,
             FaultsCommand: list_faults,
+            BenchCommand: bench,
             DoctorCommand: see_doctor,
         }
         code = run[type(command)](command)
@@ -294,6 +341,44 @@ def try_fault(fault: faults.Fault, device: str = "cpu") -> Found:
     return Found(True, " and ".join(verdict.sides), verdict.stage, describe(verdict.check))
 
 
+def bench(command: BenchCommand) -> int:
+    """Run `bench`; its exit code.
+
+    Raises ValueError on an unknown shape or part, and on a time that is not positive.
+    """
+    for name, known in ((command.shapes, SHAPES), (command.parts, (*PARTS, "exchange"))):
+        if unknown := [word for word in name if word not in known]:
+            raise ValueError(f"unknown: {', '.join(unknown)}. There are: {', '.join(known)}")
+    if not command.seconds > 0:
+        raise ValueError(f"--seconds is {command.seconds}: it must be positive")
+    if command.ranks < 1:
+        raise ValueError(f"--ranks is {command.ranks}: it must be at least 1")
+    plan = Plan(
+        shapes=tuple(SHAPES[name] for name in command.shapes),
+        sides=BACKENDS if command.side == "both" else (command.side,),
+        parts=command.parts, baselines=command.baselines, compiled=command.compiled,
+        seconds=command.seconds, dtype=command.dtype, seed=command.seed, ranks=command.ranks,
+    )  # fmt: skip
+    figures: list[Figure] = []
+    with progress() as bar:
+        task = bar.add_task("bench", total=None)
+        for figure in run_bench(plan):
+            bar.update(task, advance=1, description=f"{figure.side} {figure.shape} {figure.part}")
+            figures.append(figure)
+            line = msgspec.json.encode(figure).decode()
+            if command.save:
+                with command.save.open("w" if len(figures) == 1 else "a") as file:
+                    file.write(line + "\n")
+            if command.json:
+                print(line, flush=True)
+    if not command.json:
+        print_bench(Console(width=None if sys.stdout.isatty() else 160, highlight=False), figures)
+    if command.plot:
+        plot_bench(figures, command.plot)
+        Console(stderr=True).print(f"wrote {command.plot}", highlight=False)
+    return BACKEND if any(figure.error for figure in figures) else MATCH
+
+
 def torchrun_size() -> int | None:
     """How many processes torchrun started, if it started this one."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -342,9 +427,15 @@ def show_report(command: ReportCommand) -> int:
     if command.schema:
         print(msgspec.json.format(msgspec.json.encode(records.schema())).decode())
         return MATCH
-    if not command.file:
+    if not command.files:
         raise ValueError("which report? Name a file that `python -m parity check --json` wrote, or ask for --schema")
-    return publish(records.read(command.file), False, command.html)
+    if len(command.files) == 1:
+        return publish(records.read(command.files[0]), False, command.html)
+    if command.html:
+        raise ValueError("--html makes a page of one report: name one file")
+    reports = {path.name.split(".")[0]: records.read(path) for path in command.files}
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(summary(reports))
+    return max(report.footer.exit_code for report in reports.values())
 
 
 def see_doctor(command: DoctorCommand) -> int:

@@ -43,6 +43,7 @@ def run_cases(
     of_torch = [backend for backend in backends if in_torchrun and framework(backend) == "torch"]
     traces: dict[str, list[Trace]] = {case.name: [] for case in cases}
     judged: dict[str, tuple[CaseRecord, list[Check]]] = {}
+    flags = "" if device == "cpu" else f" --device {device}"
     with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress(show_progress) as bar:
         folder = Path(temporary)
         problems = {case.name: draw(case) for case in bar.track(cases, description="oracle")}
@@ -65,7 +66,7 @@ def run_cases(
                 traces[name].append(Trace.load(folder / f"{name}.{backend}.safetensors"))
                 if len(traces[name]) == len(backends):
                     start = time.perf_counter()
-                    judged[name] = judge(problems[name], traces.pop(name))
+                    judged[name] = judge(problems[name], traces.pop(name), flags)
                     seconds["compare"] += time.perf_counter() - start
         if save:
             save.mkdir(parents=True, exist_ok=True)
@@ -75,14 +76,14 @@ def run_cases(
     return make_report(head, [case.name for case in cases], judged, seconds)
 
 
-def judge(problem: Problem, traces: list[Trace]) -> tuple[CaseRecord, list[Check]]:
-    """Every comparison of one case, and what it looked like."""
+def judge(problem: Problem, traces: list[Trace], flags: str = "") -> tuple[CaseRecord, list[Check]]:
+    """Every comparison of one case, and what it looked like; `flags` are those that repeating it needs besides."""
     case, picture = problem.case, blank(problem)
     traces.sort(key=lambda trace: BACKENDS.index(trace.backend))
     checks = list(compare(problem, traces, picture))
     seconds = {trace.backend: trace.seconds for trace in traces}
     environment = {trace.backend: trace.environment for trace in traces}
-    return CaseRecord(case, case.command(), seconds, environment, picture), checks
+    return CaseRecord(case, case.command() + flags, seconds, environment, picture), checks
 
 
 def make_report(

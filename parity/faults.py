@@ -103,9 +103,10 @@ _TORCH = [
      "    source_R = expert_major_source(counts_Pe, output_size)\n",
      "    source_R = torch.arange(output_size, device=counts_Pe.device)\n", "zipf"),
     ("rows-swapped-between-experts", "to_expert_major", "The first and the last row change places.", "layout.py",
-     "    source_R = expert_major_source(counts_Pe, output_size)\n",
-     "    source_R = expert_major_source(counts_Pe, output_size)\n"
-     "    source_R = torch.cat([source_R[-1:], source_R[1:-1], source_R[:1]])[:output_size]\n", "zipf"),
+     "    return ExpertMajor(permute_rows(",
+     "    source_R = torch.cat([source_R[-1:], source_R[1:-1], source_R[:1]])[:output_size]\n"
+     "    target_R = invert(source_R)\n"
+     "    return ExpertMajor(permute_rows(", "zipf"),
     ("off-by-one-group", "apply_experts", "Each expert's rows end one too early.", "experts.py",
      "offs=counts_e.cumsum(dim=0).to(torch.int32)",
      "offs=(counts_e.cumsum(dim=0) - (torch.arange(len(counts_e)) < len(counts_e) - 1).long()).clamp(min=0)"
@@ -185,7 +186,7 @@ _JAX = [
     ("drop-ignores-choice", "group_by_expert", "Second choices are kept before later tokens' first choices.",
      "grouping.py", '"choice": assignment_N % top_k', '"choice": assignment_N', "drop-expert-choice"),
     ("drop-ties-backwards", "group_by_expert", "Among equals, the later assignment is kept.", "grouping.py",
-     "jnp.lexsort((assignment_N, key_N, bin_N))", "jnp.lexsort((-assignment_N, key_N, bin_N))", "drop-rank-choice"),
+     "else (key_N, bin_N))", "else (-assignment_N, key_N, bin_N))", "drop-rank-choice"),
     ("padding-not-zeroed", "group_by_expert", "Padding holds the last row instead of zero.", "layout.py",
      '.get(mode="fill", fill_value=0)', '.get(mode="clip")', "zipf"),
     ("receiver-side-offsets", "to_expert_major", "Rows are looked up where they would lie without padding.", "layout.py",

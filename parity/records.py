@@ -3,6 +3,7 @@
 A report without its footer is of a run that did not end, and is refused.
 """
 
+import lzma
 import platform
 import sys
 from datetime import UTC, datetime
@@ -111,14 +112,14 @@ def lines(report: Report) -> list[str]:
 
 
 def read(path: Path) -> Report:
-    """A report from its file.
+    """A report from its file, which may be compressed (.xz).
 
     Raises ValueError when the file is none, was written in another schema, or is not whole.
     """
     try:
-        text = path.read_text().splitlines()
-        records = [msgspec.convert(msgspec.json.decode(line), Record, strict=False) for line in text]
-    except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+        with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
+            records = [msgspec.convert(msgspec.json.decode(line), Record, strict=False) for line in file]
+    except (OSError, lzma.LZMAError, UnicodeDecodeError, msgspec.MsgspecError) as error:
         raise ValueError(
             f"{path} is no report: {error}. Write one with `python -m parity check --json >FILE`"
         ) from error

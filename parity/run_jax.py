@@ -101,7 +101,10 @@ def run(problem: Problem, how: str, backend: str = "jax") -> Trace:
         weights = _weights(problem, how)
 
         def whole(problem: Problem) -> dict[str, np.ndarray]:
-            return fetch(end_to_end(weights, put(corner.inputs(problem), case.ranks, how)), how)
+            inputs = put(corner.inputs(problem), case.ranks, how)
+            with jax.transfer_guard_device_to_host("disallow"):
+                arrays = jax.block_until_ready(end_to_end(weights, inputs))
+            return fetch(arrays, how)
 
         first = whole(problem)
         for other in problem.steps_between():
@@ -171,7 +174,8 @@ def _per_rank(name: str, a: np.ndarray) -> list[np.ndarray]:
 def environment() -> dict[str, str]:
     """Versions and devices, for the report."""
     about = {"jax": jax.__version__, "python": platform.python_version(), "platform": platform.platform()}
-    return about | {"devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
+    waits = {} if jax.default_backend() == "cpu" else {"host waits": "0 a step"}  # more raise, see `run`
+    return about | {"devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"} | waits
 
 
 def _static(case: Case) -> Case:
@@ -200,6 +204,11 @@ def over_ranks(f: Callable, P: int, how: str, *, replicated: tuple[int, ...] = (
         return jax.shard_map(block, mesh=_mesh(P), in_specs=specs, out_specs=PartitionSpec(AXIS))(*args)
 
     return sharded
+
+
+# Compiling is most of what a check costs on a CPU, and the code for stages on their own runs once. The whole layer is
+# compiled as users compile it.
+_COMPILED_QUICKLY = {"cpu": {"xla_backend_optimization_level": 0}}
 
 
 class _Static:
@@ -357,7 +366,7 @@ def programs(corner: Corner, case: Case, capacity: Capacity, oracle_rows: int, h
     def isolated(weights: Arrays, feeds: Arrays) -> Arrays:
         return each(partial(_isolated, corner, case, capacity, oracle_rows, axis))(weights | feeds)
 
-    return jax.jit(end_to_end), jax.jit(isolated)
+    return jax.jit(end_to_end), jax.jit(isolated, compiler_options=_COMPILED_QUICKLY.get(jax.default_backend()))
 
 
 def _capacity(case: Case) -> Capacity:

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -211,13 +212,13 @@ def run(problem: Problem, backend: str, rank: int, device: torch.device, progres
     with poisoned_memory():
         mine = _isolated(problem, corner, rank, device, at)
     at("the first step")
-    first = _end_to_end(problem, corner, rank, device)
+    first = _end_to_end(problem, corner, rank, device, waits := HostWaits(device))
     at("steps on other inputs")
     for other in problem.steps_between():
-        _end_to_end(other, corner, rank, device)
+        _end_to_end(other, corner, rank, device, HostWaits(device))
     at("the first step, repeated")
     with poisoned_memory():
-        again = _end_to_end(problem, corner, rank, device)
+        again = _end_to_end(problem, corner, rank, device, HostWaits(device))
     mine |= again | {name.replace("e2e", "repeat", 1): differing_bits(a, again[name]) for name, a in first.items()}
     at("gathering")
     everybody: list[Arrays] = [mine]
@@ -227,9 +228,37 @@ def run(problem: Problem, backend: str, rank: int, device: torch.device, progres
         everybody = [arrays for arrays in gathered if arrays is not None]
     if rank:
         return None
-    trace = Trace(problem.case, backend, corner.strategy, environment(device))
+    trace = Trace(problem.case, backend, corner.strategy, environment(device) | waits.found())
     trace.arrays = {name: [arrays[name] for arrays in everybody] for name in mine}
     return trace
+
+
+@dataclass
+class HostWaits:
+    """How often one forward and backward pass made the host wait for the GPU, as PyTorch's own debug mode has it."""
+
+    device: torch.device
+    count: int = 0
+
+    def found(self) -> dict[str, str]:
+        """For the report; a CPU has nothing to wait for."""
+        return {"host waits": f"{self.count} a step"} if self.device.type == "cuda" else {}
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count those of this block."""
+        if self.device.type != "cuda":
+            yield
+            return
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        self.count += sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 @contextmanager
@@ -261,7 +290,7 @@ class _Dynamic:
         self.case, self.splits = case, exchange.Splits(list(send_P), list(receive_P), sum(receive_P))
 
     def group_by_expert(self, x: Tensor, ids: Tensor, score: Tensor, counts: Tensor) -> Tensor:  # noqa: ARG002
-        return grouping.group_by_expert(x, ids).x_ND
+        return grouping.group_by_expert(x, ids, counts).x_ND
 
     def exchange_counts(self, counts: Tensor) -> Tensor:
         return exchange.exchange_counts(counts)[0]
@@ -487,17 +516,20 @@ def _isolated(
     return out
 
 
-def _end_to_end(problem: Problem, corner: type[_Dynamic] | type[_Static], rank: int, device: torch.device) -> Arrays:
+def _end_to_end(
+    problem: Problem, corner: type[_Dynamic] | type[_Static], rank: int, device: torch.device, waits: HostWaits
+) -> Arrays:
     """The whole layer and its gradients, with the oracle's expert ids."""
     case = problem.case
     e = case.experts // case.ranks
     x, router = (to_torch(a).to(device).requires_grad_() for a in (problem.x[rank], problem.router))
     weights = [weights_of(w, slice(rank * e, (rank + 1) * e), device) for w in problem.weights]
     ids, keep = to_torch(problem.expert_id[rank]).to(device), to_torch(problem.keep[rank]).to(device)
-    chosen = routing.route(x, router, case.top_k, case.score_function, case.renormalize, case.scale, expert_id_TK=ids)
-    result, intermediate = corner.layer(case, x, router, weights, chosen, keep)
-    wanted = (x, chosen.score_TK, router, *weights)
-    dx, dscore, drouter, *dw = torch.autograd.grad(result, wanted, to_torch(problem.dout[rank]).to(device))
+    dout, how = to_torch(problem.dout[rank]).to(device), (case.score_function, case.renormalize, case.scale)
+    with waits.counted():
+        chosen = routing.route(x, router, case.top_k, *how, expert_id_TK=ids)
+        result, intermediate = corner.layer(case, x, router, weights, chosen, keep)
+        dx, dscore, drouter, *dw = torch.autograd.grad(result, (x, chosen.score_TK, router, *weights), dout)
     values = intermediate | {
         "route/score": chosen.score_TK,
         "combine/out": result,

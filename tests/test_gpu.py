@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from problems import bits, draw
 import jax_impl
 import torch_impl
 from jax_impl import plan_capacity
+from parity.run_torch import HostWaits
 
 pytestmark = pytest.mark.gpu
 
@@ -45,15 +45,10 @@ def jax_step(x, router, gate, up, down, dout):
 
 def synchronisations(step) -> int:
     """How often PyTorch itself says that a call made the host wait."""
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing" in str(warning.message) for warning in caught)
+    waits = HostWaits(torch.device("cuda"))
+    with waits.counted():
+        step()
+    return waits.count
 
 
 def test_one_synchronisation():

@@ -45,7 +45,8 @@ drawn_counts = st.lists(st.lists(st.integers(0, 3), min_size=e, max_size=e), min
 @given(drawn_ids, drawn_choices)
 def test_group_then_combine_torch(ids, chosen):
     """Weight 1 on one choice and 0 on the others: the token itself."""
-    grouped = group_by_expert(torch.from_numpy(X), torch.from_numpy(ids))
+    counts_E = torch.from_numpy(np.bincount(ids.reshape(-1), minlength=E))
+    grouped = group_by_expert(torch.from_numpy(X), torch.from_numpy(ids), counts_E)
     score_TK = torch.eye(K)[torch.from_numpy(chosen)]
     out_TD = combine(grouped.x_ND, score_TK, grouped.slot_TK, grouped.assignment_N)
     np.testing.assert_array_equal(out_TD.numpy(), X)

@@ -39,7 +39,7 @@ ROWS = [TERMS_KD[1], TERMS_KD[2], TERMS_KD[0]]  # in the order of experts
 
 def test_sums_are_float32_in_order_of_k_torch():
     x = torch.zeros(1, 4, dtype=torch.bfloat16, requires_grad=True)
-    grouped = torch_impl.grouping.group_by_expert(x, torch.tensor(IDS))
+    grouped = torch_impl.grouping.group_by_expert(x, torch.tensor(IDS), torch.tensor([1, 1, 1]))
     rows = torch.tensor(ROWS, dtype=torch.bfloat16)
     (dx,) = torch.autograd.grad(grouped.x_ND, x, rows)
     assert dx.dtype == torch.bfloat16
@@ -101,13 +101,14 @@ def test_scores_stay_float32_jax():
 def test_hand_written_backward_torch():
     problem = draw(P=1, T=3, D=2, F=3, E=4, K=3)
     ids = problem.expert_id_PTK[0]
+    counts = ids.reshape(-1).bincount(minlength=4)
     x = problem.x_PTD[0].clone().requires_grad_()
     score = torch.rand(3, 3, dtype=torch.float64, requires_grad=True)
-    grouped = torch_impl.grouping.group_by_expert(x.detach(), ids)
+    grouped = torch_impl.grouping.group_by_expert(x.detach(), ids, counts)
     rows = grouped.x_ND.clone().requires_grad_()
     source = torch.tensor([3, 0, 1, 2, 8, 4, 6, 5, 7])
     check = torch.autograd.gradcheck
-    assert check(lambda x: torch_impl.grouping.group_by_expert(x, ids).x_ND, (x,))
+    assert check(lambda x: torch_impl.grouping.group_by_expert(x, ids, counts).x_ND, (x,))
     assert check(torch_impl.grouping.combine, (rows, score, grouped.slot_TK, grouped.assignment_N))
     assert check(torch_impl.layout.permute_rows, (rows, source, torch_impl.layout.invert(source)))
     inputs = [a.clone().requires_grad_() for a in (x, problem.router_DE, *problem.weights)]

@@ -143,7 +143,7 @@ X = [[1.0, 2.0], [3.0, 4.0]]
 
 def test_group_by_expert_torch():
     x = torch.tensor(X, requires_grad=True)
-    grouped = torch_impl.grouping.group_by_expert(x, torch.tensor(IDS))
+    grouped = torch_impl.grouping.group_by_expert(x, torch.tensor(IDS), torch.tensor([2, 1, 1, 0]))
     same(grouped.x_ND, [[1, 2], [3, 4], [3, 4], [1, 2]])
     same(grouped.slot_TK, [[3, 0], [1, 2]])
     same(grouped.assignment_N, [1, 2, 3, 0])

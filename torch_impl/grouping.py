@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from torch_impl import kernels
 from torch_impl.layout import invert
 
 
@@ -15,7 +16,9 @@ class Grouped(NamedTuple):
     assignment_N: Integer[Tensor, " N"]  # the assignment a = t*K + k that each row holds
 
 
-def group_by_expert(x_TD: Float[Tensor, "T D"], expert_id_TK: Integer[Tensor, "T K"]) -> Grouped:
+def group_by_expert(
+    x_TD: Float[Tensor, "T D"], expert_id_TK: Integer[Tensor, "T K"], counts_E: Integer[Tensor, " E"]
+) -> Grouped:
     """Copy each token once per chosen expert, sorted by expert, ties by assignment.
 
         tokens  t0 -> experts 2,0      rows   e0: t0 t1   e1: t1   e2: t0
@@ -23,8 +26,11 @@ def group_by_expert(x_TD: Float[Tensor, "T D"], expert_id_TK: Integer[Tensor, "T
 
     The rows for one rank are contiguous, because expert g lives on rank g // e.
     """
-    assignment_N = expert_id_TK.reshape(-1).argsort(stable=True)
-    slot_TK = invert(assignment_N).reshape(expert_id_TK.shape)
+    if kernels.use_kernels(expert_id_TK):
+        assignment_N, slot_TK = kernels.sort_by_expert(expert_id_TK, counts_E.shape[0])
+    else:
+        assignment_N = expert_id_TK.reshape(-1).argsort(stable=True)
+        slot_TK = invert(assignment_N).reshape(expert_id_TK.shape)
     return Grouped(expand_rows(x_TD, assignment_N, slot_TK), slot_TK, assignment_N)
 
 
@@ -49,11 +55,15 @@ class _ExpandRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, assignment_N, slot_TK):
         ctx.save_for_backward(slot_TK)
+        if kernels.use_kernels(x_TD):
+            return kernels.expand_rows(x_TD, slot_TK)
         return x_TD[assignment_N // slot_TK.shape[1]]
 
     @staticmethod
     def backward(ctx, dx_ND):  # type: ignore[override]
         (slot_TK,) = ctx.saved_tensors
+        if kernels.use_kernels(dx_ND):
+            return kernels.sum_rows(dx_ND, slot_TK), None, None
         wide = torch.promote_types(dx_ND.dtype, torch.float32)
         dx_TD = torch.zeros(slot_TK.shape[0], dx_ND.shape[1], dtype=wide, device=dx_ND.device)
         for slot_T in slot_TK.unbind(dim=1):
@@ -75,6 +85,8 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_ND, score_TK, slot_TK, assignment_N):
         ctx.save_for_backward(y_ND, score_TK, slot_TK, assignment_N)
+        if kernels.use_kernels(y_ND):
+            return kernels.sum_rows(y_ND, slot_TK, score_TK)
         wide = torch.promote_types(y_ND.dtype, torch.float32)
         out_TD = torch.zeros(slot_TK.shape[0], y_ND.shape[1], dtype=wide, device=y_ND.device)
         for score_T, slot_T in zip(score_TK.unbind(dim=1), slot_TK.unbind(dim=1), strict=True):
@@ -84,6 +96,8 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout_TD):  # type: ignore[override]
         y_ND, score_TK, slot_TK, assignment_N = ctx.saved_tensors
+        if kernels.use_kernels(y_ND):
+            return *kernels.weighted_sum_backward(dout_TD, y_ND, score_TK, slot_TK), None, None
         wide = torch.promote_types(y_ND.dtype, torch.float32)
         score_N = score_TK.reshape(-1)[assignment_N].to(wide)
         dy_ND = score_N[:, None] * dout_TD[assignment_N // slot_TK.shape[1]].to(wide)

@@ -54,7 +54,7 @@ def moe_layer(
     check_routing(x_TD, score_TK, expert_id_TK, counts_E)
     check_experts(x_TD, counts_E.shape[0], n_ranks(group), w_gate_eDF, w_up_eDF, w_down_eFD)
 
-    grouped = group_by_expert(x_TD, expert_id_TK)
+    grouped = group_by_expert(x_TD, expert_id_TK, counts_E)
     counts_Pe, splits = exchange_counts(counts_E, group)
     received_RD = send_tokens(grouped.x_ND, splits, group)
     expert_major = to_expert_major(received_RD, counts_Pe, splits.total)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from torch_impl import kernels
 from torch_impl.checks import check_output_size
 
 
@@ -29,8 +30,11 @@ def to_expert_major(
     """
     output_size = x_RD.shape[0] if output_size is None else output_size
     check_output_size(output_size, x_RD.shape[0])
-    source_R = expert_major_source(counts_Pe, output_size)
-    target_R = invert(source_R)
+    if kernels.use_kernels(counts_Pe):
+        source_R, target_R = kernels.expert_major_rows(counts_Pe, output_size)
+    else:
+        source_R = expert_major_source(counts_Pe, output_size)
+        target_R = invert(source_R)
     return ExpertMajor(permute_rows(x_RD, source_R, target_R), source_R, target_R)
 
 
@@ -66,12 +70,13 @@ class _PermuteRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RD, source_R, target_R):
         ctx.save_for_backward(target_R)
-        return x_RD[source_R]
+        return kernels.gather_rows(x_RD, source_R) if kernels.use_kernels(x_RD) else x_RD[source_R]
 
     @staticmethod
     def backward(ctx, dy_RD):  # type: ignore[override]
         (target_R,) = ctx.saved_tensors
-        return dy_RD[target_R], None, None
+        dx_RD = kernels.gather_rows(dy_RD, target_R) if kernels.use_kernels(dy_RD) else dy_RD[target_R]
+        return dx_RD, None, None
 
 
 def invert(index_R: Integer[Tensor, " R"]) -> Integer[Tensor, " R"]:

@@ -1,17 +1,18 @@
 """A table for people."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from parity.blame import blame
+from parity.backends import BACKENDS
+from parity.blame import Blame, blame
 from parity.compare import Check, Where
 from parity.faults import Fault
-from parity.records import Report
+from parity.records import CaseRecord, Report
 from parity.trace import STAGES
 
 SHORT = {
@@ -70,18 +71,27 @@ def failures(report: Report) -> Group:
         if verdict is None:
             continue
         check = verdict.check
-        both = len(verdict.sides) > 1
-        who = "both sides differ from the oracle" if both else f"{verdict.sides[0]} is wrong"
-        how = "fed the oracle's input" if check.mode == "isolated" else "in the whole layer"
-        lines.append(Text(f"\n{name}: {who} at stage {SHORT[verdict.stage]}, {verdict.direction}, {how}", "bold red"))
+        lines.append(Text(f"\n{name}: {headline(verdict)}", "bold red"))
         lines.append(Text(f"  {describe(check)}"))
         lines += [Text(f"  failing rows: {shared}") for shared in check.common]
         lines.append(Text(f"  look at:  {verdict.function}"))
         lines.append(Text(f"  in all:   {verdict.arrays} comparisons differ"))
-        side = f" --backend {verdict.sides[0]}" if not both and len(record.seconds) > 1 else ""
-        fault = f" --fault {report.header.planted}" if report.header.planted else ""
-        lines.append(Text(f"  repeat:   {record.command}{side}{fault}", "cyan"))
+        lines.append(Text(f"  repeat:   {repeat(report, record, verdict)}", "cyan"))
     return Group(*lines)
+
+
+def headline(verdict: Blame) -> str:
+    """Who is wrong, at which stage first, and how that was seen."""
+    who = "both sides differ from the oracle" if len(verdict.sides) > 1 else f"{verdict.sides[0]} is wrong"
+    how = "fed the oracle's input" if verdict.check.mode == "isolated" else "in the whole layer"
+    return f"{who} at stage {SHORT[verdict.stage]}, {verdict.direction}, {how}"
+
+
+def repeat(report: Report, record: CaseRecord, verdict: Blame) -> str:
+    """The command that repeats just this failure: its case, the side that is wrong, the fault if one was planted."""
+    side = f" --backend {verdict.sides[0]}" if len(verdict.sides) == 1 and len(record.seconds) > 1 else ""
+    fault = f" --fault {report.header.planted}" if report.header.planted else ""
+    return f"{record.command}{side}{fault}"
 
 
 def describe(check: Check) -> str:
@@ -95,8 +105,9 @@ def describe(check: Check) -> str:
     numbers = f"{check.got!r} instead of {check.expected!r}"
     if check.bitwise:
         return f"{what}: {where}\n  {numbers}; must be equal bit for bit"
-    times = f"{check.error / check.allowed:.3g} times that" if check.allowed else "none at all"
-    return f"{what}: {where}\n  {numbers}; off by {check.error:.3g}, allowed {check.allowed:.3g}: would need {times}"
+    need = f"would need {check.error / check.allowed:.3g} times that" if check.allowed else "would need any at all"
+    need = need if math.isfinite(check.error) else "no allowance would do"
+    return f"{what}: {where}\n  {numbers}; off by {check.error:.3g}, allowed {check.allowed:.3g}: {need}"
 
 
 def place(where: Where) -> str:
@@ -121,6 +132,40 @@ def print_report(console: Console, report: Report) -> None:
     failed = [name for name in report.checks if _failed(report, name)]
     names = f" in {len(failed)} of {foot.cases} cases: {', '.join(failed)}" if failed else ""
     console.print(Text(foot.verdict.upper() + names if failed else foot.verdict, VERDICT_STYLE[foot.verdict]))
+
+
+def summary(reports: Mapping[str, Report]) -> Table:
+    """One line per report: where it ran, how much was compared, and the closest call."""
+    result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for column in (
+        "report",
+        "devices",
+        "torch",
+        "jax",
+        "cases",
+        "rows",
+        "bit for bit",
+        "closest",
+        "host waits",
+        "s",
+        "",
+    ):
+        right = column in ("cases", "rows", "bit for bit", "closest", "s")
+        result.add_column(column, justify="right" if right else "left", no_wrap=True)
+    for name, report in reports.items():
+        foot, about = report.footer, [record.environment for record in report.cases.values()]
+        closest = max((c.worst for found in report.checks.values() for c in found if not c.bitwise), default=math.nan)
+
+        def stated(what: str, about: list = about) -> str:
+            found = [one.get(backend, {}).get(what, "") for backend in BACKENDS for one in about]
+            return ", ".join(dict.fromkeys(filter(None, found))) or "-"
+
+        result.add_row(
+            name, stated("devices"), stated("torch"), stated("jax"), str(foot.cases), f"{foot.rows:,}",
+            f"{foot.bitwise:,}", f"{closest:.3f}", stated("host waits"), f"{foot.seconds.get('in all', math.nan):.0f}",
+            Text(foot.verdict, VERDICT_STYLE[foot.verdict]),
+        )  # fmt: skip
+    return result
 
 
 class Found(NamedTuple):

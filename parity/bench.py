@@ -1,0 +1,191 @@
+"""How long the row movements take, beside the time that the memory itself needs: the engine behind `bench`.
+
+A figure is a median. Its floor is the bytes that have to move, each row read once and written once, over the copy
+bandwidth measured in the same run. Each framework runs in a process of its own, one after the other.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator, Iterable, Sequence
+
+import msgspec
+import numpy as np
+
+from parity.backends import BACKENDS, BackendError
+
+# In this order they are one layer's data movement on one rank; the exchange, and the experts, go in between.
+STAGES = ("group_by_expert", "to_expert_major", "to_rank_major", "combine")
+PARTS = (*STAGES, "whole", "experts")
+DIRECTIONS = ("forward", "forward+backward")
+ACROSS_RANKS = ("exchange", "whole")  # what is measured where the rows really go to other ranks
+N_SETS = 3  # inputs to rotate among: with the N-row arrays in between, far more than any cache holds
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """What one rank has, and over how many ranks its rows would go."""
+
+    name: str
+    tokens: int
+    width: int
+    experts: int
+    top_k: int
+    hidden: int
+    ranks: int = 8
+
+    @property
+    def rows(self) -> int:
+        """N, assignments on the rank."""
+        return self.tokens * self.top_k
+
+    @property
+    def rows_per_bin(self) -> int:
+        """C at a capacity factor of 1, a bin per rank."""
+        return -(-self.rows // self.ranks)
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("deepseek-v3", tokens=4096, width=7168, experts=256, top_k=8, hidden=2048),
+        Shape("mixtral", tokens=8192, width=4096, experts=8, top_k=2, hidden=14336),
+        Shape("qwen3", tokens=8192, width=2048, experts=128, top_k=8, hidden=768),
+        Shape("small", tokens=1024, width=256, experts=16, top_k=4, hidden=256),
+    )
+}
+LARGE = ("deepseek-v3", "mixtral", "qwen3")
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What to measure."""
+
+    shapes: tuple[Shape, ...] = ()  # empty: the three models' on a GPU, the small one on a CPU
+    sides: tuple[str, ...] = BACKENDS
+    parts: tuple[str, ...] = PARTS
+    baselines: bool = True
+    compiled: bool = True  # the baseline under torch.compile, which takes minutes to compile
+    ranks: int = 1  # more: the exchange, and the whole with it, over as many GPUs, or processes on a CPU
+    seconds: float = 0.3  # spent timing each figure
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+
+class Figure(msgspec.Struct):
+    """One measurement. Times in seconds; None where a device or framework cannot tell."""
+
+    shape: str
+    side: str
+    variant: str
+    part: str
+    direction: str
+    median: float
+    low: float  # quartiles
+    high: float
+    runs: int
+    bytes: int = 0  # that have to move in this rank's memory
+    link_bytes: int = 0  # that have to leave this rank, and as many arrive
+    flops: int = 0  # that have to be done
+    peak_bytes: int | None = None  # allocated at most over the inputs, results included
+    launches: int | None = None  # kernels, copies and fills on the device
+    syncs: int | None = None  # times that the host waited
+    busy: float | None = None  # of which the device ran something
+    kernels: dict[str, float] | None = None  # the longest, seconds by name
+    device: str = ""
+    error: str = ""  # why there is no figure, out of memory for one
+    floor: float | None = None
+    share: float | None = None  # of the floor: floor / median
+
+
+def row_passes(part: str, direction: str, tokens: int, rows: int) -> int:
+    """Rows read plus rows written, T tokens and N assignments (P*C where they are padded to a capacity).
+
+        forward    T+N, 2N, 2N, N+T     in all 6N + 2T
+        backward   N+T, 2N, 2N, T+2N    in all 7N + 2T
+
+    Backward, combine reads the tokens' gradients once and every row once, and writes every row's gradient.
+    """
+    T, N = tokens, rows
+    forward = {"group_by_expert": T + N, "to_expert_major": 2 * N, "to_rank_major": 2 * N, "combine": N + T}
+    backward = forward | {"combine": T + 2 * N}
+    names = STAGES if part == "whole" else (part,)
+    return sum(forward[name] + (backward[name] if direction != "forward" else 0) for name in names)
+
+
+def leaving_rows(rows: int, ranks: int, direction: str) -> int:
+    """Of N rows spread evenly, those for other ranks: out with dispatch and back with combine; backward once more."""
+    return rows * (ranks - 1) // ranks * (1 if direction == "forward" else 2)
+
+
+def expert_flops(shape: Shape, rows: int, direction: str) -> int:
+    """Of SwiGLU's three matmuls; backward has two for each, one for its input and one for its weights."""
+    return 3 * 2 * rows * shape.width * shape.hidden * (1 if direction == "forward" else 3)
+
+
+def choose_shapes(plan: Plan, on_gpu: bool) -> list[Shape]:
+    """Those asked for; else what the device is made for."""
+    return list(plan.shapes) or [SHAPES[name] for name in (LARGE if on_gpu else ("small",))]
+
+
+def draw_routing(shape: Shape, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores [T, K] in float32, expert ids [T, K] and counts [E]: K different experts for each token, at random."""
+    rng = np.random.default_rng(seed)
+    key_TE = rng.random((shape.tokens, shape.experts), dtype=np.float32)
+    expert_id_TK = np.argpartition(key_TE, shape.top_k - 1, axis=1)[:, : shape.top_k].astype(np.int64)
+    score_TK = rng.random((shape.tokens, shape.top_k), dtype=np.float32)
+    return score_TK, expert_id_TK, np.bincount(expert_id_TK.reshape(-1), minlength=shape.experts)
+
+
+def summarize(seconds: Iterable[float]) -> dict[str, float]:
+    """Median, quartiles and number of runs."""
+    seconds = sorted(seconds)
+    low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    return {"median": median, "low": low, "high": high, "runs": len(seconds)}
+
+
+def busiest(ran: Sequence[tuple[str, float]], number: int = 10) -> dict[str, float]:
+    """Seconds by name, added up, of those that took longest."""
+    seconds: dict[str, float] = {}
+    for name, took in ran:
+        seconds[name[:80]] = seconds.get(name[:80], 0) + took
+    return dict(sorted(seconds.items(), key=lambda item: -item[1])[:number])
+
+
+def run_bench(plan: Plan) -> Generator[Figure]:
+    """Every figure as it comes in. Copies come first, on each side: floors are of the fastest seen so far.
+
+    A floor is the bytes in memory over the copy bandwidth, plus those between ranks over that of a copy between GPUs.
+
+    Raises BackendError when a framework is missing or its run ends in error.
+    """
+    memory, link = 0.0, 0.0
+    for side in plan.sides:
+        for figure in _measure(plan, side):
+            if figure.error:
+                yield figure
+                continue
+            if figure.part == "copy":
+                memory = max(memory, figure.bytes / figure.median)
+            if figure.part == "link":
+                link = max(link, figure.link_bytes / figure.median)
+            if (figure.bytes or figure.link_bytes) and (link or not figure.link_bytes):
+                figure.floor = figure.bytes / memory + (figure.link_bytes / link if link else 0)
+                figure.share = figure.floor / figure.median
+            yield figure
+
+
+def _measure(plan: Plan, side: str) -> Generator[Figure]:
+    command = [sys.executable, "-m", f"parity.bench_{side}", msgspec.json.encode(plan).decode()]
+    with tempfile.TemporaryFile("w+") as stderr:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    if line.startswith("{"):
+                        yield msgspec.json.decode(line, type=Figure)
+            except BaseException:  # whoever reads the figures has stopped
+                process.kill()
+                raise
+        if code := process.returncode:
+            stderr.seek(0)
+            raise BackendError(side, f"{side}: {stderr.read().strip()[-2000:] or f'ended with exit code {code}'}")

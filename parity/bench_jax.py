@@ -1,0 +1,428 @@
+"""The JAX side of `bench`: ours, and the straightforward version. Every stage is a program of its own.
+
+The exchange and the experts come between the stages, so XLA must not see across them: it would fuse one gather into
+the next. Forward and backward are two programs too, as the loss comes between them.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jax_impl.exchange import exchange_counts, return_tokens, send_tokens
+from jax_impl.experts import apply_experts
+from jax_impl.grouping import Capacity, combine, group_by_expert
+from jax_impl.layout import rank_bins_source, to_expert_major, to_rank_major
+from parity.bench import (
+    ACROSS_RANKS,
+    DIRECTIONS,
+    N_SETS,
+    STAGES,
+    Figure,
+    Plan,
+    Shape,
+    busiest,
+    choose_shapes,
+    draw_routing,
+    expert_flops,
+    leaving_rows,
+    row_passes,
+    summarize,
+)
+
+Step = Callable[[int], Any]  # runs once, on the set of inputs with this number
+BATCHES = 20
+
+
+class Movement(NamedTuple):
+    """The four stages that move rows, of one variant. The first argument of each is a row array."""
+
+    group_by_expert: Callable[..., Any]
+    to_expert_major: Callable[..., Any]
+    to_rank_major: Callable[..., Any]
+    combine: Callable[..., Any]
+
+
+def plain_group_by_expert(
+    x_TD: Array, expert_id_TK: Array, score_TK: Array, counts_E: Array, capacity: Capacity
+) -> tuple[Array, Array, Array]:
+    """Rows by indexing, padding by `where`; the first C of a bin are kept."""
+    del score_TK
+    (T, K), E, (P, C, _) = expert_id_TK.shape, counts_E.shape[0], capacity
+    expert_N = expert_id_TK.reshape(-1)
+    bin_N = expert_N // (E // P)
+    place_NP = jnp.cumsum(bin_N[:, None] == jnp.arange(P), axis=0)
+    keep_N = jnp.take_along_axis(place_NP, bin_N[:, None], axis=1)[:, 0] <= C
+    kept_P = jnp.minimum(place_NP[-1], C)
+    sorted_N = jnp.argsort(jnp.where(keep_N, expert_N, E), stable=True)
+    bin_N = bin_N[sorted_N]
+    place_N = jnp.arange(T * K) - (jnp.cumsum(kept_P) - kept_P)[bin_N]
+    slot_N = jnp.where(keep_N[sorted_N], bin_N * C + place_N, P * C)
+    token_S = jnp.zeros(P * C + 1, jnp.int32).at[slot_N].set(sorted_N // K)[:-1]
+    full_S = jnp.zeros(P * C + 1, bool).at[slot_N].set(True)[:-1]
+    x_PCD = jnp.where(full_S[:, None], x_TD[token_S], 0).reshape(P, C, -1)
+    return x_PCD, jnp.zeros(T * K, jnp.int32).at[sorted_N].set(slot_N).reshape(T, K), token_S
+
+
+def plain_to_expert_major(x_PCD: Array, counts_Pe: Array) -> tuple[Array, Array, Array]:
+    """Rows by indexing, padding by `where`."""
+    P, C, D = x_PCD.shape
+    source_S = rank_bins_source(counts_Pe, C)
+    full_S = source_S < P * C
+    x_SD = jnp.where(full_S[:, None], x_PCD.reshape(-1, D)[jnp.where(full_S, source_S, 0)], 0)
+    return x_SD, source_S, jnp.zeros((P, C), jnp.int32)
+
+
+def plain_to_rank_major(y_SD: Array, source_S: Array, target_PC: Array) -> Array:
+    """Rows by scatter."""
+    return jnp.zeros_like(y_SD).at[source_S].set(y_SD, mode="drop").reshape(*target_PC.shape, -1)
+
+
+def plain_combine(y_PCD: Array, score_TK: Array, slot_TK: Array, token_S: Array) -> Array:
+    """Rows by indexing, weighted and summed by `einsum`."""
+    del token_S
+    y_SD = y_PCD.reshape(-1, y_PCD.shape[-1])
+    kept_TK = slot_TK < y_SD.shape[0]
+    weight_TK = jnp.where(kept_TK, score_TK, 0)
+    y_TKD = y_SD[jnp.where(kept_TK, slot_TK, 0)]
+    return jnp.einsum("tk,tkd->td", weight_TK, y_TKD.astype(jnp.float32)).astype(y_PCD.dtype)
+
+
+OURS = Movement(group_by_expert, to_expert_major, to_rank_major, combine)
+PLAIN = Movement(plain_group_by_expert, plain_to_expert_major, plain_to_rank_major, plain_combine)
+
+
+class Meter:
+    """What a run needs at most: arrays that are alive, and what each program it calls allocates."""
+
+    def __init__(self) -> None:
+        self.on, self.peak = False, 0
+
+    def before(self, compiled: Any) -> None:
+        """Note that a program is about to run."""
+        if self.on:
+            memory = compiled.memory_analysis()
+            new = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            self.peak = max(self.peak, live_bytes() + new)
+
+    def measure(self, step: Step) -> int:
+        """Bytes allocated at most over what was alive before."""
+        self.on, self.peak, before = True, 0, live_bytes()
+        jax.block_until_ready(step(0))
+        self.on = False
+        return max(0, self.peak - before)
+
+
+METER = Meter()
+
+
+def live_bytes() -> int:
+    """Bytes on the first device of every array that is alive; an array that two names share counts once."""
+    on_first = [a.addressable_shards[0].data for a in jax.live_arrays() if not a.is_deleted()]
+    return sum({a.unsafe_buffer_pointer(): a.nbytes for a in on_first}.values())
+
+
+def program(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled at its first call, for those shapes."""
+    compiled: Any = None
+
+    def call(*arguments: Any) -> Any:
+        nonlocal compiled
+        compiled = compiled or jax.jit(run).lower(*arguments).compile()
+        METER.before(compiled)
+        return compiled(*arguments)
+
+    return call
+
+
+def main(plan: Plan) -> None:
+    """Measure, and print a line of JSON for each figure."""
+    jax.config.update("jax_num_cpu_devices", plan.ranks)
+    # Virtual devices share threads: of two exchanges in flight, each can wait for a thread that the other has.
+    jax.config.update("jax_cpu_enable_async_dispatch", plan.ranks == 1)
+    on_gpu = jax.default_backend() == "gpu"
+    emit(copy_figure(plan, on_gpu))
+    if plan.ranks > 1:
+        across_ranks(plan, choose_shapes(plan, on_gpu))
+        return
+    for shape in choose_shapes(plan, on_gpu):
+        for variant, movement in ({"ours": OURS, "plain": PLAIN} if plan.baselines else {"ours": OURS}).items():
+            capacity = Capacity(shape.ranks, shape.rows_per_bin)
+            group = partial(movement.group_by_expert, capacity=capacity)
+            differentiable = [differentiated(f) for f in (group, *movement[1:])]
+            inference = [program(f) for f in (group, *movement[1:])]
+            for part in [part for part in (*STAGES, "whole") if part in plan.parts]:
+                movement_figures(plan, shape, variant, inference, differentiable, part)
+        if "experts" in plan.parts:
+            expert_figures(plan, shape)
+
+
+def differentiated(stage: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Two programs of a stage: its output with what backward needs, and backward.
+
+    The rows are differentiated, and combine's scores; what else the stage returns goes along.
+    """
+
+    def split(out: Any) -> tuple[Any, Any]:
+        return (out[0], tuple(out[1:])) if isinstance(out, tuple) else (out, ())
+
+    def forward(x: Array, *rest: Any) -> Any:
+        if rest and jnp.issubdtype(rest[0].dtype, jnp.floating):
+            return jax.vjp(lambda x, score: split(stage(x, score, *rest[1:])), x, rest[0], has_aux=True)
+        return jax.vjp(lambda x: split(stage(x, *rest)), x, has_aux=True)
+
+    return program(forward), program(lambda vjp, cotangent: vjp(cotangent))
+
+
+def copy_figure(plan: Plan, on_gpu: bool) -> Figure:
+    """The bandwidth that floors are counted with: one large copy, bytes read plus bytes written."""
+    size = 2**30 if on_gpu else 2**26
+    sources = [jax.random.bits(jax.random.key(i), (size // 4,), jnp.uint32) for i in range(2)]
+    copy = program(jnp.copy)
+    figure = measure(plan, lambda i: copy(sources[i % 2]))
+    figure.part, figure.bytes = "copy", 2 * size
+    return figure
+
+
+def movement_figures(plan: Plan, shape: Shape, variant: str, inference: list, differentiable: list, part: str) -> None:
+    """One stage or the whole chain, forward and with backward."""
+    sets = [draw_inputs(plan, shape, inference, part, plan.seed + i) for i in range(N_SETS)]
+
+    def forward(i: int) -> Any:
+        x, rest, _ = sets[i % N_SETS]
+        if part != "whole":
+            return inference[STAGES.index(part)](x, *rest)
+        (ids_TK, score_TK, counts_E), counts_Pe = rest
+        x, slot_TK, assignment, *_ = inference[0](x, ids_TK, score_TK, counts_E)
+        x, source, target = inference[1](x, counts_Pe)
+        return inference[3](inference[2](x, source, target), score_TK, slot_TK, assignment)
+
+    def both(i: int) -> Any:
+        x, rest, cotangent = sets[i % N_SETS]
+        if part != "whole":
+            stage, backward = differentiable[STAGES.index(part)]
+            out, vjp, _ = stage(x, *rest)
+            return out, backward(vjp, cotangent)
+        (ids_TK, score_TK, counts_E), counts_Pe = rest
+        vjps = [None] * 4
+        x, vjps[0], (slot_TK, assignment, *_) = differentiable[0][0](x, ids_TK, score_TK, counts_E)
+        x, vjps[1], (source, target) = differentiable[1][0](x, counts_Pe)
+        x, vjps[2], _ = differentiable[2][0](x, source, target)
+        out, vjps[3], _ = differentiable[3][0](x, score_TK, slot_TK, assignment)
+        dx, dscore = differentiable[3][1](vjps.pop(), cotangent)
+        for stage in (2, 1, 0):
+            (dx,) = differentiable[stage][1](vjps.pop(), dx)
+        return out, dx, dscore
+
+    for direction, step in zip(DIRECTIONS, (forward, both), strict=True):
+        figure = measure(plan, step)
+        figure.shape, figure.variant, figure.part, figure.direction = shape.name, variant, part, direction
+        padded = shape.ranks * shape.rows_per_bin
+        size = jnp.dtype(plan.dtype).itemsize
+        figure.bytes = row_passes(part, direction, shape.tokens, padded) * shape.width * size
+        emit(figure)
+
+
+def draw_inputs(plan: Plan, shape: Shape, inference: list, part: str, seed: int) -> tuple[Array, Any, Array]:
+    """The rows that go in, what goes with them, and the gradient that comes back."""
+    P, C = shape.ranks, shape.rows_per_bin
+    score_TK, ids_TK, counts_E = (jnp.asarray(a) for a in draw_routing(shape, seed))
+    ids_TK = ids_TK.astype(jnp.int32)
+    x_key, cotangent_key = jax.random.split(jax.random.key(seed))
+    draw = partial(jax.random.normal, dtype=plan.dtype)
+    x_TD, dout_TD = (draw(key, (shape.tokens, shape.width)) for key in (x_key, cotangent_key))
+    if part == "group_by_expert":
+        return x_TD, (ids_TK, score_TK, counts_E), draw(cotangent_key, (P, C, shape.width))
+    x_PCD, slot_TK, assignment, *_ = inference[0](x_TD, ids_TK, score_TK, counts_E)
+    # The rank's own rows stand in for those it would receive: as many from each rank, for as many experts each.
+    kept_Pe = kept_per_expert(ids_TK, slot_TK, shape)
+    if part == "whole":
+        return x_TD, ((ids_TK, score_TK, counts_E), kept_Pe), dout_TD
+    if part == "combine":
+        return draw(x_key, x_PCD.shape), (score_TK, slot_TK, assignment), dout_TD
+    dx_SD = draw(cotangent_key, (P * C, shape.width))
+    if part == "to_expert_major":
+        return x_PCD, (kept_Pe,), dx_SD
+    x_SD, source, target = inference[1](x_PCD, kept_Pe)
+    return x_SD, (source, target), dx_SD.reshape(x_PCD.shape)
+
+
+def kept_per_expert(ids_TK: Array, slot_TK: Array, shape: Shape) -> Array:
+    """Rows that the capacity left of each expert, [P, e]."""
+    kept_N = (slot_TK < shape.ranks * shape.rows_per_bin).reshape(-1)
+    return jnp.zeros(shape.experts, jnp.int32).at[ids_TK.reshape(-1)].add(kept_N).reshape(shape.ranks, -1)
+
+
+def expert_figures(plan: Plan, shape: Shape) -> None:
+    """SwiGLU over equal groups: a batched einsum over expert bins, a grouped matmul over rank bins."""
+    e, D, F = shape.experts // shape.ranks, shape.width, shape.hidden
+    keys = iter(jax.random.split(jax.random.key(plan.seed), 8))
+
+    def draw(*sizes: int) -> Array:
+        return jax.random.normal(next(keys), sizes, plan.dtype) * jnp.asarray(sizes[-2] ** -0.5, plan.dtype)
+
+    weights = draw(e, D, F), draw(e, D, F), draw(e, F, D)
+    rows = shape.rows // e * e
+    counts_e = jnp.full(e, rows // e, jnp.int32)
+    for variant, sizes in {"einsum over expert bins": (e, rows // e, D), "rank bins": (rows, D)}.items():
+        x_SD, dy_SD = draw(*sizes), draw(*sizes)
+        forward = program(apply_experts)
+        with_vjp = program(lambda x, counts, *w: jax.vjp(lambda x, *w: apply_experts(x, counts, *w), x, *w))
+        backward = program(lambda vjp, dy: vjp(dy))
+
+        def both(i: int, x=x_SD, dy=dy_SD, run=with_vjp, backward=backward) -> Any:  # noqa: ARG001
+            y, vjp = run(x, counts_e, *weights)
+            return y, backward(vjp, dy)
+
+        steps = (lambda i, x=x_SD, run=forward: run(x, counts_e, *weights), both)  # noqa: ARG005
+        for direction, step in zip(DIRECTIONS, steps, strict=True):
+            figure = measure(plan, step)
+            figure.shape, figure.variant, figure.part, figure.direction = shape.name, variant, "experts", direction
+            figure.flops = expert_flops(shape, rows, direction)
+            emit(figure)
+
+
+def across_ranks(plan: Plan, shapes: list[Shape]) -> None:
+    """The exchange, and the whole with it, a device per rank; every stage is a program of its own."""
+    P = plan.ranks
+    if len(jax.devices()) < P:
+        raise ValueError(f"--ranks {P} with {len(jax.devices())} devices: the exchange is measured with a GPU a rank")
+    mesh = jax.make_mesh((P,), ("ranks",), axis_types=(AxisType.Auto,), devices=jax.devices()[:P])
+
+    def on_ranks(stage: Callable[..., Any]) -> Callable[..., Any]:
+        def block(*arguments: Any) -> Any:
+            return jax.tree.map(lambda a: a[None], stage(*jax.tree.map(lambda a: a[0], arguments)))
+
+        return jax.shard_map(block, mesh=mesh, in_specs=PartitionSpec("ranks"), out_specs=PartitionSpec("ranks"))
+
+    for shape in [msgspec.structs.replace(shape, ranks=P) for shape in shapes]:
+        C, N, D = shape.rows_per_bin, P * shape.rows_per_bin, shape.width
+        group = partial(group_by_expert, capacity=Capacity(P, C))
+        send, back = (partial(f, axis_name="ranks") for f in (send_tokens, return_tokens))
+        count = program(on_ranks(partial(exchange_counts, axis_name="ranks")))
+        stages = [on_ranks(f) for f in (group, send, to_expert_major, to_rank_major, back, combine)]
+        inference, differentiable = [program(f) for f in stages], [differentiated(f) for f in stages]
+        split = NamedSharding(mesh, PartitionSpec("ranks"))
+
+        def draw(seed: int, *sizes: int, split=split) -> Array:
+            return jax.device_put(jax.random.normal(jax.random.key(seed), (P, *sizes), plan.dtype), split)
+
+        sets = []
+        for i in range(N_SETS):
+            routing = [draw_routing(shape, plan.seed + N_SETS * rank + i) for rank in range(P)]
+            score, ids, counts = (jax.device_put(np.stack(a), split) for a in zip(*routing, strict=True))
+            x, dout, rows = draw(i, shape.tokens, D), draw(i + N_SETS, shape.tokens, D), draw(i, P, C, D)
+            sets.append((x, dout, rows, score, ids.astype(jnp.int32), counts.astype(jnp.int32)))
+
+        def run(i: int, part: str, backward: bool, sets=sets, count=count, programs=(inference, differentiable)) -> Any:
+            x, dout, rows, score, ids, counts = sets[i % N_SETS]
+            vjps: list[Any] = []
+
+            def stage(number: int, *arguments: Any) -> tuple:
+                if not backward:
+                    out = programs[0][number](*arguments)
+                    return out if isinstance(out, tuple) else (out,)
+                out, vjp, more = programs[1][number][0](*arguments)
+                vjps.append((number, vjp))
+                return out, *more
+
+            if part == "exchange":
+                cotangent = out = stage(1, rows)[0]
+            else:
+                x, slot, assignment, kept = stage(0, x, ids, score, counts)
+                counts_Pe = count(kept)
+                x, source, target = stage(2, *stage(1, x), counts_Pe)
+                out, cotangent = stage(5, *stage(4, *stage(3, x, source, target)), score, slot, assignment)[0], dout
+            while vjps:
+                number, vjp = vjps.pop()
+                cotangent, *_ = programs[1][number][1](vjp, cotangent)
+            return out, cotangent
+
+        for part in [part for part in ACROSS_RANKS if part in plan.parts]:
+            for direction in DIRECTIONS:
+                figure = measure(plan, partial(run, part=part, backward=direction != "forward"))
+                figure.shape, figure.variant, figure.part, figure.direction = shape.name, f"{P} ranks", part, direction
+                row_bytes, ways = D * jnp.dtype(plan.dtype).itemsize, 2 if part == "whole" else 1  # there and back
+                figure.link_bytes = ways * leaving_rows(N, P, direction) * row_bytes
+                if part == "whole":
+                    figure.bytes = row_passes(part, direction, shape.tokens, N) * row_bytes
+                emit(figure)
+
+
+def measure(plan: Plan, step: Step) -> Figure:
+    """Time and count a step; where it fails, say why, and let the others be measured."""
+    try:
+        return measure_well(plan, step)
+    except RuntimeError as error:
+        return Figure("", "jax", "", "", "", 0, 0, 0, 0, error=str(error)[:500])
+
+
+def measure_well(plan: Plan, step: Step) -> Figure:
+    """Warm up, time, then count once each: peak memory and launches."""
+    for i in range(N_SETS):
+        jax.block_until_ready(step(i))
+    figure = Figure("", "jax", "", "", "", **summarize(time_batches(step, plan.seconds)))  # type: ignore[arg-type]
+    figure.device = jax.devices()[0].device_kind
+    figure.peak_bytes = METER.measure(step)
+    if jax.default_backend() == "gpu":
+        try:
+            count_on_gpu(figure, step)
+        except (RuntimeError, ValueError) as error:  # times stand without a profiler
+            print(f"not profiled: {error}", file=sys.stderr)
+    return figure
+
+
+def time_batches(step: Step, budget: float) -> list[float]:
+    """Seconds of a run, each the mean over a batch that is queued at once and waited for at its end.
+
+    JAX has no events on the device; a batch is long enough that its one wait does not count.
+    """
+    begin = time.perf_counter()
+    for i in range(N_SETS):
+        out = step(i)
+    jax.block_until_ready(out)
+    size = max(1, min(50, int(budget / BATCHES * N_SETS / (time.perf_counter() - begin))))
+    seconds = []
+    for _ in range(BATCHES):
+        begin = time.perf_counter()
+        for i in range(size):
+            out = step(i)
+        jax.block_until_ready(out)
+        seconds.append((time.perf_counter() - begin) / size)
+    return seconds
+
+
+def count_on_gpu(figure: Figure, step: Step) -> None:
+    """Fill in what one run puts on the device, and how long that keeps it busy. The host never waits in it."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            jax.block_until_ready(step(0))
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(path)).planes
+        lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
+        streams = [line for line in lines if line.name.startswith("Stream")]
+        ran = [(event.name, event.duration_ns * 1e-9) for line in streams for event in line.events]
+    if ran:
+        figure.launches, figure.busy, figure.kernels = len(ran), sum(took for _, took in ran), busiest(ran)
+        figure.syncs = 0
+
+
+def emit(figure: Figure) -> None:
+    """A line of JSON, at once: what was measured outlives a run that is cut off."""
+    print(msgspec.json.encode(figure).decode(), flush=True)
+
+
+if __name__ == "__main__":
+    main(msgspec.json.decode(sys.argv[1], type=Plan))

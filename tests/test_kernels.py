@@ -1,0 +1,200 @@
+"""Triton kernels against the plain versions they stand for: bit for bit wherever rows move or are summed over K.
+
+On a GPU as they are (`make test-gpu`); on a CPU in Triton's interpreter (`make test-kernels`). Without either, what is
+left to test is that the plain versions serve.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_impl import kernels
+from torch_impl.grouping import combine, group_by_expert
+from torch_impl.layout import expert_major_source, invert, to_expert_major, to_rank_major
+
+# Of Triton's interpreter, under NumPy 2.2; under 2.4 it does not run at all.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+
+# Powers of two and others, one expert per token and all of them, wider than one program's chunk.
+SHAPES = [(1, 8, 1, 1), (7, 24, 4, 3), (16, 32, 8, 2), (33, 130, 6, 6), (5, 9000, 3, 2)]  # T, D, E, K
+LARGE = [(4096, 7168, 256, 8), (8192, 4096, 8, 2), (4099, 2048, 128, 7)]
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = kernels.HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1" and not ON_GPU
+cases = pytest.mark.parametrize(
+    ("device", "shape"),
+    [pytest.param("cpu", shape, id=f"cpu-{shape}") for shape in SHAPES if INTERPRETED]
+    + [pytest.param("cuda", shape, id=f"cuda-{shape}", marks=pytest.mark.gpu) for shape in SHAPES + LARGE],
+)
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+dtypes = pytest.mark.parametrize(
+    "dtype", DTYPES[INTERPRETED:], ids=str
+)  # the interpreter cuts bfloat16 off instead of rounding
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """A context in which nothing goes through kernels."""
+
+    def call(function, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "use_kernels", lambda x: False)
+            return function(*arguments)
+
+    return call
+
+
+def routing(T, E, K, device):
+    """Uneven: some experts are chosen by nobody, some by all."""
+    favour_E = torch.linspace(0, 3, E) * (torch.arange(E) % 3 > 0)
+    ids_TK = (torch.rand(T, E) + favour_E).argsort(dim=1, descending=True)[:, :K]
+    return ids_TK.to(device), torch.bincount(ids_TK.reshape(-1), minlength=E).to(device)
+
+
+def same(ours, theirs):
+    """Bit for bit, the sign of zero and all."""
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == theirs.shape
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.element_size()]
+    assert torch.equal(ours.contiguous().view(integers), theirs.contiguous().view(integers))
+
+
+@cases
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64], ids=str)
+def test_sort_by_expert(device, shape, integers):
+    T, _, E, K = shape
+    ids_TK, _ = routing(T, E, K, device)
+    assignment_N, slot_TK = kernels.sort_by_expert(ids_TK.to(integers), E)
+    expected_N = ids_TK.reshape(-1).argsort(stable=True)
+    same(assignment_N, expected_N)
+    same(slot_TK, invert(expected_N).reshape(T, K))
+
+
+@cases
+def test_ids_that_are_no_expert_s_still_get_a_row_each(device, shape):
+    T, _, E, K = shape
+    ids_TK, _ = routing(T, E, K, device)
+    ids_TK[0, 0], ids_TK[T // 2, -1] = -5, E + 2**33
+    assignment_N, slot_TK = kernels.sort_by_expert(ids_TK, E)
+    same(assignment_N[slot_TK.reshape(-1)], torch.arange(T * K, device=device))
+
+
+@cases
+def test_no_assignments(device, shape):
+    _, D, E, K = shape
+    ids_TK = torch.zeros(0, K, dtype=torch.int64, device=device)
+    assert kernels.sort_by_expert(ids_TK, E)[0].shape == (0,)
+    assert kernels.expand_rows(torch.zeros(0, D, device=device), ids_TK).shape == (0, D)
+    assert kernels.sum_rows(torch.zeros(0, D, device=device), ids_TK).shape == (0, D)
+
+
+@cases
+@pytest.mark.parametrize("P", [1, 2, 3])
+def test_expert_major_rows(device, shape, P):
+    T, _, e, _ = shape
+    counts_Pe = torch.randint(0, T + 1, (P, e), device=device) * (torch.rand(P, e, device=device) > 0.3)
+    R = int(counts_Pe.sum())
+    source_R, target_R = kernels.expert_major_rows(counts_Pe, R)
+    same(source_R, expert_major_source(counts_Pe, R))
+    same(target_R, invert(source_R))
+
+
+@cases
+@dtypes
+def test_rows_moved_and_summed_are_bitwise_equal(device, shape, dtype, plain):
+    T, D, E, K = shape
+    ids_TK, counts_E = routing(T, E, K, device)
+    x_TD, dx_ND = torch.randn(T, D, device=device).to(dtype), torch.randn(T * K, D, device=device).to(dtype)
+    dx_ND[::3] = -0.0
+    score_TK = torch.randn(T, K, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    x_TD.requires_grad_()
+    x_ND, slot_TK, assignment_N = plain(group_by_expert, x_TD, ids_TK, counts_E)
+    same(kernels.expand_rows(x_TD.detach(), slot_TK), x_ND)
+    same(kernels.gather_rows(dx_ND, assignment_N), dx_ND[assignment_N])
+    same(kernels.sum_rows(dx_ND, slot_TK), plain(torch.autograd.grad, x_ND, x_TD, dx_ND)[0])
+    same(kernels.sum_rows(dx_ND, slot_TK, score_TK), plain(combine, dx_ND, score_TK, slot_TK, assignment_N))
+
+
+@cases
+@dtypes
+def test_gradients_of_combine(device, shape, dtype, plain):
+    T, D, E, K = shape
+    ids_TK, counts_E = routing(T, E, K, device)
+    y_ND, dout_TD = torch.randn(T * K, D, device=device).to(dtype), torch.randn(T, D, device=device).to(dtype)
+    score_TK = torch.randn(T, K, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    _, slot_TK, assignment_N = plain(group_by_expert, dout_TD, ids_TK, counts_E)
+    for leaf in (y_ND, score_TK):
+        leaf.requires_grad_()
+    out_TD = plain(combine, y_ND, score_TK, slot_TK, assignment_N)
+    expected_dy_ND, _ = plain(torch.autograd.grad, out_TD, (y_ND, score_TK), dout_TD)
+    dy_ND, dscore_TK = kernels.weighted_sum_backward(dout_TD, y_ND.detach(), score_TK.detach(), slot_TK)
+    same(dy_ND, expected_dy_ND)
+    # The sum over D has no fixed order: any has an error of at most D roundings of the sum of magnitudes.
+    products_TKD = dout_TD.double()[:, None] * y_ND.detach().double()[slot_TK]
+    error_TK = (dscore_TK.double() - products_TKD.sum(dim=2)).abs()
+    assert (error_TK <= D * torch.finfo(score_TK.dtype).eps * products_TKD.abs().sum(dim=2)).all()
+
+
+def test_a_cpu_tensor_takes_the_plain_way():
+    assert not kernels.use_kernels(torch.zeros(1))
+
+
+def dispatch_and_combine(x_TD, score_TK, ids_TK, counts_E):
+    x_ND, slot_TK, assignment_N = group_by_expert(x_TD, ids_TK, counts_E)
+    x_RD, source_R, target_R = to_expert_major(x_ND, counts_E.reshape(2, -1))
+    return combine(to_rank_major(x_RD, source_R, target_R), score_TK, slot_TK, assignment_N)
+
+
+def gradients(run, x_TD, score_TK, ids_TK, counts_E):
+    x_TD, score_TK = x_TD.detach().requires_grad_(), score_TK.detach().requires_grad_()
+    out_TD = run(x_TD, score_TK, ids_TK, counts_E)
+    return out_TD.detach(), *torch.autograd.grad(out_TD, (x_TD, score_TK), torch.ones_like(out_TD))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(33, 256, 6, 3), *LARGE], ids=str)
+def test_the_whole_chain_on_a_gpu(shape, plain):
+    """Equal to the plain version, and the same bits again over memory that holds NaN; one launch per movement."""
+    T, D, E, K = shape
+    ids_TK, counts_E = routing(T, E, K, "cuda")
+    inputs = torch.randn(T, D, device="cuda", dtype=torch.bfloat16), torch.rand(T, K, device="cuda"), ids_TK, counts_E
+    out, dx, dscore = gradients(dispatch_and_combine, *inputs)
+    expected = plain(gradients, dispatch_and_combine, *inputs)
+    same(out, expected[0])
+    same(dx, expected[1])
+    torch.testing.assert_close(dscore, expected[2], rtol=1e-4, atol=1e-3)  # bounded exactly above
+    poison = [torch.full((T * K, D), torch.nan, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    del poison
+    for first, again in zip((out, dx, dscore), gradients(dispatch_and_combine, *inputs), strict=True):
+        same(first, again)
+
+
+@pytest.mark.gpu
+def test_the_whole_chain_is_captured_whole():
+    """In a process of its own: here every call checks its shapes, which no compiler sees through."""
+    root = Path(__file__).parent.parent
+    paths = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    subprocess.run([sys.executable, __file__], check=True, cwd=root, env=os.environ | {"PYTHONPATH": paths})
+
+
+def capture():
+    """`torch.compile(fullgraph=True)` and a CUDA graph give the bits of the eager run."""
+    ids_TK, counts_E = routing(64, 8, 2, "cuda")
+    inputs = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16), torch.rand(64, 2, device="cuda")
+    expected = gradients(dispatch_and_combine, *inputs, ids_TK, counts_E)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_TD = dispatch_and_combine(*inputs, ids_TK, counts_E)
+    graph.replay()
+    torch.cuda.synchronize()
+    same(out_TD, expected[0])
+    compiled = torch.compile(dispatch_and_combine, fullgraph=True)
+    for ours, theirs in zip(gradients(compiled, *inputs, ids_TK, counts_E), expected, strict=True):
+        same(ours, theirs)
+
+
+if __name__ == "__main__":
+    capture()

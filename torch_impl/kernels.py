@@ -1,0 +1,236 @@
+"""The row movements and their indices as Triton kernels: each does what the plain version beside its call does.
+
+A kernel reads and writes every row once, forward and backward, where indexing in PyTorch reads a token K times or
+keeps rows in float32. What it moves is equal to the plain version's bit for bit, and so are sums over K: same order,
+every product rounded. No kernel adds atomically, so all results repeat.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any, no_type_check
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+HAS_TRITON = find_spec("triton") is not None  # PyTorch for CPUs comes without; the plain versions serve then
+triton: Any = import_module("triton") if HAS_TRITON else SimpleNamespace(jit=lambda kernel: kernel)
+tl: Any = import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
+
+
+def use_kernels(x: Tensor) -> bool:
+    """Whether x can go through kernels: on a GPU, which is the current one, with Triton installed."""
+    return HAS_TRITON and x.is_cuda and x.device.index == torch.cuda.current_device()
+
+
+def sort_by_expert(
+    expert_id_TK: Integer[Tensor, "T K"], n_experts: int
+) -> tuple[Integer[Tensor, " N"], Integer[Tensor, "T K"]]:
+    """Stable sort of the assignments by expert, and its inverse, in one launch.
+
+    A general sort makes many passes over 64-bit keys. There are few experts, so each counts for itself: reading all
+    ids once per expert costs less than 1% of moving the rows.
+
+    Shapes: assignment_N, slot_TK. Ids that are no expert's go last, for `check_splits` to find.
+    """
+    N = expert_id_TK.numel()
+    assignment_N = torch.empty(N, dtype=torch.int64, device=expert_id_TK.device)
+    slot_TK = torch.empty(expert_id_TK.shape, dtype=torch.int64, device=expert_id_TK.device)
+    _sort_by_expert[(n_experts + 1,)](
+        expert_id_TK.contiguous(), assignment_N, slot_TK, N, n_experts, BLOCK=2048, num_warps=8
+    )
+    return assignment_N, slot_TK
+
+
+@triton.jit
+@no_type_check
+def _sort_by_expert(expert_id, assignment, slot, N, E, BLOCK: tl.constexpr):
+    """One program per expert g, and a last one for ids that are none."""
+    g = tl.program_id(0)
+    lower = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, N, BLOCK):
+        a = first + tl.arange(0, BLOCK)
+        key = tl.load(expert_id + a, mask=a < N, other=E)
+        key = tl.where((key < 0) | (key > E), E, key)
+        lower += (key < g).to(tl.int32)
+    place = tl.sum(lower, 0)
+    for first in range(0, N, BLOCK):
+        a = first + tl.arange(0, BLOCK)
+        key = tl.load(expert_id + a, mask=a < N, other=E)
+        key = tl.where((key < 0) | (key > E), E, key)
+        mine = (key == g) & (a < N)
+        row = place + tl.cumsum(mine.to(tl.int32), 0) - 1
+        tl.store(slot + a, row.to(tl.int64), mask=mine)
+        tl.store(assignment + row, a.to(tl.int64), mask=mine)
+        place += tl.sum(mine.to(tl.int32), 0)
+
+
+def expert_major_rows(
+    counts_Pe: Integer[Tensor, "P e"], output_size: int
+) -> tuple[Integer[Tensor, " R"], Integer[Tensor, " R"]]:
+    """For each expert-major row the rank-major one it comes from, and the inverse, in one launch.
+
+    Shapes: source_R, target_R.
+    """
+    P, e = counts_Pe.shape
+    source_R = torch.empty(output_size, dtype=torch.int64, device=counts_Pe.device)
+    target_R = torch.empty_like(source_R)
+    _expert_major_rows[(P * e,)](
+        counts_Pe.contiguous(), source_R, target_R, output_size, P, e,
+        SEGMENTS=_power_of_2(P * e), BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return source_R, target_R
+
+
+@triton.jit
+@no_type_check
+def _expert_major_rows(counts, source, target, R, P, e, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per segment: the rows from one rank p for one expert j. Each finds for itself where it starts."""
+    p = tl.program_id(0) // e
+    j = tl.program_id(0) % e
+    segment = tl.arange(0, SEGMENTS)
+    count = tl.load(counts + segment, mask=segment < P * e, other=0)
+    rank = segment // e
+    expert = segment % e
+    rank_major = tl.sum(tl.where(segment < tl.program_id(0), count, 0), 0)
+    expert_major = tl.sum(tl.where((expert < j) | ((expert == j) & (rank < p)), count, 0), 0)
+    rows = tl.load(counts + tl.program_id(0))
+    for first in range(0, rows, BLOCK):
+        r = first + tl.arange(0, BLOCK)
+        inside = (r < rows) & (expert_major + r < R) & (rank_major + r < R)
+        tl.store(source + expert_major + r, rank_major + r, mask=inside)
+        tl.store(target + rank_major + r, expert_major + r, mask=inside)
+
+
+def gather_rows(x_RD: Float[Tensor, "R D"], source_R: Integer[Tensor, " O"]) -> Float[Tensor, "O D"]:
+    """Row r is x[source[r]]."""
+    D = x_RD.shape[1]
+    y_OD = x_RD.new_empty(source_R.shape[0], D)
+    BLOCK, num_warps = _tile(D, 1)
+    chunks = -(-D // BLOCK)
+    _gather_rows[(source_R.shape[0] * chunks,)](
+        x_RD.contiguous(), source_R, y_OD, D, chunks, BLOCK=BLOCK, num_warps=num_warps
+    )
+    return y_OD
+
+
+@triton.jit
+@no_type_check
+def _gather_rows(x, source, y, D, chunks, BLOCK: tl.constexpr):
+    """One program per row, or per chunk of a wide one."""
+    r = (tl.program_id(0) // chunks).to(tl.int64)
+    d = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(x + tl.load(source + r) * D + d, mask=d < D)
+    tl.store(y + r * D + d, row, mask=d < D)
+
+
+def expand_rows(x_TD: Float[Tensor, "T D"], slot_TK: Integer[Tensor, "T K"]) -> Float[Tensor, "N D"]:
+    """Copy token t to rows slot[t]: the same rows as gathering x[assignment // K], but x is read once."""
+    (T, K), D = slot_TK.shape, x_TD.shape[1]
+    x_ND = x_TD.new_empty(T * K, D)
+    BLOCK, num_warps = _tile(D, 1)
+    chunks = -(-D // BLOCK)
+    _expand_rows[(T * chunks,)](x_TD.contiguous(), slot_TK, x_ND, D, chunks, K=K, BLOCK=BLOCK, num_warps=num_warps)
+    return x_ND
+
+
+@triton.jit
+@no_type_check
+def _expand_rows(x, slot, y, D, chunks, K: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per token, or per chunk of a wide one."""
+    t = (tl.program_id(0) // chunks).to(tl.int64)
+    d = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(x + t * D + d, mask=d < D)
+    for k in tl.static_range(K):
+        tl.store(y + tl.load(slot + t * K + k) * D + d, row, mask=d < D)
+
+
+def sum_rows(
+    y_ND: Float[Tensor, "N D"], slot_TK: Integer[Tensor, "T K"], score_TK: Float[Tensor, "T K"] | None = None
+) -> Float[Tensor, "T D"]:
+    """out[t] = round(sum over k = 0..K-1 of y[slot[t,k]]), each times score[t,k] if there are scores, in float32."""
+    (T, K), D = slot_TK.shape, y_ND.shape[1]
+    out_TD = y_ND.new_empty(T, D)
+    BLOCK, num_warps = _tile(D, K)
+    chunks = -(-D // BLOCK)
+    _sum_rows[(T * chunks,)](
+        y_ND.contiguous(), slot_TK, slot_TK if score_TK is None else score_TK.contiguous(), out_TD, D, chunks,
+        K=K, WEIGHTED=score_TK is not None, BLOCK=BLOCK, num_warps=num_warps,
+    )  # fmt: skip
+    return out_TD
+
+
+@triton.jit
+@no_type_check
+def _sum_rows(
+    y, slot, score, out, D, chunks, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program per token, or per chunk of a wide one."""
+    wide = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    t = (tl.program_id(0) // chunks).to(tl.int64)
+    d = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], wide)
+    for k in tl.static_range(K):
+        row = tl.load(y + tl.load(slot + t * K + k) * D + d, mask=d < D, other=0).to(wide)
+        if WEIGHTED:
+            # A product plus a sum is one instruction that rounds once. This rounds the product too, as the plain
+            # version does; the zero is lost on no sum that starts from zero.
+            row = tl.fma(row, tl.load(score + t * K + k).to(wide), 0.0)
+        total += row
+    tl.store(out + t * D + d, total.to(out.dtype.element_ty), mask=d < D)
+
+
+def weighted_sum_backward(
+    dout_TD: Float[Tensor, "T D"],
+    y_ND: Float[Tensor, "N D"],
+    score_TK: Float[Tensor, "T K"],
+    slot_TK: Integer[Tensor, "T K"],
+) -> tuple[Float[Tensor, "N D"], Float[Tensor, "T K"]]:
+    """dy[slot[t,k]] = round(score[t,k] * dout[t]) and dscore[t,k] = sum over d of dout[t,d] * y[slot[t,k],d].
+
+    A token's gradient is read once, and each of its rows is read and written once.
+
+    Shapes: dy_ND, dscore_TK.
+    """
+    (T, K), D = slot_TK.shape, y_ND.shape[1]
+    dy_ND, dscore_TK = y_ND.new_empty(T * K, D), torch.empty_like(score_TK, memory_format=torch.contiguous_format)
+    BLOCK, num_warps = _tile(D, K)
+    _weighted_sum_backward[(T,)](
+        dout_TD.contiguous(), y_ND.contiguous(), score_TK.contiguous(), slot_TK, dy_ND, dscore_TK, D,
+        K=K, K_PADDED=_power_of_2(K), BLOCK=BLOCK, num_warps=num_warps,
+    )  # fmt: skip
+    return dy_ND, dscore_TK
+
+
+@triton.jit
+@no_type_check
+def _weighted_sum_backward(
+    dout, y, score, slot, dy, dscore, D, K: tl.constexpr, K_PADDED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program per token: its K rows side by side, chunk after chunk."""
+    wide = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    t = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, K_PADDED)
+    row = tl.load(slot + t * K + k, mask=k < K, other=0)
+    weight = tl.load(score + t * K + k, mask=k < K, other=0).to(wide)
+    total = tl.zeros([K_PADDED, BLOCK], wide)
+    for first in range(0, D, BLOCK):
+        d = first + tl.arange(0, BLOCK)
+        inside = (k < K)[:, None] & (d < D)[None, :]
+        place = row[:, None] * D + d[None, :]
+        gradient = tl.load(dout + t * D + d, mask=d < D, other=0).to(wide)[None, :]
+        total += gradient * tl.load(y + place, mask=inside, other=0).to(wide)
+        tl.store(dy + place, (weight[:, None] * gradient).to(dy.dtype.element_ty), mask=inside)
+    tl.store(dscore + t * K + k, tl.sum(total, 1).to(dscore.dtype.element_ty), mask=k < K)
+
+
+def _tile(width: int, n_rows: int) -> tuple[int, int]:
+    """Columns that a program takes of so many rows at once, and its warps: 16-byte accesses, two or four a thread."""
+    BLOCK = max(128, min(_power_of_2(width), 8192 // _power_of_2(n_rows)))
+    return BLOCK, max(1, min(8, BLOCK // (512 if n_rows == 1 else 256)))
+
+
+def _power_of_2(n: int) -> int:
+    """The least one that is not below n: tiles are powers of two."""
+    return 1 << (n - 1).bit_length()
