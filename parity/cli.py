@@ -1,4 +1,4 @@
-"""`python -m parity`: check | compare | report | faults | bench | doctor."""
+"""`python -m parity`: check | compare | report | faults | bench | study | doctor."""
 
 import os
 import sys
@@ -193,6 +193,45 @@ class BenchCommand:
     """Write the figures to this file too, a JSON object a line."""
 
 
+@dataclass
+class StudyCommand:
+    """What does a static capacity drop, pad and save, for your shapes and routing? No GPU, no framework but for the page.
+
+    Sweeps capacity factor, kind of bin, priority, skew and shapes; simulates real models on up to 512 ranks; runs one
+    small dispatch in both frameworks for the page. Ends in tables, plots and a page.
+
+    Exit code: 0 measured, 2 wrong usage.
+
+    Examples:
+        python -m parity study                             about two minutes on two cores
+        python -m parity study --trace recording.safetensors
+        python -m parity study zipf p8                     the routing of these presets, not the plan's
+        python -m parity study --model deepseek-v3 --steps 5000
+        python -m parity study --learn 3                   and train with every kind of capacity, three seeds
+    """
+
+    presets: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Sweep the routing of these presets, drawn with 8 seeds each."""
+    trace: tuple[str, ...] = ("pydoc",)
+    """Recordings to sweep, and to fit the simulation to (see the README for their form)."""
+    model: tuple[str, ...] = tuple(MODELS)
+    """Models to simulate."""
+    tokens: int = 4096
+    """On each rank, in the simulation."""
+    steps: int | None = None
+    """Of the simulation; without, up to 1000, and fewer for large groups."""
+    learn: int = 0
+    """Train the byte-level model with every kind of capacity from this many seeds: some minutes each."""
+    learn_steps: int = 200
+    """Steps of each training run."""
+    dispatch: bool = True
+    """Run the page's small dispatch: needs both frameworks."""
+    out: Path = Path("study")
+    """Folder for index.html, plots and study.jsonl."""
+    json: bool = field(default_factory=not_a_terminal)
+    """Print study.jsonl instead of tables: the default where the output is not a terminal."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run it, and exit with its code."""
     command = tyro.extras.subcommand_cli_from_dict(
@@ -202,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
             "report": ReportCommand,
             "faults": FaultsCommand,
             "bench": BenchCommand,
+            "study": StudyCommand,
             "doctor": DoctorCommand,
         },
         args=argv,
@@ -215,6 +255,7 @@ def main(argv: list[str] | None = None) -> None:
             ReportCommand: show_report,
             FaultsCommand: list_faults,
             BenchCommand: bench,
+            StudyCommand: study,
             DoctorCommand: see_doctor,
         }
         code = run[type(command)](command)
@@ -339,6 +380,37 @@ def try_fault(fault: faults.Fault, device: str = "cpu") -> Found:
     if verdict is None:
         return Found(False, "", "", "")
     return Found(True, " and ".join(verdict.sides), verdict.stage, describe(verdict.check))
+
+
+def study(command: StudyCommand) -> int:
+    """Run `study`; its exit code."""
+    from parity.report.study import print_study, write  # matplotlib takes a second
+    from parity.study_engine import Asked, run_study
+
+    for kind, asked, known in (("preset", command.presets, PRESETS), ("model", command.model, MODELS)):
+        if unknown := [name for name in asked if name not in known]:
+            raise ValueError(f"no {kind} is called {', '.join(unknown)}. There are: {', '.join(known)}")
+    for name in ("tokens", "steps", "learn_steps"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if command.learn < 0 or (command.learn and command.learn_steps < 20):
+        raise ValueError(f"--learn {command.learn} --learn-steps {command.learn_steps}: at least 0 seeds and 20 steps")
+    for trace in command.trace:
+        case_from_trace(Case(ranks=1, tokens=0, trace=trace))
+    wanted = Asked(
+        [PRESETS[name] for name in command.presets], command.trace, command.model, command.tokens, command.steps,
+        command.learn, command.learn_steps, command.dispatch,
+    )  # fmt: skip
+    with progress() as bar:
+        found = run_study(wanted, bar)
+    paths = write(found, command.out)
+    if command.json:
+        print("\n".join(found.lines()))
+    else:
+        print_study(Console(width=None if sys.stdout.isatty() else 170, highlight=False), found)
+    Console(stderr=True).print(f"wrote {', '.join(map(str, paths))}", highlight=False, soft_wrap=True)
+    return MATCH
 
 
 def bench(command: BenchCommand) -> int:

@@ -20,7 +20,7 @@ from parity.study import PRIORITIES, Routing, zipf_routing
 
 Array = np.ndarray
 
-SKEWS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+SKEWS = (0.0, 0.5, 1.0, 1.5, 2.0)
 FACTORS = ("0.5", "0.75", "1", "1.5", "2")
 CASE = Case("dispatch", ranks=2, tokens=6, experts=4, top_k=2, width=8, hidden=8)
 

@@ -6,10 +6,6 @@ more than FACTOR times what rounding does to PyTorch's own run, whose weights ar
 float32 before every step, DRAWS times over. Of that the largest difference so far counts.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
-
 import msgspec
 import numpy as np
 
@@ -82,16 +78,11 @@ def plan(seeds: int) -> list[tuple[str, str, int, int]]:
     return runs + [(p, f, seed, 0) for f in FACTORS for p in PRIORITIES for seed in range(seeds)]
 
 
-def train_all(seeds: int, steps: int, windows: int = WINDOWS, workers: int = 2) -> Iterator[Run]:
-    """Every run of the plan, as it is done, in processes of their own."""
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        jobs = [
-            pool.submit(train_jax, seed, steps, windows)
-            if layer == "jax"
-            else pool.submit(train_torch, layer, factor, seed, draw, steps, windows)
-            for layer, factor, seed, draw in plan(seeds)
-        ]
-        yield from (job.result() for job in as_completed(jobs))
+def train(layer: str, factor: str, seed: int, draw: int, steps: int, windows: int) -> list[Run]:
+    """One run of the plan."""
+    if layer == "jax":
+        return [train_jax(seed, steps, windows)]
+    return [train_torch(layer, factor, seed, draw, steps, windows)]
 
 
 class Tracking(msgspec.Struct, tag_field="kind", tag="tracking"):

@@ -106,6 +106,7 @@ class Fitted(NamedTuple):
     skew: float
     concentration: float  # of one stretch
     experts: int
+    top_k: int
 
     def popularity(self, case: Case, skew: float | None = None) -> Popularity:
         """For a layer of another size.
@@ -136,12 +137,12 @@ def fit(trace: str) -> Fitted:
     skew = float(exponents[int(np.argmin(off))])
     n = len(ids) // size
     if n < 2:
-        return Fitted(skew, np.inf, E)
+        return Fitted(skew, np.inf, E, K)
     counts_nE = np.stack([np.bincount(part.reshape(-1), minlength=E) for part in ids[: n * size].reshape(n, size, K)])
     pi_E = counts_nE.mean(axis=0) / size
     independent = (size * pi_E * (1 - pi_E)).sum()
     excess = counts_nE.var(axis=0, ddof=1).sum() / independent - 1
-    return Fitted(skew, float((size * K - 1) / excess - 1) if excess > 0 else np.inf, E)
+    return Fitted(skew, float((size * K - 1) / excess - 1) if excess > 0 else np.inf, E, K)
 
 
 def draw_counts(popularity: Popularity, ranks: int, tokens: int, top_k: int, rng: np.random.Generator) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 
 from parity import vectorised
 from parity.case import Case
-from parity.inputs import case_from_trace, load_trace, tokens_that_choose
+from parity.inputs import case_from_trace, draw, load_trace, tokens_that_choose
 from parity.reference import Exact, Layer, Weights, chosen_scores
 from parity.tolerances import numpy_dtype
 
@@ -112,6 +112,16 @@ def recorded_routing(case: Case, steps: int) -> Routing:
     n = min(steps, len(ids) // (P * T))
     ids, score = (a[: n * P * T].reshape(n, P, T, -1) for a in (ids, score))
     return Routing(case.trace, replace(all_in_one, ranks=P, tokens=T, name=case.name), ids, score)
+
+
+def preset_routing(case: Case, steps: int) -> Routing:
+    """A preset's own routing, drawn with as many seeds; a recording's only once, as it does not change.
+
+    Raises ValueError as `draw` does.
+    """
+    problems = [draw(replace(case, seed=case.seed + i)) for i in range(1 if case.trace else steps)]
+    ids, score = (np.stack([getattr(problem, name) for problem in problems]) for name in ("expert_id", "score"))
+    return Routing(case.name, case, ids, score)
 
 
 def steps_that_fit(case: Case, steps: int) -> int:
