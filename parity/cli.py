@@ -195,7 +195,7 @@ class BenchCommand:
 
 @dataclass
 class StudyCommand:
-    """What does a static capacity drop, pad and save, for your shapes and routing? No GPU, no framework but for the page.
+    """What does a static capacity drop, pad and save, for your shapes and routing? Needs no GPU.
 
     Sweeps capacity factor, kind of bin, priority, skew and shapes; simulates real models on up to 512 ranks; runs one
     small dispatch in both frameworks for the page. Ends in tables, plots and a page.

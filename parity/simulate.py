@@ -93,8 +93,8 @@ def inclusion(weight_E: Array, top_k: int, draws: int = 20_000, seed: int = 0) -
 def zipf(experts: int, top_k: int, skew: float, concentration: float = np.inf, seed: int = 0) -> Popularity:
     """First choices by Zipf's law with this exponent; which expert is how popular is drawn once."""
     weight_E = np.random.default_rng([seed, 6]).permutation(np.arange(1.0, experts + 1) ** -skew)
-    each = "" if np.isinf(concentration) else f", concentration {concentration:.0f}"
-    return Popularity(f"zipf {skew:.2g}{each}", inclusion(weight_E, top_k, seed=seed), concentration)
+    varying = "" if np.isinf(concentration) else ", varying"
+    return Popularity(f"zipf {skew:g}{varying}", inclusion(weight_E, top_k, seed=seed), concentration)
 
 
 STRETCH = 64  # tokens in a row that have something in common
