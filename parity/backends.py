@@ -15,7 +15,9 @@ from queue import Queue
 
 from parity.case import Case
 
-BACKENDS = ("torch", "jax")
+# The two sides, and the other two corners: strategy and framework apart.
+BACKENDS = ("torch", "jax", "torch-static", "jax-dynamic")
+SIDES = BACKENDS[:2]
 DONE = "done: "  # before the name of a case whose trace is written
 
 
@@ -90,20 +92,18 @@ def run(
     """
     one_by_one = any(case.real_size for case in cases)
     jax_shares = 1 if one_by_one or jax_ranks == "processes" else min(8, os.cpu_count() or 1, len(cases))
-    arguments = {
-        "torch": [[str(timeout), device]],
-        "jax": [[jax_ranks, str(share), str(jax_shares)] for share in range(jax_shares)],
-    }
+    torch = [[str(timeout), device]]
+    jax = [[jax_ranks, str(share), str(jax_shares)] for share in range(jax_shares)]
     workers = [
         Worker(
             backend,
-            [sys.executable, "-m", f"parity.run_{backend}", str(folder), *more],
+            [sys.executable, "-m", f"parity.run_{framework(backend)}", backend, str(folder), *more],
             folder / f"{backend}-{share}.stderr",
             home,
             device,
         )
         for backend, home in homes.items()
-        for share, more in enumerate(arguments[backend])
+        for share, more in enumerate(torch if framework(backend) == "torch" else jax)
     ]
     done: Queue[tuple[str, str] | None] = Queue()
     started: list[Worker] = []
@@ -124,12 +124,15 @@ def run(
         seconds[worker.backend] = max(seconds.get(worker.backend, 0), worker.seconds)
 
 
+def framework(backend: str) -> str:
+    """torch or jax."""
+    return backend.split("-")[0]
+
+
 def _explain(worker: Worker) -> str:
-    if f"No module named '{worker.backend}'" in worker.error:
-        return (
-            f"{worker.backend} is not installed: pip install -e '.[{worker.backend}]', "
-            "or --backend to run the other side only"
-        )
+    name = framework(worker.backend)
+    if f"No module named '{name}'" in worker.error:
+        return f"{name} is not installed: pip install -e '.[{name}]', or --backend to run the other side only"
     return f"{worker.backend}: {worker.error[-2000:]}"
 
 

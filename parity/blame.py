@@ -2,6 +2,7 @@
 
 import msgspec
 
+from parity.backends import BACKENDS
 from parity.compare import Check
 from parity.trace import STAGES
 
@@ -56,9 +57,17 @@ def blame(checks: list[Check]) -> Blame | None:
         return phase, stage, check.right != "oracle" or backward, -check.worst
 
     first = min(bad, key=order)
-    same_place = [c for c in bad if (c.mode, c.stage) == (first.mode, first.stage) and c.right not in ("torch", "jax")]
+    same_place = [c for c in bad if (c.mode, c.stage) == (first.mode, first.stage) and c.right not in BACKENDS]
     sides = sorted({c.left for c in same_place}) or [first.left, first.right]
     return Blame(
         first.case, sides, first.stage, "backward" if is_backward(first) else "forward",
-        " and ".join(f"{side}_impl/{FILES[first.stage]}: {first.stage}" for side in sides), first, len(bad),
+        " and ".join(f"{folder(side, first.stage)}/{FILES[first.stage]}: {first.stage}" for side in sides), first,
+        len(bad),
     )  # fmt: skip
+
+
+def folder(side: str, stage: str) -> str:
+    """Where a side keeps a stage: what a corner does as its framework's other one does is written there."""
+    framework, _, corner = side.partition("-")
+    shared = not corner or stage == "route" or (side, stage) == ("jax-dynamic", "apply_experts")
+    return f"{framework}_impl" if shared else f"{framework}_impl/{corner}"

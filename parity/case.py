@@ -153,6 +153,11 @@ class Case:
         return -(-max(rows, 1) // self.align) * self.align
 
     @property
+    def most_received(self) -> int:
+        """The most rows that a rank can receive, P*T*min(K, e), as a token's experts differ."""
+        return self.ranks * self.tokens * min(self.top_k, self.experts // self.ranks)
+
+    @property
     def real_size(self) -> bool:
         """Whether expert weights are too large to draw, store and compare number by number."""
         return self.experts * self.width * self.hidden > REAL_SIZE

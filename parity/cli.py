@@ -1,4 +1,4 @@
-"""`python -m parity`: check | compare | report | bench | capture | faults | doctor."""
+"""`python -m parity`: check | compare | report | bench | study | capture | faults | doctor."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from parity import capture, faults, records
-from parity.backends import BACKENDS, BackendError
+from parity.backends import BACKENDS, SIDES, BackendError, framework
 from parity.bench import PARTS, SHAPES, Figure, Plan, run_bench
 from parity.blame import blame
 from parity.case import MODELS, PRESETS, Case
@@ -72,8 +72,9 @@ class CheckCommand:
     case: Annotated[Any, tyro.conf.arg(name="", constructor=Flags)] = field(default_factory=Flags)
     random: int = 0
     """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all."""
-    backend: Literal["both", "torch", "jax"] = "both"
-    """Run one side only, here; with --save the other can run on another machine."""
+    backend: tyro.conf.UseAppendAction[tuple[Literal["both", "torch", "jax", "torch-static", "jax-dynamic"], ...]] = ()
+    """What to run, once for each; default: both, torch and jax. One alone, with --save: the other can run on another
+    machine. torch-static: static capacity in PyTorch. jax-dynamic: uneven exchange in JAX, which needs GPUs."""
     model: tuple[str, ...] = ()
     """Check the layer of real models at full width: deepseek-v3, mixtral-8x7b, qwen3-30b-a3b, gpt-oss-120b or
     olmoe-1b-7b."""
@@ -225,6 +226,45 @@ class CaptureCommand:
     """Draw length of the permute's size and compile time against P into this file (.png, .svg, .pdf)."""
 
 
+@dataclass
+class StudyCommand:
+    """What does a static capacity drop, pad and save, for your shapes and routing? Needs no GPU.
+
+    Sweeps capacity factor, kind of bin, priority, skew and shapes; simulates real models on up to 512 ranks; runs one
+    small dispatch in both frameworks for the page. Ends in tables, plots and a page.
+
+    Exit code: 0 measured, 2 wrong usage.
+
+    Examples:
+        python -m parity study                             about two minutes on two cores
+        python -m parity study --trace recording.safetensors
+        python -m parity study zipf p8                     the routing of these presets, not the plan's
+        python -m parity study --model deepseek-v3 --steps 5000
+        python -m parity study --learn 3                   and train with every kind of capacity, three seeds
+    """
+
+    presets: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Sweep the routing of these presets, drawn with 8 seeds each."""
+    trace: tuple[str, ...] = ("pydoc",)
+    """Recordings to sweep, and to fit the simulation to (see the README for their form)."""
+    model: tuple[str, ...] = tuple(MODELS)
+    """Models to simulate."""
+    tokens: int = 4096
+    """On each rank, in the simulation."""
+    steps: int | None = None
+    """Of the simulation; without, up to 1000, and fewer for large groups."""
+    learn: int = 0
+    """Train the byte-level model with every kind of capacity from this many seeds: some minutes each."""
+    learn_steps: int = 200
+    """Steps of each training run."""
+    dispatch: bool = True
+    """Run the page's small dispatch: needs both frameworks."""
+    out: Path = Path("study")
+    """Folder for index.html, plots and study.jsonl."""
+    json: bool = field(default_factory=not_a_terminal)
+    """Print study.jsonl instead of tables: the default where the output is not a terminal."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run it, and exit with its code."""
     command = tyro.extras.subcommand_cli_from_dict(
@@ -235,6 +275,7 @@ def main(argv: list[str] | None = None) -> None:
             "capture": CaptureCommand,
             "faults": FaultsCommand,
             "bench": BenchCommand,
+            "study": StudyCommand,
             "doctor": DoctorCommand,
         },
         args=argv,
@@ -249,6 +290,7 @@ def main(argv: list[str] | None = None) -> None:
             CaptureCommand: capture_command,
             FaultsCommand: list_faults,
             BenchCommand: bench,
+            StudyCommand: study,
             DoctorCommand: see_doctor,
         }
         code = run[type(command)](command)
@@ -299,18 +341,27 @@ def _changed(case: Case, changes: dict[str, Any]) -> Case:
 def check(command: CheckCommand) -> int:
     """Run `check`; its exit code."""
     cases = chosen_cases(command)
-    backends = BACKENDS if command.backend == "both" else (command.backend,)
+    asked = {*command.backend, *(SIDES if "both" in command.backend or not command.backend else ())}
+    backends = tuple(backend for backend in BACKENDS if backend in asked)
+    if "jax-dynamic" in backends and command.device == "cpu":
+        raise ValueError("--backend jax-dynamic: ragged_all_to_all is not implemented on XLA:CPU; use --device cuda")
     fault = faults.find(command.fault) if command.fault else None
     if fault and fault.side not in backends:
-        raise ValueError(f"{fault.name} is a fault of {fault.side}, which --backend {command.backend} does not run")
-    group_size = torchrun_size() if "torch" in backends else None
+        raise ValueError(f"{fault.name} is a fault of {fault.side}, which --backend {' '.join(backends)} does not run")
+    group_size = torchrun_size() if any(framework(backend) == "torch" for backend in backends) else None
     if group_size is not None:
-        if fault and fault.side == "torch":
+        if fault and framework(fault.side) == "torch":
             raise ValueError(f"{fault.name} cannot be planted under torchrun: start without it")
         cases = of_group(cases, group_size, picked=bool(command.presets))
+    jax_ranks = ranks_of_jax(command.jax_ranks, command.device, most := max(case.ranks for case in cases))
+    if "jax-dynamic" in backends and jax_ranks == "vmap" and most > 1:
+        raise ValueError(
+            f"--backend jax-dynamic: ragged_all_to_all has no vmap rule, so --ranks {most} need {most} GPUs, and "
+            f"there are {gpus()}: use --ranks {max(gpus(), 1)}"
+        )
     report = run_cases(
         cases, backends, device=command.device, timeout=command.timeout, fault=fault, save=command.save,
-        jax_ranks=ranks_of_jax(command.jax_ranks, command.device, max(case.ranks for case in cases)),
+        jax_ranks=jax_ranks,
         in_torchrun=group_size is not None,
     )  # fmt: skip
     return MATCH if report is None else publish(report, command.json, command.html)
@@ -364,6 +415,37 @@ def try_fault(fault: faults.Fault, device: str = "cpu") -> Found:
     if verdict is None:
         return Found(False, "", "", "")
     return Found(True, " and ".join(verdict.sides), verdict.stage, describe(verdict.check))
+
+
+def study(command: StudyCommand) -> int:
+    """Run `study`; its exit code."""
+    from parity.report.study import print_study, write  # matplotlib takes a second
+    from parity.study_engine import Asked, run_study
+
+    for kind, asked, known in (("preset", command.presets, PRESETS), ("model", command.model, MODELS)):
+        if unknown := [name for name in asked if name not in known]:
+            raise ValueError(f"no {kind} is called {', '.join(unknown)}. There are: {', '.join(known)}")
+    for name in ("tokens", "steps", "learn_steps"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if command.learn < 0 or (command.learn and command.learn_steps < 20):
+        raise ValueError(f"--learn {command.learn} --learn-steps {command.learn_steps}: at least 0 seeds and 20 steps")
+    for trace in command.trace:
+        case_from_trace(Case(ranks=1, tokens=0, trace=trace))
+    wanted = Asked(
+        [PRESETS[name] for name in command.presets], command.trace, command.model, command.tokens, command.steps,
+        command.learn, command.learn_steps, command.dispatch,
+    )  # fmt: skip
+    with progress() as bar:
+        found = run_study(wanted, bar)
+    paths = write(found, command.out)
+    if command.json:
+        print("\n".join(found.lines()))
+    else:
+        print_study(Console(width=None if sys.stdout.isatty() else 170, highlight=False), found)
+    Console(stderr=True).print(f"wrote {', '.join(map(str, paths))}", highlight=False, soft_wrap=True)
+    return MATCH
 
 
 def bench(command: BenchCommand) -> int:

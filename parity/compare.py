@@ -210,6 +210,7 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
     }
     by_strategy: dict[Strategy, dict[str, Expected]] = {
         "dynamic": expected | exchanged(everything),
+        "ragged": expected | exchanged(everything),
         "static": expected | exchanged(kept) | dropped,
     }
     for each in by_strategy.values():

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from parity.backends import BACKENDS, run
+from parity.backends import BACKENDS, framework, run
 from parity.case import Case
 from parity.compare import Check, compare
 from parity.faults import Fault, plant
@@ -40,6 +40,7 @@ def run_cases(
     Raises BackendError when a framework is missing or its run ends in error.
     """
     head, begin, seconds = header(fault.name if fault else ""), time.perf_counter(), {"oracle": 0.0, "compare": 0.0}
+    of_torch = [backend for backend in backends if in_torchrun and framework(backend) == "torch"]
     traces: dict[str, list[Trace]] = {case.name: [] for case in cases}
     judged: dict[str, tuple[CaseRecord, list[Check]]] = {}
     flags = "" if device == "cpu" else f" --device {device}"
@@ -52,10 +53,10 @@ def run_cases(
         if in_torchrun:
             from parity.run_torch import join_torchrun
 
-            if join_torchrun(folder, list(problems.values()), device) != 0:
+            if join_torchrun(folder, list(problems.values()), device, of_torch) != 0:
                 return None
-        joined = [("torch", case.name) for case in cases if in_torchrun]
-        homes = {backend: Path.cwd() for backend in backends if not (in_torchrun and backend == "torch")}
+        joined = [(backend, case.name) for case in cases for backend in of_torch]
+        homes = {backend: Path.cwd() for backend in backends if backend not in of_torch}
         if fault:
             homes[fault.side] = plant(fault, folder / "planted")
         tasks = {backend: bar.add_task(backend, total=len(cases)) for backend in backends}

@@ -20,7 +20,7 @@ class Fault:
     """One planted fault: where, what, and a preset that shows it."""
 
     name: str
-    side: Literal["torch", "jax"]
+    side: Literal["torch", "jax", "torch-static"]
     stage: str
     sentence: str
     file: str
@@ -222,12 +222,28 @@ _JAX = [
      "    return weighted_sum(y_BCD, kept_TK, slot_TK, assignment_BC)", "drop-rank-token"),
 ]  # fmt: skip
 
-_SIDES: tuple[tuple[Literal["torch", "jax"], list], ...] = (("torch", _TORCH), ("jax", _JAX))
+_TORCH_STATIC = [
+    ("one-too-many-kept", "group_by_expert", "A bin keeps one assignment more than it holds.", "grouping.py",
+     "return (place_N < C)", "return (place_N <= C)", "drop-rank-token"),
+    ("drop-by-lowest-score", "group_by_expert", "The highest scores are dropped first.", "grouping.py",
+     '"score": -score_N', '"score": score_N', "drop-expert-score"),
+    ("padding-reaches-experts", "to_expert_major", "Expert bins are moved whole, whatever their padding holds.",
+     "layout.py", "torch.where(row_C < counts_Pe.T[:, :, None], row_ePC, P * e * capacity)",
+     "torch.where(row_C < counts_Pe.T[:, :, None], row_ePC, row_ePC)", "expert-bins"),
+    ("bins-returned-to-wrong-rank", "return_tokens", "Bins go back one rank further.", "exchange.py",
+     "return _AllToAll.apply(y_BCD, group)", "return _AllToAll.apply(y_BCD, group).roll(1, 0)", "zipf"),
+]  # fmt: skip
+
+_SIDES: tuple[tuple[Literal["torch", "jax", "torch-static"], str, list], ...] = (
+    ("torch", "torch_impl", _TORCH),
+    ("jax", "jax_impl", _JAX),
+    ("torch-static", "torch_impl/static", _TORCH_STATIC),
+)
 FAULTS = {
     f"{side}-{name}": Fault(
-        f"{side}-{name}", side, stage, sentence, file.removeprefix("../") if "/" in file else f"{side}_impl/{file}", *more
+        f"{side}-{name}", side, stage, sentence, file.removeprefix("../") if "/" in file else f"{folder}/{file}", *more
     )
-    for side, faults in _SIDES
+    for side, folder, faults in _SIDES
     for name, stage, sentence, file, *more in faults
 }  # fmt: skip
 

@@ -85,7 +85,7 @@ def draw(case: Case) -> Problem:
     x = recorded.get("x", None)
     if x is None:
         wanted = _wanted_experts(case, rng) if wanted is None else wanted
-        x = _tokens_that_choose(case, wanted, router.astype(np.float64), rng)
+        x = tokens_that_choose(case, wanted, router.astype(np.float64), rng)
     dtype = numpy_dtype(case.dtype)
     x = x.astype(dtype)
     drawn = Weights(*(_weights(case, shape, rng) for shape in [(E, D, F), (E, D, F), (E, F, D)]))
@@ -148,7 +148,7 @@ def _wanted_experts(case: Case, rng: np.random.Generator) -> Array:
     return wanted
 
 
-def _tokens_that_choose(case: Case, wanted: Array, router: Array, rng: np.random.Generator) -> Array:
+def tokens_that_choose(case: Case, wanted: Array, router: Array, rng: np.random.Generator) -> Array:
     """Hidden states whose logits rank the wanted experts first, in order, with a margin (as far as D >= E allows)."""
     P, T, K, E = case.ranks, case.tokens, case.top_k, case.experts
     if case.pattern == "ties":

@@ -12,10 +12,11 @@ M recorded tokens.
 import hashlib
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding, rms_norm, scaled_dot_product_attention
 
-from torch_impl import Stages, moe_layer, route
+from torch_impl import moe_layer, route
 
 V, S, D, F, E, K, H, BLOCKS = 256, 128, 64, 64, 16, 2, 4, 2
 B = 32
@@ -65,11 +66,13 @@ def init(seed: int) -> dict[str, np.ndarray]:
     return p | {"unembed_DV": normal(D, V, std=D**-0.5)}
 
 
-def batches(seed: int, steps: int, text_n: UInt8[np.ndarray, " n"]) -> Iterator[Integer[np.ndarray, "B S+1"]]:
-    """B windows of S bytes and the byte after, from random places, `steps` times."""
+def batches(
+    seed: int, steps: int, text_n: UInt8[np.ndarray, " n"], windows: int = B
+) -> Iterator[Integer[np.ndarray, "B S+1"]]:
+    """`windows` windows of S bytes and the byte after, from random places, `steps` times."""
     rng = np.random.default_rng((seed, 1))
     for _ in range(steps):
-        start_B = rng.integers(len(text_n) - S, size=B)
+        start_B = rng.integers(len(text_n) - S, size=windows)
         yield text_n[start_B[:, None] + np.arange(S + 1)].astype(np.int64)
 
 
@@ -82,9 +85,9 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def forward(
-    p: dict[str, Tensor], byte_BS: Integer[Tensor, "B S"]
-) -> tuple[Float[Tensor, "B S V"], list[tuple[Float[Tensor, "T D"], Stages]]]:
-    """Logits of the next byte, and for each block what its MoE layer took in and all that it made of it."""
+    p: dict[str, Tensor], byte_BS: Integer[Tensor, "B S"], layer: Callable[..., Any] = moe_layer
+) -> tuple[Float[Tensor, "B S V"], list[tuple[Float[Tensor, "T D"], Any]]]:
+    """Logits of the next byte, and for each block what its MoE layer took in and all that it made of it (`Stages`)."""
     B, S = byte_BS.shape
     h_BSD = embedding(byte_BS, p["embed_VD"]) + p["position_SD"][:S]
     moe = []
@@ -97,7 +100,7 @@ def forward(
         h_BSD = h_BSD + mixed_BSD @ p[f"{i}.mix_DD"]
         x_TD = rms_norm(h_BSD, (D,), eps=1e-6).view(-1, D)
         weights = (p[f"{i}.{name}"] for name in ("router_DE", "w_gate_EDF", "w_up_EDF", "w_down_EFD"))
-        stages = moe_layer(x_TD, *weights, top_k=K, renormalize=True)
+        stages = layer(x_TD, *weights, top_k=K, renormalize=True)
         h_BSD = h_BSD + stages.out_TD.view(B, S, D)
         moe.append((x_TD, stages))
     return rms_norm(h_BSD, (D,), eps=1e-6) @ p["unembed_DV"], moe
@@ -116,23 +119,38 @@ def balance_loss(
     return E * (counts_E / counts_E.sum() * prob_E).sum()
 
 
+def optimizer(p: dict[str, Tensor]) -> torch.optim.Adam:
+    """Adam on all weights; `training_step` sets the learning rate."""
+    return torch.optim.Adam(p.values(), betas=(0.9, 0.95), eps=1e-8)
+
+
+def training_step(
+    p: dict[str, Tensor],
+    adam: torch.optim.Adam,
+    batch: Integer[np.ndarray, "B S+1"],
+    rate: float,
+    layer: Callable[..., Any] = moe_layer,
+) -> tuple[Tensor, list[Any]]:
+    """One step down the loss and BALANCE times the auxiliary one: the loss before it, and each block's `Stages`."""
+    byte_BS = torch.from_numpy(batch)
+    logits_BSV, moe = forward(p, byte_BS[:, :-1], layer)
+    loss = next_byte_loss(logits_BSV, byte_BS[:, 1:])
+    balance = sum(balance_loss(x_TD, p[f"{i}.router_DE"], s.routing.counts_E) for i, (x_TD, s) in enumerate(moe))
+    adam.param_groups[0]["lr"] = rate
+    adam.zero_grad()
+    (loss + BALANCE * balance).backward()
+    adam.step()
+    return loss.detach(), [stages for _, stages in moe]
+
+
 def train(seed: int, steps: int, text_n: UInt8[np.ndarray, " n"]) -> dict[str, Tensor]:
     """Adam on `batches` from `init`. Progress goes to stderr."""
     p = {name: torch.from_numpy(w).requires_grad_() for name, w in init(seed).items()}
-    adam = torch.optim.Adam(p.values(), betas=(0.9, 0.95), eps=1e-8)
+    adam = optimizer(p)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=steps)
         for step, batch in enumerate(batches(seed, steps, text_n)):
-            byte_BS = torch.from_numpy(batch)
-            logits_BSV, moe = forward(p, byte_BS[:, :-1])
-            loss = next_byte_loss(logits_BSV, byte_BS[:, 1:])
-            balance = sum(
-                balance_loss(x_TD, p[f"{i}.router_DE"], s.routing.counts_E) for i, (x_TD, s) in enumerate(moe)
-            )
-            adam.param_groups[0]["lr"] = learning_rate(step, steps)
-            adam.zero_grad()
-            (loss + BALANCE * balance).backward()
-            adam.step()
+            loss, _ = training_step(p, adam, batch, learning_rate(step, steps))
             progress.update(task, advance=1, description=f"{loss.item() / np.log(2):.3f} bits per byte")
     return {name: w.detach() for name, w in p.items()}
 

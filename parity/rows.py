@@ -12,7 +12,7 @@ import numpy as np
 from parity.case import Case
 
 Array = np.ndarray
-Strategy = Literal["dynamic", "static"]
+Strategy = Literal["dynamic", "static", "ragged"]
 Table = dict[str, list[Array]]
 PADDING = -1
 
@@ -20,8 +20,9 @@ PADDING = -1
 def row_tables(case: Case, expert_id: Array, keep: Array, strategy: Strategy) -> Table:
     """Rows as they are grouped on the sender, as received, and expert-major, on each rank.
 
-    Dynamic arrays hold every assignment and no padding. Static ones hold those kept, in bins of C rows; after rank bins
-    the expert-major padding comes last, after expert bins each (expert, source) keeps its bin.
+    Dynamic arrays hold every assignment and no padding. Ragged ones are the same in buffers of the most rows that a
+    rank can receive. Static ones hold those kept, in bins of C rows; after rank bins the expert-major padding comes
+    last, after expert bins each (expert, source) keeps its bin.
     """
     P, C, e = case.ranks, case.capacity, case.experts // case.ranks
     bin_per_expert = strategy == "static" and case.bins != P  # with an expert a rank, both kinds of bin are the same
@@ -37,17 +38,22 @@ def row_tables(case: Case, expert_id: Array, keep: Array, strategy: Strategy) ->
         segments = [by_expert[source, g] for g in range(target * e, (target + 1) * e)]
         if bin_per_expert:
             return joined(padded(segment, C) for segment in segments)
-        return joined(segments) if strategy == "dynamic" else padded(joined(segments), C)
+        return padded(joined(segments), C) if strategy == "static" else joined(segments)
+
+    def received(target: int) -> list[int]:
+        rows = joined(sent(p, target) for p in range(P))
+        return padded(rows, case.most_received) if strategy == "ragged" else rows
 
     def expert_major(target: int) -> list[int]:
         segments = [by_expert[p, g] for g in range(target * e, (target + 1) * e) for p in range(P)]
         if bin_per_expert:
             return joined(padded(segment, C) for segment in segments)
-        return joined(segments) if strategy == "dynamic" else padded(joined(segments), P * C)
+        most = {"dynamic": 0, "ragged": case.most_received, "static": P * C}[strategy]
+        return padded(joined(segments), most)
 
     return {
         "grouped": [np.array(joined(sent(p, q) for q in range(P)), np.int64) for p in range(P)],
-        "received": [np.array(joined(sent(p, q) for p in range(P)), np.int64) for q in range(P)],
+        "received": [np.array(received(q), np.int64) for q in range(P)],
         "expert_major": [np.array(expert_major(q), np.int64) for q in range(P)],
     }
 

@@ -21,33 +21,40 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from parity import reference
 from parity.backends import DONE, end_with_parent
 from parity.case import Case
 from parity.inputs import Problem
-from parity.rows import indices, lay_out, row_tables
+from parity.rows import Strategy, indices, lay_out, row_tables
 from parity.trace import Trace, differing_bits
 from parity.windows import STRIDE, Windows
-from torch_impl import exchange, experts, grouping, layer, layout, routing
+from torch_impl import exchange, experts, grouping, layer, layout, routing, static
+from torch_impl.static import exchange as static_exchange
+from torch_impl.static import experts as static_experts
+from torch_impl.static import grouping as static_grouping
+from torch_impl.static import layout as static_layout
 
 Arrays = dict[str, np.ndarray]
 START_UP = 60.0  # seconds more, for ranks to find each other on a machine that is busy
 
 
-def main(folder: Path, timeout: float, on: str) -> None:
+def main(backend: str, folder: Path, timeout: float, on: str) -> None:
     """Run every problem in `folder`, as many processes as each has ranks, and save the traces there."""
     torch.set_num_threads(1)
+    own = folder / backend  # where ranks meet, and say where they are
+    own.mkdir()
     paths = sorted(folder.glob("*.problem"))
     ranks = {path: Problem.load(path).case.ranks for path in paths}
     for P in sorted(set(ranks.values())):
         mine = [path for path in paths if ranks[path] == P]
         # Forked, so that PyTorch is imported once and not once per rank.
         fork = multiprocessing.get_context("fork")
-        group = [fork.Process(target=_rank, args=(rank, P, folder, mine, timeout, on)) for rank in range(P)]
+        group = [fork.Process(target=_rank, args=(backend, rank, P, own, mine, timeout, on)) for rank in range(P)]
         for process in group:
             process.start()
-        _wait_for_all(group, folder, timeout)
+        _wait_for_all(group, own, timeout)
 
 
 def _wait_for_all(group: Sequence[BaseProcess], folder: Path, timeout: float) -> None:
@@ -108,7 +115,7 @@ def _read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _rank(rank: int, P: int, folder: Path, paths: list[Path], timeout: float, on: str) -> None:
+def _rank(backend: str, rank: int, P: int, folder: Path, paths: list[Path], timeout: float, on: str) -> None:
     progress = Progress(folder / f"at-{rank}")
     stack = (folder / f"stack-{rank}").open("w")
     faulthandler.register(signal.SIGUSR1, stack)
@@ -117,10 +124,11 @@ def _rank(rank: int, P: int, folder: Path, paths: list[Path], timeout: float, on
             rendezvous = f"file://{folder.resolve()}/rendezvous-{P}"
             # Longer than the launcher's patience: it, not a rank that waits, should say who hangs.
             patience = timedelta(seconds=10 * timeout)
-            backend = collectives(on, P)
-            dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=P, timeout=patience)
+            dist.init_process_group(
+                collectives(on, P), init_method=rendezvous, rank=rank, world_size=P, timeout=patience
+            )
         device = device_of(on, rank)
-        _run_all(folder, (Problem.load(path) for path in paths), rank, device, _say_done, progress)
+        _run_all(backend, folder.parent, (Problem.load(path) for path in paths), rank, device, _say_done, progress)
         if P > 1:
             dist.destroy_process_group()
     except BaseException as error:
@@ -165,31 +173,32 @@ def device_of(on: str, rank: int) -> torch.device:
 
 
 def _run_all(
-    folder: Path, problems: Iterable[Problem], rank: int, device: torch.device, case_done: Callable[[str], None],
-    progress: Progress,
+    backend: str, folder: Path, problems: Iterable[Problem], rank: int, device: torch.device,
+    case_done: Callable[[str], None], progress: Progress,
 ) -> None:  # fmt: skip
     for problem in problems:
         start = time.perf_counter()
-        trace = run(problem, rank, device, progress)
+        trace = run(problem, backend, rank, device, progress)
         if trace is not None:
             trace.seconds = time.perf_counter() - start
             trace.save(folder)
             case_done(trace.case.name)
 
 
-def join_torchrun(folder: Path, problems: list[Problem], on: str) -> int:
+def join_torchrun(folder: Path, problems: list[Problem], on: str, backends: Iterable[str]) -> int:
     """Run problems in the group that torchrun gave; rank 0 saves the traces. This process's rank."""
     torch.set_num_threads(1)
     device = device_of(on, int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group(collectives(on, int(os.environ["WORLD_SIZE"])))
     rank = dist.get_rank()
-    _run_all(folder, problems, rank, device, lambda _: None, Progress())
+    for backend in backends:
+        _run_all(backend, folder, problems, rank, device, lambda _: None, Progress())
     dist.destroy_process_group()
     return rank
 
 
-def run(problem: Problem, rank: int, device: torch.device, progress: Progress) -> Trace | None:
+def run(problem: Problem, backend: str, rank: int, device: torch.device, progress: Progress) -> Trace | None:
     """This rank's part of a problem; rank 0 gets everybody's and returns the trace.
 
     The layer runs on these inputs, on others, and on these again, with fresh memory full of NaN: what it keeps from a
@@ -199,16 +208,17 @@ def run(problem: Problem, rank: int, device: torch.device, progress: Progress) -
     def at(stage: str) -> None:
         progress.at(problem.case.name, stage)
 
+    corner = _CORNERS[backend]
     with poisoned_memory():
-        mine = _isolated(problem, rank, device, at)
+        mine = _isolated(problem, corner, rank, device, at)
     at("the first step")
-    first = _end_to_end(problem, rank, device, waits := HostWaits(device))
+    first = _end_to_end(problem, corner, rank, device, waits := HostWaits(device))
     at("steps on other inputs")
     for other in problem.steps_between():
-        _end_to_end(other, rank, device, HostWaits(device))
+        _end_to_end(other, corner, rank, device, HostWaits(device))
     at("the first step, repeated")
     with poisoned_memory():
-        again = _end_to_end(problem, rank, device, HostWaits(device))
+        again = _end_to_end(problem, corner, rank, device, HostWaits(device))
     mine |= again | {name.replace("e2e", "repeat", 1): differing_bits(a, again[name]) for name, a in first.items()}
     at("gathering")
     everybody: list[Arrays] = [mine]
@@ -218,7 +228,7 @@ def run(problem: Problem, rank: int, device: torch.device, progress: Progress) -
         everybody = [arrays for arrays in gathered if arrays is not None]
     if rank:
         return None
-    trace = Trace(problem.case, "torch", "dynamic", environment(device) | waits.found())
+    trace = Trace(problem.case, backend, corner.strategy, environment(device) | waits.found())
     trace.arrays = {name: [arrays[name] for arrays in everybody] for name in mine}
     return trace
 
@@ -270,21 +280,160 @@ def environment(device: torch.device) -> dict[str, str]:
     return about
 
 
-def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[str], None]) -> Arrays:
+class _Dynamic:
+    """`torch_impl`'s stages of a case, called as those of `_Static`: with rows as [rows, D], whatever their bins."""
+
+    strategy: Strategy = "dynamic"
+    padding = np.nan  # what stage 6 is fed where it has no row
+
+    def __init__(self, case: Case, send_P: Sequence[int], receive_P: Sequence[int]) -> None:
+        self.case = case
+        self.splits = exchange.Splits(torch.tensor(send_P), torch.tensor(receive_P), sum(send_P), sum(receive_P))
+
+    def group_by_expert(self, x: Tensor, ids: Tensor, score: Tensor, counts: Tensor) -> Tensor:  # noqa: ARG002
+        return grouping.group_by_expert(x, ids, counts).x_ND
+
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        return exchange.exchange_counts(counts)[0]
+
+    def send_tokens(self, x: Tensor) -> Tensor:
+        return exchange.send_tokens(x, self.splits)
+
+    def to_expert_major(self, x: Tensor, counts_Pe: Tensor) -> Tensor:
+        return layout.to_expert_major(x, counts_Pe, self.splits.total).x_RD
+
+    def apply_experts(self, x: Tensor, counts_e: Tensor, *weights: Tensor) -> Tensor:
+        return experts.apply_experts(x, counts_e, *weights)
+
+    def to_rank_major(self, y: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        return layout.to_rank_major(y, source, target)
+
+    def return_tokens(self, y: Tensor) -> Tensor:
+        return exchange.return_tokens(y, self.splits)
+
+    def combine(self, y: Tensor, score: Tensor, keep: Tensor, slot: Tensor, assignment: Tensor) -> Tensor:
+        return grouping.combine(y, score * keep, slot, assignment)
+
+    def planned(self) -> dict[str, Tensor]:
+        return {}
+
+    @staticmethod
+    def layer(
+        case: Case, x: Tensor, router: Tensor, weights: Sequence[Tensor], chosen: routing.Routing, keep: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output and every intermediate; what a capacity would drop has its score masked."""
+        masked = chosen._replace(score_TK=chosen.score_TK * keep)
+        stages = layer.moe_layer(x, router, *weights, top_k=case.top_k, routing=masked)
+        return stages.out_TD, {
+            "group_by_expert/x": stages.grouped.x_ND,
+            "exchange_counts/counts": stages.counts_Pe,
+            "send_tokens/x": stages.received_RD,
+            "to_expert_major/x": stages.expert_major.x_RD,
+            "apply_experts/y": stages.y_RD,
+            "to_rank_major/y": stages.rank_major_RD,
+            "return_tokens/y": stages.returned_ND,
+        }
+
+
+class _Static:
+    """`torch_impl.static`'s stages of a case, with bins of the oracle's capacity."""
+
+    strategy: Strategy = "static"
+
+    def __init__(self, case: Case, *_: object) -> None:
+        self.case, self.capacity = case, plan(case)._replace(rows=case.capacity)
+        self.bins = (case.bins, case.capacity)
+        per_rank = case.bins == case.ranks
+        self.major = (case.bins * case.capacity,) if per_rank else (case.experts // case.ranks, -1)
+        self.padding = np.nan if per_rank else 0  # an expert's bin is multiplied whole: stage 5 has promised zeros
+
+    def in_bins(self, rows: Tensor) -> Tensor:
+        return rows.reshape(*self.bins, *rows.shape[1:])
+
+    def group_by_expert(self, x: Tensor, ids: Tensor, score: Tensor, counts: Tensor) -> Tensor:
+        return static_grouping.group_by_expert(x, ids, score, counts, self.capacity).x_BCD.flatten(0, 1)
+
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        return static_exchange.exchange_counts(counts)
+
+    def send_tokens(self, x: Tensor) -> Tensor:
+        return static_exchange.send_tokens(self.in_bins(x)).flatten(0, 1)
+
+    def to_expert_major(self, x: Tensor, counts_Pe: Tensor) -> Tensor:
+        return flat(static_layout.to_expert_major(self.in_bins(x), counts_Pe).x_SD)
+
+    def apply_experts(self, x: Tensor, counts_e: Tensor, *weights: Tensor) -> Tensor:
+        return flat(static_experts.apply_experts(x.reshape(*self.major, x.shape[1]), counts_e, *weights))
+
+    def to_rank_major(self, y: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        major = y.reshape(*self.major, y.shape[1])
+        return flat(static_layout.to_rank_major(major, source.reshape(major.shape[:-1]), self.in_bins(target)))
+
+    def return_tokens(self, y: Tensor) -> Tensor:
+        return static_exchange.return_tokens(self.in_bins(y)).flatten(0, 1)
+
+    def combine(self, y: Tensor, score: Tensor, keep: Tensor, slot: Tensor, assignment: Tensor) -> Tensor:  # noqa: ARG002
+        return static_grouping.combine(self.in_bins(y), score, slot, self.in_bins(assignment))
+
+    def planned(self) -> dict[str, Tensor]:
+        return {"capacity": torch.tensor(plan(self.case).rows)}
+
+    @staticmethod
+    def layer(
+        case: Case,
+        x: Tensor,
+        router: Tensor,
+        weights: Sequence[Tensor],
+        chosen: routing.Routing,
+        keep: Tensor,  # noqa: ARG004
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output and every intermediate; its own capacity drops."""
+        stages = static.moe_layer(x, router, *weights, top_k=case.top_k, capacity=plan(case), routing=chosen)
+        return stages.out_TD, {
+            "group_by_expert/x": flat(stages.grouped.x_BCD),
+            "group_by_expert/dropped": stages.dropped_E,
+            "group_by_expert/dropped_in_all": stages.dropped,
+            "exchange_counts/counts": stages.counts_Pe,
+            "send_tokens/x": flat(stages.received_BCD),
+            "to_expert_major/x": flat(stages.expert_major.x_SD),
+            "apply_experts/y": flat(stages.y_SD),
+            "to_rank_major/y": flat(stages.rank_major_BCD),
+            "return_tokens/y": flat(stages.returned_BCD),
+        }
+
+
+_CORNERS: dict[str, type[_Dynamic] | type[_Static]] = {"torch": _Dynamic, "torch-static": _Static}
+
+
+def plan(case: Case) -> static.Capacity:
+    """The capacity that the implementation itself computes."""
+    return static.plan_capacity(
+        case.capacity_factor, case.tokens, case.top_k, case.experts, case.ranks,
+        case.capacity_per, case.priority, case.align,
+    )  # fmt: skip
+
+
+def flat(a: Tensor) -> Tensor:
+    """[..., D] as [rows, D]."""
+    return a.reshape(-1, a.shape[-1])
+
+
+def _isolated(
+    problem: Problem, corner: type[_Dynamic] | type[_Static], rank: int, device: torch.device, at: Callable[[str], None]
+) -> Arrays:
     """Every stage fed the oracle's input, forward and backward."""
     case, out = problem.case, {}
     e = case.experts // case.ranks
     mine = slice(rank * e, (rank + 1) * e)
-    table = row_tables(case, problem.expert_id, problem.keep, "dynamic")
-    sent_PE = reference.sent(case, problem.expert_id, problem.keep, "dynamic")
+    table = row_tables(case, problem.expert_id, problem.keep, corner.strategy)
+    sent_PE = reference.sent(case, problem.expert_id, problem.keep, corner.strategy)
     received_Pe = reference.received(case, sent_PE)[rank]
 
     def put(a: np.ndarray, *, grad: bool = False) -> torch.Tensor:
         return to_torch(a).to(device).requires_grad_(grad)
 
-    def rows(values: np.ndarray, where: str, *, grad: bool = False) -> torch.Tensor:
-        values = values.reshape(-1, case.width)
-        return put(lay_out(values, table[where], np.nan)[rank], grad=grad)
+    def rows(values: np.ndarray, where: str, *, grad: bool = False, fill: float = np.nan) -> torch.Tensor:
+        return put(lay_out(values.reshape(-1, case.width), table[where], fill)[rank], grad=grad)
 
     def stage(name: str, values: Mapping[str, object]) -> None:
         out.update({f"isolated/{name}/{key}": to_numpy(value) for key, value in values.items()})
@@ -309,35 +458,34 @@ def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[s
     counts = replayed.counts_E
     stage("route", {"counts": counts})
 
+    received_P = received_Pe.sum(axis=1).tolist()
+    stages = corner(case, sent_PE[rank].reshape(case.ranks, -1).sum(axis=1).tolist(), received_P)
     at("group_by_expert")
-    grouped = grouping.group_by_expert(x, ids, put(sent_PE[rank]))
-    (dx,) = torch.autograd.grad(grouped.x_ND, x, rows(problem.dx_rows, "grouped"), retain_graph=True)
-    stage("group_by_expert", {"x": grouped.x_ND, "dx": dx})
+    x_grouped = stages.group_by_expert(x, ids, put(problem.score[rank]), counts)
+    (dx,) = torch.autograd.grad(x_grouped, x, rows(problem.dx_rows, "grouped"), retain_graph=True)
+    stage("group_by_expert", {"x": x_grouped, "dx": dx} | stages.planned())
 
     at("exchange_counts")
-    stage("exchange_counts", {"counts": exchange.exchange_counts(put(sent_PE[rank]))[0]})
+    stage("exchange_counts", {"counts": stages.exchange_counts(put(sent_PE[rank]))})
     index = {name: put(a) for name, a in indices(case, table, rank).items()}
     counts_Pe = put(received_Pe)
-    send_P, receive_P = (torch.from_numpy(a.reshape(case.ranks, -1).sum(axis=1)) for a in (sent_PE[rank], received_Pe))
-    splits = exchange.Splits(send_P, receive_P, int(send_P.sum()), int(receive_P.sum()))
 
     at("send_tokens")
     x_sent, dx_received = rows(x_rows, "grouped", grad=True), rows(problem.dx_rows, "received")
-    result = vjp(lambda x: exchange.send_tokens(x, splits), (x_sent,), dx_received)
+    result = vjp(stages.send_tokens, (x_sent,), dx_received)
     stage("send_tokens", dict(zip(("x", "dx"), result, strict=True)))
 
     at("to_expert_major")
     x_received, dx_expert_major = rows(x_rows, "received", grad=True), rows(problem.dx_rows, "expert_major")
-    major = layout.to_expert_major(x_received, counts_Pe, splits.total)
-    (dx,) = torch.autograd.grad(major.x_RD, x_received, dx_expert_major)
-    stage("to_expert_major", {"x": major.x_RD, "dx": dx})
+    result = vjp(lambda x: stages.to_expert_major(x, counts_Pe), (x_received,), dx_expert_major)
+    stage("to_expert_major", dict(zip(("x", "dx"), result, strict=True)))
 
     at("apply_experts")
     weights = tuple(weights_of(w, mine, device) for w in problem.weights)
     result = vjp(
-        lambda x, *w: experts.apply_experts(x, counts_Pe.sum(0), *w),
-        (rows(x_rows, "expert_major", grad=True), *weights),
-        rows(problem.dy, "expert_major"),
+        lambda x, *w: stages.apply_experts(x, counts_Pe.sum(0), *w),
+        (rows(x_rows, "expert_major", grad=True, fill=stages.padding), *weights),
+        rows(problem.dy, "expert_major", fill=stages.padding),
     )
     y, dx, *dw = result
     stage("apply_experts", {"y": y, "dx": dx} | compared(case, dw))
@@ -345,34 +493,34 @@ def _isolated(problem: Problem, rank: int, device: torch.device, at: Callable[[s
 
     at("to_rank_major")
     y, dy = rows(problem.y, "expert_major", grad=True), rows(problem.dy, "received")
-    result = vjp(lambda y: layout.to_rank_major(y, index["source"], index["target"]), (y,), dy)
+    result = vjp(lambda y: stages.to_rank_major(y, index["source"], index["target"]), (y,), dy)
     stage("to_rank_major", dict(zip(("y", "dy"), result, strict=True)))
 
     at("return_tokens")
     y, dy = rows(problem.y, "received", grad=True), rows(problem.dy, "grouped")
-    result = vjp(lambda y: exchange.return_tokens(y, splits), (y,), dy)
+    result = vjp(stages.return_tokens, (y,), dy)
     stage("return_tokens", dict(zip(("y", "dy"), result, strict=True)))
 
     at("combine")
     result = vjp(
-        lambda y, score: grouping.combine(y, score * keep, index["slot"], index["assignment"]),
+        lambda y, score: stages.combine(y, score, keep, index["slot"], index["assignment"]),
         (rows(problem.y, "grouped", grad=True), put(problem.score[rank], grad=True)),
         put(problem.dout[rank]),
     )
     stage("combine", dict(zip(("out", "dy", "dscore"), result, strict=True)))
 
     if case.top_k >= 3:
-        probe = rows(problem.order_probe()[0], "grouped")
+        probe = rows(np.where(problem.keep[..., None], problem.order_probe()[0], 0), "grouped")
         weight = put(problem.keep[rank].astype(case.wide))
-        order = grouping.combine(probe, weight, index["slot"], index["assignment"])
-        stage("combine", {"order": order})
-        probe = probe * put(problem.keep[rank]).reshape(-1)[index["assignment"], None]
-        stage("group_by_expert", {"dx_order": torch.autograd.grad(grouped.x_ND, x, probe)[0]})
+        stage("combine", {"order": stages.combine(probe, weight, keep, index["slot"], index["assignment"])})
+        stage("group_by_expert", {"dx_order": torch.autograd.grad(x_grouped, x, probe)[0]})
     return out
 
 
-def _end_to_end(problem: Problem, rank: int, device: torch.device, waits: HostWaits) -> Arrays:
-    """The whole layer and its gradients, with the oracle's expert ids; what a capacity drops has its score masked."""
+def _end_to_end(
+    problem: Problem, corner: type[_Dynamic] | type[_Static], rank: int, device: torch.device, waits: HostWaits
+) -> Arrays:
+    """The whole layer and its gradients, with the oracle's expert ids."""
     case = problem.case
     e = case.experts // case.ranks
     x, router = (to_torch(a).to(device).requires_grad_() for a in (problem.x[rank], problem.router))
@@ -381,19 +529,11 @@ def _end_to_end(problem: Problem, rank: int, device: torch.device, waits: HostWa
     dout, how = to_torch(problem.dout[rank]).to(device), (case.score_function, case.renormalize, case.scale)
     with waits.counted():
         chosen = routing.route(x, router, case.top_k, *how, expert_id_TK=ids)
-        masked = chosen._replace(score_TK=chosen.score_TK * keep)
-        stages = layer.moe_layer(x, router, *weights, top_k=case.top_k, routing=masked)
-        dx, dscore, drouter, *dw = torch.autograd.grad(stages.out_TD, (x, chosen.score_TK, router, *weights), dout)
-    values = {
+        result, intermediate = corner.layer(case, x, router, weights, chosen, keep)
+        dx, dscore, drouter, *dw = torch.autograd.grad(result, (x, chosen.score_TK, router, *weights), dout)
+    values = intermediate | {
         "route/score": chosen.score_TK,
-        "group_by_expert/x": stages.grouped.x_ND,
-        "exchange_counts/counts": stages.counts_Pe,
-        "send_tokens/x": stages.received_RD,
-        "to_expert_major/x": stages.expert_major.x_RD,
-        "apply_experts/y": stages.y_RD,
-        "to_rank_major/y": stages.rank_major_RD,
-        "return_tokens/y": stages.returned_ND,
-        "combine/out": stages.out_TD,
+        "combine/out": result,
         "combine/dscore": dscore,
         **{f"apply_experts/{name}": a for name, a in compared(case, dw).items()},
         "route/drouter": all_sum(drouter),
@@ -442,4 +582,4 @@ def to_numpy(a: object) -> np.ndarray:
 
 if __name__ == "__main__":
     end_with_parent()
-    main(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4])

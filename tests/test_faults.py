@@ -15,6 +15,7 @@ QUICK = [
     "torch-stale-buffer", "torch-idle-rank-detached", "torch-rank-and-expert-swapped", "torch-stale-weight-gradient",
     "torch-inverse-applied-twice", "torch-backward-splits-swapped", "torch-right-on-first-rank-only",
     "jax-drop-by-lowest-score", "jax-padding-in-last-group", "jax-score-gradient-missing",
+    "torch-static-one-too-many-kept", "torch-static-padding-reaches-experts",
 ]  # fmt: skip
 
 

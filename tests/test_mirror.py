@@ -117,7 +117,7 @@ def test_what_is_declared_exists():
 
 @pytest.mark.parametrize(("package", "foreign"), [("torch_impl", "jax"), ("jax_impl", "torch")])
 def test_neither_imports_the_other(package, foreign):
-    for path in (ROOT / package).glob("*.py"):
+    for path in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -132,8 +132,85 @@ def test_the_layer_fits_on_a_screen():
         "group_by_expert", "exchange_counts", "send_tokens", "to_expert_major", "apply_experts", "to_rank_major",
         "return_tokens", "combine",
     ]  # fmt: skip
-    for package in ("torch_impl", "jax_impl"):
+    for package in ("torch_impl", "jax_impl", "torch_impl/static", "jax_impl/dynamic"):
         source = (ROOT / package / "layer.py").read_text()
-        assert len(source.splitlines()) <= 75
+        assert len(source.splitlines()) <= 80
         calls = re.findall(r"^    \w+(?:, \w+)* = (\w+)\(", source.split('"""')[-1], re.MULTILINE)
         assert [call for call in calls if call in order] == order
+
+
+# The other two corners. What a subpackage lacks, it has from its package, where the code is the same.
+
+CORNERS = [("torch_impl.static", "jax_impl"), ("jax_impl.dynamic", "torch_impl")]
+both_corners = pytest.mark.parametrize(("corner", "other"), CORNERS)
+OTHER_NAME = {"axis_name": "group"}
+# What the other side has and the corner does not.
+CORNER_LACKS = {
+    "torch_impl.static": {},
+    "jax_impl.dynamic": {
+        "exchange.Splits": {"total"},  # rows received: known on the device only
+        "layout.to_expert_major": {"output_size"},  # the buffer's
+    },
+}
+# What the corner has and the other side does not.
+CORNER_ONLY = {
+    "torch_impl.static": {},
+    "jax_impl.dynamic": {
+        "exchange.Splits": {"received_at", "returned_at"},  # places in the buffers of other ranks
+        "exchange.send_tokens": {"output_size"},
+        "exchange.return_tokens": {"output_size"},
+        "grouping.Grouped": {"kept"},  # ids that are none cannot be refused while tracing
+        "checks.check_ragged_exchange": None,  # it does not run everywhere
+    },
+}
+
+
+def corner_members(corner: str, file: str) -> dict[str, object]:
+    path = ROOT / corner.replace(".", "/") / f"{file}.py"
+    return members(import_module(f"{corner}.{file}")) if path.exists() else {}
+
+
+@both_corners
+def test_a_corner_has_the_same_files(corner, other):
+    assert {path.stem for path in (ROOT / corner.replace(".", "/")).glob("*.py")} <= {*FILES, "__init__"}
+    assert import_module(corner).__all__ == import_module(other).__all__
+
+
+@both_corners
+@pytest.mark.parametrize("file", FILES)
+def test_a_corner_has_the_same_names_in_the_same_order(corner, other, file):
+    own, theirs = corner_members(corner, file), members(import_module(f"{other}.{file}"))
+    package = members(import_module(f"{corner.split('.')[0]}.{file}"))
+    mine = [name for name in own if CORNER_ONLY[corner].get(f"{file}.{name}", set()) is not None]
+    assert mine == [name for name in theirs if name in own]
+    if corner == "torch_impl.static":  # what it lacks and its package has not either would be missing
+        assert own.keys() | package.keys() >= theirs.keys()
+
+
+@both_corners
+@pytest.mark.parametrize("file", FILES)
+def test_a_corner_has_the_same_parameters_fields_and_defaults(corner, other, file):
+    theirs = members(import_module(f"{other}.{file}"))
+    for name, member in corner_members(corner, file).items():
+        key = f"{file}.{name}"
+        if name not in theirs:
+            assert CORNER_ONLY[corner][key] is None
+            continue
+        only, lacks = (declared[corner].get(key, set()) for declared in (CORNER_ONLY, CORNER_LACKS))
+        assert only <= set(stems(member))
+        assert lacks <= set(stems(theirs[name]))
+        left = [OTHER_NAME.get(s, s) for s in stems(member) if s not in only]
+        right = [OTHER_NAME.get(s, s) for s in stems(theirs[name]) if s not in lacks]
+        assert left == right, key
+        if not isinstance(member, type):
+            ours, others = (inspect.signature(m).parameters for m in (member, theirs[name]))  # type: ignore[arg-type]
+            for parameter in ours.keys() & others.keys() - {"output_size"}:
+                assert ours[parameter].default == others[parameter].default, f"{key}({parameter})"
+
+
+@pytest.mark.parametrize("corner", [corner for corner, _ in CORNERS])
+def test_what_is_declared_of_a_corner_exists(corner):
+    for declared in (CORNER_ONLY, CORNER_LACKS):
+        for key in declared[corner]:
+            file, name = key.split(".")
+            assert name in corner_members(corner, file)

@@ -42,7 +42,7 @@ def table(report: Report) -> Table:
         case, found = record.case, report.checks[name]
         strip = Text.assemble(*(_mark(c for c in found if c.mode == "isolated" and c.stage == s) for s in STAGES))
         end_to_end = _mark(c for c in found if c.mode != "isolated")
-        dropped = sum(map(sum, record.picture.dropped)) if "jax" in record.seconds else "-"
+        dropped = sum(map(sum, record.picture.dropped)) if {"jax", "torch-static"} & record.seconds.keys() else "-"
         closest = max((c.worst for c in found if not c.bitwise), default=math.nan)
         shown = f"{closest:.2f}" if closest < 1000 else ">999"
         result.add_row(

@@ -1,0 +1,93 @@
+"""Stages 3, 4 and 8: counts, tokens out, tokens back."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Integer
+
+from jax_impl.checks import check_experts_per_rank
+from jax_impl.dynamic.checks import check_ragged_exchange
+from jax_impl.exchange import n_ranks
+from jax_impl.layout import exclusive_cumsum
+
+
+class Splits(NamedTuple):
+    """Rows per rank, on the device, and where they go."""
+
+    send_P: Integer[Array, " P"]
+    receive_P: Integer[Array, " P"]
+    received_at_P: Integer[Array, " P"]  # where this rank's rows begin in what each other rank receives
+    returned_at_P: Integer[Array, " P"]  # where each rank's rows began in what it sent to this one
+
+
+def exchange_counts(
+    counts_E: Integer[Array, " E"], axis_name: str | None = None
+) -> tuple[Integer[Array, "P e"], Splits]:
+    """Tell every rank how many rows each of its experts gets from here, and where in its buffer to put them.
+
+        counts_Pe[p, j] = rows that rank p sends to local expert j of this rank
+
+    Nothing is copied to the host.
+
+    Raises ValueError when the number of experts is not a multiple of the number of ranks.
+    """
+    P = n_ranks(axis_name)
+    check_experts_per_rank(counts_E.shape[0], P)
+    sent_Pe = counts_E.reshape(P, -1)
+    counts_Pe = _all_to_all(sent_Pe, axis_name)
+    send_P, receive_P = sent_Pe.sum(axis=1), counts_Pe.sum(axis=1)
+    received_at_P = _all_to_all(exclusive_cumsum(receive_P), axis_name)
+    returned_at_P = _all_to_all(exclusive_cumsum(send_P), axis_name)
+    return counts_Pe, Splits(send_P, receive_P, received_at_P, returned_at_P)
+
+
+def send_tokens(
+    x_ND: Float[Array, "N D"], splits: Splits, output_size: int, axis_name: str | None = None
+) -> Float[Array, "R D"]:
+    """Send each rank the rows of its experts. They arrive rank-major: (source rank, local expert, assignment).
+
+    `output_size` is R, static: at least the most rows that a rank can receive, P*T*min(K, e). What is left is zero.
+    """
+    return _ragged(output_size, x_ND.shape[0], axis_name, x_ND, *splits)
+
+
+def return_tokens(
+    y_RD: Float[Array, "R D"], splits: Splits, output_size: int, axis_name: str | None = None
+) -> Float[Array, "N D"]:
+    """Send every row back to the rank it came from: the inverse of `send_tokens`. `output_size` is N."""
+    back = (splits.receive_P, splits.send_P, splits.returned_at_P, splits.received_at_P)
+    return _ragged(output_size, y_RD.shape[0], axis_name, y_RD, *back)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _ragged(n_out, n_in, axis_name, x, send_P, receive_P, put_at_P, back_at_P):  # noqa: ARG001  for backward
+    """Uneven all-to-all of rows. Backward is the same exchange with the splits swapped."""
+    if axis_name is None:
+        return x
+    check_ragged_exchange(axis_name)
+    from_P, to_P = exclusive_cumsum(send_P), exclusive_cumsum(receive_P)
+    # XLA writes past the end of a buffer without a word, so whatever was asked for, no size reaches past one.
+    send_P = jnp.clip(jnp.minimum(n_in - from_P, n_out - put_at_P), 0, send_P)
+    receive_P = jnp.clip(n_out - to_P, 0, receive_P)
+    sizes = (jnp.minimum(from_P, n_in), send_P, jnp.minimum(put_at_P, n_out), receive_P)
+    buffer = jax.lax.pcast(jnp.zeros((n_out, x.shape[1]), x.dtype), axis_name, to="varying")
+    return jax.lax.ragged_all_to_all(x, buffer, *(a.astype(jnp.int32) for a in sizes), axis_name=axis_name)
+
+
+def _ragged_forward(n_out, n_in, axis_name, x, *sizes):
+    return _ragged(n_out, n_in, axis_name, x, *sizes), sizes
+
+
+def _ragged_backward(n_out, n_in, axis_name, sizes, dy):
+    send_P, receive_P, put_at_P, back_at_P = sizes
+    return _ragged(n_in, n_out, axis_name, dy, receive_P, send_P, back_at_P, put_at_P), None, None, None, None
+
+
+_ragged.defvjp(_ragged_forward, _ragged_backward)
+
+
+def _all_to_all(x: Array, axis_name: str | None) -> Array:
+    return x if axis_name is None else jax.lax.all_to_all(x, axis_name, split_axis=0, concat_axis=0, tiled=True)

@@ -1,0 +1,67 @@
+"""The whole layer: nine stages, in order. Sizes known on the device only; `torch_impl/layer.py` is the same page."""
+
+from typing import NamedTuple
+
+from jax import Array
+from jaxtyping import Float, Integer
+
+from jax_impl.checks import check_experts, check_routing
+from jax_impl.dynamic.exchange import Splits, exchange_counts, n_ranks, return_tokens, send_tokens
+from jax_impl.dynamic.grouping import Grouped, combine, group_by_expert
+from jax_impl.dynamic.layout import ExpertMajor, to_expert_major, to_rank_major
+from jax_impl.experts import apply_experts
+from jax_impl.routing import Routing, route
+
+
+class Stages(NamedTuple):
+    """Every intermediate of one forward pass, in order. R is the most rows that a rank can receive, P*T*min(K, e)."""
+
+    routing: Routing
+    grouped: Grouped
+    counts_Pe: Integer[Array, "P e"]
+    splits: Splits
+    received_RD: Float[Array, "R D"]
+    expert_major: ExpertMajor
+    y_RD: Float[Array, "R D"]
+    rank_major_RD: Float[Array, "R D"]
+    returned_ND: Float[Array, "N D"]
+    out_TD: Float[Array, "T D"]
+
+
+def moe_layer(
+    x_TD: Float[Array, "T D"],
+    router_DE: Float[Array, "D E"],
+    w_gate_eDF: Float[Array, "e D F"],
+    w_up_eDF: Float[Array, "e D F"],
+    w_down_eFD: Float[Array, "e F D"],
+    top_k: int,
+    score_function: str = "softmax",
+    renormalize: bool = False,
+    scale: float = 1.0,
+    routing: Routing | None = None,
+    axis_name: str | None = None,
+) -> Stages:
+    """One MoE layer over the ranks of the mapped axis `axis_name` (`shard_map` on GPUs; None means one rank).
+
+    Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. `routing`, made
+    before, takes the place of stage 1: a recording, a recomputation, scores that were masked.
+
+    Raises ValueError on wrong input, on a CPU and under `vmap`, before anything is sent to another rank.
+    """
+    routing = route(x_TD, router_DE, top_k, score_function, renormalize, scale) if routing is None else routing
+    score_TK, expert_id_TK, counts_E = routing
+    check_routing(x_TD, score_TK, expert_id_TK, counts_E)
+    check_experts(x_TD, counts_E.shape[0], n_ranks(axis_name), w_gate_eDF, w_up_eDF, w_down_eFD)
+
+    (T, K), e, P = expert_id_TK.shape, w_gate_eDF.shape[0], n_ranks(axis_name)
+    grouped = group_by_expert(x_TD, expert_id_TK, counts_E)
+    counts_Pe, splits = exchange_counts(grouped.kept_E, axis_name)
+    received_RD = send_tokens(grouped.x_ND, splits, P * T * min(K, e), axis_name)
+    expert_major = to_expert_major(received_RD, counts_Pe)
+    y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(axis=0), w_gate_eDF, w_up_eDF, w_down_eFD)
+    rank_major_RD = to_rank_major(y_RD, expert_major.source_R, expert_major.target_R)
+    returned_ND = return_tokens(rank_major_RD, splits, T * K, axis_name)
+    out_TD = combine(returned_ND, score_TK, grouped.slot_TK, grouped.assignment_N)
+    return Stages(
+        routing, grouped, counts_Pe, splits, received_RD, expert_major, y_RD, rank_major_RD, returned_ND, out_TD
+    )

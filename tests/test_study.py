@@ -1,0 +1,192 @@
+"""The study's figures against the plain oracle and against real runs of the implementations."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parity import reference, run_jax, study
+from parity.case import PRESETS, Case
+from parity.inputs import draw
+from parity.study import PER, PRIORITIES, Routing, measure, places, recorded_routing, sweep, zipf_routing
+
+
+def routing_of(problem) -> Routing:
+    """A problem's own routing, one step."""
+    return Routing(problem.case.name, problem.case, problem.expert_id[None], problem.score[None])
+
+
+@st.composite
+def routed(draw_from: st.DrawFn) -> Routing:
+    P, e, T, n = (draw_from(st.integers(1, most)) for most in (3, 3, 6, 3))
+    K = draw_from(st.integers(1, min(P * e, 3)))
+    rng = np.random.default_rng(draw_from(st.integers(0, 999)))
+    ids = rng.permuted(np.tile(np.arange(P * e, dtype=np.int32), (n, P, T, 1)), axis=3)[..., :K]
+    score = rng.integers(0, 3, ids.shape).astype(np.float32)  # with ties
+    return Routing("drawn", Case(ranks=P, tokens=T, experts=P * e, top_k=K), ids, score)
+
+
+@pytest.mark.parametrize("per", PER)
+@pytest.mark.parametrize("priority", PRIORITIES)
+@given(routed(), st.sampled_from(["1/4", "1/2", "1", "5/3"]))
+def test_who_is_dropped_is_whom_the_oracle_drops(per, priority, routing, factor):
+    case = replace(routing.case, capacity_factor=factor, capacity_per=per, priority=priority)
+    keep = places(routing, per, priority) < case.capacity
+    expected = [
+        reference.keep_within_capacity(case, ids, score)
+        for ids, score in zip(routing.expert_id, routing.score, strict=True)
+    ]
+    np.testing.assert_array_equal(keep, expected)
+    found = measure(routing, factor, per, priority)
+    assert found.dropped == pytest.approx(np.mean(~np.array(expected)))
+    assert found.capacity == case.capacity
+
+
+@given(routed())
+def test_the_factor_needed_is_the_least_at_which_nothing_drops(routing):
+    for per in PER:
+        one = routing._replace(expert_id=routing.expert_id[:1], score=routing.score[:1])
+        needed = measure(one, "1", per, "token").needed
+        assert needed.median == needed.worst
+        exact = str(np.round(needed.worst * 10**6) / 10**6)
+        bins = one.case.ranks if per == "rank" else one.case.experts
+        fullest = round(needed.worst * one.case.tokens * one.case.top_k / bins)
+        enough = f"{fullest * bins}/{one.case.tokens * one.case.top_k}"
+        assert measure(one, enough, per, "token").dropped == 0, exact
+        if fullest > 1:
+            less = f"{(fullest - 1) * bins}/{one.case.tokens * one.case.top_k}"
+            assert measure(one, less, per, "token").dropped > 0
+
+
+# ---- Against a run of JAX: every figure of one step
+
+RUN = ["drop-rank-token", "drop-rank-choice", "drop-rank-score", "drop-expert-score", "pydoc", "expert-bins", "p1"]
+
+
+@pytest.fixture(scope="module", params=RUN)
+def run(request):
+    """A preset, what the study says of it, and what JAX made of it."""
+    problem = draw(PRESETS[request.param])
+    case = problem.case
+    found = measure(routing_of(problem), case.capacity_factor, case.capacity_per, case.priority)
+    return problem, found, run_jax.run(problem, "vmap")
+
+
+def test_rows_dropped_are_those_of_a_run(run):
+    problem, found, trace = run
+    case, N = problem.case, problem.case.tokens * problem.case.top_k
+    dropped_PE = np.array(trace.arrays["e2e/group_by_expert/dropped"])
+    chosen_E = np.bincount(problem.expert_id.reshape(-1), minlength=case.experts)
+    assert found.dropped == dropped_PE.sum() / (case.ranks * N)
+    np.testing.assert_allclose(found.dropped_by_rank, dropped_PE.sum(axis=1) / N)
+    np.testing.assert_allclose(found.dropped_by_expert, dropped_PE.sum(axis=0) / np.maximum(chosen_E, 1))
+    # A row of tokens that is all zero is padding; those kept say, by elimination, which position was dropped.
+    kept_T = np.zeros(case.tokens)
+    for rank, x_rows in enumerate(trace.arrays["e2e/group_by_expert/x"]):
+        tokens = problem.x[rank].astype(np.float64)
+        for row in x_rows.astype(np.float64):
+            if row.any():
+                kept_T[np.abs(tokens - row).max(axis=1).argmin()] += 1
+    tenth = np.arange(case.tokens) * 10 // case.tokens
+    of_tenth = np.bincount(tenth, minlength=10)
+    kept = np.bincount(tenth, kept_T, minlength=10)
+    expected = np.where(of_tenth, 1 - kept / np.maximum(of_tenth * case.ranks * case.top_k, 1), 0)
+    np.testing.assert_allclose(found.dropped_by_position, expected, atol=1e-12)
+
+
+def test_padding_bytes_and_memory_are_those_of_a_run(run):
+    problem, found, trace = run
+    case = problem.case
+    names = ("group_by_expert/x", "send_tokens/x", "to_expert_major/x", "apply_experts/y", "to_rank_major/y",
+             "return_tokens/y")  # fmt: skip
+    arrays = [trace.arrays[f"e2e/{name}"] for name in names]
+    assert found.memory == max(sum(a[rank].nbytes for a in arrays) for rank in range(case.ranks))
+    real = np.array([[row.any() for row in x] for x in trace.arrays["e2e/group_by_expert/x"]])
+    assert found.padded == pytest.approx(1 - real.mean())
+    # Bins that go to another rank, and of those the rows that hold something.
+    to_rank = np.arange(case.bins) // (case.bins // case.ranks)
+    leaves = np.repeat(to_rank[None] != np.arange(case.ranks)[:, None], case.capacity, axis=1)
+    row = arrays[0][0][0].nbytes
+    assert found.useful_bytes == pytest.approx(2 * (real & leaves).sum() * row)
+    assert found.wasted_bytes == pytest.approx(2 * (~real & leaves).sum() * row)
+
+
+@pytest.mark.parametrize("name", ["drop-rank-score", "drop-expert-token", "pydoc"])
+def test_errors_are_those_of_a_run(name):
+    """Output and gradients of a run with drops, against a run of the same without."""
+    with_drops = draw(PRESETS[name])
+    case = with_drops.case
+    dropless = draw(replace(case, capacity_factor=None))
+    runs = [run_jax.run(problem, "vmap").arrays for problem in (dropless, with_drops)]
+
+    def relative(*names: str) -> float:
+        a, b = (np.concatenate([np.stack(r[f"e2e/{n}"]).reshape(-1) for n in names]).astype(float) for r in runs)
+        return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+
+    inputs = study.Inputs(
+        with_drops.x.astype(float), with_drops.router.astype(float),
+        reference.Weights(*(np.asarray(w, float) for w in with_drops.weights)), with_drops.dout.astype(float),
+        with_drops.expert_id,
+    )  # fmt: skip
+    everything = np.ones(with_drops.keep.shape, bool)
+    found = study.errors(*(study.evaluate(case, inputs, keep) for keep in (everything, with_drops.keep)))
+    weights = [f"apply_experts/dw_{n}" for n in ("gate", "up", "down")]
+    assert found == pytest.approx((relative("combine/out"), relative("route/dx"), relative(*weights)), rel=1e-5)
+    assert min(found) > 0.01
+
+
+def test_dynamic_bytes_and_memory_are_those_of_a_run(torch_ranks):
+    """Rows that PyTorch's dynamic exchange sends to other ranks, and the rows its busiest rank holds."""
+    import torch
+    from problems import STANDARD
+    from torch_ranks import layer_arguments, run_layer
+
+    P, T, K = STANDARD.expert_id_PTK.shape
+    arguments = [layer_arguments(STANDARD, rank, P, torch.float32) for rank in range(P)]
+    results = torch_ranks(run_layer, *map(list, zip(*arguments, strict=True)))
+    case = Case(ranks=P, tokens=T, experts=8, top_k=K, width=STANDARD.x_PTD.shape[2])
+    ids = STANDARD.expert_id_PTK.numpy()[None]
+    found = measure(Routing("standard", case, ids, np.ones(ids.shape)), "1", "rank", "token")
+    row, sent, held = case.width * 4, 0, []
+    for rank, (stages, _) in enumerate(results):
+        sent += sum(stages.splits.send_P) - stages.splits.send_P[rank]
+        rows = (stages.grouped.x_ND, stages.received_RD, stages.expert_major.x_RD, stages.y_RD, stages.rank_major_RD,
+                stages.returned_ND)  # fmt: skip
+        held.append(sum(a.numel() * a.element_size() for a in rows))
+    assert found.dynamic_bytes == 2 * sent * row
+    assert found.dynamic_memory == max(held)
+
+
+# ---- Routings, and the sweep
+
+
+def test_first_choices_follow_zipfs_law():
+    case = Case(ranks=4, tokens=2000, experts=8, top_k=2)
+    for skew in (0.0, 1.0):
+        first = zipf_routing(case, skew, 10).expert_id[..., 0]
+        share = np.sort(np.bincount(first.reshape(-1), minlength=8) / first.size)[::-1]
+        law = np.arange(1, 9) ** -skew
+        np.testing.assert_allclose(share, law / law.sum(), atol=0.006)  # 4 standard errors of 80,000 draws
+
+
+def test_a_recording_is_cut_in_order():
+    case = Case(name="cut", ranks=2, tokens=40, trace="pydoc")
+    routing = recorded_routing(case, 100)
+    whole = recorded_routing(replace(case, ranks=1, tokens=512), 1)
+    assert routing.expert_id.shape == (6, 2, 40, 2)  # 512 tokens are 6 steps of 80
+    np.testing.assert_array_equal(routing.expert_id.reshape(-1, 2), whole.expert_id.reshape(-1, 2)[:480])
+    assert (routing.score > 0).all()
+
+
+def test_a_sweep_has_every_combination_once_and_more_capacity_never_drops_more():
+    case = Case(tokens=16, width=8, hidden=8)
+    found = list(sweep(zipf_routing(case, 1.0, 5), ("0.5", "1", "8")))
+    assert len({(f.factor, f.per, f.priority) for f in found}) == len(found) == 18
+    for per in PER:
+        for priority in PRIORITIES:
+            half, one, all_of_it = (f for f in found if (f.per, f.priority) == (per, priority))
+            assert half.dropped > one.dropped > all_of_it.dropped == 0
+            assert (half.out_error or 0) > (one.out_error or 0) > 0 == all_of_it.out_error
+            assert half.padded < one.padded < all_of_it.padded

@@ -1,0 +1,7 @@
+"""The same layer in PyTorch with static shapes, padded to a capacity: no sync at all, so a CUDA graph can hold it."""
+
+from torch_impl.routing import Routing, route
+from torch_impl.static.grouping import Capacity, plan_capacity
+from torch_impl.static.layer import Stages, moe_layer
+
+__all__ = ["Capacity", "Routing", "Stages", "moe_layer", "plan_capacity", "route"]

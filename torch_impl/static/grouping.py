@@ -1,0 +1,190 @@
+"""Stages 2 and 9: one row per assignment, sorted by expert, padded to a capacity; and back, weighted by score."""
+
+import math
+from decimal import Decimal
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+
+from torch_impl.layout import exclusive_cumsum
+from torch_impl.static.checks import check_capacity, check_capacity_factor
+from torch_impl.static.layout import invert, rows_or_zero
+
+
+class Capacity(NamedTuple):
+    """How many rows a bin holds, and who goes first. `n_bins` is P (a bin per rank) or E (a bin per expert)."""
+
+    n_bins: int
+    rows: int
+    priority: str = "token"
+
+
+def plan_capacity(
+    factor: str | int | float | Decimal | Fraction | None,
+    n_tokens: int,
+    top_k: int,
+    n_experts: int,
+    n_ranks: int,
+    per: str = "rank",
+    priority: str = "token",
+    align: int = 1,
+) -> Capacity:
+    """C = ceil(factor * T*K / bins), at least 1, rounded up to `align`, in exact rational arithmetic.
+
+    A float counts as the decimal it prints as: 4.05 is 81/20. None asks for the no-drop bound: T * min(K, e) rows for
+    a rank, T for an expert, as a token's experts differ. `per="expert"` is the form of GShard (Lepikhin et al. 2020).
+
+    Raises ValueError on a factor that is not finite and positive, or an unknown `per` or `priority`.
+    """
+    check_capacity_factor(factor, per, n_experts, n_ranks, align)
+    n_bins = n_ranks if per == "rank" else n_experts
+    if factor is None:
+        rows = n_tokens * (min(top_k, n_experts // n_ranks) if per == "rank" else 1)
+    else:
+        exact = Fraction(str(factor)) if isinstance(factor, float) else Fraction(factor)
+        rows = math.ceil(exact * n_tokens * top_k / n_bins)
+    return Capacity(n_bins, math.ceil(max(rows, 1) / align) * align, priority)
+
+
+class Grouped(NamedTuple):
+    x_BCD: Float[Tensor, "B C D"]
+    slot_TK: Integer[
+        Tensor, "T K"
+    ]  # the row that holds assignment (t, k), counting over bins; B*C where it was dropped
+    assignment_BC: Integer[Tensor, "B C"]  # the assignment a = t*K + k that each row holds; T*K where it is padding
+    kept_E: Integer[Tensor, " E"]  # assignments kept, per expert
+
+
+def group_by_expert(
+    x_TD: Float[Tensor, "T D"],
+    expert_id_TK: Integer[Tensor, "T K"],
+    score_TK: Float[Tensor, "T K"],
+    counts_E: Integer[Tensor, " E"],
+    capacity: Capacity,
+) -> Grouped:
+    """Copy each token once per chosen expert, sorted by expert, ties by assignment, into bins of C rows.
+
+        tokens  t0 -> experts 2,0      C = 2, a bin per rank, e = 2
+                t1 -> experts 0,1      rank 0: e0 t0 | e0 t1   (e1 t1 dropped)      rank 1: e2 t0 | padding
+
+    Padding is zero, and only here does anything drop. An id out of range, which on a GPU could be refused only by
+    waiting for it, is dropped too.
+
+    Raises ValueError when the capacity holds no rows, does not fit the experts, or its priority is unknown.
+    """
+    check_capacity(capacity.n_bins, capacity.rows, capacity.priority, counts_E.shape[0])
+    (T, K), (E,), (B, C, _) = expert_id_TK.shape, counts_E.shape, capacity
+    N = T * K
+    expert_N = expert_id_TK.reshape(-1)
+    expert_N = torch.where((expert_N >= 0) & (expert_N < E), expert_N, E)
+    keep_N = keep_within_capacity(expert_N, score_TK.reshape(-1), counts_E, K, capacity)
+    kept_E = (keep_N[:, None] & (expert_N[:, None] == torch.arange(E, device=x_TD.device))).sum(dim=0)
+    kept_B = kept_E.reshape(B, -1).sum(dim=1)
+
+    # Dropped ones last: the kept ones of a bin are then contiguous, and follow those of the bins before it.
+    sorted_N = torch.where(keep_N, expert_N, E).argsort(stable=True)
+    row_C = torch.arange(C, device=x_TD.device)
+    row_BC = exclusive_cumsum(kept_B)[:, None] + row_C
+    assignment_BC = torch.where(row_C < kept_B[:, None], rows_or_zero(sorted_N, row_BC), N)
+    slot_TK = invert(assignment_BC.reshape(-1), N).reshape(T, K)
+    return Grouped(expand_rows(x_TD, assignment_BC, slot_TK), slot_TK, assignment_BC, kept_E)
+
+
+def keep_within_capacity(
+    expert_N: Integer[Tensor, " N"],
+    score_N: Float[Tensor, " N"],
+    counts_E: Integer[Tensor, " E"],
+    top_k: int,
+    capacity: Capacity,
+) -> Bool[Tensor, " N"]:
+    """Whether each assignment is among the first C of its bin, by `priority`: token, choice or score.
+
+    token: lower assignment first. choice: all first choices before all second ones. score: higher score first.
+    Ties go to the lower assignment.
+    """
+    (N,), (E,), (B, C, priority) = expert_N.shape, counts_E.shape, capacity
+    assignment_N = torch.arange(N, device=expert_N.device)
+    key_N = {"token": assignment_N, "choice": assignment_N % top_k, "score": -score_N.detach()}[priority]
+    bin_N = expert_N // (E // B)
+    by_key_N = key_N.argsort(stable=True)
+    first_N = by_key_N[bin_N[by_key_N].argsort(stable=True)]
+    # One bin more, the last, for ids out of range.
+    end_B = counts_E.reshape(B, -1).sum(dim=1).cumsum(dim=0)
+    start = torch.cat([torch.zeros_like(end_B[:1]), end_B])
+    place_N = assignment_N - start[bin_N[first_N]]
+    return (place_N < C)[invert(first_N, N)] & (bin_N < B)
+
+
+def combine(
+    y_BCD: Float[Tensor, "B C D"],
+    score_TK: Float[Tensor, "T K"],
+    slot_TK: Integer[Tensor, "T K"],
+    assignment_BC: Integer[Tensor, "B C"],
+) -> Float[Tensor, "T D"]:
+    """out[t] = round(sum over k = 0..K-1 of score[t,k] * y[slot[t,k]]), summed in float32, rounded once.
+
+    A dropped assignment contributes zero, and its score's gradient is zero.
+    """
+    return weighted_sum(y_BCD, score_TK, slot_TK, assignment_BC)
+
+
+def expand_rows(
+    x_TD: Float[Tensor, "T D"], assignment_BC: Integer[Tensor, "B C"], slot_TK: Integer[Tensor, "T K"]
+) -> Float[Tensor, "B C D"]:
+    """Row r is the token of assignment r, padding is zero. Backward, a token gathers its K rows: no scatter-add."""
+    return _ExpandRows.apply(x_TD, assignment_BC, slot_TK)  # type: ignore[no-any-return]
+
+
+class _ExpandRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, assignment_BC, slot_TK):
+        ctx.save_for_backward(slot_TK)
+        return rows_or_zero(x_TD, assignment_BC // max(slot_TK.shape[1], 1))
+
+    @staticmethod
+    def backward(ctx, dx_BCD):  # type: ignore[override]
+        (slot_TK,) = ctx.saved_tensors
+        wide = torch.promote_types(dx_BCD.dtype, torch.float32)
+        dx_SD = dx_BCD.reshape(-1, dx_BCD.shape[-1])
+        dx_TD = torch.zeros(slot_TK.shape[0], dx_SD.shape[1], dtype=wide, device=dx_SD.device)
+        for slot_T in slot_TK.unbind(dim=1):
+            dx_TD = dx_TD + rows_or_zero(dx_SD, slot_T).to(wide)
+        return dx_TD.to(dx_BCD.dtype), None, None
+
+
+def weighted_sum(
+    y_BCD: Float[Tensor, "B C D"],
+    score_TK: Float[Tensor, "T K"],
+    slot_TK: Integer[Tensor, "T K"],
+    assignment_BC: Integer[Tensor, "B C"],
+) -> Float[Tensor, "T D"]:
+    """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
+    return _WeightedSum.apply(y_BCD, score_TK, slot_TK, assignment_BC)  # type: ignore[no-any-return]
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_BCD, score_TK, slot_TK, assignment_BC):
+        ctx.save_for_backward(y_BCD, score_TK, slot_TK, assignment_BC)
+        wide = torch.promote_types(y_BCD.dtype, torch.float32)
+        y_SD = y_BCD.reshape(-1, y_BCD.shape[-1])
+        out_TD = torch.zeros(slot_TK.shape[0], y_SD.shape[1], dtype=wide, device=y_SD.device)
+        for score_T, slot_T in zip(score_TK.unbind(dim=1), slot_TK.unbind(dim=1), strict=True):
+            out_TD = out_TD + score_T.to(wide)[:, None] * rows_or_zero(y_SD, slot_T).to(wide)
+        return out_TD.to(y_BCD.dtype)
+
+    @staticmethod
+    def backward(ctx, dout_TD):  # type: ignore[override]
+        y_BCD, score_TK, slot_TK, assignment_BC = ctx.saved_tensors
+        wide = torch.promote_types(y_BCD.dtype, torch.float32)
+        y_SD = y_BCD.reshape(-1, y_BCD.shape[-1])
+        token_BC = assignment_BC // max(slot_TK.shape[1], 1)
+        score_BC1 = rows_or_zero(score_TK.reshape(-1), assignment_BC).to(wide)[..., None]
+        dy_BCD = score_BC1 * rows_or_zero(dout_TD, token_BC).to(wide)
+        dscore_TK = [
+            (dout_TD.to(wide) * rows_or_zero(y_SD, slot_T).to(wide)).sum(dim=1) for slot_T in slot_TK.unbind(dim=1)
+        ]
+        return dy_BCD.to(y_BCD.dtype), torch.stack(dscore_TK, dim=1).to(score_TK.dtype), None, None

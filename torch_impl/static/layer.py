@@ -1,0 +1,71 @@
+"""The whole layer: nine stages, in order. Static shapes; `jax_impl/layer.py` is the same page."""
+
+from typing import NamedTuple
+
+import torch.distributed as dist
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from torch_impl.checks import check_experts, check_routing
+from torch_impl.routing import Routing, route
+from torch_impl.static.exchange import exchange_counts, n_ranks, return_tokens, send_tokens
+from torch_impl.static.experts import apply_experts
+from torch_impl.static.grouping import Capacity, Grouped, combine, group_by_expert
+from torch_impl.static.layout import ExpertMajor, to_expert_major, to_rank_major
+
+
+class Stages(NamedTuple):
+    """Every intermediate of one forward pass, in order, and what was dropped."""
+
+    routing: Routing
+    grouped: Grouped
+    counts_Pe: Integer[Tensor, "P e"]
+    received_BCD: Float[Tensor, "B C D"]
+    expert_major: ExpertMajor
+    y_SD: Float[Tensor, "*S D"]
+    rank_major_BCD: Float[Tensor, "B C D"]
+    returned_BCD: Float[Tensor, "B C D"]
+    out_TD: Float[Tensor, "T D"]
+    dropped_E: Integer[Tensor, " E"]  # this rank's assignments dropped, per expert
+    dropped: Integer[Tensor, ""]  # and in all, ids out of range included
+
+
+def moe_layer(
+    x_TD: Float[Tensor, "T D"],
+    router_DE: Float[Tensor, "D E"],
+    w_gate_eDF: Float[Tensor, "e D F"],
+    w_up_eDF: Float[Tensor, "e D F"],
+    w_down_eFD: Float[Tensor, "e F D"],
+    top_k: int,
+    capacity: Capacity,
+    score_function: str = "softmax",
+    renormalize: bool = False,
+    scale: float = 1.0,
+    routing: Routing | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Stages:
+    """One MoE layer over the ranks of `group` (None: the default group; no group at all means one rank).
+
+    Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. `routing`, made
+    before, takes the place of stage 1: a recording, a recomputation, scores that were masked.
+
+    Raises ValueError on wrong input, before anything is sent to another rank.
+    """
+    routing = route(x_TD, router_DE, top_k, score_function, renormalize, scale) if routing is None else routing
+    score_TK, expert_id_TK, counts_E = routing
+    check_routing(x_TD, score_TK, expert_id_TK, counts_E)
+    check_experts(x_TD, counts_E.shape[0], n_ranks(group), w_gate_eDF, w_up_eDF, w_down_eFD)
+
+    grouped = group_by_expert(x_TD, expert_id_TK, score_TK, counts_E, capacity)
+    counts_Pe = exchange_counts(grouped.kept_E, group)
+    received_BCD = send_tokens(grouped.x_BCD, group)
+    expert_major = to_expert_major(received_BCD, counts_Pe)
+    y_SD = apply_experts(expert_major.x_SD, counts_Pe.sum(dim=0), w_gate_eDF, w_up_eDF, w_down_eFD)
+    rank_major_BCD = to_rank_major(y_SD, expert_major.source_S, expert_major.target_BC)
+    returned_BCD = return_tokens(rank_major_BCD, group)
+    out_TD = combine(returned_BCD, score_TK, grouped.slot_TK, grouped.assignment_BC)
+    dropped_E = counts_E - grouped.kept_E
+    return Stages(
+        routing, grouped, counts_Pe, received_BCD, expert_major, y_SD, rank_major_BCD, returned_BCD, out_TD,
+        dropped_E, expert_id_TK.numel() - grouped.kept_E.sum(),
+    )  # fmt: skip
