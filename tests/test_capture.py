@@ -21,6 +21,13 @@ from parity import capture, cli
 from parity.capture import K, Measured, T, e
 from parity.faults import ROOT, Fault, plant
 
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """Compiling may take longer than the ranks are given otherwise."""
+    monkeypatch.setattr("torch_ranks.SECONDS", 600)
+
+
 LIST_SUM = "    sent, total = map(sum, splits_2P.tolist())\n"
 SUM_ON_THE_DEVICE = "    sent, total = splits_2P[0].sum().item(), counts_Pe.sum().item()\n"
 # What is planted, in what it is seen, and what is then wrong.
@@ -97,14 +104,7 @@ def test_one_graph_for_fifty_routings(torch_ranks: TorchRanks):
     fifty_routings(torch_ranks, 2, "aot_eager", torch.bfloat16)
 
 
-@pytest.fixture
-def patient(monkeypatch):
-    """Compiling may take longer than the ranks are given otherwise."""
-    monkeypatch.setattr("torch_ranks.SECONDS", 600)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize(
     ("P", "backend", "dtype"),
     [
@@ -117,7 +117,6 @@ def test_one_graph_for_fifty_routings_more(torch_ranks: TorchRanks, P, backend, 
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_graph_for_fifty_routings_gpu(torch_ranks: TorchRanks, backend, dtype):
