@@ -110,25 +110,25 @@ device. capture, compile: CPU seconds. MiB: memory on top of what importing take
 
 
 def plot(found: Sequence[Measured], path: Path) -> None:
-    """Length of the permute's size and CPU time to compile, against P."""
+    """Length of the permute's size, CPU time to capture and to compile, against P."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    names = dict.fromkeys(m.way for m in found)
-    styles = dict(zip(names, ("o-", "s-", "^--", "D-", "v-", "x:", "+:"), strict=False))
-    for way in names:
-        mine = [m for m in found if m.way == way]
-        for axes, of in ((left, "permute_terms"), (right, "compile_s")):
-            points = [(m.ranks, getattr(m, of)) for m in mine if getattr(m, of) is not None]
-            label = f"{'JAX' if way in JAX_WAYS else 'PyTorch'}, {way}"
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = {
+        "permute_terms": "terms in the permute's size",
+        "capture_s": "CPU seconds to capture",
+        "compile_s": "CPU seconds to capture and compile",
+    }
+    styles = dict(zip(WAYS, ("o-", "s-", "^--", "D-", "v-", "x:", "+:"), strict=True))
+    for axes, (field, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for way, style in styles.items():
+            points = [(m.ranks, y) for m in found if m.way == way and (y := getattr(m, field)) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), styles[way], label=label, markersize=4)
-    left.set(title="terms in the permute's size", xlabel="ranks P")
-    right.set(title="CPU seconds to capture and compile", xlabel="ranks P")
-    for axes in (left, right):
+                label = f"{'JAX' if way in JAX_WAYS else 'PyTorch'}, {way}"
+                axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        axes.set(title=title, xlabel="ranks P", yscale="log")
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.grid(alpha=0.3)
-    right.legend(fontsize=8)
+        if field == "capture_s":
+            axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import capture_ranks
 import jax
@@ -20,39 +19,45 @@ from torch_ranks import TorchRanks
 import jax_impl
 from parity import capture, cli
 from parity.capture import K, Measured, T, e
-from parity.faults import Fault, plant
-
-# In a process of its own, where no shapes are checked at run time: the checks are not the layer's, and do not capture.
-STEP = """
-import sys, msgspec
-from parity.capture_torch import measure
-for P in map(int, sys.argv[1:]):
-    print(msgspec.json.encode(measure(P, "torch_impl")).decode())
-"""
-
-LAYER = """
-import sys, msgspec, torch
-from parity.capture import Measured
-from parity.capture_torch import captured_graphs, describe, ranks
-from torch_impl import moe_layer
-for P in map(int, sys.argv[1:]):
-    for dtype in (torch.bfloat16, torch.float32):
-        x, router = torch.zeros(8, 16, dtype=dtype).requires_grad_(), torch.zeros(16, 2 * P).requires_grad_()
-        weights = [torch.zeros(2, 16, 16, dtype=dtype).requires_grad_() for _ in range(3)]
-        found = Measured("torch", str(dtype), P, "layer")
-        with ranks(P):
-            graphs, _ = captured_graphs(lambda *a: moe_layer(*a, top_k=2).out_TD, x, router, *weights)
-        describe(found, graphs)
-        print(msgspec.json.encode(found).decode())
-"""
+from parity.faults import ROOT, Fault, plant
 
 
-def captured(program: str, *ranks: int, cwd: Path | None = None) -> list[dict]:
-    run = subprocess.run(
-        [sys.executable, "-c", program, *map(str, ranks)], capture_output=True, text=True, timeout=300, cwd=cwd
-    )
-    assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """Compiling may take longer than the ranks are given otherwise."""
+    monkeypatch.setattr("torch_ranks.SECONDS", 600)
+
+
+LIST_SUM = "    sent, total = map(sum, splits_2P.tolist())\n"
+SUM_ON_THE_DEVICE = "    sent, total = splits_2P[0].sum().item(), counts_Pe.sum().item()\n"
+# What is planted, in what it is seen, and what is then wrong.
+STEPS_BACK = {
+    "list-sum": (
+        "exchange", "    sent, total = splits_2P.sum(dim=1).tolist()\n", LIST_SUM, "step",
+        {"terms", "permute_terms", "permute_terms_backward"},
+    ),
+    "sum-on-the-device": (
+        "exchange", "    sent, total = splits_2P.sum(dim=1).tolist()\n", SUM_ON_THE_DEVICE, "step", {"syncs"},
+    ),
+    "no-output-size": ("layout", ", output_size=output_size)", ")", "step", {"syncs", "symbols"}),
+    "no-bound": ("layer", "    check_received(", "    (", "bfloat16", {"range"}),
+}  # fmt: skip
+RIGHT = [("step", 2), ("step", 64), ("step", 1024), ("bfloat16", 4), ("bfloat16", 1024), ("float32", 4)]
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory) -> dict[tuple[str, int] | str, dict]:
+    """What a compiler sees, as the packages are and after each step back."""
+    folder = tmp_path_factory.mktemp("planted")
+    jobs = [f"{ROOT},{what},{P}" for what, P in RIGHT]
+    for name, (file, old, new, what, _) in STEPS_BACK.items():
+        fault = Fault(name, "torch", "exchange_counts", "", f"torch_impl/{file}.py", old, new)
+        jobs.append(f"{plant(fault, folder / name)},{what},4")
+    command = [sys.executable, str(ROOT / "tests" / "capture_sizes.py"), *jobs]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(found) == len(jobs), run.stderr
+    return dict(zip([*RIGHT, *STEPS_BACK], found, strict=True))
 
 
 def wrong(found: dict, T: int) -> set[str]:
@@ -63,39 +68,23 @@ def wrong(found: dict, T: int) -> set[str]:
     return {name for name, value in right.items() if found[name] != value} | syncs
 
 
-def test_one_symbol_at_every_size_of_group():
-    measured = captured(STEP, 2, 64, 1024)
-    assert [found["ranks"] for found in measured] == [2, 64, 1024]
-    assert [found["syncs"] for found in measured] == [1, 1, 1]
-    assert [wrong(found, T) for found in measured] == [set()] * 3
-    # What the compiler has to look at does not grow with P.
-    assert len({(found["nodes"], found["runtime_asserts"], found["symbols_in_all"]) for found in measured}) == 1
+@pytest.mark.parametrize(("what", "P"), RIGHT)
+def test_one_symbol(sizes, what, P):
+    found = sizes[what, P]
+    assert found["ranks"] == P
+    assert wrong(found, T if what == "step" else 8) == set()
+    assert found["syncs"] == (1 if what == "step" else None)
 
 
-def test_one_symbol_in_the_whole_layer():
-    measured = captured(LAYER, 4, 1024)
-    assert [wrong(found, T=8) for found in measured] == [set()] * 4
+def test_what_the_compiler_has_to_look_at_does_not_grow(sizes):
+    steps = [sizes["step", P] for P in (2, 64, 1024)]
+    assert len({(found["nodes"], found["runtime_asserts"], found["symbols_in_all"]) for found in steps}) == 1
 
 
-LIST_SUM = "    sent, total = map(sum, splits_2P.tolist())\n"
-SUM_ON_THE_DEVICE = "    sent, total = splits_2P[0].sum().item(), counts_Pe.sum().item()\n"
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new", "program", "seen"),
-    [
-        ("exchange", "    sent, total = splits_2P.sum(dim=1).tolist()\n", LIST_SUM, STEP,
-         {"terms", "permute_terms", "permute_terms_backward"}),
-        ("exchange", "    sent, total = splits_2P.sum(dim=1).tolist()\n", SUM_ON_THE_DEVICE, STEP, {"syncs"}),
-        ("layout", ", output_size=output_size)", ")", STEP, {"syncs", "symbols"}),
-        ("layer", "    check_received(", "    (", LAYER, {"range"}),
-    ],
-    ids=["list-sum", "sum-on-the-device", "no-output-size", "no-bound"],
-)  # fmt: skip
-def test_a_step_back_is_seen(tmp_path, file, old, new, program, seen):
-    fault = Fault("a-step-back", "torch", "exchange_counts", "", f"torch_impl/{file}.py", old, new)
-    found = captured(program, 4, cwd=plant(fault, tmp_path / "copy"))[0]
-    assert wrong(found, T if program == STEP else 8) >= seen
+@pytest.mark.parametrize("name", STEPS_BACK)
+def test_a_step_back_is_seen(sizes, name):
+    *_, what, seen = STEPS_BACK[name]
+    assert wrong(sizes[name], T if what == "step" else 8) >= seen
 
 
 def fifty_routings(ranks: TorchRanks, P: int, backend: str, dtype: torch.dtype, on: str = "cpu") -> None:
@@ -115,14 +104,7 @@ def test_one_graph_for_fifty_routings(torch_ranks: TorchRanks):
     fifty_routings(torch_ranks, 2, "aot_eager", torch.bfloat16)
 
 
-@pytest.fixture
-def patient(monkeypatch):
-    """Compiling may take longer than the ranks are given otherwise."""
-    monkeypatch.setattr("torch_ranks.SECONDS", 600)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize(
     ("P", "backend", "dtype"),
     [
@@ -135,7 +117,6 @@ def test_one_graph_for_fifty_routings_more(torch_ranks: TorchRanks, P, backend, 
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_graph_for_fifty_routings_gpu(torch_ranks: TorchRanks, backend, dtype):
@@ -263,7 +244,7 @@ def test_one_executable_for_fifty_routings():
 
 @pytest.mark.parametrize("way", capture.JAX_WAYS)
 def test_the_lowered_program_does_not_grow(way):
-    small, large = (capture.measured(P, way, timeout=120) for P in (4, 64))
+    small, large = (capture.measured(P, way, timeout=120) for P in (4, 16))
     assert small.error == large.error == ""
     assert small.nodes == large.nodes
     assert small.nodes

@@ -53,7 +53,7 @@ def group_ends(counts_e: Integer[Tensor, " e"]) -> Integer[Tensor, " e"]:
     return counts_e.cumsum(dim=0).to(torch.int32)
 
 
-# For a compiler only. It knows the shapes of `grouped_mm` for bfloat16 and no other dtype (PyTorch 2.11 to 2.13), and
+# For a compiler only. It knows the shapes of `grouped_mm` for bfloat16 and no other dtype (PyTorch 2.11 and 2.13), and
 # of one matmul per expert it would see a symbol each. So there the product is an operator that it does not look into.
 
 
