@@ -9,6 +9,7 @@ one rank. `--flags` runs it again under XLA's flags for its exchange, one after 
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,7 +75,8 @@ def run(plan: Plan, flags: str = "", cpu: bool = True) -> Figure:
         return Figure("", framework(plan.corner), "", "", "", 0, 0, 0, 0, error="no figure in 300 s")
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        said = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*Error: ", line)]
+        last = (said or done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return Figure("", framework(plan.corner), "", "", "", 0, 0, 0, 0, error=last[:500])
     return msgspec.json.decode(lines[-1], type=Figure)
 
@@ -130,7 +132,7 @@ def main(
         if save:
             save.write_text("\n".join(lines) + "\n")
         if figure.error:
-            table.add_row(figure.variant, figure.error.splitlines()[-1][:80])
+            table.add_row(figure.variant, figure.error[:90])
             continue
         count = ("?" if n is None else str(n) for n in (figure.syncs, figure.launches))
         peak = "?" if figure.peak_bytes is None else f"{figure.peak_bytes / 1e6:.0f}"

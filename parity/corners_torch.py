@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from parity.bench import Plan as Timing
 from parity.bench_torch import RUNS_TOGETHER, emit
@@ -63,7 +63,7 @@ def main(plan: Plan) -> None:
         if plan.case.ranks == 1:
             one_rank(0, plan, address)
         else:
-            multiprocessing.spawn(one_rank, (plan, address), nprocs=plan.case.ranks)
+            spawn(one_rank, (plan, address), nprocs=plan.case.ranks)
 
 
 if __name__ == "__main__":
