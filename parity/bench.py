@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterable, Sequence
 import msgspec
 import numpy as np
 
-from parity.backends import BACKENDS, BackendError
+from parity.backends import SIDES, BackendError
 
 # In this order they are one layer's data movement on one rank; the exchange, and the experts, go in between.
 STAGES = ("group_by_expert", "to_expert_major", "to_rank_major", "combine")
@@ -61,7 +61,7 @@ class Plan(msgspec.Struct, frozen=True):
     """What to measure."""
 
     shapes: tuple[Shape, ...] = ()  # empty: the three models' on a GPU, the small one on a CPU
-    sides: tuple[str, ...] = BACKENDS
+    sides: tuple[str, ...] = SIDES
     parts: tuple[str, ...] = PARTS
     baselines: bool = True
     compiled: bool = True  # the baseline under torch.compile, which takes minutes to compile

@@ -462,7 +462,7 @@ def bench(command: BenchCommand) -> int:
         raise ValueError(f"--ranks is {command.ranks}: it must be at least 1")
     plan = Plan(
         shapes=tuple(SHAPES[name] for name in command.shapes),
-        sides=BACKENDS if command.side == "both" else (command.side,),
+        sides=SIDES if command.side == "both" else (command.side,),
         parts=command.parts, baselines=command.baselines, compiled=command.compiled,
         seconds=command.seconds, dtype=command.dtype, seed=command.seed, ranks=command.ranks,
     )  # fmt: skip
