@@ -125,8 +125,8 @@ def print_report(console: Console, report: Report) -> None:
     if foot.failing:
         console.print(failures(report))
     console.print(
-        f"\n{foot.cases} cases, {foot.comparisons} comparisons, {foot.rows:,} rows: {foot.bitwise:,} bit for bit, "
-        f"{foot.rows - foot.bitwise:,} within their own allowance"
+        f"\n{foot.cases} cases, {foot.comparisons} comparisons, {foot.rows:,} rows: {foot.bitwise:,} judged bit for bit, "
+        f"{foot.rows - foot.bitwise:,} by their own allowance"
     )
     console.print("time: " + ", ".join(f"{part} {s:.1f} s" for part, s in foot.seconds.items()))
     failed = [name for name in report.checks if _failed(report, name)]
