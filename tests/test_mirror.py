@@ -148,7 +148,8 @@ OTHER_NAME = {"axis_name": "group"}
 CORNER_LACKS = {
     "torch_impl.static": {},
     "jax_impl.dynamic": {
-        "exchange.Splits": {"total"},  # rows received: known on the device only
+        "exchange.Splits": {"sent", "total"},  # rows: known on the device only
+        "layer.moe_layer": {"max_tokens"},  # shapes are static: the buffer is for as many tokens as here
         "layout.to_expert_major": {"output_size"},  # the buffer's
     },
 }

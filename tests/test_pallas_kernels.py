@@ -26,7 +26,7 @@ groups = pytest.mark.parametrize(
     [pytest.param("cpu", group, id=f"cpu-{i}") for i, group in enumerate(GROUPS)]
     + [pytest.param("gpu", group, id=f"gpu-{i}", marks=pytest.mark.gpu) for i, group in enumerate(GROUPS + LARGE)],
 )
-dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+dtypes = pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.gpu)])
 
 
 @pytest.fixture(autouse=True)
