@@ -9,11 +9,12 @@ from parity.faults import FAULTS, ROOT, find, plant
 from parity.report.terminal import failures
 from parity.trace import STAGES
 
-# Of both sides, and one of each way to be caught: a crash, padding, a second step, a hang, a sum.
+# One of each stage, of both sides, and of the ways to be caught: a crash, padding, a second step, a hang, a sum.
 QUICK = [
-    "torch-router-gradient-wrong", "torch-token-gradient-in-bfloat16", "torch-stale-buffer", "torch-idle-rank-detached",
-    "torch-stale-weight-gradient", "torch-inverse-applied-twice", "jax-drop-by-lowest-score",
-    "jax-padding-in-last-group", "torch-static-padding-reaches-experts",
+    "torch-router-gradient-wrong", "torch-counts-of-wrong-expert", "torch-stale-buffer", "torch-idle-rank-detached",
+    "torch-stale-weight-gradient", "torch-inverse-applied-twice", "torch-backward-splits-swapped",
+    "jax-drop-by-lowest-score", "jax-padding-in-last-group", "jax-score-gradient-missing",
+    "torch-static-padding-reaches-experts",
 ]  # fmt: skip
 
 
