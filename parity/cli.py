@@ -236,7 +236,7 @@ class StudyCommand:
     Exit code: 0 measured, 2 wrong usage.
 
     Examples:
-        python -m parity study                             about two minutes on two cores
+        python -m parity study                             about a minute on two cores
         python -m parity study --trace recording.safetensors
         python -m parity study zipf p8                     the routing of these presets, not the plan's
         python -m parity study --model deepseek-v3 --steps 5000
