@@ -37,7 +37,7 @@ def grouped_matmul(
     """
     if x_SD.ndim == 3:
         return jnp.einsum("esd,edf->esf", x_SD, w_eDF, precision="highest")
-    if kernels.use_kernels(x_SD):
+    if kernels.use_matmul_kernels(x_SD):
         return kernels.grouped_matmul(x_SD, w_eDF, counts_e)
     y_SF = jax.lax.ragged_dot(x_SD, w_eDF, counts_e, precision="highest")
     return jnp.where((jnp.arange(x_SD.shape[0]) < counts_e.sum())[:, None], y_SF, 0)

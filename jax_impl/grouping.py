@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Integer
 
+from jax_impl import kernels
 from jax_impl.checks import check_capacity, check_capacity_factor
-from jax_impl.layout import invert, rows_or_zero
+from jax_impl.layout import exclusive_cumsum, invert, rows_or_zero
 
 
 class Capacity(NamedTuple):
@@ -84,7 +85,7 @@ def group_by_expert(
 
     # Dropped ones last: the kept ones of a bin are then contiguous, and follow those of the bins before it.
     sorted_N = jnp.argsort(jnp.where(keep_N, expert_N, E), stable=True)
-    row_BC = (jnp.cumsum(kept_B) - kept_B)[:, None] + jnp.arange(C)
+    row_BC = exclusive_cumsum(kept_B)[:, None] + jnp.arange(C)
     full_BC = jnp.arange(C) < kept_B[:, None]
     assignment_BC = jnp.where(full_BC, rows_or_zero(sorted_N, row_BC), N)
     slot_TK = invert(assignment_BC.reshape(-1), N).reshape(T, K)
@@ -112,7 +113,7 @@ def keep_within_capacity(
     # Stable, so that ties need no key of their own: with a single key, XLA has a fast sort for GPUs.
     first_N = jnp.lexsort((bin_N,) if key_N is None else (key_N, bin_N))
     counts_B = counts_E.reshape(B, -1).sum(axis=1)
-    place_N = jnp.arange(N) - (jnp.cumsum(counts_B) - counts_B)[bin_N[first_N]]
+    place_N = jnp.arange(N) - exclusive_cumsum(counts_B)[bin_N[first_N]]
     return (place_N < C)[invert(first_N, N)] & (bin_N < B)
 
 
@@ -134,7 +135,10 @@ def expand_rows(
     x_TD: Float[Array, "T D"], assignment_BC: Integer[Array, "B C"], slot_TK: Integer[Array, "T K"]
 ) -> Float[Array, "B C D"]:
     """Row r is the token of assignment r, padding is zero. Backward, a token gathers its K rows: no scatter-add."""
-    return rows_or_zero(x_TD, assignment_BC // max(slot_TK.shape[1], 1))
+    token_BC = assignment_BC // max(slot_TK.shape[1], 1)
+    if kernels.use_kernels(x_TD):
+        return kernels.gather_rows(x_TD, token_BC)
+    return rows_or_zero(x_TD, token_BC)
 
 
 def _expand_rows_forward(x_TD, assignment_BC, slot_TK):
@@ -144,6 +148,8 @@ def _expand_rows_forward(x_TD, assignment_BC, slot_TK):
 def _expand_rows_backward(slot_TK, dx_BCD):
     wide = jnp.promote_types(dx_BCD.dtype, jnp.float32)
     dx_SD = dx_BCD.reshape(-1, dx_BCD.shape[-1])
+    if kernels.use_kernels(dx_SD):
+        return kernels.sum_rows(dx_SD, slot_TK), None, None
     dx_TD = jnp.zeros((slot_TK.shape[0], dx_BCD.shape[-1]), wide)
     for slot_T in slot_TK.T:
         dx_TD = dx_TD + rows_or_zero(dx_SD, slot_T).astype(wide)
@@ -163,6 +169,8 @@ def weighted_sum(
     """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
     wide = jnp.promote_types(y_BCD.dtype, jnp.float32)
     y_SD = y_BCD.reshape(-1, y_BCD.shape[-1])
+    if kernels.use_kernels(y_SD):
+        return kernels.sum_rows(y_SD, slot_TK, score_TK)
     out_TD = jnp.zeros((slot_TK.shape[0], y_BCD.shape[-1]), wide)
     for score_T, slot_T in zip(score_TK.T, slot_TK.T, strict=True):
         out_TD = out_TD + score_T.astype(wide)[:, None] * rows_or_zero(y_SD, slot_T).astype(wide)
@@ -177,6 +185,9 @@ def _weighted_sum_backward(saved, dout_TD):
     y_BCD, score_TK, slot_TK, assignment_BC = saved
     wide = jnp.promote_types(y_BCD.dtype, jnp.float32)
     y_SD = y_BCD.reshape(-1, y_BCD.shape[-1])
+    if kernels.use_kernels(y_SD):
+        dy_SD, dscore_TK = kernels.weighted_sum_backward(dout_TD, y_SD, score_TK, slot_TK, assignment_BC.reshape(-1))
+        return dy_SD.reshape(y_BCD.shape), dscore_TK, None, None
     score_BC = rows_or_zero(score_TK.reshape(-1), assignment_BC).astype(wide)
     dy_BCD = score_BC[..., None] * rows_or_zero(dout_TD, assignment_BC // max(slot_TK.shape[1], 1)).astype(wide)
     dscore_TK = [(dout_TD.astype(wide) * rows_or_zero(y_SD, slot_T).astype(wide)).sum(axis=1) for slot_T in slot_TK.T]

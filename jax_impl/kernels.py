@@ -1,4 +1,7 @@
-"""Matmuls of rows grouped by expert as Pallas kernels: each does what the plain version beside its call does.
+"""Row movements, and matmuls of rows grouped by expert, as Pallas kernels: each does what the plain version does.
+
+XLA reads rows 8 bytes at a time and finds out which rows are padding in a launch of its own for each k; a kernel here
+reads and writes every row once, 16 bytes at a time. Sums over K are in the plain version's order.
 
 `jax.lax.ragged_dot` on a GPU multiplies every row by every expert's weights and keeps one product of e. These read a
 row once per tile of columns, and an expert's weights once per tile of its rows.
@@ -6,6 +9,7 @@ row once per tile of columns, and an expert's weights once per tile of its rows.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +18,135 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Float, Integer
 
-ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile of the result, and of what it is summed over at a time
-WARPS, STAGES = 8, 4
+ROWS, COLUMNS, DEPTH = 128, 256, 64  # of a tile of a matmul's result, and of what it is summed over at a time
+WARPS, STAGES = 8, 4  # of a matmul; how far its loads run ahead
+PADDING_ROWS = 16  # that one program looks for padding in
 INTERPRET = False  # tests set it, to run without a GPU
 
 
-def use_kernels(x: Array) -> bool:
-    """Whether x can go through kernels: on a GPU, in a dtype that its matrix units multiply exactly."""
-    return jax.default_backend() == "gpu" and x.dtype in (jnp.bfloat16, jnp.float16)
+def use_kernels(x: Array) -> bool:  # noqa: ARG001  the same question for every array here; not so in PyTorch
+    """Whether x can go through kernels: on a GPU."""
+    return jax.default_backend() == "gpu"
+
+
+def use_matmul_kernels(x: Array) -> bool:
+    """Whether x can go through `grouped_matmul`: on a GPU, in a dtype that its matrix units multiply exactly."""
+    return use_kernels(x) and x.dtype in (jnp.bfloat16, jnp.float16)
+
+
+def gather_rows(x_SD: Float[Array, "S D"], index_R: Integer[Array, "*R"]) -> Float[Array, "*R D"]:
+    """Row r is x[index[r]], and zero where the index is past the end."""
+    D = x_SD.shape[1]
+    BLOCK, warps = _tile(D, 1)
+    chunks = pl.cdiv(D, BLOCK)
+    result = _like(x_SD, index_R.size, D)
+    kernel = partial(_gather_rows_kernel, chunks=chunks, BLOCK=BLOCK)
+    y_RD = _call(kernel, (index_R.size * chunks,), result, x_SD, index_R.reshape(-1), warps=warps)
+    return y_RD.reshape(*index_R.shape, D)
+
+
+def _gather_rows_kernel(x, index, y, *, chunks: int, BLOCK: int) -> None:
+    """One program per row, or per chunk of a wide one."""
+    r = pl.program_id(0) // chunks
+    d = pl.program_id(0) % chunks * BLOCK + jnp.arange(BLOCK)
+    source = index[r]
+    row = triton.load(x.at[source, d], mask=(d < x.shape[1]) & (source < x.shape[0]), other=0)
+    triton.store(y.at[r, d], row, mask=d < x.shape[1])
+
+
+def sum_rows(
+    y_SD: Float[Array, "S D"], slot_TK: Integer[Array, "T K"], score_TK: Float[Array, "T K"] | None = None
+) -> Float[Array, "T D"]:
+    """out[t] = round(sum over k = 0..K-1 of y[slot[t,k]]), each times score[t,k] if there are scores, in float32.
+
+    A slot past the end counts as zero.
+    """
+    (T, K), D = slot_TK.shape, y_SD.shape[1]
+    BLOCK, warps = _tile(D, K)
+    chunks = pl.cdiv(D, BLOCK)
+    scores = () if score_TK is None else (score_TK,)
+    kernel = partial(_sum_rows_kernel, chunks=chunks, BLOCK=BLOCK, weighted=score_TK is not None)
+    return _call(kernel, (T * chunks,), _like(y_SD, T, D), y_SD, slot_TK, *scores, warps=warps)
+
+
+def _sum_rows_kernel(y, slot, *score_and_out, chunks: int, BLOCK: int, weighted: bool) -> None:
+    """One program per token, or per chunk of a wide one."""
+    *score, out = score_and_out
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    t = pl.program_id(0) // chunks
+    d = pl.program_id(0) % chunks * BLOCK + jnp.arange(BLOCK)
+    total = jnp.zeros(BLOCK, wide)
+    for k in range(slot.shape[1]):
+        source = slot[t, k]
+        row = triton.load(y.at[source, d], mask=(d < y.shape[1]) & (source < y.shape[0]), other=0).astype(wide)
+        total += score[0][t, k].astype(wide) * row if weighted else row
+    triton.store(out.at[t, d], total.astype(out.dtype), mask=d < y.shape[1])
+
+
+def weighted_sum_backward(
+    dout_TD: Float[Array, "T D"],
+    y_SD: Float[Array, "S D"],
+    score_TK: Float[Array, "T K"],
+    slot_TK: Integer[Array, "T K"],
+    assignment_S: Integer[Array, " S"],
+) -> tuple[Float[Array, "S D"], Float[Array, "T K"]]:
+    """dy[slot[t,k]] = round(score[t,k] * dout[t]) and dscore[t,k] = sum over d of dout[t,d] * y[slot[t,k],d].
+
+    A token's gradient is read once, and each of its rows is read and written once; padding is written as zero.
+
+    Shapes: dy_SD, dscore_TK.
+    """
+    (T, K), (S, D) = slot_TK.shape, y_SD.shape
+    BLOCK, warps = _tile(D, K)
+    results = _like(y_SD, S, D), _like(y_SD, T, K, dtype=score_TK.dtype)
+    kernel = partial(_weighted_sum_backward_kernel, n_tokens=T, BLOCK=BLOCK)
+    grid = (T + pl.cdiv(S, PADDING_ROWS),)
+    return _call(kernel, grid, results, dout_TD, y_SD, score_TK, slot_TK, assignment_S, warps=warps)
+
+
+def _weighted_sum_backward_kernel(
+    dout, y, score, slot, assignment, dy, dscore, *, n_tokens: int, BLOCK: int
+) -> None:  # fmt: skip
+    """One program per token: its K rows side by side, chunk after chunk. After them, those that look for padding."""
+    T, K, (S, D) = n_tokens, slot.shape[1], y.shape
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    t, k, chunks = pl.program_id(0), jnp.arange(_power_of_2(K)), pl.cdiv(D, BLOCK)
+    here = (t < T) & (k < K)
+    row = triton.load(slot.at[t, k], mask=here, other=S)
+    weight = triton.load(score.at[t, k], mask=here, other=0).astype(wide)
+
+    def add(step, total):
+        d = step * BLOCK + jnp.arange(BLOCK)
+        inside = (row < S)[:, None] & (d < D)[None]
+        gradient = triton.load(dout.at[t, d], mask=d < D, other=0).astype(wide)[None]
+        y_tile = triton.load(y.at[row[:, None], d[None]], mask=inside, other=0).astype(wide)
+        triton.store(dy.at[row[:, None], d[None]], (weight[:, None] * gradient).astype(dy.dtype), mask=inside)
+        return total + gradient * y_tile
+
+    total = jax.lax.fori_loop(0, chunks * (t < T), add, jnp.zeros((k.size, BLOCK), wide))
+    triton.store(dscore.at[t, k], total.sum(axis=1).astype(dscore.dtype), mask=here)
+
+    r = (t - T) * PADDING_ROWS + jnp.arange(PADDING_ROWS)
+    padding = triton.load(assignment.at[r], mask=(t >= T) & (r < S), other=0) >= T * K
+
+    def clear(step, nothing):
+        d = step * BLOCK + jnp.arange(BLOCK)
+        zero = jnp.zeros((PADDING_ROWS, BLOCK), dy.dtype)
+        triton.store(dy.at[r[:, None], d[None]], zero, mask=padding[:, None] & (d < D)[None])
+        return nothing
+
+    jax.lax.fori_loop(0, chunks * padding.astype(jnp.int32).max(), clear, ())
+
+
+def _tile(width: int, n_rows: int) -> tuple[int, int]:
+    """Columns that a program takes of so many rows at once, and its warps: 16-byte accesses, two or four a thread."""
+    BLOCK = max(128, min(_power_of_2(width), 8192 // _power_of_2(n_rows)))
+    return BLOCK, max(1, min(8, BLOCK // (512 if n_rows == 1 else 256)))
+
+
+def _power_of_2(n: int) -> int:
+    """The least one that is not below n: tiles are powers of two."""
+    return 1 << (n - 1).bit_length()
 
 
 @jax.custom_vjp
@@ -63,24 +188,19 @@ def weight_gradient(
     x_SD: Float[Array, "S D"], dy_SF: Float[Array, "S F"], counts_e: Integer[Array, " e"]
 ) -> Float[Array, "e D F"]:
     """Rows of expert j of x, transposed, times those of dy; zero for an expert without rows."""
-    result = jax.eval_shape(
-        lambda x, dy, counts: jnp.einsum("sd,sf,e->edf", x, dy, counts.astype(x.dtype)), x_SD, dy_SF, counts_e
-    )
-    e, D, F = result.shape
+    e, D, F = counts_e.shape[0], x_SD.shape[1], dy_SF.shape[1]
     end_e = jnp.cumsum(counts_e).astype(jnp.int32)
     first_e = end_e - counts_e.astype(jnp.int32)
     grid = (e, pl.cdiv(D, ROWS), pl.cdiv(F, COLUMNS))
-    return _call(_weight_gradient_kernel, grid, result, first_e, end_e, x_SD, dy_SF)
+    return _call(_weight_gradient_kernel, grid, _like(x_SD, e, D, F), first_e, end_e, x_SD, dy_SF)
 
 
 def _rows_times(x_SD: Array, w_eDF: Array, counts_e: Array, transposed: bool) -> Array:
-    result = jax.eval_shape(
-        lambda x, w, counts: jax.lax.ragged_dot(x, w.mT if transposed else w, counts), x_SD, w_eDF, counts_e
-    )
-    expert_V, first_V, end_V = tiles(counts_e, x_SD.shape[0])
+    (S, _), width = x_SD.shape, w_eDF.shape[1 if transposed else 2]
+    expert_V, first_V, end_V = tiles(counts_e, S)
     kernel = partial(_rows_times_kernel, transposed=transposed, n_experts=w_eDF.shape[0])
-    grid = (expert_V.shape[0] * pl.cdiv(result.shape[1], COLUMNS),)
-    return _call(kernel, grid, result, expert_V, first_V, end_V, x_SD, w_eDF)
+    grid = (expert_V.shape[0] * pl.cdiv(width, COLUMNS),)
+    return _call(kernel, grid, _like(x_SD, S, width), expert_V, first_V, end_V, x_SD, w_eDF)
 
 
 def tiles(counts_e: Integer[Array, " e"], n_rows: int) -> tuple[Array, Array, Array]:
@@ -121,7 +241,7 @@ def _rows_times_kernel(expert, first, end, x, w, y, *, transposed: bool, n_exper
             w_tile = triton.load(w.at[j, d[:, None], column[None]], mask=deep[:, None] & real[None], other=0)
         return total + triton.dot(x_tile, w_tile, trans_b=transposed)
 
-    steps = jnp.where((j < n_experts) & (first_row < end_row), pl.cdiv(x.shape[1], DEPTH), 0)
+    steps = pl.cdiv(x.shape[1], DEPTH) * ((j < n_experts) & (first_row < end_row))
     total = jax.lax.fori_loop(0, steps, add, jnp.zeros((ROWS, COLUMNS), jnp.float32))
     triton.store(y.at[row[:, None], column[None]], total.astype(y.dtype), mask=mine[:, None] & real[None])
 
@@ -144,12 +264,19 @@ def _weight_gradient_kernel(first, end, x, dy, dw) -> None:
     triton.store(dw.at[j, d[:, None], f[None]], total.astype(dw.dtype), mask=(d < D)[:, None] & (f < F)[None])
 
 
-def _call(kernel: Callable, grid: tuple[int, ...], result: jax.ShapeDtypeStruct, *operands: Array) -> Array:
-    """`result` is of the plain version: under shard_map it also says over which axes the result varies."""
+def _like(array: Array, *shape: int, dtype: Any = None) -> jax.ShapeDtypeStruct:
+    """An array of this shape, of the same dtype, which under shard_map varies over the same axes."""
+    return jax.eval_shape(lambda a: jnp.full(shape, a.sum(), dtype or a.dtype), array)
+
+
+def _call(kernel: Callable, grid: tuple[int, ...], results: Any, *operands: Array, warps: int = WARPS) -> Any:
+    """Run the kernel's programs. Where there is nothing to read or to write, all results are zero or empty."""
+    if 0 in grid or any(a.size == 0 for a in operands):
+        return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), results)
     return pl.pallas_call(
         kernel,
-        out_shape=result,
+        out_shape=results,
         grid=grid,
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=STAGES),
         interpret=INTERPRET,
     )(*operands)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Integer
 
+from jax_impl import kernels
+
 
 class ExpertMajor(NamedTuple):
     x_SD: Float[Array, "*S D"]  # S = B*C rows, or for expert bins [e, P*C] rows
@@ -41,19 +43,11 @@ def to_rank_major(
 def rank_bins_source(counts_Pe: Integer[Array, "P e"], capacity: int) -> Integer[Array, " S"]:
     """For each expert-major row, the rank-major row it comes from; P*C, past the end, for the padding, which is last.
 
-    Rows move in P*e segments. A segment's rows all shift by the same distance, so: find each row's segment, by how
-    many end before it, and add the shift to the row number. `jnp.repeat` would say the same in a scan over all rows,
-    which is dozens of launches on a GPU.
+    Rows move in P*e segments, those of rank p from p*C on.
     """
     S = counts_Pe.shape[0] * capacity
-    counts_eP = counts_Pe.T
     start_Pe = jnp.arange(0, S, capacity)[:, None] + jnp.cumsum(counts_Pe, axis=1) - counts_Pe
-    start_eP = exclusive_cumsum(counts_eP.reshape(-1)).reshape(counts_eP.shape)
-    shift_eP = start_Pe.T - start_eP
-    row_S = jnp.arange(S)
-    segment_S = (row_S[:, None] >= (start_eP + counts_eP).reshape(-1)).sum(axis=1)
-    shift_S = shift_eP.reshape(-1).at[segment_S].get(mode="clip")
-    return jnp.where(row_S < counts_Pe.sum(), shift_S + row_S, S)
+    return segments_source(start_Pe, counts_Pe, S)
 
 
 def expert_bins_source(counts_Pe: Integer[Array, "P e"], capacity: int) -> Integer[Array, "e S"]:
@@ -65,6 +59,23 @@ def expert_bins_source(counts_Pe: Integer[Array, "P e"], capacity: int) -> Integ
     return source_ePC.reshape(e, P * capacity)
 
 
+def segments_source(
+    start_Pe: Integer[Array, "P e"], counts_Pe: Integer[Array, "P e"], output_size: int
+) -> Integer[Array, " R"]:
+    """For each expert-major row, where it comes from, if segment (p, j) is counts_Pe[p, j] rows from start_Pe[p, j] on.
+
+    A segment's rows all shift by the same distance, so: find each row's segment, by how many end before it, and add
+    the shift to the row number. `jnp.repeat` would say the same in a scan over all rows, which is dozens of launches
+    on a GPU. Rows past the last come from `output_size`, past the end.
+    """
+    counts_eP = counts_Pe.T
+    start_eP = exclusive_cumsum(counts_eP.reshape(-1)).reshape(counts_eP.shape)
+    row_R = jnp.arange(output_size)
+    segment_R = (row_R[:, None] >= (start_eP + counts_eP).reshape(-1)).sum(axis=1)
+    shift_R = (start_Pe.T - start_eP).reshape(-1).at[segment_R].get(mode="clip")
+    return jnp.where(row_R < counts_Pe.sum(), shift_R + row_R, output_size)
+
+
 @jax.custom_vjp
 def permute_rows(
     x_SD: Float[Array, "*S D"],
@@ -72,7 +83,10 @@ def permute_rows(
     target_S: Integer[Array, "*S"],  # noqa: ARG001
 ) -> Float[Array, "*O D"]:
     """Row r is x[source[r]], padding is zero. Backward gathers by `target`, the inverse: no scatter-add."""
-    return rows_or_zero(x_SD.reshape(-1, x_SD.shape[-1]), source_S)
+    x_SD = x_SD.reshape(-1, x_SD.shape[-1])
+    if kernels.use_kernels(x_SD):
+        return kernels.gather_rows(x_SD, source_S)
+    return rows_or_zero(x_SD, source_S)
 
 
 def _permute_rows_forward(x_SD, source_S, target_S):

@@ -28,6 +28,7 @@ JAX_ONLY = {
     "grouping.plan_capacity": "computes it",
     "grouping.keep_within_capacity": "who is dropped",
     "layout.rows_or_zero": "a gather in which an index past the end reads padding",
+    "layout.segments_source": "what repeat_interleave does in PyTorch, with padding at the end",
     "checks.check_capacity_factor": "",
     "checks.check_capacity": "",
 }

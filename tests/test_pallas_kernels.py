@@ -1,4 +1,4 @@
-"""Pallas kernels against one matmul per expert in float64: every tile, no row of another expert, no padding.
+"""Pallas kernels: rows against the plain versions they stand for, matmuls against one per expert in float64.
 
 On a GPU as they are (`make test-gpu`); on a CPU in Pallas's interpreter, and lowered for a GPU.
 """
@@ -10,6 +10,8 @@ import pytest
 
 from jax_impl import kernels
 from jax_impl.experts import apply_experts
+from jax_impl.grouping import Capacity, expand_rows, group_by_expert, weighted_sum
+from jax_impl.layout import permute_rows, rows_or_zero
 
 # Counts of rows, rows in all, D, F: tiles with one row and with all, experts without rows, padding and none, widths
 # that are no multiple of a tile's.
@@ -122,11 +124,140 @@ def test_a_cpu_takes_the_plain_way():
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", id="float32-stays-plain")])
 def test_experts_go_through_them(dtype, monkeypatch):
     """The whole of SwiGLU, both ways, as if this were a GPU."""
-    called = []
     x, w, _, counts = draw(GROUPS[0], dtype)
     w_down = w.mT
-    plain = apply_experts(x, counts, w, w, w_down)
-    monkeypatch.setattr(kernels, "use_kernels", lambda x: x.dtype == jnp.bfloat16 and not called.append(x.shape))
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "use_kernels", lambda x: False)
+        plain = apply_experts(x, counts, w, w, w_down)
+    called, matmul = [], kernels.grouped_matmul
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: True)
+    monkeypatch.setattr(kernels, "grouped_matmul", lambda *a: called.append(a) or matmul(*a))
     ours = apply_experts(x, counts, w, w, w_down)
-    assert len(called) == (3 if dtype == "bfloat16" else 0)
-    np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(plain, np.float32), rtol=0.02, atol=2)
+    if dtype == "float32":
+        assert not called
+        np.testing.assert_array_equal(ours, plain)
+    else:
+        assert len(called) == 3
+        np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(plain, np.float32), rtol=0.02, atol=2)
+
+
+# T, D, E, K, C of two bins: a token with one expert and with all, drops and padding, wider than a program's tile.
+ROWS = [(1, 8, 2, 1, 1), (7, 24, 4, 3, 9), (16, 32, 8, 2, 40), (33, 130, 6, 6, 50), (5, 9000, 4, 2, 7)]
+LARGE_ROWS = [(4096, 7168, 256, 8, 16384), (8192, 4096, 8, 2, 8000), (4099, 2048, 128, 7, 14400)]
+rows = pytest.mark.parametrize(
+    ("backend", "shape"),
+    [pytest.param("cpu", shape, id=f"cpu-{shape}") for shape in ROWS]
+    + [pytest.param("gpu", shape, id=f"gpu-{shape}", marks=pytest.mark.gpu) for shape in ROWS + LARGE_ROWS],
+)
+row_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+@pytest.fixture
+def both_ways(monkeypatch):
+    """A function's result the plain way, and through kernels as if this were a GPU; each compiled, as on a GPU."""
+
+    def call(function, *arguments):
+        results = []
+        for answer in (False, True):
+            with monkeypatch.context() as patch:
+                patch.setattr(kernels, "use_kernels", lambda x, answer=answer: answer)
+                results.append(jax.jit(lambda *a: function(*a))(*arguments))  # a new one, or its trace is found again
+        return results
+
+    return call
+
+
+def draw_rows(shape, dtype):
+    """Tokens, scores, indices, and rows of which the padding is NaN: what reads it shows."""
+    T, D, E, K, C = shape
+    rng = np.random.default_rng(D)
+    ids = np.argsort(rng.random((T, E)) + (np.arange(E) % 3 > 0), axis=1)[:, -K:].astype(np.int32)
+    x, dx = (jnp.asarray(rng.normal(size=s), dtype) for s in ((T, D), (2, C, D)))
+    score = jnp.asarray(rng.normal(size=(T, K)), jnp.float32)
+    counts = jnp.asarray(np.bincount(ids.reshape(-1), minlength=E), jnp.int32)
+    _, slot, assignment, kept = group_by_expert(x, jnp.asarray(ids), score, counts, Capacity(2, C))
+    y = jnp.where((assignment < T * K)[..., None], dx, jnp.nan)
+    return x, dx.at[:, ::3].set(-0.0), y, score, slot, assignment, kept.reshape(2, -1)
+
+
+def same(ours, theirs):
+    """Bit for bit, the sign of zero and all."""
+    assert ours.dtype == theirs.dtype
+    integers = {2: np.int16, 4: np.int32}[ours.dtype.itemsize]
+    np.testing.assert_array_equal(np.asarray(ours).view(integers), np.asarray(theirs).view(integers))
+
+
+def expand_gradient(dx, x, slot, assignment):
+    return jax.vjp(lambda x: expand_rows(x, assignment, slot), x)[1](dx)[0]
+
+
+def combine_gradients(y, score, slot, assignment, dout):
+    return jax.vjp(lambda y, score: weighted_sum(y, score, slot, assignment), y, score)[1](dout)
+
+
+@rows
+@row_dtypes
+def test_rows_moved_and_summed_are_bitwise_equal(backend, shape, dtype, both_ways):
+    x, dx, y, _, slot, assignment, _ = draw_rows(shape, dtype)
+    same(*both_ways(expand_rows, x, assignment, slot))
+    same(*both_ways(expand_gradient, dx, x, slot, assignment))
+    source = jnp.argsort(assignment.reshape(-1) * 7919 % 104729)[::-1]
+    index = jnp.where(source % 4 == 1, source.size, source)  # some are past the end
+    plain, ours = both_ways(permute_rows, y, index, jnp.argsort(source).reshape(assignment.shape))
+    same(ours, plain)
+    assert (np.asarray(ours)[np.asarray(index) == source.size] == 0).all()
+
+
+@rows
+@row_dtypes
+def test_combine_and_its_gradients(backend, shape, dtype, both_ways):
+    x, _, y, score, slot, assignment, _ = draw_rows(shape, dtype)
+    eps = float(jnp.finfo(dtype).eps)
+    plain, ours = both_ways(weighted_sum, y, score, slot, assignment)
+    K = slot.shape[1]
+    gathered = np.asarray(rows_or_zero(y.reshape(-1, y.shape[-1]), slot), np.float64)
+    size = np.einsum("tk,tkd->td", np.abs(np.asarray(score, np.float64)), np.abs(gathered))
+    # A compiler may round a product and a sum once, or each: K of them in float32, then once to the dtype.
+    allowed = (K + 1) * 2.0**-23 * size + eps * np.abs(np.asarray(plain, np.float64))
+    assert (np.abs(np.asarray(ours, np.float64) - np.asarray(plain, np.float64)) <= allowed).all()
+
+    plain, ours = both_ways(combine_gradients, y, score, slot, assignment, x)
+    same(ours[0], plain[0])  # one product, one rounding; padding is zero
+    # The sum over D has no fixed order: any has an error of at most D roundings of the sum of magnitudes.
+    products = np.asarray(x, np.float64)[:, None] * gathered
+    error = np.abs(np.asarray(ours[1], np.float64) - products.sum(axis=2))
+    assert (error <= x.shape[1] * 2.0**-23 * np.abs(products).sum(axis=2)).all()
+
+
+def test_rows_under_vmap(both_ways):
+    """Ranks on one device: a leading axis on everything."""
+    one = draw_rows(ROWS[1], "bfloat16")
+    x, dx, y, score, slot, assignment, _ = (jnp.stack([a, b]) for a, b in zip(one, one, strict=True))
+    x, dx, score = x.at[1].multiply(3), dx.at[1].multiply(3), score.at[1].multiply(3)
+    same(*both_ways(jax.vmap(expand_rows), x, assignment, slot))
+    same(*both_ways(jax.vmap(expand_gradient), dx, x, slot, assignment))
+    plain, ours = both_ways(jax.vmap(combine_gradients), y, score, slot, assignment, x)
+    same(ours[0], plain[0])
+
+
+@pytest.mark.parametrize("kernel", ["gather_rows", "sum_rows", "weighted_sum_backward"])
+def test_rows_lower_for_a_gpu_too(kernel, monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    T, K, S, D = 64, 4, 300, 512
+    f32, bf16, i32 = jnp.float32, jnp.bfloat16, jnp.int32
+    y, score, slot = (jax.ShapeDtypeStruct(*a) for a in (((S, D), bf16), ((T, K), f32), ((T, K), i32)))
+    index, dout = jax.ShapeDtypeStruct((S,), i32), jax.ShapeDtypeStruct((T, D), bf16)
+    arguments = {
+        "gather_rows": (y, index), "sum_rows": (y, slot, score), "weighted_sum_backward": (dout, y, score, slot, index)
+    }[kernel]  # fmt: skip
+    lowered = jax.jit(getattr(kernels, kernel)).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "triton" in lowered.as_text()
+
+
+def test_nothing_to_move():
+    empty, ids = jnp.zeros((0, 8)), jnp.zeros((0, 2), jnp.int32)
+    assert kernels.gather_rows(empty, jnp.array([0, 0, 0])).tolist() == [[0.0] * 8] * 3
+    assert kernels.sum_rows(jnp.ones((4, 8)), ids).shape == (0, 8)
+    dy, dscore = kernels.weighted_sum_backward(empty, jnp.ones((4, 8)), jnp.zeros((0, 2)), ids, jnp.zeros(4, jnp.int32))
+    assert dy.tolist() == [[0.0] * 8] * 4
+    assert dscore.shape == (0, 2)

@@ -35,9 +35,10 @@ def grouped_matmul(
     `torch.nn.functional.grouped_mm` takes no float64, and only rows of whole 16-byte units. What it does not take goes
     through one matmul per expert, which has to read the counts: on a GPU, one more sync.
     """
-    if is_captured() and not (x_RD.dtype == torch.bfloat16 and fits_grouped_mm(x_RD.dtype, *w_eDF.shape[1:])):
+    fits = fits_grouped_mm(x_RD.dtype, *w_eDF.shape[1:])
+    if is_captured() and not (fits and x_RD.dtype == torch.bfloat16):
         return _grouped_matmul(x_RD, w_eDF, counts_e)
-    if fits_grouped_mm(x_RD.dtype, *w_eDF.shape[1:]):
+    if fits:
         return F.grouped_mm(x_RD, w_eDF, offs=group_ends(counts_e))
     rows = x_RD.split(counts_e.tolist())
     return torch.cat([x @ w for x, w in zip(rows, w_eDF.unbind(), strict=True)])

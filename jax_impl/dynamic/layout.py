@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Integer
 
-from jax_impl.layout import exclusive_cumsum, invert, permute_rows
+from jax_impl.layout import exclusive_cumsum, invert, permute_rows, segments_source
 
 
 class ExpertMajor(NamedTuple):
@@ -37,13 +36,7 @@ def to_rank_major(
 def expert_major_source(counts_Pe: Integer[Array, "P e"], output_size: int) -> Integer[Array, " R"]:
     """For each expert-major row, the rank-major row it comes from; `output_size`, past the end, for what is left.
 
-    Rows move in P*e segments. A segment's rows all shift by the same distance, so: find each row's segment, by how
-    many end before it, and add the shift to the row number.
+    Rows move in P*e segments, which follow each other without gaps.
     """
-    counts_eP = counts_Pe.T
     start_Pe = exclusive_cumsum(counts_Pe.reshape(-1)).reshape(counts_Pe.shape)
-    start_eP = exclusive_cumsum(counts_eP.reshape(-1)).reshape(counts_eP.shape)
-    row_R = jnp.arange(output_size)
-    segment_R = (row_R[:, None] >= (start_eP + counts_eP).reshape(-1)).sum(axis=1)
-    shift_R = (start_Pe.T - start_eP).reshape(-1).at[segment_R].get(mode="clip")
-    return jnp.where(row_R < counts_Pe.sum(), shift_R + row_R, output_size)
+    return segments_source(start_Pe, counts_Pe, output_size)

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from torch_impl.experts import fits_grouped_mm, group_ends
+
 
 def apply_experts(
     x_SD: Float[Tensor, "*S D"],
@@ -40,10 +42,9 @@ def grouped_matmul(
     """
     if x_SD.ndim == 3:
         return torch.bmm(x_SD, w_eDF)
-    row_bytes = {width * x_SD.element_size() for width in w_eDF.shape[1:]}
-    end_e = counts_e.cumsum(dim=0)
-    if x_SD.dtype != torch.float64 and all(n % 16 == 0 for n in row_bytes):
-        return F.grouped_mm(x_SD, w_eDF, offs=end_e.to(torch.int32))
+    end_e = group_ends(counts_e)
+    if fits_grouped_mm(x_SD.dtype, *w_eDF.shape[1:]):
+        return F.grouped_mm(x_SD, w_eDF, offs=end_e)
     expert_S1 = (torch.arange(x_SD.shape[0], device=x_SD.device)[:, None] >= end_e).sum(dim=1, keepdim=True)
     y_SF = x_SD.new_zeros(x_SD.shape[0], w_eDF.shape[2])
     for j, w_DF in enumerate(w_eDF.unbind()):

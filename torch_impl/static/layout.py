@@ -40,18 +40,11 @@ def to_rank_major(
 def rank_bins_source(counts_Pe: Integer[Tensor, "P e"], capacity: int) -> Integer[Tensor, " S"]:
     """For each expert-major row, the rank-major row it comes from; P*C, past the end, for the padding, which is last.
 
-    Rows move in P*e segments. A segment's rows all shift by the same distance, so: find each row's segment, by how
-    many end before it, and add the shift to the row number. `repeat_interleave` would write past the end of its output
-    if ever the counts were more than the rows.
+    Rows move in P*e segments, those of rank p from p*C on.
     """
     S = counts_Pe.shape[0] * capacity
-    row_S = torch.arange(S, device=counts_Pe.device)
-    counts_eP = counts_Pe.T
-    start_Pe = row_S[::capacity, None] + counts_Pe.cumsum(dim=1) - counts_Pe
-    start_eP = exclusive_cumsum(counts_eP.reshape(-1)).reshape(counts_eP.shape)
-    segment_S = torch.searchsorted((start_eP + counts_eP).reshape(-1), row_S, right=True)
-    shift_S = rows_or_zero((start_Pe.T - start_eP).reshape(-1), segment_S)
-    return torch.where(row_S < counts_Pe.sum(), shift_S + row_S, S)
+    start_Pe = torch.arange(0, S, capacity, device=counts_Pe.device)[:, None] + counts_Pe.cumsum(dim=1) - counts_Pe
+    return segments_source(start_Pe, counts_Pe, S)
 
 
 def expert_bins_source(counts_Pe: Integer[Tensor, "P e"], capacity: int) -> Integer[Tensor, "e S"]:
@@ -61,6 +54,23 @@ def expert_bins_source(counts_Pe: Integer[Tensor, "P e"], capacity: int) -> Inte
     bin_eP = torch.arange(P * e, device=counts_Pe.device).reshape(P, e).T
     row_ePC = bin_eP[:, :, None] * capacity + row_C
     return torch.where(row_C < counts_Pe.T[:, :, None], row_ePC, P * e * capacity).reshape(e, P * capacity)
+
+
+def segments_source(
+    start_Pe: Integer[Tensor, "P e"], counts_Pe: Integer[Tensor, "P e"], output_size: int
+) -> Integer[Tensor, " R"]:
+    """For each expert-major row, where it comes from, if segment (p, j) is counts_Pe[p, j] rows from start_Pe[p, j] on.
+
+    A segment's rows all shift by the same distance, so: find each row's segment, by how many end before it, and add
+    the shift to the row number. `repeat_interleave` would write past the end of its output if ever the counts were
+    more than the rows. Rows past the last come from `output_size`, past the end.
+    """
+    counts_eP = counts_Pe.T
+    start_eP = exclusive_cumsum(counts_eP.reshape(-1)).reshape(counts_eP.shape)
+    row_R = torch.arange(output_size, device=counts_Pe.device)
+    segment_R = torch.searchsorted((start_eP + counts_eP).reshape(-1), row_R, right=True)
+    shift_R = rows_or_zero((start_Pe.T - start_eP).reshape(-1), segment_R)
+    return torch.where(row_R < counts_Pe.sum(), shift_R + row_R, output_size)
 
 
 def permute_rows(
