@@ -27,13 +27,17 @@ test-slow: $(VENV)/installed  ## the tests that take minutes
 test-gpu: $(VENV)/installed  ## the tests that need a GPU
 	$(RUN) pytest -m gpu
 
-test-kernels: $(VENV)-triton/installed  ## the Triton kernels without a GPU, in Triton's interpreter
+test-kernels: $(VENV)-triton/installed  ## kernels without a GPU: in Triton's interpreter, and compiled for an H200
 	TRITON_INTERPRET=1 $(VENV)-triton/bin/python -m pytest tests/test_kernels.py
+	$(VENV)-triton/bin/python -m pytest -m compilers
 
-# The interpreter does not run under the NumPy that is pinned for everything else.
-$(VENV)-triton/installed: pyproject.toml
+# The interpreter does not run under the NumPy that is pinned for everything else. XLA's compiler for GPUs comes
+# without the libraries that only running would need.
+JAX = $(shell sed -n 's/^jax==//p' constraints.txt)
+$(VENV)-triton/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-triton
-	$(VENV)-triton/bin/pip install --quiet 'numpy<2.3' triton torch jax -e '.[test]'
+	$(VENV)-triton/bin/pip install --quiet 'numpy<2.3' triton torch jax==$(JAX) jaxlib==$(JAX) -e '.[test]'
+	$(VENV)-triton/bin/pip install --quiet --no-deps jax-cuda13-plugin==$(JAX) jax-cuda13-pjrt==$(JAX)
 	@touch $@
 
 lint: $(VENV)/installed  ## ruff and pyright

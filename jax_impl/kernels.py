@@ -272,7 +272,8 @@ def _like(array: Array, *shape: int, dtype: Any = None) -> jax.ShapeDtypeStruct:
 def _call(kernel: Callable, grid: tuple[int, ...], results: Any, *operands: Array, warps: int = WARPS) -> Any:
     """Run the kernel's programs. Where there is nothing to read or to write, all results are zero or empty."""
     if 0 in grid or any(a.size == 0 for a in operands):
-        return jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), results)
+        zero = sum(a.reshape(-1)[:0].sum() for a in operands)  # mapped over the axes that they are mapped over
+        return jax.tree.map(lambda result: jnp.full(result.shape, zero, result.dtype), results)
     return pl.pallas_call(
         kernel,
         out_shape=results,

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_impl import kernels
+from torch_impl import kernels, static
 from torch_impl.grouping import combine, group_by_expert
 from torch_impl.layout import expert_major_source, invert, to_expert_major, to_rank_major
+from torch_impl.static import grouping as static_grouping
+from torch_impl.static.layout import rows_or_zero
 
 # Of Triton's interpreter, under NumPy 2.2; under 2.4 it does not run at all.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
@@ -89,6 +91,8 @@ def test_no_assignments(device, shape):
     assert kernels.sort_by_expert(ids_TK, E)[0].shape == (0,)
     assert kernels.expand_rows(torch.zeros(0, D, device=device), ids_TK).shape == (0, D)
     assert kernels.sum_rows(torch.zeros(0, D, device=device), ids_TK).shape == (0, D)
+    row_RD = kernels.gather_rows(torch.zeros(0, D, device=device), torch.zeros(3, dtype=torch.int64, device=device))
+    assert row_RD.tolist() == [[0.0] * D] * 3
 
 
 @cases
@@ -134,6 +138,40 @@ def test_gradients_of_combine(device, shape, dtype, plain):
     same(dy_ND, expected_dy_ND)
     # The sum over D has no fixed order: any has an error of at most D roundings of the sum of magnitudes.
     products_TKD = dout_TD.double()[:, None] * y_ND.detach().double()[slot_TK]
+    error_TK = (dscore_TK.double() - products_TKD.sum(dim=2)).abs()
+    assert (error_TK <= D * torch.finfo(score_TK.dtype).eps * products_TKD.abs().sum(dim=2)).all()
+
+
+@cases
+@dtypes
+def test_indices_past_the_end_are_zero_and_padding_is_written(device, shape, dtype, plain):
+    """The static layer's: some assignments have no row, some rows no assignment, and hold NaN."""
+    T, D, E, K = shape
+    ids_TK, counts_E = routing(T, E, K, device)
+    C = -(-T * K // 2)  # two bins: one drops and one is padded, unless the two are even
+    capacity = static.Capacity(1 if E % 2 else 2, C if E % 2 else max(1, C - 2))
+    score_TK = torch.randn(T, K, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    x_TD, dout_TD = (torch.randn(T, D, device=device).to(dtype) for _ in range(2))
+    arguments = (x_TD, ids_TK, score_TK, counts_E, capacity)
+    x_BCD, slot_TK, assignment_BC, _ = plain(static_grouping.group_by_expert, *arguments)
+    S, token_BC = x_BCD.shape[0] * x_BCD.shape[1], assignment_BC // K
+    y_BCD = torch.where((assignment_BC < T * K)[..., None], torch.randn_like(x_BCD), torch.nan)
+    same(kernels.gather_rows(x_TD, token_BC), x_BCD)
+    y_SD = y_BCD.reshape(S, D)
+    gathered_TKD = rows_or_zero(y_SD, slot_TK)
+    assert gathered_TKD.isfinite().all()
+    same(kernels.gather_rows(y_SD, slot_TK), gathered_TKD)
+
+    y_BCD.requires_grad_()
+    score_TK.requires_grad_()
+    out_TD = plain(static_grouping.weighted_sum, y_BCD, score_TK, slot_TK, assignment_BC)
+    same(kernels.sum_rows(y_SD, slot_TK, score_TK.detach()), out_TD.detach())
+    expected_dy_BCD, _ = plain(torch.autograd.grad, out_TD, (y_BCD, score_TK), dout_TD)
+    dy_SD, dscore_TK = kernels.weighted_sum_backward(
+        dout_TD, y_SD, score_TK.detach(), slot_TK, assignment_BC.reshape(-1)
+    )
+    same(dy_SD, expected_dy_BCD.reshape(S, D))
+    products_TKD = dout_TD.double()[:, None] * gathered_TKD.double()
     error_TK = (dscore_TK.double() - products_TKD.sum(dim=2)).abs()
     assert (error_TK <= D * torch.finfo(score_TK.dtype).eps * products_TKD.abs().sum(dim=2)).all()
 

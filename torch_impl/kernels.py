@@ -17,6 +17,7 @@ from torch import Tensor
 HAS_TRITON = find_spec("triton") is not None  # PyTorch for CPUs comes without; the plain versions serve then
 triton: Any = import_module("triton") if HAS_TRITON else SimpleNamespace(jit=lambda kernel: kernel)
 tl: Any = import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
+PADDING_ROWS = 16  # that one program looks for padding in
 
 
 def use_kernels(x: Tensor) -> bool:
@@ -37,8 +38,9 @@ def sort_by_expert(
     N = expert_id_TK.numel()
     assignment_N = torch.empty(N, dtype=torch.int64, device=expert_id_TK.device)
     slot_TK = torch.empty(expert_id_TK.shape, dtype=torch.int64, device=expert_id_TK.device)
+    BLOCK = max(256, min(8192, _power_of_2(N)))
     _sort_by_expert[(n_experts + 1,)](
-        expert_id_TK.contiguous(), assignment_N, slot_TK, N, n_experts, BLOCK=2048, num_warps=8
+        expert_id_TK.contiguous(), assignment_N, slot_TK, N, n_experts, BLOCK=BLOCK, num_warps=max(4, BLOCK // 512)
     )
     return assignment_N, slot_TK
 
@@ -103,25 +105,26 @@ def _expert_major_rows(counts, source, target, R, P, e, SEGMENTS: tl.constexpr, 
         tl.store(target + rank_major + r, expert_major + r, mask=inside)
 
 
-def gather_rows(x_RD: Float[Tensor, "R D"], source_R: Integer[Tensor, " O"]) -> Float[Tensor, "O D"]:
-    """Row r is x[source[r]]."""
-    D = x_RD.shape[1]
-    y_OD = x_RD.new_empty(source_R.shape[0], D)
+def gather_rows(x_SD: Float[Tensor, "S D"], index_R: Integer[Tensor, "*R"]) -> Float[Tensor, "*R D"]:
+    """Row r is x[index[r]], and zero where the index is past the end."""
+    S, D = x_SD.shape
+    y_RD = x_SD.new_empty(*index_R.shape, D)
     BLOCK, num_warps = _tile(D, 1)
     chunks = -(-D // BLOCK)
-    _gather_rows[(source_R.shape[0] * chunks,)](
-        x_RD.contiguous(), source_R, y_OD, D, chunks, BLOCK=BLOCK, num_warps=num_warps
+    _gather_rows[(index_R.numel() * chunks,)](
+        x_SD.contiguous(), index_R.contiguous(), y_RD, S, D, chunks, BLOCK=BLOCK, num_warps=num_warps
     )
-    return y_OD
+    return y_RD
 
 
 @triton.jit
 @no_type_check
-def _gather_rows(x, source, y, D, chunks, BLOCK: tl.constexpr):
+def _gather_rows(x, index, y, S, D, chunks, BLOCK: tl.constexpr):
     """One program per row, or per chunk of a wide one."""
     r = (tl.program_id(0) // chunks).to(tl.int64)
     d = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(x + tl.load(source + r) * D + d, mask=d < D)
+    source = tl.load(index + r)
+    row = tl.load(x + source * D + d, mask=d < tl.where(source < S, D, 0), other=0)
     tl.store(y + r * D + d, row, mask=d < D)
 
 
@@ -147,15 +150,18 @@ def _expand_rows(x, slot, y, D, chunks, K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def sum_rows(
-    y_ND: Float[Tensor, "N D"], slot_TK: Integer[Tensor, "T K"], score_TK: Float[Tensor, "T K"] | None = None
+    y_SD: Float[Tensor, "S D"], slot_TK: Integer[Tensor, "T K"], score_TK: Float[Tensor, "T K"] | None = None
 ) -> Float[Tensor, "T D"]:
-    """out[t] = round(sum over k = 0..K-1 of y[slot[t,k]]), each times score[t,k] if there are scores, in float32."""
-    (T, K), D = slot_TK.shape, y_ND.shape[1]
-    out_TD = y_ND.new_empty(T, D)
+    """out[t] = round(sum over k = 0..K-1 of y[slot[t,k]]), each times score[t,k] if there are scores, in float32.
+
+    A slot past the end counts as zero.
+    """
+    (T, K), (S, D) = slot_TK.shape, y_SD.shape
+    out_TD = y_SD.new_empty(T, D)
     BLOCK, num_warps = _tile(D, K)
     chunks = -(-D // BLOCK)
     _sum_rows[(T * chunks,)](
-        y_ND.contiguous(), slot_TK, slot_TK if score_TK is None else score_TK.contiguous(), out_TD, D, chunks,
+        y_SD.contiguous(), slot_TK, slot_TK if score_TK is None else score_TK.contiguous(), out_TD, S, D, chunks,
         K=K, WEIGHTED=score_TK is not None, BLOCK=BLOCK, num_warps=num_warps,
     )  # fmt: skip
     return out_TD
@@ -164,7 +170,7 @@ def sum_rows(
 @triton.jit
 @no_type_check
 def _sum_rows(
-    y, slot, score, out, D, chunks, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+    y, slot, score, out, S, D, chunks, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One program per token, or per chunk of a wide one."""
     wide = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
@@ -172,7 +178,8 @@ def _sum_rows(
     d = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], wide)
     for k in tl.static_range(K):
-        row = tl.load(y + tl.load(slot + t * K + k) * D + d, mask=d < D, other=0).to(wide)
+        source = tl.load(slot + t * K + k)
+        row = tl.load(y + source * D + d, mask=d < tl.where(source < S, D, 0), other=0).to(wide)
         if WEIGHTED:
             # A product plus a sum is one instruction that rounds once. This rounds the product too, as the plain
             # version does; the zero is lost on no sum that starts from zero.
@@ -183,41 +190,56 @@ def _sum_rows(
 
 def weighted_sum_backward(
     dout_TD: Float[Tensor, "T D"],
-    y_ND: Float[Tensor, "N D"],
+    y_SD: Float[Tensor, "S D"],
     score_TK: Float[Tensor, "T K"],
     slot_TK: Integer[Tensor, "T K"],
-) -> tuple[Float[Tensor, "N D"], Float[Tensor, "T K"]]:
+    assignment_S: Integer[Tensor, " S"] | None = None,
+) -> tuple[Float[Tensor, "S D"], Float[Tensor, "T K"]]:
     """dy[slot[t,k]] = round(score[t,k] * dout[t]) and dscore[t,k] = sum over d of dout[t,d] * y[slot[t,k],d].
 
-    A token's gradient is read once, and each of its rows is read and written once.
+    A token's gradient is read once, and each of its rows is read and written once. Where rows can be padding,
+    `assignment` says which are, and they are written as zero.
 
-    Shapes: dy_ND, dscore_TK.
+    Shapes: dy_SD, dscore_TK.
     """
-    (T, K), D = slot_TK.shape, y_ND.shape[1]
-    dy_ND, dscore_TK = y_ND.new_empty(T * K, D), torch.empty_like(score_TK, memory_format=torch.contiguous_format)
+    (T, K), (S, D) = slot_TK.shape, y_SD.shape
+    dy_SD, dscore_TK = y_SD.new_empty(S, D), torch.empty_like(score_TK, memory_format=torch.contiguous_format)
     BLOCK, num_warps = _tile(D, K)
-    _weighted_sum_backward[(T,)](
-        dout_TD.contiguous(), y_ND.contiguous(), score_TK.contiguous(), slot_TK, dy_ND, dscore_TK, D,
-        K=K, K_PADDED=_power_of_2(K), BLOCK=BLOCK, num_warps=num_warps,
+    looking = 0 if assignment_S is None else -(-S // PADDING_ROWS)
+    _weighted_sum_backward[(T + looking,)](
+        dout_TD.contiguous(), y_SD.contiguous(), score_TK.contiguous(), slot_TK,
+        slot_TK if assignment_S is None else assignment_S, dy_SD, dscore_TK, T, S, D,
+        K=K, K_PADDED=_power_of_2(K), PADDED=looking > 0, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK, num_warps=num_warps,
     )  # fmt: skip
-    return dy_ND, dscore_TK
+    return dy_SD, dscore_TK
 
 
 @triton.jit
 @no_type_check
 def _weighted_sum_backward(
-    dout, y, score, slot, dy, dscore, D, K: tl.constexpr, K_PADDED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One program per token: its K rows side by side, chunk after chunk."""
+    dout, y, score, slot, assignment, dy, dscore, T, S, D,
+    K: tl.constexpr, K_PADDED: tl.constexpr, PADDED: tl.constexpr, PADDING_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per token: its K rows side by side, chunk after chunk. After them, those that look for padding."""
     wide = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
     t = tl.program_id(0).to(tl.int64)
+    if PADDED and t >= T:
+        r = (t - T) * PADDING_ROWS + tl.arange(0, PADDING_ROWS)
+        padding = tl.load(assignment + r, mask=r < S, other=0) >= T * K
+        if tl.max(padding.to(tl.int32), 0) > 0:
+            for first in range(0, D, BLOCK):
+                d = first + tl.arange(0, BLOCK)
+                zero = tl.zeros([PADDING_ROWS, BLOCK], dy.dtype.element_ty)
+                tl.store(dy + r[:, None] * D + d[None, :], zero, mask=padding[:, None] & (d < D)[None, :])
+        return
     k = tl.arange(0, K_PADDED)
-    row = tl.load(slot + t * K + k, mask=k < K, other=0)
+    row = tl.load(slot + t * K + k, mask=k < K, other=S)
     weight = tl.load(score + t * K + k, mask=k < K, other=0).to(wide)
+    real = row < S if PADDED else k < K
     total = tl.zeros([K_PADDED, BLOCK], wide)
     for first in range(0, D, BLOCK):
         d = first + tl.arange(0, BLOCK)
-        inside = (k < K)[:, None] & (d < D)[None, :]
+        inside = real[:, None] & (d < D)[None, :]
         place = row[:, None] * D + d[None, :]
         gradient = tl.load(dout + t * D + d, mask=d < D, other=0).to(wide)[None, :]
         total += gradient * tl.load(y + place, mask=inside, other=0).to(wide)

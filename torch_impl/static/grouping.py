@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from torch_impl import kernels
 from torch_impl.layout import exclusive_cumsum
 from torch_impl.static.checks import check_capacity, check_capacity_factor
 from torch_impl.static.layout import invert, rows_or_zero
@@ -142,13 +143,18 @@ class _ExpandRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, assignment_BC, slot_TK):
         ctx.save_for_backward(slot_TK)
-        return rows_or_zero(x_TD, assignment_BC // max(slot_TK.shape[1], 1))
+        token_BC = assignment_BC // max(slot_TK.shape[1], 1)
+        if kernels.use_kernels(x_TD):
+            return kernels.gather_rows(x_TD, token_BC)
+        return rows_or_zero(x_TD, token_BC)
 
     @staticmethod
     def backward(ctx, dx_BCD):  # type: ignore[override]
         (slot_TK,) = ctx.saved_tensors
-        wide = torch.promote_types(dx_BCD.dtype, torch.float32)
         dx_SD = dx_BCD.reshape(-1, dx_BCD.shape[-1])
+        if kernels.use_kernels(dx_SD):
+            return kernels.sum_rows(dx_SD, slot_TK), None, None
+        wide = torch.promote_types(dx_BCD.dtype, torch.float32)
         dx_TD = torch.zeros(slot_TK.shape[0], dx_SD.shape[1], dtype=wide, device=dx_SD.device)
         for slot_T in slot_TK.unbind(dim=1):
             dx_TD = dx_TD + rows_or_zero(dx_SD, slot_T).to(wide)
@@ -169,8 +175,10 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_BCD, score_TK, slot_TK, assignment_BC):
         ctx.save_for_backward(y_BCD, score_TK, slot_TK, assignment_BC)
-        wide = torch.promote_types(y_BCD.dtype, torch.float32)
         y_SD = y_BCD.reshape(-1, y_BCD.shape[-1])
+        if kernels.use_kernels(y_SD):
+            return kernels.sum_rows(y_SD, slot_TK, score_TK)
+        wide = torch.promote_types(y_BCD.dtype, torch.float32)
         out_TD = torch.zeros(slot_TK.shape[0], y_SD.shape[1], dtype=wide, device=y_SD.device)
         for score_T, slot_T in zip(score_TK.unbind(dim=1), slot_TK.unbind(dim=1), strict=True):
             out_TD = out_TD + score_T.to(wide)[:, None] * rows_or_zero(y_SD, slot_T).to(wide)
@@ -179,8 +187,12 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout_TD):  # type: ignore[override]
         y_BCD, score_TK, slot_TK, assignment_BC = ctx.saved_tensors
-        wide = torch.promote_types(y_BCD.dtype, torch.float32)
         y_SD = y_BCD.reshape(-1, y_BCD.shape[-1])
+        if kernels.use_kernels(y_SD):
+            of_row_S = assignment_BC.reshape(-1)
+            dy_SD, dscore_TK = kernels.weighted_sum_backward(dout_TD, y_SD, score_TK, slot_TK, of_row_S)
+            return dy_SD.reshape(y_BCD.shape), dscore_TK, None, None
+        wide = torch.promote_types(y_BCD.dtype, torch.float32)
         token_BC = assignment_BC // max(slot_TK.shape[1], 1)
         score_BC1 = rows_or_zero(score_TK.reshape(-1), assignment_BC).to(wide)[..., None]
         dy_BCD = score_BC1 * rows_or_zero(dout_TD, token_BC).to(wide)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from torch_impl import kernels
 from torch_impl.layout import exclusive_cumsum
 
 
@@ -84,12 +85,15 @@ class _PermuteRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_SD, source_S, target_S):
         ctx.save_for_backward(target_S)
-        return rows_or_zero(x_SD.reshape(-1, x_SD.shape[-1]), source_S)
+        x_SD = x_SD.reshape(-1, x_SD.shape[-1])
+        return kernels.gather_rows(x_SD, source_S) if kernels.use_kernels(x_SD) else rows_or_zero(x_SD, source_S)
 
     @staticmethod
     def backward(ctx, dy_SD):  # type: ignore[override]
         (target_S,) = ctx.saved_tensors
-        return rows_or_zero(dy_SD.reshape(-1, dy_SD.shape[-1]), target_S), None, None
+        dy_SD = dy_SD.reshape(-1, dy_SD.shape[-1])
+        dx_SD = kernels.gather_rows(dy_SD, target_S) if kernels.use_kernels(dy_SD) else rows_or_zero(dy_SD, target_S)
+        return dx_SD, None, None
 
 
 def rows_or_zero(x: Tensor, index: Integer[Tensor, "..."]) -> Tensor:

@@ -1,0 +1,211 @@
+"""Programs for a GPU, compiled without one: the compilers only ask what card it is. `make test-kernels` installs them.
+
+Shows what neither a CPU nor an interpreter does: a kernel that the compiler refuses, rows that move in small pieces,
+registers that spill, temporaries, and how much is launched.
+"""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jax_impl import dynamic, kernels, moe_layer, plan_capacity
+from jax_impl.grouping import Capacity, combine, group_by_expert
+from jax_impl.layout import to_expert_major, to_rank_major
+from torch_impl import kernels as triton_kernels
+
+# As XLA describes an H200 (its backends/gpu/target_config/specs/h200.txtpb).
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  core_count: 132 fpus_per_core: 128 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 151397597184
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H200 141GB HBM3e"
+"""
+AXIS = "ranks"
+pytestmark = pytest.mark.compilers
+
+
+@pytest.fixture(autouse=True)
+def _as_if_there_were_a_gpu(monkeypatch):
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: True)
+
+
+def devices(n: int) -> list:
+    return topologies.get_topology_desc("h200", "cuda", target_config=H200, topology=f"1x1x{n}").devices
+
+
+def compiled(run, *arguments):
+    """For one GPU, from arrays or their shapes."""
+    one = SingleDeviceSharding(devices(1)[0])
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), arguments)
+    return jax.jit(run).lower(*shapes).compile()
+
+
+def temporary_bytes(program) -> int:
+    memory = program.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
+def launches(program) -> list[str]:
+    """What the program starts, one after the other."""
+    entry = re.search(r"^ENTRY .*?^}", program.as_text(), re.MULTILINE | re.DOTALL).group()  # type: ignore[union-attr]
+    started = re.findall(r"^\s+(?:ROOT )?%([\w.-]+) = .*? ([\w-]+)\(", entry, re.MULTILINE)
+    return [name for name, kind in started if kind in ("fusion", "custom-call", "copy", "sort", "while", "convolution")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("how_mapped", "P", "layer"),
+    [
+        ("no axis", 1, "rank"), ("no axis", 1, "expert"), ("no axis", 1, "dynamic"),
+        ("vmap", 4, "rank"), ("vmap", 4, "expert"),
+        ("shard_map", 2, "rank"), ("shard_map", 2, "expert"), ("shard_map", 2, "dynamic"),
+    ],
+)  # fmt: skip
+def test_the_layer_compiles_forward_and_backward(how_mapped, P, layer, dtype, monkeypatch):
+    monkeypatch.setattr("jax_impl.dynamic.exchange.check_ragged_exchange", lambda axis_name: None)
+    T, D, F, E, K = 16, 32, 24, 8, 2
+    static = partial(moe_layer, capacity=plan_capacity("1.25", T, K, E, P, per=layer)) if layer != "dynamic" else None
+
+    def run(x, router, *weights):
+        of_layer = static or dynamic.moe_layer
+        return of_layer(x, router, *weights, top_k=K, axis_name=None if how_mapped == "no axis" else AXIS).out_TD
+
+    def block(x, router, *weights):
+        return run(x[0], router, *(w[0] for w in weights))[None]
+
+    if how_mapped == "shard_map":
+        mesh = Mesh(np.array(devices(P)), (AXIS,), axis_types=(AxisType.Auto,))
+        split, whole = PartitionSpec(AXIS), PartitionSpec()
+        over = jax.shard_map(block, mesh=mesh, in_specs=(split, whole, split, split, split), out_specs=split)
+        of_ranks, of_all = NamedSharding(mesh, split), NamedSharding(mesh, whole)
+    else:
+        of_ranks = of_all = SingleDeviceSharding(devices(1)[0])
+        over = block if how_mapped == "no axis" else jax.vmap(run, axis_name=AXIS, in_axes=(0, None, 0, 0, 0))
+    shapes = [
+        jax.ShapeDtypeStruct((P, T, D), dtype, sharding=of_ranks),
+        jax.ShapeDtypeStruct((D, E), "float32", sharding=of_all),
+        *(jax.ShapeDtypeStruct((P, E // P, *s), dtype, sharding=of_ranks) for s in ((D, F), (D, F), (F, D))),
+    ]
+
+    def both(*arguments):
+        y, vjp = jax.vjp(over, *arguments)
+        return y, vjp(jnp.ones_like(y))
+
+    program = str(jax.jit(both).lower(*shapes).compile().as_text())
+    matmuls = 3 * 3 if dtype != "float32" and layer != "expert" else 0  # each forward, and its two gradients
+    assert program.count('custom_call_target="__gpu$xla.gpu.triton"') == 8 + matmuls
+
+
+# Of each stage forward and backward, indices included, at the three shapes of `parity bench`: T, D, E, K over 8 ranks.
+MODELS = {"deepseek-v3": (4096, 7168, 256, 8), "mixtral": (8192, 4096, 8, 2), "qwen3": (8192, 2048, 128, 8)}
+MOST_LAUNCHES = {
+    "group_by_expert": (15, 1), "to_expert_major": (7, 1), "to_rank_major": (1, 1), "combine": (1, 1)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("stage", MOST_LAUNCHES)
+def test_one_launch_moves_rows_and_few_find_where(model, stage):
+    (T, D, E, K), P = MODELS[model], 8
+    C, shape = T * K // P, jax.ShapeDtypeStruct
+    x, rows, sorted_rows = (shape(s, "bfloat16") for s in ((T, D), (P, C, D), (P * C, D)))
+    score, ids, index, sorted_index = (
+        shape((T, K), "float32"), shape((T, K), "int32"), shape((P, C), "int32"), shape((P * C,), "int32")
+    )  # fmt: skip
+    counts, counts_of_ranks = shape((E,), "int32"), shape((P, E // P), "int32")
+    run, arguments, gradient = {
+        "group_by_expert": (partial(group_by_expert, capacity=Capacity(P, C)), (x, ids, score, counts), rows),
+        "to_expert_major": (to_expert_major, (rows, counts_of_ranks), sorted_rows),
+        "to_rank_major": (to_rank_major, (sorted_rows, sorted_index, index), rows),
+        "combine": (combine, (rows, score, ids, index), x),
+    }[stage]
+    n = 2 if stage == "combine" else 1  # its scores are differentiated too
+    vjp = jax.eval_shape(lambda *a: jax.vjp(lambda *by: first(run(*by, *a[n:])), *a[:n])[1], *arguments)
+    programs = compiled(run, *arguments), compiled(lambda vjp, dy: vjp(dy), vjp, gradient)
+    for program, most in zip(programs, MOST_LAUNCHES[stage], strict=True):
+        assert len(launches(program)) <= most, launches(program)
+        assert temporary_bytes(program) < 2**20  # indices only: no row is written twice
+
+
+def first(out):
+    return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_temporary_of_a_matmul_grows_with_the_experts(model):
+    (T, D, E, K), F = MODELS[model], 2048
+    x, w, counts = (
+        jax.ShapeDtypeStruct((T * K, D), "bfloat16"), jax.ShapeDtypeStruct((E // 8, D, F), "bfloat16"),
+        jax.ShapeDtypeStruct((E // 8,), "int32"),
+    )  # fmt: skip
+    vjp = jax.eval_shape(
+        lambda x, w, counts: jax.vjp(lambda x, w: kernels.grouped_matmul(x, w, counts), x, w)[1], x, w, counts
+    )
+    dy = jax.ShapeDtypeStruct((T * K, F), "bfloat16")
+    for program in (compiled(kernels.grouped_matmul, x, w, counts), compiled(lambda vjp, dy: vjp(dy), vjp, dy)):
+        assert temporary_bytes(program) < 2**20
+
+
+def triton_programs(D: int, K: int) -> dict:
+    """Each kernel with the types of its arguments, its constants and its warps, as it is launched for such rows."""
+    one, many = triton_kernels._tile(D, 1), triton_kernels._tile(D, K)
+    x, index, score, number = "*bf16", "*i64", "*fp32", "i32"
+    rows = {"S": number, "D": number}
+    backward = dict.fromkeys(("dout", "y", "dy"), x) | dict.fromkeys(("slot", "assignment"), index)
+    backward |= dict.fromkeys(("score", "dscore"), score) | rows | {"T": number}
+    tile = {"BLOCK": many[0], "K": K}
+    padding = {"K_PADDED": triton_kernels._power_of_2(K), "PADDING_ROWS": triton_kernels.PADDING_ROWS}
+    of_sum = {"y": x, "slot": index, "out": x, "chunks": number} | rows
+    return {
+        "gather": ("_gather_rows", {"x": x, "index": index, "y": x, "chunks": number} | rows,
+                   {"BLOCK": one[0]}, one[1]),
+        "expand": ("_expand_rows", {"x": x, "slot": index, "y": x, "D": number, "chunks": number},
+                   {"BLOCK": one[0], "K": K}, one[1]),
+        "sum": ("_sum_rows", of_sum | {"score": index}, tile | {"WEIGHTED": False}, many[1]),
+        "weighted sum": ("_sum_rows", of_sum | {"score": score}, tile | {"WEIGHTED": True}, many[1]),
+        "backward": ("_weighted_sum_backward", backward, tile | padding | {"PADDED": False}, many[1]),
+        "padded backward": ("_weighted_sum_backward", backward, tile | padding | {"PADDED": True}, many[1]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("kernel", triton_programs(128, 1))
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_rows_move_16_bytes_at_a_time(model, kernel):
+    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+    from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
+
+    _, D, _, K = MODELS[model]
+    name, types, constants, warps = triton_programs(D, K)[kernel]
+    function = getattr(triton_kernels, name)
+    places = {name: (i,) for i, name in enumerate(function.arg_names)}
+    aligned = {places[name]: [["tt.divisibility", 16]] for name in types if name != "chunks"}
+    source = ASTSource(
+        function,
+        {name: types.get(name, "constexpr") for name in function.arg_names},
+        {places[name]: value for name, value in constants.items()},
+        aligned,
+    )
+    ptx = triton_kernels.triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm[
+        "ptx"
+    ]
+    rows = [instruction for instruction in re.findall(r"(?:ld|st)\.global[\w.:]*", ptx) if "b64" not in instruction]
+    assert rows.count("ld.global.v4.b32") >= 1
+    assert rows.count("st.global.v4.b32") >= 1
+    # Besides rows there are only indices, of 64 bits, and scores: one for each k at most.
+    assert sum(not instruction.endswith("v4.b32") for instruction in rows) <= K + 1
+    assert ".local" not in ptx  # registers spilled
