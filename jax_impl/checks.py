@@ -54,15 +54,18 @@ def check_routing(x_TD: Array, score_TK: Array, expert_id_TK: Array, counts_E: A
         )
     if not jnp.issubdtype(score_TK.dtype, jnp.floating):
         raise ValueError(f"scores are {score_TK.dtype}: they must be floating point")
-    if expert_id_TK.shape[1] > counts_E.shape[0]:
+    if counts_E.ndim != 1 or counts_E.dtype.name not in ("int32", "int64"):
+        raise ValueError(f"counts are {counts_E.dtype} {counts_E.shape}: they must be integers [E]")
+    if not 1 <= expert_id_TK.shape[1] <= counts_E.shape[0]:
         raise ValueError(
-            f"K is {expert_id_TK.shape[1]} with {counts_E.shape[0]} experts: a token cannot choose more than there are"
+            f"K is {expert_id_TK.shape[1]} with {counts_E.shape[0]} experts: a token chooses at least one, and cannot "
+            "choose more than there are"
         )
-    check_expert_ids(expert_id_TK, counts_E.shape[0])
+    check_expert_ids(expert_id_TK, counts_E.shape[0], counts_E)
 
 
-def check_expert_ids(expert_id_TK: Array, n_experts: int) -> None:
-    """Raises ValueError on ids that are not integers, out of [0, E), or twice in one token.
+def check_expert_ids(expert_id_TK: Array, n_experts: int, counts_E: Array | None = None) -> None:
+    """Raises ValueError on ids that are not integers, out of [0, E), twice in one token, or counted otherwise.
 
     Values can be read outside a trace only; inside one, `group_by_expert` drops and counts what is out of range.
     """
@@ -83,6 +86,13 @@ def check_expert_ids(expert_id_TK: Array, n_experts: int) -> None:
         raise ValueError(
             f"token {token} chose experts {ids_TK[token].tolist()}: a token's experts must differ, "
             "or the no-drop capacity T*min(K, e) does not hold"
+        )
+    if counts_E is None or isinstance(counts_E, Tracer):
+        return
+    if not np.array_equal(np.bincount(ids_TK.reshape(-1), minlength=n_experts), counts_E):
+        raise ValueError(
+            f"counts per expert are {counts_E.tolist()}, which is not how often the ids name each: "
+            "pass the counts of the same routing (count_per_expert)"
         )
 
 
@@ -139,3 +149,11 @@ def check_capacity(n_bins: int, rows: int, priority: str, n_experts: int) -> Non
         raise ValueError(f"{n_bins} bins for {n_experts} experts: use one bin per rank, or one per expert")
     if priority not in ("token", "choice", "score"):
         raise ValueError(f"priority is {priority!r}: it must be 'token', 'choice' or 'score'")
+
+
+def check_bins(n_bins: int, n_ranks: int, n_experts: int) -> None:
+    """Raises ValueError unless there is a bin for each rank, or one for each expert."""
+    if n_bins not in (n_ranks, n_experts):
+        raise ValueError(
+            f"{n_bins} bins for {n_ranks} ranks of {n_experts} experts in all: use one bin per rank, or one per expert"
+        )

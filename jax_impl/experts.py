@@ -17,9 +17,10 @@ def apply_experts(
 ) -> Float[Array, "*S D"]:
     """y = (silu(x @ w_gate) * (x @ w_up)) @ w_down, each row by its own expert.
 
-    The first counts_e[0] rows are expert 0's, and so on; rows past them are padding. For [e, P*C, D], each expert has
-    a bin of its own. Every matmul accumulates in float32 and rounds once to x's dtype; silu and the product are
-    float32, rounded once. SwiGLU: Shazeer 2020, "GLU Variants Improve Transformer".
+    The first counts_e[0] rows are expert 0's, and so on; rows past them are padding, whose values are not read, and
+    which come out as zero. For [e, P*C, D], each expert has a bin of its own, in which zero rows stay zero. Every
+    matmul accumulates in float32 and rounds once to x's dtype; silu and the product are float32, rounded once. SwiGLU:
+    Shazeer 2020, "GLU Variants Improve Transformer".
     """
     wide = jnp.promote_types(x_SD.dtype, jnp.float32)
     gate_SF = grouped_matmul(x_SD, w_gate_eDF, counts_e)
@@ -31,7 +32,7 @@ def apply_experts(
 def grouped_matmul(
     x_SD: Float[Array, "*S D"], w_eDF: Float[Array, "e D F"], counts_e: Integer[Array, " e"]
 ) -> Float[Array, "*S F"]:
-    """Rows of expert j times w[j]; padding rows come out as zero.
+    """Rows of expert j times w[j]; rows past the groups come out as zero.
 
     True float32 for float32: JAX on a GPU would use TF32. `ragged_dot` leaves rows past its groups unspecified.
     """

@@ -45,14 +45,13 @@ def plan_capacity(
     if factor is None:
         rows = n_tokens * (min(top_k, n_experts // n_ranks) if per == "rank" else 1)
     else:
-        exact = Fraction(str(factor)) if isinstance(factor, float) else Fraction(factor)
-        rows = math.ceil(exact * n_tokens * top_k / n_bins)
-    return Capacity(n_bins, math.ceil(max(rows, 1) / align) * align, priority)
+        rows = math.ceil(Fraction(str(factor)) * n_tokens * top_k / n_bins)
+    return Capacity(n_bins, -(-max(rows, 1) // align) * align, priority)
 
 
 class Grouped(NamedTuple):
     x_BCD: Float[Array, "B C D"]
-    slot_TK: Integer[Array, "T K"]  # the row that holds assignment (t, k), counting over bins; B*C where it was dropped
+    slot_TK: Integer[Array, "T K"]  # the row, counted over bins, of assignment (t, k); B*C where it was dropped
     assignment_BC: Integer[Array, "B C"]  # the assignment a = t*K + k that each row holds; T*K where it is padding
     kept_E: Integer[Array, " E"]  # assignments kept, per expert
 
@@ -89,8 +88,6 @@ def group_by_expert(
     full_BC = jnp.arange(C) < kept_B[:, None]
     assignment_BC = jnp.where(full_BC, rows_or_zero(sorted_N, row_BC), N)
     slot_TK = invert(assignment_BC.reshape(-1), N).reshape(T, K)
-    # Computed once: left to itself, XLA computes an index anew in every gather that it fuses it into.
-    assignment_BC, slot_TK = jax.lax.optimization_barrier((assignment_BC, slot_TK))
     return Grouped(expand_rows(x_TD, assignment_BC, slot_TK), slot_TK, assignment_BC, kept_E)
 
 
@@ -135,7 +132,7 @@ def expand_rows(
     x_TD: Float[Array, "T D"], assignment_BC: Integer[Array, "B C"], slot_TK: Integer[Array, "T K"]
 ) -> Float[Array, "B C D"]:
     """Row r is the token of assignment r, padding is zero. Backward, a token gathers its K rows: no scatter-add."""
-    token_BC = assignment_BC // max(slot_TK.shape[1], 1)
+    token_BC = assignment_BC // slot_TK.shape[1]
     if kernels.use_kernels(x_TD):
         return kernels.gather_rows(x_TD, token_BC)
     return rows_or_zero(x_TD, token_BC)
@@ -189,7 +186,7 @@ def _weighted_sum_backward(saved, dout_TD):
         dy_SD, dscore_TK = kernels.weighted_sum_backward(dout_TD, y_SD, score_TK, slot_TK, assignment_BC.reshape(-1))
         return dy_SD.reshape(y_BCD.shape), dscore_TK, None, None
     score_BC = rows_or_zero(score_TK.reshape(-1), assignment_BC).astype(wide)
-    dy_BCD = score_BC[..., None] * rows_or_zero(dout_TD, assignment_BC // max(slot_TK.shape[1], 1)).astype(wide)
+    dy_BCD = score_BC[..., None] * rows_or_zero(dout_TD, assignment_BC // slot_TK.shape[1]).astype(wide)
     dscore_TK = [(dout_TD.astype(wide) * rows_or_zero(y_SD, slot_T).astype(wide)).sum(axis=1) for slot_T in slot_TK.T]
     return dy_BCD.astype(y_BCD.dtype), jnp.stack(dscore_TK, axis=1).astype(score_TK.dtype), None, None
 

@@ -1,7 +1,8 @@
 """Row movements, and matmuls of rows grouped by expert, as Pallas kernels: each does what the plain version does.
 
 XLA reads rows 8 bytes at a time and finds out which rows are padding in a launch of its own for each k; a kernel here
-reads and writes every row once, 16 bytes at a time. Sums over K are in the plain version's order.
+does all in one, 16 bytes at a time, and reads and writes every row once. (Only tokens are gathered, once for each
+row.) Sums over K are in the plain version's order.
 
 `jax.lax.ragged_dot` on a GPU multiplies every row by every expert's weights and keeps one product of e. These read a
 row once per tile of columns, and an expert's weights once per tile of its rows.
@@ -25,7 +26,10 @@ INTERPRET = False  # tests set it, to run without a GPU
 
 
 def use_kernels(x: Array) -> bool:  # noqa: ARG001  the same question for every array here; not so in PyTorch
-    """Whether x can go through kernels: on a GPU."""
+    """Whether x can go through kernels: where JAX's default backend is a GPU.
+
+    On such a machine's CPU, then, only with JAX_PLATFORMS=cpu: while tracing nobody knows where x will be.
+    """
     return jax.default_backend() == "gpu"
 
 
@@ -139,7 +143,10 @@ def _weighted_sum_backward_kernel(
 
 
 def _tile(width: int, n_rows: int) -> tuple[int, int]:
-    """Columns that a program takes of so many rows at once, and its warps: 16-byte accesses, two or four a thread."""
+    """Columns that a program takes of so many rows at once, and its warps.
+
+    A thread has 16 elements of one row, 8 of each of several, and more where 8 warps are not enough for that.
+    """
     BLOCK = max(128, min(_power_of_2(width), 8192 // _power_of_2(n_rows)))
     return BLOCK, max(1, min(8, BLOCK // (512 if n_rows == 1 else 256)))
 

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float, Integer
 
 from jax_impl import kernels
+from jax_impl.checks import check_bins
 
 
 class ExpertMajor(NamedTuple):
@@ -23,13 +24,13 @@ def to_expert_major(x_BCD: Float[Array, "B C D"], counts_Pe: Integer[Array, "P e
         expert bins   p0e0: a __ | p0e1: b c | p1e0: d __ | p1e1: __ __     e0: a __ d __ | e1: b c __ __
 
     Padding comes out as zero, whatever it held when it came in.
+
+    Raises ValueError when there are neither as many bins as ranks nor as experts.
     """
-    B, C, _ = x_BCD.shape
-    per_rank = counts_Pe.shape[0] == B
-    source_S = rank_bins_source(counts_Pe, C) if per_rank else expert_bins_source(counts_Pe, C)
+    (B, C, _), (P, e) = x_BCD.shape, counts_Pe.shape
+    check_bins(B, P, P * e)
+    source_S = rank_bins_source(counts_Pe, C) if B == P else expert_bins_source(counts_Pe, C)
     target_BC = invert(source_S.reshape(-1), B * C).reshape(B, C)
-    # Computed once: left to itself, XLA computes an index anew in every gather that it fuses it into.
-    source_S, target_BC = jax.lax.optimization_barrier((source_S, target_BC))
     return ExpertMajor(permute_rows(x_BCD, source_S, target_BC), source_S, target_BC)
 
 
@@ -71,8 +72,9 @@ def segments_source(
     counts_eP = counts_Pe.T
     start_eP = exclusive_cumsum(counts_eP.reshape(-1)).reshape(counts_eP.shape)
     row_R = jnp.arange(output_size)
-    segment_R = (row_R[:, None] >= (start_eP + counts_eP).reshape(-1)).sum(axis=1)
-    shift_R = (start_Pe.T - start_eP).reshape(-1).at[segment_R].get(mode="clip")
+    ends = (start_eP + counts_eP).reshape(-1)
+    segment_R = jnp.searchsorted(ends, row_R, side="right", method="compare_all")  # the other methods loop
+    shift_R = rows_or_zero((start_Pe.T - start_eP).reshape(-1), segment_R)
     return jnp.where(row_R < counts_Pe.sum(), shift_R + row_R, output_size)
 
 

@@ -31,9 +31,11 @@ def route(
 
     Equal logits go to the lower expert id. `renormalize` divides the K chosen scores by their sum (Mixtral, Qwen3),
     guarded by 1e-20 as DeepSeek-V3 does; `scale` multiplies them last (DeepSeek-V3's routed scaling factor).
-    `expert_id_TK` replays a choice made before (a recording, a recomputation): only its scores are computed.
+    `expert_id_TK` replays a choice made before (a recording, a recomputation): only its scores are computed. An id out
+    of range that is not found here gets some expert's score, and is found or dropped later.
 
-    Raises ValueError on a wrong shape, dtype, `top_k` or `score_function`, and on replayed ids out of range.
+    Raises ValueError on a wrong shape, dtype, `top_k` or `score_function`, and on replayed ids out of range where
+    their values are at hand: not traced.
     """
     check_router(x_TD, router_DE, top_k, score_function, scale, expert_id_TK)
     wide = jnp.promote_types(x_TD.dtype, jnp.float32)
@@ -41,7 +43,7 @@ def route(
     if expert_id_TK is None:
         expert_id_TK = jnp.argsort(logits_TE, axis=-1, descending=True, stable=True)[:, :top_k]
     score_TE = jax.nn.softmax(logits_TE, axis=-1) if score_function == "softmax" else jax.nn.sigmoid(logits_TE)
-    score_TK = jnp.take_along_axis(score_TE, expert_id_TK, axis=1)
+    score_TK = jnp.take_along_axis(score_TE, expert_id_TK.clip(0, router_DE.shape[1] - 1), axis=1)
     if renormalize:
         score_TK = score_TK / (score_TK.sum(axis=-1, keepdims=True) + 1e-20)
     return Routing(score_TK * scale, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))

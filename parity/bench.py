@@ -8,12 +8,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from parity.backends import SIDES, BackendError
+from parity.case import MODELS, Case
 
 # In this order they are one layer's data movement on one rank; the exchange, and the experts, go in between.
 STAGES = ("group_by_expert", "to_expert_major", "to_rank_major", "combine")
@@ -23,44 +26,34 @@ ACROSS_RANKS = ("exchange", "whole")  # what is measured where the rows really g
 N_SETS = 3  # inputs to rotate among: with the N-row arrays in between, far more than any cache holds
 
 
-class Shape(msgspec.Struct, frozen=True):
-    """What one rank has, and over how many ranks its rows would go."""
-
-    name: str
-    tokens: int
-    width: int
-    experts: int
-    top_k: int
-    hidden: int
-    ranks: int = 8
-
-    @property
-    def rows(self) -> int:
-        """N, assignments on the rank."""
-        return self.tokens * self.top_k
-
-    @property
-    def rows_per_bin(self) -> int:
-        """C at a capacity factor of 1, a bin per rank."""
-        return -(-self.rows // self.ranks)
-
-
+# Rows of one rank of eight; in JAX padded to a capacity factor of 1.
 SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("deepseek-v3", tokens=4096, width=7168, experts=256, top_k=8, hidden=2048),
-        Shape("mixtral", tokens=8192, width=4096, experts=8, top_k=2, hidden=14336),
-        Shape("qwen3", tokens=8192, width=2048, experts=128, top_k=8, hidden=768),
-        Shape("small", tokens=1024, width=256, experts=16, top_k=4, hidden=256),
-    )
-}
-LARGE = ("deepseek-v3", "mixtral", "qwen3")
+    **{
+        name: replace(MODELS[name], tokens=tokens, capacity_factor="1")
+        for name, tokens in (("deepseek-v3", 4096), ("mixtral-8x7b", 8192), ("qwen3-30b-a3b", 8192))
+    },
+    "small": Case(
+        "small", ranks=8, tokens=1024, width=256, hidden=256, experts=16, top_k=4, capacity_factor="1",
+    ),
+}  # fmt: skip
+
+
+class Movement(NamedTuple):
+    """The four stages that move rows, of one variant. The first argument of each is a row array."""
+
+    group_by_expert: Callable[..., Any]
+    to_expert_major: Callable[..., Any]
+    to_rank_major: Callable[..., Any]
+    combine: Callable[..., Any]
+
+
+Step = Callable[[int], Any]  # runs once, on the set of inputs with this number
 
 
 class Plan(msgspec.Struct, frozen=True):
     """What to measure."""
 
-    shapes: tuple[Shape, ...] = ()  # empty: the three models' on a GPU, the small one on a CPU
+    shapes: tuple[Case, ...] = ()  # empty: the three models' on a GPU, the small one on a CPU
     sides: tuple[str, ...] = SIDES
     parts: tuple[str, ...] = PARTS
     baselines: bool = True
@@ -117,17 +110,17 @@ def leaving_rows(rows: int, ranks: int, direction: str) -> int:
     return rows * (ranks - 1) // ranks * (1 if direction == "forward" else 2)
 
 
-def expert_flops(shape: Shape, rows: int, direction: str) -> int:
+def expert_flops(shape: Case, rows: int, direction: str) -> int:
     """Of SwiGLU's three matmuls; backward has two for each, one for its input and one for its weights."""
     return 3 * 2 * rows * shape.width * shape.hidden * (1 if direction == "forward" else 3)
 
 
-def choose_shapes(plan: Plan, on_gpu: bool) -> list[Shape]:
+def choose_shapes(plan: Plan, on_gpu: bool) -> list[Case]:
     """Those asked for; else what the device is made for."""
-    return list(plan.shapes) or [SHAPES[name] for name in (LARGE if on_gpu else ("small",))]
+    return list(plan.shapes) or [case for name, case in SHAPES.items() if (name == "small") != on_gpu]
 
 
-def draw_routing(shape: Shape, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_routing(shape: Case, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores [T, K] in float32, expert ids [T, K] and counts [E]: K different experts for each token, at random."""
     rng = np.random.default_rng(seed)
     key_TE = rng.random((shape.tokens, shape.experts), dtype=np.float32)
@@ -141,6 +134,11 @@ def summarize(seconds: Iterable[float]) -> dict[str, float]:
     seconds = sorted(seconds)
     low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return {"median": median, "low": low, "high": high, "runs": len(seconds)}
+
+
+def emit(figure: Figure) -> None:
+    """A line of JSON, at once: what was measured outlives a run that is cut off."""
+    print(msgspec.json.encode(figure).decode(), flush=True)
 
 
 def busiest(ran: Sequence[tuple[str, float]], number: int = 10) -> dict[str, float]:

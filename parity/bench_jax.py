@@ -8,9 +8,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,28 +30,21 @@ from parity.bench import (
     N_SETS,
     STAGES,
     Figure,
+    Movement,
     Plan,
-    Shape,
+    Step,
     busiest,
     choose_shapes,
     draw_routing,
+    emit,
     expert_flops,
     leaving_rows,
     row_passes,
     summarize,
 )
+from parity.case import Case
 
-Step = Callable[[int], Any]  # runs once, on the set of inputs with this number
 BATCHES = 20
-
-
-class Movement(NamedTuple):
-    """The four stages that move rows, of one variant. The first argument of each is a row array."""
-
-    group_by_expert: Callable[..., Any]
-    to_expert_major: Callable[..., Any]
-    to_rank_major: Callable[..., Any]
-    combine: Callable[..., Any]
 
 
 def plain_group_by_expert(
@@ -157,7 +151,7 @@ def main(plan: Plan) -> None:
         return
     for shape in choose_shapes(plan, on_gpu):
         for variant, movement in ({"ours": OURS, "plain": PLAIN} if plan.baselines else {"ours": OURS}).items():
-            capacity = Capacity(shape.ranks, shape.rows_per_bin)
+            capacity = Capacity(shape.ranks, shape.capacity)
             group = partial(movement.group_by_expert, capacity=capacity)
             differentiable = [differentiated(f) for f in (group, *movement[1:])]
             inference = [program(f) for f in (group, *movement[1:])]
@@ -194,7 +188,7 @@ def copy_figure(plan: Plan, on_gpu: bool) -> Figure:
     return figure
 
 
-def movement_figures(plan: Plan, shape: Shape, variant: str, inference: list, differentiable: list, part: str) -> None:
+def movement_figures(plan: Plan, shape: Case, variant: str, inference: list, differentiable: list, part: str) -> None:
     """One stage or the whole chain, forward and with backward."""
     sets = [draw_inputs(plan, shape, inference, part, plan.seed + i) for i in range(N_SETS)]
 
@@ -227,15 +221,15 @@ def movement_figures(plan: Plan, shape: Shape, variant: str, inference: list, di
     for direction, step in zip(DIRECTIONS, (forward, both), strict=True):
         figure = measure(plan, step)
         figure.shape, figure.variant, figure.part, figure.direction = shape.name, variant, part, direction
-        padded = shape.ranks * shape.rows_per_bin
+        padded = shape.ranks * shape.capacity
         size = jnp.dtype(plan.dtype).itemsize
         figure.bytes = row_passes(part, direction, shape.tokens, padded) * shape.width * size
         emit(figure)
 
 
-def draw_inputs(plan: Plan, shape: Shape, inference: list, part: str, seed: int) -> tuple[Array, Any, Array]:
+def draw_inputs(plan: Plan, shape: Case, inference: list, part: str, seed: int) -> tuple[Array, Any, Array]:
     """The rows that go in, what goes with them, and the gradient that comes back."""
-    P, C = shape.ranks, shape.rows_per_bin
+    P, C = shape.ranks, shape.capacity
     score_TK, ids_TK, counts_E = (jnp.asarray(a) for a in draw_routing(shape, seed))
     ids_TK = ids_TK.astype(jnp.int32)
     x_key, cotangent_key = jax.random.split(jax.random.key(seed))
@@ -257,13 +251,13 @@ def draw_inputs(plan: Plan, shape: Shape, inference: list, part: str, seed: int)
     return x_SD, (source, target), dx_SD.reshape(x_PCD.shape)
 
 
-def kept_per_expert(ids_TK: Array, slot_TK: Array, shape: Shape) -> Array:
+def kept_per_expert(ids_TK: Array, slot_TK: Array, shape: Case) -> Array:
     """Rows that the capacity left of each expert, [P, e]."""
-    kept_N = (slot_TK < shape.ranks * shape.rows_per_bin).reshape(-1)
+    kept_N = (slot_TK < shape.ranks * shape.capacity).reshape(-1)
     return jnp.zeros(shape.experts, jnp.int32).at[ids_TK.reshape(-1)].add(kept_N).reshape(shape.ranks, -1)
 
 
-def expert_figures(plan: Plan, shape: Shape) -> None:
+def expert_figures(plan: Plan, shape: Case) -> None:
     """SwiGLU over equal groups: a batched einsum over expert bins, a grouped matmul over rank bins."""
     e, D, F = shape.experts // shape.ranks, shape.width, shape.hidden
     keys = iter(jax.random.split(jax.random.key(plan.seed), 8))
@@ -272,7 +266,7 @@ def expert_figures(plan: Plan, shape: Shape) -> None:
         return jax.random.normal(next(keys), sizes, plan.dtype) * jnp.asarray(sizes[-2] ** -0.5, plan.dtype)
 
     weights = draw(e, D, F), draw(e, D, F), draw(e, F, D)
-    rows = shape.rows // e * e
+    rows = shape.assignments // e * e
     counts_e = jnp.full(e, rows // e, jnp.int32)
     for variant, sizes in {"einsum over expert bins": (e, rows // e, D), "rank bins": (rows, D)}.items():
         x_SD, dy_SD = draw(*sizes), draw(*sizes)
@@ -292,7 +286,7 @@ def expert_figures(plan: Plan, shape: Shape) -> None:
             emit(figure)
 
 
-def across_ranks(plan: Plan, shapes: list[Shape]) -> None:
+def across_ranks(plan: Plan, shapes: list[Case]) -> None:
     """The exchange, and the whole with it, a device per rank; every stage is a program of its own."""
     P = plan.ranks
     if len(jax.devices()) < P:
@@ -305,8 +299,8 @@ def across_ranks(plan: Plan, shapes: list[Shape]) -> None:
 
         return jax.shard_map(block, mesh=mesh, in_specs=PartitionSpec("ranks"), out_specs=PartitionSpec("ranks"))
 
-    for shape in [msgspec.structs.replace(shape, ranks=P) for shape in shapes]:
-        C, N, D = shape.rows_per_bin, P * shape.rows_per_bin, shape.width
+    for shape in [replace(shape, ranks=P) for shape in shapes]:
+        C, N, D = shape.capacity, P * shape.capacity, shape.width
         group = partial(group_by_expert, capacity=Capacity(P, C))
         send, back = (partial(f, axis_name="ranks") for f in (send_tokens, return_tokens))
         count = program(on_ranks(partial(exchange_counts, axis_name="ranks")))
@@ -417,11 +411,6 @@ def count_on_gpu(figure: Figure, step: Step) -> None:
     if ran:
         figure.launches, figure.busy, figure.kernels = len(ran), sum(took for _, took in ran), busiest(ran)
         figure.syncs = 0
-
-
-def emit(figure: Figure) -> None:
-    """A line of JSON, at once: what was measured outlives a run that is cut off."""
-    print(msgspec.json.encode(figure).decode(), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The PyTorch side of `bench`: ours, the straightforward version, and that under torch.compile."""
 
-import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import torch
@@ -21,32 +22,25 @@ from parity.bench import (
     N_SETS,
     STAGES,
     Figure,
+    Movement,
     Plan,
-    Shape,
+    Step,
     busiest,
     choose_shapes,
     draw_routing,
+    emit,
     expert_flops,
     leaving_rows,
     row_passes,
     summarize,
 )
+from parity.case import Case
 from torch_impl.exchange import exchange_counts, return_tokens, send_tokens
 from torch_impl.experts import apply_experts
 from torch_impl.grouping import combine, group_by_expert
 from torch_impl.layout import expert_major_source, invert, to_expert_major, to_rank_major
 
-Step = Callable[[int], Any]  # runs once, on the set of inputs with this number
 RUNS_TOGETHER = 20  # with other ranks, which must agree on it
-
-
-class Movement(NamedTuple):
-    """The four stages that move rows, of one variant."""
-
-    group_by_expert: Callable[..., Any]
-    to_expert_major: Callable[..., Any]
-    to_rank_major: Callable[..., Any]
-    combine: Callable[..., Any]
 
 
 def plain_group_by_expert(
@@ -85,10 +79,7 @@ PLAIN = Movement(plain_group_by_expert, plain_to_expert_major, plain_to_rank_maj
 def main(plan: Plan) -> None:
     """Measure, and print a line of JSON for each figure."""
     if plan.ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-        spawn(one_rank, (plan, address), nprocs=plan.ranks)
+        start_ranks(one_rank, plan, plan.ranks)
         return
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -119,7 +110,7 @@ def copy_figure(plan: Plan, device: torch.device) -> Figure:
 
 
 def movement_figures(
-    plan: Plan, shape: Shape, device: torch.device, variant: str, movement: Movement, part: str
+    plan: Plan, shape: Case, device: torch.device, variant: str, movement: Movement, part: str
 ) -> None:
     """One stage or the whole chain, forward and with backward."""
     sets = [draw_inputs(plan, shape, device, movement, part, plan.seed + i) for i in range(N_SETS)]
@@ -139,12 +130,12 @@ def movement_figures(
         figure = measure(plan, device, forward if direction == "forward" else both)
         figure.shape, figure.variant, figure.part, figure.direction = shape.name, variant, part, direction
         size = torch.empty((), dtype=getattr(torch, plan.dtype)).element_size()
-        figure.bytes = row_passes(part, direction, shape.tokens, shape.rows) * shape.width * size
+        figure.bytes = row_passes(part, direction, shape.tokens, shape.assignments) * shape.width * size
         emit(figure)
 
 
 def draw_inputs(
-    plan: Plan, shape: Shape, device: torch.device, movement: Movement, part: str, seed: int
+    plan: Plan, shape: Case, device: torch.device, movement: Movement, part: str, seed: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Tensor, ...], Tensor]:
     """What to run, its arguments, those whose gradient is wanted, and the gradient that comes back to it."""
     score_TK, ids_TK, counts_E = (torch.from_numpy(a).to(device) for a in draw_routing(shape, seed))
@@ -162,10 +153,10 @@ def draw_inputs(
         y_RD = movement.to_rank_major(x_RD, source_R, target_R)
         return movement.combine(y_RD, score_TK, slot, assignment)
 
-    source_R = expert_major_source(counts_Pe, shape.rows)
+    source_R = expert_major_source(counts_Pe, shape.assignments)
     indices = movement.group_by_expert(draw(shape.tokens), ids_TK, counts_E)[1:] if part == "combine" else ()
-    x = draw(shape.tokens if part in ("group_by_expert", "whole") else shape.rows).requires_grad_()
-    cotangent = draw(shape.tokens if part in ("combine", "whole") else shape.rows)
+    x = draw(shape.tokens if part in ("group_by_expert", "whole") else shape.assignments).requires_grad_()
+    cotangent = draw(shape.tokens if part in ("combine", "whole") else shape.assignments)
     rest = {
         "group_by_expert": (ids_TK, counts_E),
         "to_expert_major": (counts_Pe,),
@@ -177,17 +168,17 @@ def draw_inputs(
     return whole if part == "whole" else getattr(movement, part), (x, *rest), wanted, cotangent
 
 
-def expert_figures(plan: Plan, shape: Shape, device: torch.device) -> None:
+def expert_figures(plan: Plan, shape: Case, device: torch.device) -> None:
     """SwiGLU over equal groups, by `grouped_mm` where it takes the dtype."""
     dtype, e, D, F = getattr(torch, plan.dtype), shape.experts // shape.ranks, shape.width, shape.hidden
 
     def draw(*sizes: int) -> Tensor:
         return (torch.randn(sizes, device=device, dtype=dtype) * sizes[-2] ** -0.5).requires_grad_()
 
-    x_RD, dy_RD = draw(shape.rows, D), draw(shape.rows, D).detach()
+    x_RD, dy_RD = draw(shape.assignments, D), draw(shape.assignments, D).detach()
     weights = draw(e, D, F), draw(e, D, F), draw(e, F, D)
-    counts_e = torch.full((e,), shape.rows // e, device=device)
-    counts_e[: shape.rows % e] += 1
+    counts_e = torch.full((e,), shape.assignments // e, device=device)
+    counts_e[: shape.assignments % e] += 1
 
     def forward(i: int) -> Any:  # noqa: ARG001  the weights alone are past the cache
         with torch.no_grad():
@@ -199,28 +190,42 @@ def expert_figures(plan: Plan, shape: Shape, device: torch.device) -> None:
     for direction, step in zip(DIRECTIONS, (forward, both), strict=True):
         figure = measure(plan, device, step)
         figure.shape, figure.variant, figure.part, figure.direction = shape.name, "grouped_mm", "experts", direction
-        figure.flops = expert_flops(shape, shape.rows, direction)
+        figure.flops = expert_flops(shape, shape.assignments, direction)
         emit(figure)
+
+
+def start_ranks(one_rank: Callable[[int, Any, str], None], plan: Any, n_ranks: int) -> None:
+    """`one_rank(rank, plan, address)` in as many processes, which meet at the address: see `join_ranks`."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(one_rank, (plan, f"file://{folder}/store"), nprocs=n_ranks)
+
+
+def join_ranks(rank: int, n_ranks: int, address: str) -> torch.device:
+    """Meet the others over NCCL with a GPU a rank, over gloo on a CPU; the device of this rank.
+
+    Raises ValueError when there are fewer GPUs than ranks.
+    """
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and torch.cuda.device_count() < n_ranks:
+        raise ValueError(f"--ranks {n_ranks} with {torch.cuda.device_count()} GPUs: it is measured with a GPU a rank")
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=address, rank=rank, world_size=n_ranks)
+    return device
 
 
 def one_rank(rank: int, plan: Plan, address: str) -> None:
     """The exchange, and the whole with it, on one of several ranks; the first prints what it measured."""
-    on_gpu, P = torch.cuda.is_available(), plan.ranks
-    if on_gpu and torch.cuda.device_count() < P:
-        raise ValueError(
-            f"--ranks {P} with {torch.cuda.device_count()} GPUs: the exchange is measured with a GPU a rank"
-        )
-    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=address, rank=rank, world_size=P)
+    P, device = plan.ranks, join_ranks(rank, plan.ranks, address)
+    on_gpu = device.type == "cuda"
     if rank == 0:
         emit(copy_figure(plan, device))
     if rank == 0 and on_gpu:
         emit(link_figure(plan))
     dist.barrier()
     for shape in choose_shapes(plan, on_gpu):
-        shape = msgspec.structs.replace(shape, ranks=P)
+        shape = replace(shape, ranks=P)
         for part in [part for part in ACROSS_RANKS if part in plan.parts]:
             sets = [draw_for_ranks(plan, shape, device, part, plan.seed + N_SETS * rank + i) for i in range(N_SETS)]
             for direction in DIRECTIONS:
@@ -235,9 +240,9 @@ def one_rank(rank: int, plan: Plan, address: str) -> None:
                 figure.shape, figure.variant, figure.part, figure.direction = shape.name, f"{P} ranks", part, direction
                 row_bytes = shape.width * torch.empty((), dtype=getattr(torch, plan.dtype)).element_size()
                 ways = 2 if part == "whole" else 1  # there and back
-                figure.link_bytes = ways * leaving_rows(shape.rows, P, direction) * row_bytes
+                figure.link_bytes = ways * leaving_rows(shape.assignments, P, direction) * row_bytes
                 if part == "whole":
-                    figure.bytes = row_passes(part, direction, shape.tokens, shape.rows) * row_bytes
+                    figure.bytes = row_passes(part, direction, shape.tokens, shape.assignments) * row_bytes
                 if rank == 0:
                     emit(figure)
     dist.destroy_process_group()
@@ -253,7 +258,7 @@ def link_figure(plan: Plan) -> Figure:
 
 
 def draw_for_ranks(
-    plan: Plan, shape: Shape, device: torch.device, part: str, seed: int
+    plan: Plan, shape: Case, device: torch.device, part: str, seed: int
 ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]:
     """What to run, those of its arguments that are differentiated by, and the gradient that comes back to it."""
     score_TK, ids_TK, counts_E = (torch.from_numpy(a).to(device) for a in draw_routing(shape, seed))
@@ -263,7 +268,7 @@ def draw_for_ranks(
         return torch.randn(rows, shape.width, device=device).to(getattr(torch, plan.dtype))
 
     if part == "exchange":
-        return partial(send_tokens, splits=splits), (draw(shape.rows).requires_grad_(),), draw(splits.total)
+        return partial(send_tokens, splits=splits), (draw(shape.assignments).requires_grad_(),), draw(splits.total)
 
     def whole(x_TD: Tensor, score_TK: Tensor) -> Tensor:
         x_ND, slot_TK, assignment_N = group_by_expert(x_TD, ids_TK, counts_E)
@@ -337,11 +342,6 @@ def count_on_gpu(figure: Figure, step: Step) -> None:
     ran = [(e.name, e.time_range.elapsed_us() * 1e-6) for e in events if e.device_type == DeviceType.CUDA]
     figure.launches, figure.busy, figure.kernels = len(ran), sum(took for _, took in ran), busiest(ran)
     figure.syncs = sum(e.name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy") for e in events)
-
-
-def emit(figure: Figure) -> None:
-    """A line of JSON, at once: what was measured outlives a run that is cut off."""
-    print(msgspec.json.encode(figure).decode(), flush=True)
 
 
 if __name__ == "__main__":

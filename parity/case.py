@@ -138,6 +138,11 @@ class Case:
             )
 
     @property
+    def assignments(self) -> int:
+        """N, assignments on one rank."""
+        return self.tokens * self.top_k
+
+    @property
     def bins(self) -> int:
         """Bins on one rank's send side: P or E."""
         return self.ranks if self.capacity_per == "rank" else self.experts
@@ -149,7 +154,7 @@ class Case:
             most = min(self.top_k, self.experts // self.ranks) if self.capacity_per == "rank" else 1
             rows = self.tokens * most
         else:
-            rows = math.ceil(Fraction(self.capacity_factor) * self.tokens * self.top_k / self.bins)
+            rows = math.ceil(Fraction(self.capacity_factor) * self.assignments / self.bins)
         return -(-max(rows, 1) // self.align) * self.align
 
     @property

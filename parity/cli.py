@@ -161,14 +161,14 @@ class BenchCommand:
     Exit code: 0 measured, 2 wrong usage, 3 a framework is missing or crashed, or a figure could not be measured.
 
     Examples:
-        python -m parity bench                       the three models' shapes on a GPU, a small one on a CPU
-        python -m parity bench mixtral --side torch  one shape, one side
+        python -m parity bench                              three models' shapes on a GPU, a small one on a CPU
+        python -m parity bench mixtral-8x7b --side torch    one shape, one side
         python -m parity bench small --parts whole --no-baselines
-        python -m parity bench --ranks 2             the exchange too, over two GPUs
+        python -m parity bench --ranks 2                    the exchange too, over two GPUs
     """
 
     shapes: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Which: deepseek-v3, mixtral, qwen3, small."""
+    """Which: deepseek-v3, mixtral-8x7b, qwen3-30b-a3b, small."""
     side: Literal["both", "torch", "jax"] = "both"
     """Measure one framework only."""
     parts: tuple[str, ...] = (*PARTS, "exchange")

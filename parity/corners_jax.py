@@ -12,7 +12,7 @@ from jax import Array
 from jax_impl import dynamic, moe_layer, plan_capacity
 from jax_impl.routing import Routing, count_per_expert
 from parity.bench import Plan as Timing
-from parity.bench_jax import emit
+from parity.bench import emit
 from parity.bench_jax import measure as timed
 from parity.corners import Plan, routing_of
 from parity.run_jax import AXIS, over_ranks, put

@@ -1,16 +1,15 @@
 """One of PyTorch's corners, timed: a process per rank, the first prints its figure."""
 
 import sys
-import tempfile
 from typing import Any
 
 import msgspec
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from parity.bench import Plan as Timing
-from parity.bench_torch import RUNS_TOGETHER, emit
+from parity.bench import emit
+from parity.bench_torch import RUNS_TOGETHER, join_ranks, start_ranks
 from parity.bench_torch import measure as timed
 from parity.corners import Plan, routing_of
 from torch_impl import moe_layer, static
@@ -19,12 +18,11 @@ from torch_impl.routing import Routing, count_per_expert
 
 def one_rank(rank: int, plan: Plan, address: str) -> None:
     """The layer forward and backward, over and over."""
-    case, on_gpu = plan.case, torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    case = plan.case
     if case.ranks > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", init_method=address, rank=rank, world_size=case.ranks)
+        device = join_ranks(rank, case.ranks, address)
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, e = getattr(torch, case.dtype), case.experts // case.ranks
     torch.manual_seed(rank)
 
@@ -58,12 +56,10 @@ def one_rank(rank: int, plan: Plan, address: str) -> None:
 
 def main(plan: Plan) -> None:
     """One rank here, several in processes of their own."""
-    with tempfile.TemporaryDirectory() as folder:
-        address = f"file://{folder}/store"
-        if plan.case.ranks == 1:
-            one_rank(0, plan, address)
-        else:
-            spawn(one_rank, (plan, address), nprocs=plan.case.ranks)
+    if plan.case.ranks == 1:
+        one_rank(0, plan, "")
+    else:
+        start_ranks(one_rank, plan, plan.case.ranks)
 
 
 if __name__ == "__main__":

@@ -207,13 +207,8 @@ def simulate(
     busiest, needed, dynamic = np.zeros(steps), {per: np.zeros(steps) for per in PER}, np.zeros(steps)
     bins = {"rank": P, "expert": E}
     capacity = {(per, f): int(np.ceil(f * T * K / bins[per])) for per in PER for f in factors}
-    kept, most_kept, sent, near_bytes, far_bytes = (
-        dict.fromkeys(capacity, 0.0),
-        dict.fromkeys(capacity, 0.0),
-        0,
-        0.0,
-        0.0,
-    )
+    kept, most_kept = dict.fromkeys(capacity, 0.0), dict.fromkeys(capacity, 0.0)
+    sent, near_bytes, far_bytes = 0, 0.0, 0.0
     for step in range(steps):
         if isinstance(source, str):
             assert recorded is not None
@@ -222,7 +217,8 @@ def simulate(
             counts_PE = draw_counts(source, P, T, K, rng)
         out_PP = counts_PE.reshape(P, P, -1).sum(axis=2)
         received_P = out_PP.sum(axis=0)
-        busiest[step], sent = received_P.max() / (T * K), sent + int(received_P.sum())
+        busiest[step] = received_P.max() / (T * K)
+        sent += int(received_P.sum())
         for per, rows in (("rank", out_PP), ("expert", counts_PE)):
             needed[per][step] = rows.max() * bins[per] / (T * K)
             for factor in factors:

@@ -15,6 +15,7 @@ import jax_impl.grouping
 import torch_impl
 import torch_impl.exchange
 import torch_impl.layout
+import torch_impl.static
 from jax_impl import Capacity, plan_capacity
 
 T, D, F, E, K = 3, 4, 8, 4, 2
@@ -103,7 +104,11 @@ def test_layer(side, changed, how, message):
         ({"ids": [[0], [1], [2]]}, r"scores have shape .3, 2. and expert ids .3, 1"),
         ({"ids": IDS[:2], "score": normal(2, K)}, r"scores have shape .2, 2. .*x .3, 4.: both must be \[T, K\]"),
         ({"score": np.ones((T, K), np.int32)}, "scores are .*int32: they must be floating point"),
-        ({"counts": (6,)}, "K is 2 with 1 experts: a token cannot choose more than there are"),
+        ({"ids": np.zeros((T, 0), np.int32), "score": normal(T, 0)}, "K is 0 with 4 experts: a token chooses at least"),
+        ({"counts": (6,)}, "K is 2 with 1 experts: a token chooses at least one"),
+        ({"counts": (2, 1, 2, 1)}, r"counts per expert are \[2, 1, 2, 1\], which is not how often the ids name each"),
+        ({"counts": (2.0, 2, 1, 1)}, "counts are .*float.*: they must be integers"),
+        ({"counts": ((2, 2, 1, 1),)}, r"counts are .*int.* .1, 4.*: they must be integers .E."),
     ],
 )
 def test_routing_made_before(side, changed, message):
@@ -123,6 +128,28 @@ def test_replayed_ids(side, ids, message):
     x, router = side.asarray(normal(T, D)), side.asarray(normal(D, E))
     with pytest.raises(ValueError, match=message):
         side.package.route(x, router, K, expert_id_TK=side.asarray(np.array(ids)))
+
+
+@both
+def test_replayed_ids_out_of_range_that_nobody_reads_get_a_finite_score(side, monkeypatch):
+    x, router, ids = (side.asarray(a) for a in (normal(T, D), normal(D, E), np.array([[0, 1], [2, 9], [-1, 0]])))
+    if side is Jax:
+        score = jax.jit(lambda ids: jax_impl.route(x, router, K, expert_id_TK=ids).score_TK)(ids)
+    else:  # as on a GPU
+        monkeypatch.setattr(torch_impl.checks, "is_captured", lambda: True)
+        score = torch_impl.route(x, router, K, expert_id_TK=ids).score_TK
+    assert np.isfinite(np.asarray(score)).all()
+
+
+def test_autocast():
+    message = r"autocast to torch\.bfloat16 is on: .* call it under torch\.autocast\('cpu', enabled=False\)"
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=message):
+            torch_impl.route(torch.ones(T, D), torch.ones(D, E), K)
+        with pytest.raises(ValueError, match=message):
+            torch_impl.moe_layer(**arguments(Torch), top_k=K, routing=routing(Torch))
+        with torch.autocast("cpu", enabled=False):
+            torch_impl.moe_layer(**arguments(Torch), top_k=K)
 
 
 def test_another_device():
@@ -223,9 +250,12 @@ def test_plan_capacity(how, message):
     [
         (Capacity(1, 0), "a capacity of 0 rows per bin: it must be at least 1"),
         (Capacity(3, 4), "3 bins for 4 experts: use one bin per rank, or one per expert"),
+        (Capacity(2, 6), "2 bins for 1 ranks of 4 experts in all: use one bin per rank, or one per expert"),
         (Capacity(1, 4, "first"), "priority is 'first': it must be 'token', 'choice' or 'score'"),
     ],
 )
 def test_capacity(capacity, message):
     with pytest.raises(ValueError, match=message):
         jax_impl.moe_layer(**arguments(Jax), top_k=K, capacity=capacity)
+    with pytest.raises(ValueError, match=message):
+        torch_impl.static.moe_layer(**arguments(Torch), top_k=K, capacity=torch_impl.static.Capacity(*capacity))

@@ -7,10 +7,11 @@ import torch
 
 from jax_impl.grouping import Capacity
 from parity import bench_jax, bench_torch
-from parity.bench import DIRECTIONS, STAGES, Figure, Plan, Shape, draw_routing, row_passes, run_bench
+from parity.bench import DIRECTIONS, STAGES, Figure, Plan, draw_routing, row_passes, run_bench
+from parity.case import Case
 from parity.report.bench import plot_bench
 
-TINY = Shape("tiny", tokens=16, width=8, experts=4, top_k=2, hidden=8, ranks=2)
+TINY = Case("tiny", ranks=2, tokens=16, width=8, hidden=8, experts=4, top_k=2, capacity_factor="1")
 
 
 def test_floors_are_those_of_the_formula():
@@ -24,7 +25,7 @@ def test_floors_are_those_of_the_formula():
 def test_routing_repeats_and_a_token_s_experts_differ():
     score_TK, ids_TK, counts_E = draw_routing(TINY, seed=3)
     assert all(len(set(row)) == TINY.top_k for row in ids_TK.tolist())
-    assert counts_E.sum() == TINY.rows
+    assert counts_E.sum() == TINY.assignments
     np.testing.assert_array_equal(ids_TK, draw_routing(TINY, seed=3)[1])
     assert (score_TK != draw_routing(TINY, seed=4)[0]).any()
 
@@ -44,7 +45,7 @@ def test_torch_baseline_computes_the_same():
         torch.testing.assert_close(ours, plain)
 
 
-@pytest.mark.parametrize("rows_per_bin", [TINY.rows, 12])
+@pytest.mark.parametrize("rows_per_bin", [TINY.assignments, 12])
 def test_jax_baseline_computes_the_same(rows_per_bin):
     score_TK, ids_TK, counts_E = (jnp.asarray(a) for a in draw_routing(TINY, seed=0))
     capacity = Capacity(TINY.ranks, rows_per_bin)
@@ -75,7 +76,7 @@ def test_every_figure_across_ranks_comes_out_with_what_left_the_rank(tmp_path):
     assert [f.error for f in figures if f.error] == []
     found = [(f.side, f.part, f.direction) for f in figures if f.shape]
     assert found == [(s, p, d) for s in ("torch", "jax") for p in ("exchange", "whole") for d in DIRECTIONS]
-    leaving = TINY.rows // 2 * TINY.width * 2  # half of the rows, in bfloat16
+    leaving = TINY.assignments // 2 * TINY.width * 2  # half of the rows, in bfloat16
     assert [f.link_bytes // leaving for f in figures if f.shape] == [1, 2, 2, 4] * 2
     plot_bench(
         [*figures, Figure("tiny", "torch", "ours", "whole", "forward", 1, 1, 1, 1, share=0.5)], tmp_path / "a.png"

@@ -15,6 +15,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jax_impl import dynamic, kernels, moe_layer, plan_capacity
+from jax_impl.experts import grouped_matmul
 from jax_impl.grouping import Capacity, combine, group_by_expert
 from jax_impl.layout import to_expert_major, to_rank_major
 from torch_impl import kernels as triton_kernels
@@ -117,9 +118,8 @@ MOST_LAUNCHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("stage", MOST_LAUNCHES)
-def test_one_launch_moves_rows_and_few_find_where(model, stage):
+def stage_programs(model: str, stage: str) -> tuple:
+    """Of one rank, forward and backward, capacity factor 1."""
     (T, D, E, K), P = MODELS[model], 8
     C, shape = T * K // P, jax.ShapeDtypeStruct
     x, rows, sorted_rows = (shape(s, "bfloat16") for s in ((T, D), (P, C, D), (P * C, D)))
@@ -135,10 +135,7 @@ def test_one_launch_moves_rows_and_few_find_where(model, stage):
     }[stage]
     n = 2 if stage == "combine" else 1  # its scores are differentiated too
     vjp = jax.eval_shape(lambda *a: jax.vjp(lambda *by: first(run(*by, *a[n:])), *a[:n])[1], *arguments)
-    programs = compiled(run, *arguments), compiled(lambda vjp, dy: vjp(dy), vjp, gradient)
-    for program, most in zip(programs, MOST_LAUNCHES[stage], strict=True):
-        assert len(launches(program)) <= most, launches(program)
-        assert temporary_bytes(program) < 2**20  # indices only: no row is written twice
+    return compiled(run, *arguments), compiled(lambda vjp, dy: vjp(dy), vjp, gradient)
 
 
 def first(out):
@@ -146,17 +143,25 @@ def first(out):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_no_temporary_of_a_matmul_grows_with_the_experts(model):
+@pytest.mark.parametrize("stage", MOST_LAUNCHES)
+def test_one_launch_moves_rows_and_few_find_where(model, stage):
+    for program, most in zip(stage_programs(model, stage), MOST_LAUNCHES[stage], strict=True):
+        assert len(launches(program)) <= most, launches(program)
+        assert temporary_bytes(program) < 2**20  # indices only: no row is written twice
+
+
+def matmul_programs(model: str) -> tuple:
+    """Rows of rank bins, and their two gradients; hidden width 2048."""
     (T, D, E, K), F = MODELS[model], 2048
-    x, w, counts = (
-        jax.ShapeDtypeStruct((T * K, D), "bfloat16"), jax.ShapeDtypeStruct((E // 8, D, F), "bfloat16"),
-        jax.ShapeDtypeStruct((E // 8,), "int32"),
-    )  # fmt: skip
-    vjp = jax.eval_shape(
-        lambda x, w, counts: jax.vjp(lambda x, w: kernels.grouped_matmul(x, w, counts), x, w)[1], x, w, counts
-    )
-    dy = jax.ShapeDtypeStruct((T * K, F), "bfloat16")
-    for program in (compiled(kernels.grouped_matmul, x, w, counts), compiled(lambda vjp, dy: vjp(dy), vjp, dy)):
+    x, w, dy = (jax.ShapeDtypeStruct(s, "bfloat16") for s in ((T * K, D), (E // 8, D, F), (T * K, F)))
+    counts = jax.ShapeDtypeStruct((E // 8,), "int32")
+    vjp = jax.eval_shape(lambda x, w, counts: jax.vjp(lambda x, w: grouped_matmul(x, w, counts), x, w)[1], x, w, counts)
+    return compiled(grouped_matmul, x, w, counts), compiled(lambda vjp, dy: vjp(dy), vjp, dy)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_temporary_of_a_matmul_grows_with_the_experts(model):
+    for program in matmul_programs(model):
         assert temporary_bytes(program) < 2**20
 
 
@@ -209,3 +214,22 @@ def test_rows_move_16_bytes_at_a_time(model, kernel):
     # Besides rows there are only indices, of 64 bits, and scores: one for each k at most.
     assert sum(not instruction.endswith("v4.b32") for instruction in rows) <= K + 1
     assert ".local" not in ptx  # registers spilled
+
+
+def main() -> None:
+    """Launches and temporaries, forward and backward, of the plain versions and through kernels."""
+    jax.config.update("jax_platforms", "cpu")  # or JAX looks for the libraries that only running needs
+    for how in ("plain", "kernels"):
+        kernels.use_kernels = lambda x, how=how: how == "kernels"
+        jax.clear_caches()
+        for model in MODELS:
+            for stage in (*MOST_LAUNCHES, "experts"):
+                programs = matmul_programs(model) if stage == "experts" else stage_programs(model, stage)
+                each = "   ".join(
+                    f"{len(launches(p)):3d} launches {temporary_bytes(p) / 1e6:9.1f} MB" for p in programs
+                )
+                print(f"{how:8s} {model:12s} {stage:16s} {each}")
+
+
+if __name__ == "__main__":
+    main()

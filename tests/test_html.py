@@ -2,8 +2,6 @@
 
 import math
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -13,6 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from browser import said_by
 from test_compare import SIDES, perfect
 
 from parity.case import Case
@@ -534,26 +533,13 @@ addEventListener("load", () => {
     width: document.documentElement.scrollWidth, window: innerWidth }, "*");
 });
 </script>"""
-FRAME = """<!doctype html><body style="margin:0"><pre></pre>
-<iframe width="{width}" height="900" src="page.html"></iframe>
-<script>onmessage = event => {{ document.querySelector("pre").textContent = JSON.stringify(event.data); }};</script>"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser(mismatch, tmp_path: Path, width):
     """Nothing is wider than the window, with everything unfolded; filter, sort and selection do what they say."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.fail("needs Chromium or Chrome on PATH: the page was not looked at")
-    (tmp_path / "page.html").write_text(page(mismatch).replace("</body>", PROBE + "</body>"))
-    (tmp_path / "frame.html").write_text(FRAME.format(width=width))
-    run = subprocess.run(
-        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-         "--virtual-time-budget=10000", "--window-size=1400,1000", "--dump-dom", (tmp_path / "frame.html").as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    said = msgspec.json.decode(Tree(run.stdout).root.one("pre").text)
+    said = said_by(page(mismatch), PROBE, width, tmp_path)
     assert said["errors"] == []
     assert said["width"] <= said["window"] <= width
     lines = section(tree(mismatch), mismatch, "drops").one("table", class_="rows").lines

@@ -18,6 +18,7 @@ TORCH_ONLY = {
     "checks.check_splits": "finds, at no sync, ids out of range on a GPU",
     "checks.check_output_size": "the permute's size is an argument",
     "checks.check_received": "the bound on the one symbol, for a compiler",
+    "checks.check_autocast": "PyTorch's, and no other's",
     "checks.check_sizes": "a fact for a compiler, an error otherwise",
     "checks.is_captured": "whether a compiler is looking",
     "experts.fits_grouped_mm": "what grouped_mm takes",
@@ -31,6 +32,7 @@ JAX_ONLY = {
     "layout.segments_source": "what repeat_interleave does in PyTorch, with padding at the end",
     "checks.check_capacity_factor": "",
     "checks.check_capacity": "",
+    "checks.check_bins": "",
 }
 # One name there, another here.
 RENAMED = {"expert_major_source": ("rank_bins_source", "expert_bins_source"), "group": ("axis_name",)}
@@ -158,6 +160,7 @@ CORNER_LACKS = {
 CORNER_ONLY = {
     "torch_impl.static": {},
     "jax_impl.dynamic": {
+        "layer.Stages": {"dropped"},  # ids that are none
         "exchange.Splits": {"received_at", "returned_at"},  # places in the buffers of other ranks
         "exchange.send_tokens": {"output_size"},
         "exchange.return_tokens": {"output_size"},

@@ -16,6 +16,7 @@ from torch_ranks import layer_arguments
 import jax_impl.grouping
 import jax_impl.layer
 import jax_impl.layout
+import torch_impl.experts
 import torch_impl.grouping
 import torch_impl.layer
 import torch_impl.layout
@@ -356,6 +357,23 @@ def test_no_tokens_jax(how_mapped):
 def every_second(a: torch.Tensor) -> torch.Tensor:
     """The same values, as a slice of something twice as wide."""
     return torch.stack([a, a], dim=-1).flatten(-2)[..., ::2]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])  # float32 goes through grouped_mm
+def test_weights_that_grouped_mm_does_not_take(dtype):
+    """Gate and up interleaved in one array, as gpt-oss has them; rows that are no whole 16-byte units apart."""
+    fused, x = torch.randn(4, 8, 16, dtype=getattr(torch, dtype)), torch.randn(6, 8, dtype=getattr(torch, dtype))
+    wide, counts = torch.randn(4, 8, 9, dtype=fused.dtype), torch.tensor([2, 0, 3, 1])
+
+    def of(*weights):
+        leaves = [a.detach().requires_grad_() for a in (x, *weights)]
+        assert [a.stride() for a in leaves[1:]] == [a.stride() for a in weights]
+        y = torch_impl.experts.apply_experts(leaves[0], counts, *leaves[1:])
+        return y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    strided = fused[..., ::2], fused[..., 1::2], wide[..., :-1]
+    for ours, theirs in zip(of(*strided), of(*(w.contiguous() for w in strided)), strict=True):
+        close(ours, theirs, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])  # float32 goes through grouped_mm

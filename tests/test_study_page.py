@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from browser import said_by
 
 from parity import dispatch, learning
 from parity.case import Case
@@ -129,7 +129,7 @@ def test_two_frameworks_track_each_other_for_a_while():
 
 # ---- In a browser
 
-PROBE = """<pre id="probe"></pre><script>
+PROBE = """<script>
 const said = [], errors = [];
 addEventListener("error", e => errors.push(e.message));
 play(false);
@@ -145,28 +145,16 @@ for (let s = 0; s < data.dispatches.length; s++) for (let f = 0; f < factors.len
     }
   }
 const unnamed = [...document.querySelectorAll("input, select, button")].filter(c => !(c.labels?.length || c.textContent.trim())).length;
-document.getElementById("probe").textContent = JSON.stringify({said, errors, unnamed, width: document.documentElement.scrollWidth, window: innerWidth,
-  larger: $("larger").tBodies[0].rows.length, text: $("rows-text").textContent});
-parent.postMessage(document.getElementById("probe").textContent, "*");
+parent.postMessage({said, errors, unnamed, width: document.documentElement.scrollWidth, window: innerWidth,
+  larger: $("larger").tBodies[0].rows.length, text: $("rows-text").textContent}, "*");
 </script>"""  # noqa: E501
-FRAME = """<!doctype html><meta charset="utf-8"><pre></pre><iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe>
-<script>addEventListener("message", e => document.querySelector("pre").textContent = e.data)</script>"""  # noqa: E501
 
 
+@pytest.mark.slow  # not for its time: not every machine has a browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser(study, tmp_path: Path, width):
     """At every setting and stage, the chips stand in the run's order, dropped ones struck out, padding grey."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.fail("needs Chromium or Chrome on PATH: the page was not looked at")
-    (tmp_path / "page.html").write_text(page(study).replace("</body>", PROBE + "</body>"))
-    (tmp_path / "frame.html").write_text(FRAME.format(width=width))
-    run = subprocess.run(
-        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-         "--virtual-time-budget=10000", "--window-size=1400,1000", "--dump-dom", (tmp_path / "frame.html").as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    found = json.loads(re.search(r"<pre>(.*?)</pre>", run.stdout, re.DOTALL)[1].replace("&gt;", ">"))  # type: ignore[index]
+    found = said_by(page(study), PROBE, width, tmp_path)
     assert found["errors"] == []
     assert found["unnamed"] == 0
     assert found["width"] <= found["window"] <= width

@@ -19,6 +19,7 @@ def check_router(
     expert_id_TK: Tensor | None,
 ) -> None:
     """Raises ValueError unless these make a router: shapes, dtypes, devices, K <= E, known score function."""
+    check_autocast(x_TD)
     if x_TD.ndim != 2 or router_DE.ndim != 2 or x_TD.shape[1] != router_DE.shape[0]:
         raise ValueError(
             f"x must be [T, D] and router [D, E], got {tuple(x_TD.shape)} and {tuple(router_DE.shape)}: "
@@ -60,15 +61,21 @@ def check_routing(x_TD: Tensor, score_TK: Tensor, expert_id_TK: Tensor, counts_E
             f"x is on {x_TD.device}, scores on {score_TK.device}, expert ids on {expert_id_TK.device}: "
             "move them to one device"
         )
-    if expert_id_TK.shape[1] > counts_E.shape[0]:
+    if counts_E.ndim != 1 or counts_E.dtype not in (torch.int32, torch.int64) or counts_E.device != x_TD.device:
         raise ValueError(
-            f"K is {expert_id_TK.shape[1]} with {counts_E.shape[0]} experts: a token cannot choose more than there are"
+            f"counts are {counts_E.dtype} {tuple(counts_E.shape)} on {counts_E.device}: they must be integers [E], "
+            "where x is"
         )
-    check_expert_ids(expert_id_TK, counts_E.shape[0])
+    if not 1 <= expert_id_TK.shape[1] <= counts_E.shape[0]:
+        raise ValueError(
+            f"K is {expert_id_TK.shape[1]} with {counts_E.shape[0]} experts: a token chooses at least one, and cannot "
+            "choose more than there are"
+        )
+    check_expert_ids(expert_id_TK, counts_E.shape[0], counts_E)
 
 
-def check_expert_ids(expert_id_TK: Tensor, n_experts: int) -> None:
-    """Raises ValueError on ids that are not integers, out of [0, E), or twice in one token.
+def check_expert_ids(expert_id_TK: Tensor, n_experts: int, counts_E: Tensor | None = None) -> None:
+    """Raises ValueError on ids that are not integers, out of [0, E), twice in one token, or counted otherwise.
 
     The values are read on the CPU only, as on a GPU that would cost a sync; `check_splits` finds those out of range.
     """
@@ -89,6 +96,11 @@ def check_expert_ids(expert_id_TK: Tensor, n_experts: int) -> None:
             f"token {token} chose experts {expert_id_TK[token].tolist()}: a token's experts must differ, "
             "or the bound P*T*min(K, e) on the rows a rank receives does not hold"
         )
+    if counts_E is not None and not expert_id_TK.reshape(-1).bincount(minlength=n_experts).equal(counts_E.long()):
+        raise ValueError(
+            f"counts per expert are {counts_E.tolist()}, which is not how often the ids name each: "
+            "pass the counts of the same routing (count_per_expert)"
+        )
 
 
 def check_experts(
@@ -96,6 +108,7 @@ def check_experts(
 ) -> None:
     """Raises ValueError unless the weights are this rank's E // P experts, in x's dtype and on x's device."""
     check_experts_per_rank(n_experts, n_ranks)
+    check_autocast(x_TD)
     if x_TD.dtype not in DTYPES:
         raise ValueError(f"x is {x_TD.dtype}: it must be float32, bfloat16, float16 or float64")
     e, D, F = n_experts // n_ranks, x_TD.shape[1], w_gate_eDF.shape[-1]
@@ -110,6 +123,16 @@ def check_experts(
             raise ValueError(
                 f"{name} is {w.dtype} on {w.device} and x is {x_TD.dtype} on {x_TD.device}: convert one to the other"
             )
+
+
+def check_autocast(x_TD: Tensor) -> None:
+    """Raises ValueError under autocast, which would compute in another dtype than x's, and the router in 16 bits."""
+    device = x_TD.device.type
+    if torch.is_autocast_enabled(device):
+        raise ValueError(
+            f"autocast to {torch.get_autocast_dtype(device)} is on: matmuls would not be in the dtypes that the layer "
+            f"states. Cast x and the weights, and call it under torch.autocast({device!r}, enabled=False)"
+        )
 
 
 def check_experts_per_rank(n_experts: int, n_ranks: int) -> None:

@@ -32,10 +32,11 @@ def grouped_matmul(
 ) -> Float[Tensor, "R F"]:
     """Rows of expert j times w[j].
 
-    `torch.nn.functional.grouped_mm` takes no float64, and only rows of whole 16-byte units. What it does not take goes
-    through one matmul per expert, which has to read the counts: on a GPU, one more sync.
+    `torch.nn.functional.grouped_mm` takes no float64, only whole 16-byte units, and no gradient with zero strides (that
+    of `.sum()`). What it does not take goes through one matmul per expert, which has to read the counts. So on a GPU
+    does PyTorch itself, for all but bfloat16 on Hopper and Blackwell: another sync, in every matmul.
     """
-    fits = fits_grouped_mm(x_RD.dtype, *w_eDF.shape[1:])
+    fits = fits_grouped_mm(x_RD, w_eDF)
     if is_captured() and not (fits and x_RD.dtype == torch.bfloat16):
         return _grouped_matmul(x_RD, w_eDF, counts_e)
     if fits:
@@ -44,9 +45,15 @@ def grouped_matmul(
     return torch.cat([x @ w for x, w in zip(rows, w_eDF.unbind(), strict=True)])
 
 
-def fits_grouped_mm(dtype: torch.dtype, *widths: int) -> bool:
-    """Whether `grouped_mm` takes rows of these widths."""
-    return dtype != torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in widths)
+def fits_grouped_mm(x: Tensor, w: Tensor) -> bool:
+    """Whether `grouped_mm` takes them: not float64, and their rows, or w's columns, contiguous in 16-byte units."""
+    row_stride, column_stride = w.stride()[-2:]
+    units = (x.shape[-1], w.shape[-1], max(row_stride, column_stride))
+    return (
+        x.dtype != torch.float64
+        and min(row_stride, column_stride) == 1
+        and all(n * x.element_size() % 16 == 0 for n in units)
+    )
 
 
 def group_ends(counts_e: Integer[Tensor, " e"]) -> Integer[Tensor, " e"]:
@@ -71,7 +78,7 @@ def _(x_RD, w_eDF, _counts_e):
 @torch.library.custom_op("moe_parity::weight_gradient", mutates_args=())
 def _weight_gradient(x_RD: Tensor, dy_RF: Tensor, counts_e: Tensor) -> Tensor:
     """Rows of expert j of x, transposed, times those of dy."""
-    if fits_grouped_mm(x_RD.dtype, x_RD.shape[1], dy_RF.shape[1]):
+    if fits_grouped_mm(x_RD, dy_RF):
         return F.grouped_mm(x_RD.mT, dy_RF, offs=group_ends(counts_e))
     rows = zip(*(a.split(counts_e.tolist()) for a in (x_RD, dy_RF)), strict=True)
     return torch.stack([x.mT @ dy for x, dy in rows])

@@ -1,8 +1,9 @@
 """The row movements and their indices as Triton kernels: each does what the plain version beside its call does.
 
 A kernel reads and writes every row once, forward and backward, where indexing in PyTorch reads a token K times or
-keeps rows in float32. What it moves is equal to the plain version's bit for bit, and so are sums over K: same order,
-every product rounded. No kernel adds atomically, so all results repeat.
+keeps rows in float32. (Only for the padded layer tokens are gathered, once for each row.) What it moves is equal to the
+plain version's bit for bit, and so are sums over K: same order, every product rounded. No kernel adds atomically, so
+all results repeat.
 """
 
 from importlib import import_module
@@ -21,8 +22,12 @@ PADDING_ROWS = 16  # that one program looks for padding in
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether x can go through kernels: on a GPU, which is the current one, with Triton installed."""
-    return HAS_TRITON and x.is_cuda and x.device.index == torch.cuda.current_device()
+    """Whether x can go through kernels: on a GPU, which is the current one, with Triton installed.
+
+    Not in a backward that is itself to be differentiated (`create_graph=True`): kernels leave no graph.
+    """
+    differentiated = torch.is_grad_enabled() and x.is_floating_point()
+    return HAS_TRITON and x.is_cuda and x.device.index == torch.cuda.current_device() and not differentiated
 
 
 def sort_by_expert(
@@ -134,7 +139,9 @@ def expand_rows(x_TD: Float[Tensor, "T D"], slot_TK: Integer[Tensor, "T K"]) -> 
     x_ND = x_TD.new_empty(T * K, D)
     BLOCK, num_warps = _tile(D, 1)
     chunks = -(-D // BLOCK)
-    _expand_rows[(T * chunks,)](x_TD.contiguous(), slot_TK, x_ND, D, chunks, K=K, BLOCK=BLOCK, num_warps=num_warps)
+    _expand_rows[(T * chunks,)](
+        x_TD.contiguous(), slot_TK.contiguous(), x_ND, D, chunks, K=K, BLOCK=BLOCK, num_warps=num_warps
+    )
     return x_ND
 
 
@@ -161,7 +168,8 @@ def sum_rows(
     BLOCK, num_warps = _tile(D, K)
     chunks = -(-D // BLOCK)
     _sum_rows[(T * chunks,)](
-        y_SD.contiguous(), slot_TK, slot_TK if score_TK is None else score_TK.contiguous(), out_TD, S, D, chunks,
+        y_SD.contiguous(), slot_TK.contiguous(), slot_TK if score_TK is None else score_TK.contiguous(), out_TD,
+        S, D, chunks,
         K=K, WEIGHTED=score_TK is not None, BLOCK=BLOCK, num_warps=num_warps,
     )  # fmt: skip
     return out_TD
@@ -181,8 +189,8 @@ def _sum_rows(
         source = tl.load(slot + t * K + k)
         row = tl.load(y + source * D + d, mask=d < tl.where(source < S, D, 0), other=0).to(wide)
         if WEIGHTED:
-            # A product plus a sum is one instruction that rounds once. This rounds the product too, as the plain
-            # version does; the zero is lost on no sum that starts from zero.
+            # A product plus a sum would be one instruction, rounded once. This rounds the product by itself, as the
+            # plain version does; adding zero turns -0 into 0, which a sum that starts from 0 does not show.
             row = tl.fma(row, tl.load(score + t * K + k).to(wide), 0.0)
         total += row
     tl.store(out + t * D + d, total.to(out.dtype.element_ty), mask=d < D)
@@ -207,8 +215,8 @@ def weighted_sum_backward(
     BLOCK, num_warps = _tile(D, K)
     looking = 0 if assignment_S is None else -(-S // PADDING_ROWS)
     _weighted_sum_backward[(T + looking,)](
-        dout_TD.contiguous(), y_SD.contiguous(), score_TK.contiguous(), slot_TK,
-        slot_TK if assignment_S is None else assignment_S, dy_SD, dscore_TK, T, S, D,
+        dout_TD.contiguous(), y_SD.contiguous(), score_TK.contiguous(), slot_TK.contiguous(),
+        slot_TK if assignment_S is None else assignment_S.contiguous(), dy_SD, dscore_TK, T, S, D,
         K=K, K_PADDED=_power_of_2(K), PADDED=looking > 0, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK, num_warps=num_warps,
     )  # fmt: skip
     return dy_SD, dscore_TK
@@ -248,7 +256,10 @@ def _weighted_sum_backward(
 
 
 def _tile(width: int, n_rows: int) -> tuple[int, int]:
-    """Columns that a program takes of so many rows at once, and its warps: 16-byte accesses, two or four a thread."""
+    """Columns that a program takes of so many rows at once, and its warps.
+
+    A thread has 16 elements of one row, 8 of each of several, and more where 8 warps are not enough for that.
+    """
     BLOCK = max(128, min(_power_of_2(width), 8192 // _power_of_2(n_rows)))
     return BLOCK, max(1, min(8, BLOCK // (512 if n_rows == 1 else 256)))
 

@@ -46,10 +46,12 @@ def moe_layer(
     """One MoE layer over the ranks of `group` (None: the default group; no group at all means one rank).
 
     Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. `routing`, made
-    before, takes the place of stage 1: a recording, a recomputation, scores that were masked. `max_tokens` is the most
-    tokens that any rank has (default: as many as here): from it a compiler knows the bound P*T*min(K, e) on R.
+    before, takes the place of stage 1 and its arguments: a recording, a recomputation, scores that were masked.
+    `max_tokens` is the most tokens that any rank has (default: as many as here): from it a compiler knows the bound
+    P*T*min(K, e) on R.
 
-    Raises ValueError on wrong input, before anything is sent to another rank.
+    Raises ValueError on wrong input, before anything is sent to another rank. But an id out of range on a GPU is found
+    by its own rank only, and after the counts were exchanged: the others wait until the group's timeout.
     """
     routing = route(x_TD, router_DE, top_k, score_function, renormalize, scale) if routing is None else routing
     score_TK, expert_id_TK, counts_E = routing
@@ -59,7 +61,7 @@ def moe_layer(
     grouped = group_by_expert(x_TD, expert_id_TK, counts_E)
     counts_Pe, splits = exchange_counts(counts_E, group)
     T = x_TD.shape[0] if max_tokens is None else max_tokens
-    check_received(splits.total, counts_Pe.shape[0] * T * min(top_k, counts_Pe.shape[1]))
+    check_received(splits.total, counts_Pe.shape[0] * T * min(expert_id_TK.shape[1], counts_Pe.shape[1]))
     received_RD = send_tokens(grouped.x_ND, splits, group)
     expert_major = to_expert_major(received_RD, counts_Pe, splits.total)
     y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(dim=0), w_gate_eDF, w_up_eDF, w_down_eFD)

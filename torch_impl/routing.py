@@ -30,9 +30,11 @@ def route(
 
     Equal logits go to the lower expert id. `renormalize` divides the K chosen scores by their sum (Mixtral, Qwen3),
     guarded by 1e-20 as DeepSeek-V3 does; `scale` multiplies them last (DeepSeek-V3's routed scaling factor).
-    `expert_id_TK` replays a choice made before (a recording, a recomputation): only its scores are computed.
+    `expert_id_TK` replays a choice made before (a recording, a recomputation): only its scores are computed. An id out
+    of range that is not found here gets some expert's score, and is found or dropped later.
 
-    Raises ValueError on a wrong shape, dtype, device, `top_k` or `score_function`, and on replayed ids out of range.
+    Raises ValueError on a wrong shape, dtype, device, `top_k` or `score_function`, under autocast, and on replayed ids
+    out of range where their values are at hand: on a CPU, not captured.
     """
     check_router(x_TD, router_DE, top_k, score_function, scale, expert_id_TK)
     wide = torch.promote_types(x_TD.dtype, torch.float32)
@@ -40,7 +42,7 @@ def route(
     if expert_id_TK is None:
         expert_id_TK = logits_TE.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
     score_TE = logits_TE.softmax(dim=-1) if score_function == "softmax" else logits_TE.sigmoid()
-    score_TK = score_TE.gather(1, expert_id_TK.long())
+    score_TK = score_TE.gather(1, expert_id_TK.long().clamp(0, router_DE.shape[1] - 1))
     if renormalize:
         score_TK = score_TK / (score_TK.sum(dim=-1, keepdim=True) + 1e-20)
     return Routing(score_TK * scale, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))

@@ -26,6 +26,7 @@ class Stages(NamedTuple):
     rank_major_RD: Float[Array, "R D"]
     returned_ND: Float[Array, "N D"]
     out_TD: Float[Array, "T D"]
+    dropped: Integer[Array, ""]  # this rank's ids that are no expert's, or a token's for the second time
 
 
 def moe_layer(
@@ -44,7 +45,7 @@ def moe_layer(
     """One MoE layer over the ranks of the mapped axis `axis_name` (`shard_map` on GPUs; None means one rank).
 
     Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. `routing`, made
-    before, takes the place of stage 1: a recording, a recomputation, scores that were masked.
+    before, takes the place of stage 1 and its arguments: a recording, a recomputation, scores that were masked.
 
     Raises ValueError on wrong input, on a CPU and under `vmap`, before anything is sent to another rank.
     """
@@ -63,5 +64,6 @@ def moe_layer(
     returned_ND = return_tokens(rank_major_RD, splits, T * K, axis_name)
     out_TD = combine(returned_ND, score_TK, grouped.slot_TK, grouped.assignment_N)
     return Stages(
-        routing, grouped, counts_Pe, splits, received_RD, expert_major, y_RD, rank_major_RD, returned_ND, out_TD
-    )
+        routing, grouped, counts_Pe, splits, received_RD, expert_major, y_RD, rank_major_RD, returned_ND, out_TD,
+        expert_id_TK.size - grouped.kept_E.sum(),
+    )  # fmt: skip

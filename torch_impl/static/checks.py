@@ -33,3 +33,11 @@ def check_capacity(n_bins: int, rows: int, priority: str, n_experts: int) -> Non
         raise ValueError(f"{n_bins} bins for {n_experts} experts: use one bin per rank, or one per expert")
     if priority not in ("token", "choice", "score"):
         raise ValueError(f"priority is {priority!r}: it must be 'token', 'choice' or 'score'")
+
+
+def check_bins(n_bins: int, n_ranks: int, n_experts: int) -> None:
+    """Raises ValueError unless there is a bin for each rank, or one for each expert."""
+    if n_bins not in (n_ranks, n_experts):
+        raise ValueError(
+            f"{n_bins} bins for {n_ranks} ranks of {n_experts} experts in all: use one bin per rank, or one per expert"
+        )

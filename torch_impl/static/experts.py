@@ -18,18 +18,16 @@ def apply_experts(
     """y = (silu(x @ w_gate) * (x @ w_up)) @ w_down, each row by its own expert.
 
     The first counts_e[0] rows are expert 0's, and so on; rows past them are padding, whose values are not read, and
-    which come out as zero. For [e, P*C, D], each expert has a bin of its own. Every matmul accumulates in float32 and
-    rounds once to x's dtype; silu and the product are float32, rounded once. SwiGLU: Shazeer 2020, "GLU Variants
-    Improve Transformer".
+    which come out as zero. For [e, P*C, D], each expert has a bin of its own, in which zero rows stay zero. Every
+    matmul accumulates in float32 and rounds once to x's dtype; silu and the product are float32, rounded once. SwiGLU:
+    Shazeer 2020, "GLU Variants Improve Transformer".
     """
     wide = torch.promote_types(x_SD.dtype, torch.float32)
-    # Forward this hides what comes in as padding and what a grouped matmul leaves there, and backward the same.
-    real_S1 = (torch.arange(x_SD.shape[-2], device=x_SD.device) < counts_e.sum())[:, None] | (x_SD.ndim == 3)
-    x_SD = torch.where(real_S1, x_SD, 0)
+    x_SD = _zero_padding(x_SD, counts_e)
     gate_SF = grouped_matmul(x_SD, w_gate_eDF, counts_e)
     up_SF = grouped_matmul(x_SD, w_up_eDF, counts_e)
     hidden_SF = (F.silu(gate_SF.to(wide)) * up_SF.to(wide)).to(x_SD.dtype)
-    return torch.where(real_S1, grouped_matmul(hidden_SF, w_down_eFD, counts_e), 0)
+    return _zero_padding(grouped_matmul(hidden_SF, w_down_eFD, counts_e), counts_e)
 
 
 def grouped_matmul(
@@ -37,16 +35,24 @@ def grouped_matmul(
 ) -> Float[Tensor, "*S F"]:
     """Rows of expert j times w[j]; what stands in rows past the groups is unspecified.
 
-    `torch.nn.functional.grouped_mm` takes no float64, and only rows of whole 16-byte units. What it does not take is
-    multiplied with every expert's weights, of which one result is kept: e times the work, but nothing waits.
+    `torch.nn.functional.grouped_mm` reads the counts on the device for bfloat16 only. The other dtypes are multiplied
+    with every expert's weights, of which one result is kept: e times the work, but nothing waits.
     """
     if x_SD.ndim == 3:
         return torch.bmm(x_SD, w_eDF)
     end_e = group_ends(counts_e)
-    if fits_grouped_mm(x_SD.dtype, *w_eDF.shape[1:]):
+    if x_SD.dtype == torch.bfloat16 and fits_grouped_mm(x_SD, w_eDF):
         return F.grouped_mm(x_SD, w_eDF, offs=end_e)
     expert_S1 = (torch.arange(x_SD.shape[0], device=x_SD.device)[:, None] >= end_e).sum(dim=1, keepdim=True)
     y_SF = x_SD.new_zeros(x_SD.shape[0], w_eDF.shape[2])
     for j, w_DF in enumerate(w_eDF.unbind()):
         y_SF = torch.where(expert_S1 == j, x_SD @ w_DF, y_SF)
     return y_SF
+
+
+def _zero_padding(x_SD: Tensor, counts_e: Tensor) -> Tensor:
+    """Hide what stands in padding, and in backward what a grouped matmul leaves there; in bins of experts, nothing."""
+    if x_SD.ndim == 3:
+        return x_SD
+    real_S = torch.arange(x_SD.shape[0], device=x_SD.device) < counts_e.sum()
+    return torch.where(real_S[:, None], x_SD, 0)

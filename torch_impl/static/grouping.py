@@ -45,16 +45,13 @@ def plan_capacity(
     if factor is None:
         rows = n_tokens * (min(top_k, n_experts // n_ranks) if per == "rank" else 1)
     else:
-        exact = Fraction(str(factor)) if isinstance(factor, float) else Fraction(factor)
-        rows = math.ceil(exact * n_tokens * top_k / n_bins)
-    return Capacity(n_bins, math.ceil(max(rows, 1) / align) * align, priority)
+        rows = math.ceil(Fraction(str(factor)) * n_tokens * top_k / n_bins)
+    return Capacity(n_bins, -(-max(rows, 1) // align) * align, priority)
 
 
 class Grouped(NamedTuple):
     x_BCD: Float[Tensor, "B C D"]
-    slot_TK: Integer[
-        Tensor, "T K"
-    ]  # the row that holds assignment (t, k), counting over bins; B*C where it was dropped
+    slot_TK: Integer[Tensor, "T K"]  # the row, counted over bins, of assignment (t, k); B*C where it was dropped
     assignment_BC: Integer[Tensor, "B C"]  # the assignment a = t*K + k that each row holds; T*K where it is padding
     kept_E: Integer[Tensor, " E"]  # assignments kept, per expert
 
@@ -143,7 +140,7 @@ class _ExpandRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, assignment_BC, slot_TK):
         ctx.save_for_backward(slot_TK)
-        token_BC = assignment_BC // max(slot_TK.shape[1], 1)
+        token_BC = assignment_BC // slot_TK.shape[1]
         if kernels.use_kernels(x_TD):
             return kernels.gather_rows(x_TD, token_BC)
         return rows_or_zero(x_TD, token_BC)
@@ -168,7 +165,8 @@ def weighted_sum(
     assignment_BC: Integer[Tensor, "B C"],
 ) -> Float[Tensor, "T D"]:
     """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
-    return _WeightedSum.apply(y_BCD, score_TK, slot_TK, assignment_BC)  # type: ignore[no-any-return]
+    # Rounded out here: PyTorch 2.11 compiles a Function that ends in a cast to its own dtype without its gradient.
+    return _WeightedSum.apply(y_BCD, score_TK, slot_TK, assignment_BC).to(y_BCD.dtype)  # type: ignore[no-any-return]
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -182,7 +180,7 @@ class _WeightedSum(torch.autograd.Function):
         out_TD = torch.zeros(slot_TK.shape[0], y_SD.shape[1], dtype=wide, device=y_SD.device)
         for score_T, slot_T in zip(score_TK.unbind(dim=1), slot_TK.unbind(dim=1), strict=True):
             out_TD = out_TD + score_T.to(wide)[:, None] * rows_or_zero(y_SD, slot_T).to(wide)
-        return out_TD.to(y_BCD.dtype)
+        return out_TD
 
     @staticmethod
     def backward(ctx, dout_TD):  # type: ignore[override]
@@ -193,7 +191,7 @@ class _WeightedSum(torch.autograd.Function):
             dy_SD, dscore_TK = kernels.weighted_sum_backward(dout_TD, y_SD, score_TK, slot_TK, of_row_S)
             return dy_SD.reshape(y_BCD.shape), dscore_TK, None, None
         wide = torch.promote_types(y_BCD.dtype, torch.float32)
-        token_BC = assignment_BC // max(slot_TK.shape[1], 1)
+        token_BC = assignment_BC // slot_TK.shape[1]
         score_BC1 = rows_or_zero(score_TK.reshape(-1), assignment_BC).to(wide)[..., None]
         dy_BCD = score_BC1 * rows_or_zero(dout_TD, token_BC).to(wide)
         dscore_TK = [

@@ -47,7 +47,7 @@ def moe_layer(
     """One MoE layer over the ranks of `group` (None: the default group; no group at all means one rank).
 
     Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. `routing`, made
-    before, takes the place of stage 1: a recording, a recomputation, scores that were masked.
+    before, takes the place of stage 1 and its arguments: a recording, a recomputation, scores that were masked.
 
     Raises ValueError on wrong input, before anything is sent to another rank.
     """

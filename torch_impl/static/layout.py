@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torch_impl import kernels
 from torch_impl.layout import exclusive_cumsum
+from torch_impl.static.checks import check_bins
 
 
 class ExpertMajor(NamedTuple):
@@ -23,10 +24,12 @@ def to_expert_major(x_BCD: Float[Tensor, "B C D"], counts_Pe: Integer[Tensor, "P
         expert bins   p0e0: a __ | p0e1: b c | p1e0: d __ | p1e1: __ __     e0: a __ d __ | e1: b c __ __
 
     Padding comes out as zero, whatever it held when it came in.
+
+    Raises ValueError when there are neither as many bins as ranks nor as experts.
     """
-    B, C, _ = x_BCD.shape
-    per_rank = counts_Pe.shape[0] == B
-    source_S = rank_bins_source(counts_Pe, C) if per_rank else expert_bins_source(counts_Pe, C)
+    (B, C, _), (P, e) = x_BCD.shape, counts_Pe.shape
+    check_bins(B, P, P * e)
+    source_S = rank_bins_source(counts_Pe, C) if B == P else expert_bins_source(counts_Pe, C)
     target_BC = invert(source_S.reshape(-1), B * C).reshape(B, C)
     return ExpertMajor(permute_rows(x_BCD, source_S, target_BC), source_S, target_BC)
 
@@ -69,7 +72,8 @@ def segments_source(
     counts_eP = counts_Pe.T
     start_eP = exclusive_cumsum(counts_eP.reshape(-1)).reshape(counts_eP.shape)
     row_R = torch.arange(output_size, device=counts_Pe.device)
-    segment_R = torch.searchsorted((start_eP + counts_eP).reshape(-1), row_R, right=True)
+    ends = (start_eP + counts_eP).reshape(-1)
+    segment_R = torch.searchsorted(ends, row_R, right=True)
     shift_R = rows_or_zero((start_Pe.T - start_eP).reshape(-1), segment_R)
     return torch.where(row_R < counts_Pe.sum(), shift_R + row_R, output_size)
 
