@@ -132,10 +132,10 @@ def expand_rows(
     x_TD: Float[Array, "T D"], assignment_BC: Integer[Array, "B C"], slot_TK: Integer[Array, "T K"]
 ) -> Float[Array, "B C D"]:
     """Row r is the token of assignment r, padding is zero. Backward, a token gathers its K rows: no scatter-add."""
-    token_BC = assignment_BC // slot_TK.shape[1]
     if kernels.use_kernels(x_TD):
-        return kernels.gather_rows(x_TD, token_BC)
-    return rows_or_zero(x_TD, token_BC)
+        x_SD = kernels.expand_rows(x_TD, slot_TK, assignment_BC.reshape(-1))
+        return x_SD.reshape(*assignment_BC.shape, -1)
+    return rows_or_zero(x_TD, assignment_BC // slot_TK.shape[1])
 
 
 def _expand_rows_forward(x_TD, assignment_BC, slot_TK):

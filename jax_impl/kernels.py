@@ -1,8 +1,7 @@
 """Row movements, and matmuls of rows grouped by expert, as Pallas kernels: each does what the plain version does.
 
 XLA reads rows 8 bytes at a time and finds out which rows are padding in a launch of its own for each k; a kernel here
-does all in one, 16 bytes at a time, and reads and writes every row once. (Only tokens are gathered, once for each
-row.) Sums over K are in the plain version's order.
+does all in one, 16 bytes at a time, and reads and writes every row once. Sums over K are in the plain version's order.
 
 `jax.lax.ragged_dot` on a GPU multiplies every row by every expert's weights and keeps one product of e. These read a
 row once per tile of columns, and an expert's weights once per tile of its rows.
@@ -56,6 +55,51 @@ def _gather_rows_kernel(x, index, y, *, chunks: int, BLOCK: int) -> None:
     source = index[r]
     row = triton.load(x.at[source, d], mask=(d < x.shape[1]) & (source < x.shape[0]), other=0)
     triton.store(y.at[r, d], row, mask=d < x.shape[1])
+
+
+def expand_rows(
+    x_TD: Float[Array, "T D"], slot_TK: Integer[Array, "T K"], assignment_S: Integer[Array, " S"]
+) -> Float[Array, "S D"]:
+    """Copy token t to rows slot[t]: the same rows as gathering x[assignment // K], but x is read once.
+
+    A slot past the end is left out; rows whose assignment is past the last one are padding, and zero.
+    """
+    (T, K), (S,), D = slot_TK.shape, assignment_S.shape, x_TD.shape[1]
+    BLOCK, warps = _tile(D, K)
+    kernel = partial(_expand_rows_kernel, n_tokens=T, BLOCK=BLOCK)
+    grid = (T + pl.cdiv(S, PADDING_ROWS),)
+    return _call(kernel, grid, _like(x_TD, S, D), x_TD, slot_TK, assignment_S, warps=warps)
+
+
+def _expand_rows_kernel(x, slot, assignment, y, *, n_tokens: int, BLOCK: int) -> None:
+    """One program per token: its K rows side by side, chunk after chunk. After them, those that look for padding."""
+    T, K, (S, D) = n_tokens, slot.shape[1], y.shape
+    t, k = pl.program_id(0), jnp.arange(_power_of_2(K))
+    row = triton.load(slot.at[t, k], mask=(t < T) & (k < K), other=S)
+
+    def copy(step, nothing):
+        d = step * BLOCK + jnp.arange(BLOCK)
+        tile = jnp.broadcast_to(triton.load(x.at[t, d], mask=d < D, other=0)[None], (k.size, BLOCK))
+        triton.store(y.at[row[:, None], d[None]], tile, mask=(row < S)[:, None] & (d < D)[None])
+        return nothing
+
+    jax.lax.fori_loop(0, pl.cdiv(D, BLOCK) * (t < T), copy, ())
+    _clear_padding(t - T, assignment, y, T * K)
+
+
+def _clear_padding(program, assignment, y, n_assignments: int) -> None:
+    """Zero in some rows, if they hold no assignment; nothing for a program before the first."""
+    (S, D), BLOCK = y.shape, 512
+    row = program * PADDING_ROWS + jnp.arange(PADDING_ROWS)
+    padding = triton.load(assignment.at[row], mask=(program >= 0) & (row < S), other=0) >= n_assignments
+
+    def clear(step, nothing):
+        d = step * BLOCK + jnp.arange(BLOCK)
+        zero = jnp.zeros((PADDING_ROWS, BLOCK), y.dtype)
+        triton.store(y.at[row[:, None], d[None]], zero, mask=padding[:, None] & (d < D)[None])
+        return nothing
+
+    jax.lax.fori_loop(0, pl.cdiv(D, BLOCK) * padding.astype(jnp.int32).max(), clear, ())
 
 
 def sum_rows(
@@ -114,7 +158,7 @@ def _weighted_sum_backward_kernel(
     """One program per token: its K rows side by side, chunk after chunk. After them, those that look for padding."""
     T, K, (S, D) = n_tokens, slot.shape[1], y.shape
     wide = jnp.promote_types(y.dtype, jnp.float32)
-    t, k, chunks = pl.program_id(0), jnp.arange(_power_of_2(K)), pl.cdiv(D, BLOCK)
+    t, k = pl.program_id(0), jnp.arange(_power_of_2(K))
     here = (t < T) & (k < K)
     row = triton.load(slot.at[t, k], mask=here, other=S)
     weight = triton.load(score.at[t, k], mask=here, other=0).astype(wide)
@@ -127,19 +171,10 @@ def _weighted_sum_backward_kernel(
         triton.store(dy.at[row[:, None], d[None]], (weight[:, None] * gradient).astype(dy.dtype), mask=inside)
         return total + gradient * y_tile
 
-    total = jax.lax.fori_loop(0, chunks * (t < T), add, jnp.zeros((k.size, BLOCK), wide))
+    total = jax.lax.fori_loop(0, pl.cdiv(D, BLOCK) * (t < T), add, jnp.zeros((k.size, BLOCK), wide))
     triton.store(dscore.at[t, k], total.sum(axis=1).astype(dscore.dtype), mask=here)
 
-    r = (t - T) * PADDING_ROWS + jnp.arange(PADDING_ROWS)
-    padding = triton.load(assignment.at[r], mask=(t >= T) & (r < S), other=0) >= T * K
-
-    def clear(step, nothing):
-        d = step * BLOCK + jnp.arange(BLOCK)
-        zero = jnp.zeros((PADDING_ROWS, BLOCK), dy.dtype)
-        triton.store(dy.at[r[:, None], d[None]], zero, mask=padding[:, None] & (d < D)[None])
-        return nothing
-
-    jax.lax.fori_loop(0, chunks * padding.astype(jnp.int32).max(), clear, ())
+    _clear_padding(t - T, assignment, dy, T * K)
 
 
 def _tile(width: int, n_rows: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ registers that spill, temporaries, and how much is launched.
 """
 
 import re
+import time
 from functools import partial
 
 import jax
@@ -18,6 +19,7 @@ from jax_impl import dynamic, kernels, moe_layer, plan_capacity
 from jax_impl.experts import grouped_matmul
 from jax_impl.grouping import Capacity, combine, group_by_expert
 from jax_impl.layout import to_expert_major, to_rank_major
+from parity import capture_jax
 from torch_impl import kernels as triton_kernels
 
 # As XLA describes an H200 (its backends/gpu/target_config/specs/h200.txtpb).
@@ -114,7 +116,7 @@ def test_the_layer_compiles_forward_and_backward(how_mapped, P, layer, dtype, mo
 # Of each stage forward and backward, indices included, at the three shapes of `parity bench`: T, D, E, K over 8 ranks.
 MODELS = {"deepseek-v3": (4096, 7168, 256, 8), "mixtral": (8192, 4096, 8, 2), "qwen3": (8192, 2048, 128, 8)}
 MOST_LAUNCHES = {
-    "group_by_expert": (15, 1), "to_expert_major": (7, 1), "to_rank_major": (1, 1), "combine": (1, 1)
+    "group_by_expert": (14, 1), "to_expert_major": (7, 1), "to_rank_major": (1, 1), "combine": (1, 1)
 }  # fmt: skip
 
 
@@ -165,6 +167,25 @@ def test_no_temporary_of_a_matmul_grows_with_the_experts(model):
         assert temporary_bytes(program) < 2**20
 
 
+def exchange_program(P: int):
+    """Stages 3 to 5, 7 and 8 forward and backward over P devices, as `parity capture` has them."""
+    mesh = Mesh(np.array(devices(P)), (capture_jax.AXIS,), axis_types=(AxisType.Auto,))
+    split = PartitionSpec(capture_jax.AXIS)
+    run = jax.shard_map(capture_jax.value_and_gradient, mesh=mesh, in_specs=(split, split), out_specs=(split, split))
+    shapes = [
+        jax.ShapeDtypeStruct((P * a.shape[0], *a.shape[1:]), a.dtype, sharding=NamedSharding(mesh, split))
+        for a in capture_jax.of_one_rank(P)
+    ]
+    return jax.jit(run).lower(*shapes).compile()
+
+
+def test_the_program_does_not_grow_with_the_ranks():
+    """XLA for CPUs takes each exchange apart into P pieces (docs/capture.md). For GPUs it stays one."""
+    few, many = (str(exchange_program(P).as_text()) for P in (8, 1024))
+    assert few.count(" all-to-all-start(") == many.count(" all-to-all-start(") == 5  # counts; rows twice, and back
+    assert many.count(" = ") < 1.25 * few.count(" = ")
+
+
 def triton_programs(D: int, K: int) -> dict:
     """Each kernel with the types of its arguments, its constants and its warps, as it is launched for such rows."""
     one, many = triton_kernels._tile(D, 1), triton_kernels._tile(D, K)
@@ -173,13 +194,16 @@ def triton_programs(D: int, K: int) -> dict:
     backward = dict.fromkeys(("dout", "y", "dy"), x) | dict.fromkeys(("slot", "assignment"), index)
     backward |= dict.fromkeys(("score", "dscore"), score) | rows | {"T": number}
     tile = {"BLOCK": many[0], "K": K}
-    padding = {"K_PADDED": triton_kernels._power_of_2(K), "PADDING_ROWS": triton_kernels.PADDING_ROWS}
+    padding_rows = {"PADDING_ROWS": triton_kernels.PADDING_ROWS}
+    padding = {"K_PADDED": triton_kernels._power_of_2(K)} | padding_rows
+    of_expand = dict.fromkeys("xy", x) | dict.fromkeys(("slot", "assignment"), index) | rows
+    of_expand |= {"T": number, "chunks": number}
     of_sum = {"y": x, "slot": index, "out": x, "chunks": number} | rows
     return {
         "gather": ("_gather_rows", {"x": x, "index": index, "y": x, "chunks": number} | rows,
                    {"BLOCK": one[0]}, one[1]),
-        "expand": ("_expand_rows", {"x": x, "slot": index, "y": x, "D": number, "chunks": number},
-                   {"BLOCK": one[0], "K": K}, one[1]),
+        "expand": ("_expand_rows", of_expand, {"BLOCK": one[0], "K": K, "PADDED": False} | padding_rows, one[1]),
+        "padded expand": ("_expand_rows", of_expand, {"BLOCK": one[0], "K": K, "PADDED": True} | padding_rows, one[1]),
         "sum": ("_sum_rows", of_sum | {"score": index}, tile | {"WEIGHTED": False}, many[1]),
         "weighted sum": ("_sum_rows", of_sum | {"score": score}, tile | {"WEIGHTED": True}, many[1]),
         "backward": ("_weighted_sum_backward", backward, tile | padding | {"PADDED": False}, many[1]),
@@ -229,6 +253,10 @@ def main() -> None:
                     f"{len(launches(p)):3d} launches {temporary_bytes(p) / 1e6:9.1f} MB" for p in programs
                 )
                 print(f"{how:8s} {model:12s} {stage:16s} {each}")
+    for P in (4, 64, 256, 1024):
+        begin = time.perf_counter()
+        instructions = str(exchange_program(P).as_text()).count(" = ")
+        print(f"P = {P}: {instructions} XLA instructions, {time.perf_counter() - begin:.1f} s to trace and compile")
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def test_rows_under_vmap(both_ways):
     same(ours[0], plain[0])
 
 
-@pytest.mark.parametrize("kernel", ["gather_rows", "sum_rows", "weighted_sum_backward"])
+@pytest.mark.parametrize("kernel", ["gather_rows", "expand_rows", "sum_rows", "weighted_sum_backward"])
 def test_rows_lower_for_a_gpu_too(kernel, monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRET", False)
     T, K, S, D = 64, 4, 300, 512
@@ -248,7 +248,8 @@ def test_rows_lower_for_a_gpu_too(kernel, monkeypatch):
     y, score, slot = (jax.ShapeDtypeStruct(*a) for a in (((S, D), bf16), ((T, K), f32), ((T, K), i32)))
     index, dout = jax.ShapeDtypeStruct((S,), i32), jax.ShapeDtypeStruct((T, D), bf16)
     arguments = {
-        "gather_rows": (y, index), "sum_rows": (y, slot, score), "weighted_sum_backward": (dout, y, score, slot, index)
+        "gather_rows": (y, index), "expand_rows": (dout, slot, index), "sum_rows": (y, slot, score),
+        "weighted_sum_backward": (dout, y, score, slot, index)
     }[kernel]  # fmt: skip
     lowered = jax.jit(getattr(kernels, kernel)).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert "triton" in lowered.as_text()
@@ -257,6 +258,7 @@ def test_rows_lower_for_a_gpu_too(kernel, monkeypatch):
 def test_nothing_to_move():
     empty, ids = jnp.zeros((0, 8)), jnp.zeros((0, 2), jnp.int32)
     assert kernels.gather_rows(empty, jnp.array([0, 0, 0])).tolist() == [[0.0] * 8] * 3
+    assert kernels.expand_rows(empty, ids, jnp.zeros(3, jnp.int32)).tolist() == [[0.0] * 8] * 3
     assert kernels.sum_rows(jnp.ones((4, 8)), ids).shape == (0, 8)
     dy, dscore = kernels.weighted_sum_backward(empty, jnp.ones((4, 8)), jnp.zeros((0, 2)), ids, jnp.zeros(4, jnp.int32))
     assert dy.tolist() == [[0.0] * 8] * 4

@@ -1,9 +1,8 @@
 """The row movements and their indices as Triton kernels: each does what the plain version beside its call does.
 
 A kernel reads and writes every row once, forward and backward, where indexing in PyTorch reads a token K times or
-keeps rows in float32. (Only for the padded layer tokens are gathered, once for each row.) What it moves is equal to the
-plain version's bit for bit, and so are sums over K: same order, every product rounded. No kernel adds atomically, so
-all results repeat.
+keeps rows in float32. What it moves is equal to the plain version's bit for bit, and so are sums over K: same order,
+every product rounded. No kernel adds atomically, so all results repeat.
 """
 
 from importlib import import_module
@@ -133,27 +132,56 @@ def _gather_rows(x, index, y, S, D, chunks, BLOCK: tl.constexpr):
     tl.store(y + r * D + d, row, mask=d < D)
 
 
-def expand_rows(x_TD: Float[Tensor, "T D"], slot_TK: Integer[Tensor, "T K"]) -> Float[Tensor, "N D"]:
-    """Copy token t to rows slot[t]: the same rows as gathering x[assignment // K], but x is read once."""
+def expand_rows(
+    x_TD: Float[Tensor, "T D"], slot_TK: Integer[Tensor, "T K"], assignment_S: Integer[Tensor, " S"] | None = None
+) -> Float[Tensor, "S D"]:
+    """Copy token t to rows slot[t]: the same rows as gathering x[assignment // K], but x is read once.
+
+    Where rows can be padding, `assignment` says which are: they are zero, and slots past the end are left out.
+    """
     (T, K), D = slot_TK.shape, x_TD.shape[1]
-    x_ND = x_TD.new_empty(T * K, D)
+    S = T * K if assignment_S is None else assignment_S.shape[0]
+    x_SD = x_TD.new_empty(S, D)
     BLOCK, num_warps = _tile(D, 1)
     chunks = -(-D // BLOCK)
-    _expand_rows[(T * chunks,)](
-        x_TD.contiguous(), slot_TK.contiguous(), x_ND, D, chunks, K=K, BLOCK=BLOCK, num_warps=num_warps
-    )
-    return x_ND
+    looking = 0 if assignment_S is None else -(-S // PADDING_ROWS)
+    _expand_rows[(T * chunks + looking,)](
+        x_TD.contiguous(), slot_TK.contiguous(), slot_TK if assignment_S is None else assignment_S.contiguous(), x_SD,
+        T, S, D, chunks, K=K, PADDED=looking > 0, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK, num_warps=num_warps,
+    )  # fmt: skip
+    return x_SD
 
 
 @triton.jit
 @no_type_check
-def _expand_rows(x, slot, y, D, chunks, K: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per token, or per chunk of a wide one."""
+def _expand_rows(
+    x, slot, assignment, y, T, S, D, chunks,
+    K: tl.constexpr, PADDED: tl.constexpr, PADDING_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per token, or per chunk of a wide one. After them, those that look for padding."""
     t = (tl.program_id(0) // chunks).to(tl.int64)
+    if PADDED and t >= T:
+        _clear_padding(tl.program_id(0) - T * chunks, assignment, y, T * K, S, D, PADDING_ROWS)
+        return
     d = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(x + t * D + d, mask=d < D)
     for k in tl.static_range(K):
-        tl.store(y + tl.load(slot + t * K + k) * D + d, row, mask=d < D)
+        place = tl.load(slot + t * K + k)
+        tl.store(y + place * D + d, row, mask=d < (tl.where(place < S, D, 0) if PADDED else D))
+
+
+@triton.jit
+@no_type_check
+def _clear_padding(program, assignment, y, N, S, D, PADDING_ROWS: tl.constexpr):
+    """Zero in some rows, if they hold no assignment."""
+    BLOCK: tl.constexpr = 512
+    row = program.to(tl.int64) * PADDING_ROWS + tl.arange(0, PADDING_ROWS)
+    padding = tl.load(assignment + row, mask=row < S, other=0) >= N
+    if tl.max(padding.to(tl.int32), 0) > 0:
+        for first in range(0, D, BLOCK):
+            d = first + tl.arange(0, BLOCK)
+            zero = tl.zeros([PADDING_ROWS, BLOCK], y.dtype.element_ty)
+            tl.store(y + row[:, None] * D + d[None, :], zero, mask=padding[:, None] & (d < D)[None, :])
 
 
 def sum_rows(
@@ -232,13 +260,7 @@ def _weighted_sum_backward(
     wide = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
     t = tl.program_id(0).to(tl.int64)
     if PADDED and t >= T:
-        r = (t - T) * PADDING_ROWS + tl.arange(0, PADDING_ROWS)
-        padding = tl.load(assignment + r, mask=r < S, other=0) >= T * K
-        if tl.max(padding.to(tl.int32), 0) > 0:
-            for first in range(0, D, BLOCK):
-                d = first + tl.arange(0, BLOCK)
-                zero = tl.zeros([PADDING_ROWS, BLOCK], dy.dtype.element_ty)
-                tl.store(dy + r[:, None] * D + d[None, :], zero, mask=padding[:, None] & (d < D)[None, :])
+        _clear_padding(t - T, assignment, dy, T * K, S, D, PADDING_ROWS)
         return
     k = tl.arange(0, K_PADDED)
     row = tl.load(slot + t * K + k, mask=k < K, other=S)

@@ -140,10 +140,10 @@ class _ExpandRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, assignment_BC, slot_TK):
         ctx.save_for_backward(slot_TK)
-        token_BC = assignment_BC // slot_TK.shape[1]
         if kernels.use_kernels(x_TD):
-            return kernels.gather_rows(x_TD, token_BC)
-        return rows_or_zero(x_TD, token_BC)
+            x_SD = kernels.expand_rows(x_TD, slot_TK, assignment_BC.reshape(-1))
+            return x_SD.reshape(*assignment_BC.shape, -1)
+        return rows_or_zero(x_TD, assignment_BC // slot_TK.shape[1])
 
     @staticmethod
     def backward(ctx, dx_BCD):  # type: ignore[override]
