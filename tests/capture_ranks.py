@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from parity.capture import Measured
-from torch_impl import layer, layout, routing
+from torch_impl import layer, layout, routing, static
 
 T, D, F, E, K = 8, 8, 8, 8, 2
 
@@ -179,6 +179,24 @@ def ids_out_of_range(backend: str, group: dist.ProcessGroup | None) -> str:
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def static_and_compiled(dtype: str, n_bins: int, group: dist.ProcessGroup | None) -> list[bool]:
+    """Whether static PyTorch, on one rank, gives the same output and gradients eager and compiled whole, bit by bit."""
+    torch._dynamo.reset()
+    inputs = [a.to(getattr(torch, dtype)).requires_grad_() for a in (normal(T, D), *parameters(1))]
+    capacity = static.Capacity(n_bins, T)  # some drop
+
+    def moe(*inputs):
+        out_TD = static.moe_layer(*inputs, top_k=K, capacity=capacity, group=group).out_TD
+        return out_TD, *torch.autograd.grad(out_TD, inputs, torch.ones_like(out_TD))
+
+    def compiled(*inputs):
+        run = torch.compile(static.moe_layer, backend="aot_eager", fullgraph=True)
+        out_TD = run(*inputs, top_k=K, capacity=capacity, group=group).out_TD
+        return out_TD, *torch.autograd.grad(out_TD, inputs, torch.ones_like(out_TD))
+
+    return [torch.equal(a, b) for a, b in zip(moe(*inputs), compiled(*inputs), strict=True)]
 
 
 # Token 0 chooses expert 0; its second choice ties between all others.

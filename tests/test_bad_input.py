@@ -13,6 +13,7 @@ import torch
 import jax_impl
 import jax_impl.grouping
 import torch_impl
+import torch_impl.checks
 import torch_impl.exchange
 import torch_impl.layout
 import torch_impl.static

@@ -159,6 +159,13 @@ def test_ids_out_of_range_are_refused_when_compiled(torch_ranks: TorchRanks):
     assert "assertion failed for expression u0 >= 16" in message
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("n_bins", [1, capture_ranks.E])
+def test_static_pytorch_compiles_whole_in_every_dtype(torch_ranks: TorchRanks, dtype, n_bins):
+    (same,) = torch_ranks(capture_ranks.static_and_compiled, [dtype], [n_bins])
+    assert all(same)
+
+
 # Recomputation: a tie that falls one way in the forward and another in backward
 
 

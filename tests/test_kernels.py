@@ -229,6 +229,22 @@ def test_the_whole_chain_on_a_gpu(shape, plain):
 
 
 @pytest.mark.gpu
+def test_a_gradient_of_a_gradient_is_that_of_the_plain_version(plain):
+    """Kernels leave no graph behind, so a backward that is differentiated again does not go through them."""
+    ids_TK, counts_E = routing(33, 6, 3, "cuda")
+    x_TD, score_TK = torch.randn(33, 64, device="cuda"), torch.rand(33, 3, device="cuda")
+
+    def penalty(x_TD, score_TK):
+        x_TD, score_TK = x_TD.detach().requires_grad_(), score_TK.detach().requires_grad_()
+        out_TD = dispatch_and_combine(x_TD, score_TK, ids_TK, counts_E)
+        dx_TD, dscore_TK = torch.autograd.grad(out_TD.square().sum(), (x_TD, score_TK), create_graph=True)
+        return torch.autograd.grad(dx_TD.square().sum() + dscore_TK.square().sum(), (x_TD, score_TK))
+
+    for ours, expected in zip(penalty(x_TD, score_TK), plain(penalty, x_TD, score_TK), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.gpu
 def test_the_whole_chain_is_captured_whole():
     """In a process of its own: here every call checks its shapes, which no compiler sees through."""
     root = Path(__file__).parent.parent
