@@ -1,7 +1,8 @@
-"""The JAX side of `bench`: ours, and the straightforward version. Every stage is a program of its own.
+"""The JAX side of `bench`: ours, and the straightforward version.
 
-The exchange and the experts come between the stages, so XLA must not see across them: it would fuse one gather into
-the next. Forward and backward are two programs too, as the loss comes between them.
+A stage is a program, and so is the whole. The exchange and the experts come between the stages, so there XLA must not
+fuse one gather into the next: a barrier keeps it from that. Forward and backward are two programs, as the loss comes
+between them.
 """
 
 import sys
@@ -153,8 +154,9 @@ def main(plan: Plan) -> None:
         for variant, movement in ({"ours": OURS, "plain": PLAIN} if plan.baselines else {"ours": OURS}).items():
             capacity = Capacity(shape.ranks, shape.capacity)
             group = partial(movement.group_by_expert, capacity=capacity)
-            differentiable = [differentiated(f) for f in (group, *movement[1:])]
-            inference = [program(f) for f in (group, *movement[1:])]
+            runs = dict(zip(STAGES, (group, *movement[1:]), strict=True)) | {"whole": in_one_program(movement, group)}
+            differentiable = {part: differentiated(run) for part, run in runs.items()}
+            inference = {part: program(run) for part, run in runs.items()}
             for part in [part for part in (*STAGES, "whole") if part in plan.parts]:
                 movement_figures(plan, shape, variant, inference, differentiable, part)
         if "experts" in plan.parts:
@@ -162,7 +164,7 @@ def main(plan: Plan) -> None:
 
 
 def differentiated(stage: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Two programs of a stage: its output with what backward needs, and backward.
+    """Two programs, of a stage or of all: its output with what backward needs, and backward.
 
     The rows are differentiated, and combine's scores; what else the stage returns goes along.
     """
@@ -188,35 +190,34 @@ def copy_figure(plan: Plan, on_gpu: bool) -> Figure:
     return figure
 
 
-def movement_figures(plan: Plan, shape: Case, variant: str, inference: list, differentiable: list, part: str) -> None:
+def in_one_program(movement: Movement, group: Callable[..., Any]) -> Callable[..., Any]:
+    """The whole chain. Barriers stand where the exchange and the experts would."""
+    between = jax.lax.optimization_barrier
+
+    def whole(x_TD: Array, score_TK: Array, ids_TK: Array, counts_E: Array, kept_Pe: Array) -> Array:
+        x_PCD, slot_TK, assignment_PC, *_ = group(x_TD, ids_TK, score_TK, counts_E)
+        x_SD, source_S, target_PC = movement.to_expert_major(between(x_PCD), kept_Pe)
+        y_PCD = movement.to_rank_major(between(x_SD), source_S, target_PC)
+        return movement.combine(between(y_PCD), score_TK, slot_TK, assignment_PC)
+
+    return whole
+
+
+def movement_figures(
+    plan: Plan, shape: Case, variant: str, inference: dict[str, Any], differentiable: dict[str, Any], part: str
+) -> None:
     """One stage or the whole chain, forward and with backward."""
     sets = [draw_inputs(plan, shape, inference, part, plan.seed + i) for i in range(N_SETS)]
 
     def forward(i: int) -> Any:
         x, rest, _ = sets[i % N_SETS]
-        if part != "whole":
-            return inference[STAGES.index(part)](x, *rest)
-        (ids_TK, score_TK, counts_E), counts_Pe = rest
-        x, slot_TK, assignment, *_ = inference[0](x, ids_TK, score_TK, counts_E)
-        x, source, target = inference[1](x, counts_Pe)
-        return inference[3](inference[2](x, source, target), score_TK, slot_TK, assignment)
+        return inference[part](x, *rest)
 
     def both(i: int) -> Any:
         x, rest, cotangent = sets[i % N_SETS]
-        if part != "whole":
-            stage, backward = differentiable[STAGES.index(part)]
-            out, vjp, _ = stage(x, *rest)
-            return out, backward(vjp, cotangent)
-        (ids_TK, score_TK, counts_E), counts_Pe = rest
-        vjps = [None] * 4
-        x, vjps[0], (slot_TK, assignment, *_) = differentiable[0][0](x, ids_TK, score_TK, counts_E)
-        x, vjps[1], (source, target) = differentiable[1][0](x, counts_Pe)
-        x, vjps[2], _ = differentiable[2][0](x, source, target)
-        out, vjps[3], _ = differentiable[3][0](x, score_TK, slot_TK, assignment)
-        dx, dscore = differentiable[3][1](vjps.pop(), cotangent)
-        for stage in (2, 1, 0):
-            (dx,) = differentiable[stage][1](vjps.pop(), dx)
-        return out, dx, dscore
+        with_vjp, backward = differentiable[part]
+        out, vjp, _ = with_vjp(x, *rest)
+        return out, backward(vjp, cotangent)
 
     for direction, step in zip(DIRECTIONS, (forward, both), strict=True):
         figure = measure(plan, step)
@@ -227,7 +228,7 @@ def movement_figures(plan: Plan, shape: Case, variant: str, inference: list, dif
         emit(figure)
 
 
-def draw_inputs(plan: Plan, shape: Case, inference: list, part: str, seed: int) -> tuple[Array, Any, Array]:
+def draw_inputs(plan: Plan, shape: Case, inference: dict[str, Any], part: str, seed: int) -> tuple[Array, Any, Array]:
     """The rows that go in, what goes with them, and the gradient that comes back."""
     P, C = shape.ranks, shape.capacity
     score_TK, ids_TK, counts_E = (jnp.asarray(a) for a in draw_routing(shape, seed))
@@ -237,17 +238,17 @@ def draw_inputs(plan: Plan, shape: Case, inference: list, part: str, seed: int) 
     x_TD, dout_TD = (draw(key, (shape.tokens, shape.width)) for key in (x_key, cotangent_key))
     if part == "group_by_expert":
         return x_TD, (ids_TK, score_TK, counts_E), draw(cotangent_key, (P, C, shape.width))
-    x_PCD, slot_TK, assignment, *_ = inference[0](x_TD, ids_TK, score_TK, counts_E)
+    x_PCD, slot_TK, assignment, *_ = inference["group_by_expert"](x_TD, ids_TK, score_TK, counts_E)
     # The rank's own rows stand in for those it would receive: as many from each rank, for as many experts each.
     kept_Pe = kept_per_expert(ids_TK, slot_TK, shape)
     if part == "whole":
-        return x_TD, ((ids_TK, score_TK, counts_E), kept_Pe), dout_TD
+        return x_TD, (score_TK, ids_TK, counts_E, kept_Pe), dout_TD
     if part == "combine":
         return draw(x_key, x_PCD.shape), (score_TK, slot_TK, assignment), dout_TD
     dx_SD = draw(cotangent_key, (P * C, shape.width))
     if part == "to_expert_major":
         return x_PCD, (kept_Pe,), dx_SD
-    x_SD, source, target = inference[1](x_PCD, kept_Pe)
+    x_SD, source, target = inference["to_expert_major"](x_PCD, kept_Pe)
     return x_SD, (source, target), dx_SD.reshape(x_PCD.shape)
 
 
