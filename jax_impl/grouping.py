@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Integer
 
 from jax_impl import kernels
 from jax_impl.checks import check_capacity, check_capacity_factor
-from jax_impl.layout import exclusive_cumsum, invert, rows_or_zero
+from jax_impl.layout import exclusive_cumsum, invert, rows_or_zero, sort_by_key
 
 
 class Capacity(NamedTuple):
@@ -83,11 +83,13 @@ def group_by_expert(
     kept_B = kept_E.reshape(B, -1).sum(axis=1)
 
     # Dropped ones last: the kept ones of a bin are then contiguous, and follow those of the bins before it.
-    sorted_N = jnp.argsort(jnp.where(keep_N, expert_N, E), stable=True)
-    row_BC = exclusive_cumsum(kept_B)[:, None] + jnp.arange(C)
-    full_BC = jnp.arange(C) < kept_B[:, None]
-    assignment_BC = jnp.where(full_BC, rows_or_zero(sorted_N, row_BC), N)
-    slot_TK = invert(assignment_BC.reshape(-1), N).reshape(T, K)
+    order_N, place_N = sort_by_key(jnp.where(keep_N, expert_N, E), E)
+    start_B = exclusive_cumsum(kept_B)
+    row_C = jnp.arange(C)
+    assignment_BC = jnp.where(row_C < kept_B[:, None], rows_or_zero(order_N, start_B[:, None] + row_C), N)
+    shift_B = jnp.arange(B) * C - start_B
+    slot_N = jnp.where(keep_N, place_N + rows_or_zero(shift_B, expert_N // (E // B)), B * C)
+    slot_TK = slot_N.reshape(T, K)
     return Grouped(expand_rows(x_TD, assignment_BC, slot_TK), slot_TK, assignment_BC, kept_E)
 
 
@@ -104,14 +106,16 @@ def keep_within_capacity(
     Ties go to the lower assignment.
     """
     (N,), (E,), (B, C, priority) = expert_N.shape, counts_E.shape, capacity
-    assignment_N = jnp.arange(N)
-    key_N = {"token": None, "choice": assignment_N % top_k, "score": -jax.lax.stop_gradient(score_N)}[priority]
     bin_N = expert_N // (E // B)
-    # Stable, so that ties need no key of their own: with a single key, XLA has a fast sort for GPUs.
-    first_N = jnp.lexsort((bin_N,) if key_N is None else (key_N, bin_N))
-    counts_B = counts_E.reshape(B, -1).sum(axis=1)
-    place_N = jnp.arange(N) - exclusive_cumsum(counts_B)[bin_N[first_N]]
-    return (place_N < C)[invert(first_N, N)] & (bin_N < B)
+    if priority == "token":
+        _, place_N = sort_by_key(bin_N, B)
+    else:
+        key_N = jnp.arange(N) % top_k if priority == "choice" else -jax.lax.stop_gradient(score_N)
+        by_key_N = jnp.argsort(key_N, stable=True)
+        by_bin_N, _ = sort_by_key(bin_N[by_key_N], B)
+        place_N = invert(by_key_N[by_bin_N], N)
+    start_B = exclusive_cumsum(counts_E.reshape(B, -1).sum(axis=1))
+    return (place_N < rows_or_zero(start_B, bin_N) + C) & (bin_N < B)
 
 
 def combine(

@@ -21,6 +21,7 @@ from jaxtyping import Float, Integer
 ROWS, COLUMNS, DEPTH = 128, 256, 64  # of a tile of a matmul's result, and of what it is summed over at a time
 WARPS, STAGES = 8, 4  # of a matmul; how far its loads run ahead
 PADDING_ROWS = 16  # that one program looks for padding in
+SORT_BLOCK, SORT_TILE = 512, 32  # keys that a program sorts, and that it compares them with at a time
 INTERPRET = False  # tests set it, to run without a GPU
 
 
@@ -35,6 +36,54 @@ def use_kernels(x: Array) -> bool:  # noqa: ARG001  the same question for every 
 def use_matmul_kernels(x: Array) -> bool:
     """Whether x can go through `grouped_matmul`: on a GPU, in a dtype that its matrix units multiply exactly."""
     return use_kernels(x) and x.dtype in (jnp.bfloat16, jnp.float16)
+
+
+def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array, " N"], Integer[Array, " N"]]:
+    """Stable sort of keys 0..n_keys-1, and its inverse.
+
+    A general sort makes many passes over wide keys. These are few, so: count each key in each block of N; a cumsum,
+    key by key, says where a block's rows of a key end; from there a block places its own.
+
+    Shapes: order_N, place_N. What is no key goes last.
+    """
+    (N,), blocks = key_N.shape, pl.cdiv(key_N.shape[0], SORT_BLOCK)
+    key_N = key_N.astype(jnp.int32)
+    grid = (blocks, pl.cdiv(n_keys + 1, SORT_TILE))
+    counts = _call(_count_keys_kernel, grid, _like(key_N, n_keys + 1, blocks), key_N, warps=4)
+    end = jnp.cumsum(counts.reshape(-1), dtype=jnp.int32).reshape(counts.shape)
+    return _call(_place_keys_kernel, (blocks,), (_like(key_N, N),) * 2, key_N, end)
+
+
+def _load_keys(key, i, n_keys: int) -> Array:
+    """What is no key counts as the last, and so does what lies past the end: it comes after all others of its block."""
+    found = triton.load(key.at[i], mask=i < key.shape[0], other=n_keys)
+    return jnp.where((found < 0) | (found > n_keys), n_keys, found)
+
+
+def _count_keys_kernel(key, counts) -> None:
+    """One program per block and some of the keys."""
+    b, n_keys = pl.program_id(0), counts.shape[0] - 1
+    found = _load_keys(key, b * SORT_BLOCK + jnp.arange(SORT_BLOCK), n_keys)
+    k = pl.program_id(1) * SORT_TILE + jnp.arange(SORT_TILE)
+    count = (found[:, None] == k[None]).astype(counts.dtype).sum(axis=0)
+    triton.store(counts.at[k, b], count, mask=k <= n_keys)
+
+
+def _place_keys_kernel(key, end, order, place) -> None:
+    """One program per block: each of its keys goes before the end by as many as there are of it from here on."""
+    b, n_keys = pl.program_id(0), end.shape[0] - 1
+    i = b * SORT_BLOCK + jnp.arange(SORT_BLOCK)
+    found = _load_keys(key, i, n_keys)
+
+    def count(step, from_here):
+        j = b * SORT_BLOCK + step * SORT_TILE + jnp.arange(SORT_TILE)
+        same = found[:, None] == _load_keys(key, j, n_keys)[None]
+        return from_here + (same & (i[:, None] <= j[None])).astype(i.dtype).sum(axis=1)
+
+    from_here = jax.lax.fori_loop(0, SORT_BLOCK // SORT_TILE, count, jnp.zeros_like(i))
+    row = triton.load(end.at[found, b]) - from_here
+    triton.store(place.at[i], row, mask=i < key.shape[0])
+    triton.store(order.at[row], i, mask=i < key.shape[0])
 
 
 def gather_rows(x_SD: Float[Array, "S D"], index_R: Integer[Array, "*R"]) -> Float[Array, "*R D"]:

@@ -116,6 +116,17 @@ def invert(index_R: Integer[Array, " R"], size: int) -> Integer[Array, " size"]:
     return jnp.full(size, index_R.shape[0], row_R.dtype).at[index_R].set(row_R, mode="drop")
 
 
+def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array, " N"], Integer[Array, " N"]]:
+    """Stable sort of keys 0..n_keys, and its inverse. Shapes: order_N, place_N.
+
+        keys 2 0 2 1     order 1 3 0 2     place 2 0 3 1
+    """
+    if kernels.use_kernels(key_N):
+        return kernels.sort_by_key(key_N, n_keys)
+    order_N = jnp.argsort(key_N, stable=True)
+    return order_N, invert(order_N, order_N.shape[0])
+
+
 def exclusive_cumsum(counts: Integer[Array, " n"]) -> Integer[Array, " n"]:
     """Where each segment starts: [2, 0, 3] -> [0, 2, 2]."""
     return jnp.cumsum(counts) - counts

@@ -229,6 +229,17 @@ def test_combine_and_its_gradients(backend, shape, dtype, both_ways):
     assert (error <= x.shape[1] * 2.0**-23 * np.abs(products).sum(axis=2)).all()
 
 
+@pytest.mark.parametrize(("N", "n_keys"), [(1, 1), (7, 3), (512, 31), (513, 32), (3000, 256)])
+@pytest.mark.parametrize("dtype", ["int32", "int8"])
+def test_sort_by_key(N, n_keys, dtype):
+    """What is no key goes last, in order."""
+    key = np.random.default_rng(N).integers(-1, n_keys + 3, N).clip(None, np.iinfo(dtype).max)
+    order, place = jax.jit(kernels.sort_by_key, static_argnums=1)(jnp.asarray(key, dtype), n_keys)
+    expected = np.argsort(np.where((key < 0) | (key > n_keys), n_keys, key), kind="stable")
+    np.testing.assert_array_equal(order, expected)
+    np.testing.assert_array_equal(np.asarray(place)[expected], np.arange(N))
+
+
 def test_rows_under_vmap(both_ways):
     """Ranks on one device: a leading axis on everything."""
     one = draw_rows(ROWS[1], "bfloat16")

@@ -7,7 +7,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from torch_impl import kernels
-from torch_impl.layout import invert
+from torch_impl.layout import sort_by_key
 
 
 class Grouped(NamedTuple):
@@ -26,11 +26,8 @@ def group_by_expert(
 
     The rows for one rank are contiguous, because expert g lives on rank g // e.
     """
-    if kernels.use_kernels(expert_id_TK):
-        assignment_N, slot_TK = kernels.sort_by_expert(expert_id_TK, counts_E.shape[0])
-    else:
-        assignment_N = expert_id_TK.reshape(-1).argsort(stable=True)
-        slot_TK = invert(assignment_N).reshape(expert_id_TK.shape)
+    assignment_N, slot_N = sort_by_key(expert_id_TK.reshape(-1), counts_E.shape[0])
+    slot_TK = slot_N.reshape(expert_id_TK.shape)
     return Grouped(expand_rows(x_TD, assignment_N, slot_TK), slot_TK, assignment_N)
 
 

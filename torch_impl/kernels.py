@@ -18,6 +18,7 @@ HAS_TRITON = find_spec("triton") is not None  # PyTorch for CPUs comes without; 
 triton: Any = import_module("triton") if HAS_TRITON else SimpleNamespace(jit=lambda kernel: kernel)
 tl: Any = import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
 PADDING_ROWS = 16  # that one program looks for padding in
+SORT_BLOCK, SORT_TILE = 512, 32  # keys that a program sorts, and that it compares them with at a time
 
 
 def use_kernels(x: Tensor) -> bool:
@@ -29,47 +30,63 @@ def use_kernels(x: Tensor) -> bool:
     return HAS_TRITON and x.is_cuda and x.device.index == torch.cuda.current_device() and not differentiated
 
 
-def sort_by_expert(
-    expert_id_TK: Integer[Tensor, "T K"], n_experts: int
-) -> tuple[Integer[Tensor, " N"], Integer[Tensor, "T K"]]:
-    """Stable sort of the assignments by expert, and its inverse, in one launch.
+def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tensor, " N"], Integer[Tensor, " N"]]:
+    """Stable sort of keys 0..n_keys-1, and its inverse, in three launches.
 
-    A general sort makes many passes over 64-bit keys. There are few experts, so each counts for itself: reading all
-    ids once per expert costs less than 1% of moving the rows.
+    A general sort makes many passes over wide keys. These are few, so: count each key in each block of N; a cumsum,
+    key by key, says where a block's rows of a key end; from there a block places its own.
 
-    Shapes: assignment_N, slot_TK. Ids that are no expert's go last, for `check_splits` to find.
+    Shapes: order_N, place_N. What is no key goes last.
     """
-    N = expert_id_TK.numel()
-    assignment_N = torch.empty(N, dtype=torch.int64, device=expert_id_TK.device)
-    slot_TK = torch.empty(expert_id_TK.shape, dtype=torch.int64, device=expert_id_TK.device)
-    BLOCK = max(256, min(8192, _power_of_2(N)))
-    _sort_by_expert[(n_experts + 1,)](
-        expert_id_TK.contiguous(), assignment_N, slot_TK, N, n_experts, BLOCK=BLOCK, num_warps=max(4, BLOCK // 512)
-    )
-    return assignment_N, slot_TK
+    N, BLOCK = key_N.numel(), SORT_BLOCK
+    blocks = -(-N // BLOCK)
+    order_N = torch.empty(N, dtype=torch.int64, device=key_N.device)
+    place_N = torch.empty_like(order_N)
+    if N == 0:
+        return order_N, place_N
+    key_N = key_N.contiguous()
+    counts = torch.empty((n_keys + 1) * blocks, dtype=torch.int32, device=key_N.device)
+    grid = (blocks, -(-(n_keys + 1) // SORT_TILE))
+    _count_keys[grid](key_N, counts, N, n_keys, blocks, BLOCK=BLOCK, TILE=SORT_TILE, num_warps=4)
+    end = counts.cumsum(dim=0, dtype=torch.int32)
+    _place_keys[(blocks,)](key_N, end, order_N, place_N, N, n_keys, blocks, BLOCK=BLOCK, TILE=SORT_TILE, num_warps=8)
+    return order_N, place_N
 
 
 @triton.jit
 @no_type_check
-def _sort_by_expert(expert_id, assignment, slot, N, E, BLOCK: tl.constexpr):
-    """One program per expert g, and a last one for ids that are none."""
-    g = tl.program_id(0)
-    lower = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, N, BLOCK):
-        a = first + tl.arange(0, BLOCK)
-        key = tl.load(expert_id + a, mask=a < N, other=E)
-        key = tl.where((key < 0) | (key > E), E, key)
-        lower += (key < g).to(tl.int32)
-    place = tl.sum(lower, 0)
-    for first in range(0, N, BLOCK):
-        a = first + tl.arange(0, BLOCK)
-        key = tl.load(expert_id + a, mask=a < N, other=E)
-        key = tl.where((key < 0) | (key > E), E, key)
-        mine = (key == g) & (a < N)
-        row = place + tl.cumsum(mine.to(tl.int32), 0) - 1
-        tl.store(slot + a, row.to(tl.int64), mask=mine)
-        tl.store(assignment + row, a.to(tl.int64), mask=mine)
-        place += tl.sum(mine.to(tl.int32), 0)
+def _load_keys(key, i, N, n_keys):
+    """What is no key counts as the last, and so does what lies past the end: it comes after all others of its block."""
+    found = tl.load(key + i, mask=i < N, other=n_keys)
+    return tl.where((found < 0) | (found > n_keys), n_keys, found)
+
+
+@triton.jit
+@no_type_check
+def _count_keys(key, counts, N, n_keys, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """One program per block and some of the keys."""
+    b = tl.program_id(0)
+    found = _load_keys(key, b * BLOCK + tl.arange(0, BLOCK), N, n_keys)
+    k = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    count = tl.sum((found[:, None] == k[None, :]).to(tl.int32), 0)
+    tl.store(counts + k * blocks + b, count, mask=k <= n_keys)
+
+
+@triton.jit
+@no_type_check
+def _place_keys(key, end, order, place, N, n_keys, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """One program per block: each of its keys goes before the end by as many as there are of it from here on."""
+    b = tl.program_id(0)
+    i = b * BLOCK + tl.arange(0, BLOCK)
+    found = _load_keys(key, i, N, n_keys)
+    from_here = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, BLOCK, TILE):
+        j = b * BLOCK + first + tl.arange(0, TILE)
+        same = found[:, None] == _load_keys(key, j, N, n_keys)[None, :]
+        from_here += tl.sum((same & (i[:, None] <= j[None, :])).to(tl.int32), 1)
+    row = tl.load(end + found * blocks + b) - from_here
+    tl.store(place + i, row.to(tl.int64), mask=i < N)
+    tl.store(order + row, i.to(tl.int64), mask=i < N)
 
 
 def expert_major_rows(

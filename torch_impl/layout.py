@@ -85,6 +85,17 @@ def invert(index_R: Integer[Tensor, " R"]) -> Integer[Tensor, " R"]:
     return torch.empty_like(row_R).scatter(0, index_R, row_R)
 
 
+def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tensor, " N"], Integer[Tensor, " N"]]:
+    """Stable sort of keys 0..n_keys, and its inverse. Shapes: order_N, place_N.
+
+        keys 2 0 2 1     order 1 3 0 2     place 2 0 3 1
+    """
+    if kernels.use_kernels(key_N):
+        return kernels.sort_by_key(key_N, n_keys)
+    order_N = key_N.argsort(stable=True)
+    return order_N, invert(order_N)
+
+
 def exclusive_cumsum(counts: Integer[Tensor, " n"]) -> Integer[Tensor, " n"]:
     """Where each segment starts: [2, 0, 3] -> [0, 2, 2]."""
     return counts.cumsum(dim=0) - counts

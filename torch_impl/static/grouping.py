@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from torch_impl import kernels
-from torch_impl.layout import exclusive_cumsum
+from torch_impl.layout import exclusive_cumsum, sort_by_key
 from torch_impl.static.checks import check_capacity, check_capacity_factor
 from torch_impl.static.layout import invert, rows_or_zero
 
@@ -83,11 +83,13 @@ def group_by_expert(
     kept_B = kept_E.reshape(B, -1).sum(dim=1)
 
     # Dropped ones last: the kept ones of a bin are then contiguous, and follow those of the bins before it.
-    sorted_N = torch.where(keep_N, expert_N, E).argsort(stable=True)
+    order_N, place_N = sort_by_key(torch.where(keep_N, expert_N, E), E)
+    start_B = exclusive_cumsum(kept_B)
     row_C = torch.arange(C, device=x_TD.device)
-    row_BC = exclusive_cumsum(kept_B)[:, None] + row_C
-    assignment_BC = torch.where(row_C < kept_B[:, None], rows_or_zero(sorted_N, row_BC), N)
-    slot_TK = invert(assignment_BC.reshape(-1), N).reshape(T, K)
+    assignment_BC = torch.where(row_C < kept_B[:, None], rows_or_zero(order_N, start_B[:, None] + row_C), N)
+    shift_B = torch.arange(B, device=x_TD.device) * C - start_B
+    slot_N = torch.where(keep_N, place_N + rows_or_zero(shift_B, expert_N // (E // B)), B * C)
+    slot_TK = slot_N.reshape(T, K)
     return Grouped(expand_rows(x_TD, assignment_BC, slot_TK), slot_TK, assignment_BC, kept_E)
 
 
@@ -104,16 +106,16 @@ def keep_within_capacity(
     Ties go to the lower assignment.
     """
     (N,), (E,), (B, C, priority) = expert_N.shape, counts_E.shape, capacity
-    assignment_N = torch.arange(N, device=expert_N.device)
-    key_N = {"token": assignment_N, "choice": assignment_N % top_k, "score": -score_N.detach()}[priority]
     bin_N = expert_N // (E // B)
-    by_key_N = key_N.argsort(stable=True)
-    first_N = by_key_N[bin_N[by_key_N].argsort(stable=True)]
-    # One bin more, the last, for ids out of range.
-    end_B = counts_E.reshape(B, -1).sum(dim=1).cumsum(dim=0)
-    start = torch.cat([torch.zeros_like(end_B[:1]), end_B])
-    place_N = assignment_N - start[bin_N[first_N]]
-    return (place_N < C)[invert(first_N, N)] & (bin_N < B)
+    if priority == "token":
+        _, place_N = sort_by_key(bin_N, B)
+    else:
+        key_N = torch.arange(N, device=expert_N.device) % top_k if priority == "choice" else -score_N.detach()
+        by_key_N = key_N.argsort(stable=True)
+        by_bin_N, _ = sort_by_key(bin_N[by_key_N], B)
+        place_N = invert(by_key_N[by_bin_N], N)
+    start_B = exclusive_cumsum(counts_E.reshape(B, -1).sum(dim=1))
+    return (place_N < rows_or_zero(start_B, bin_N) + C) & (bin_N < B)
 
 
 def combine(
