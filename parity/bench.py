@@ -39,12 +39,17 @@ SHAPES = {
 
 
 class Movement(NamedTuple):
-    """The four stages that move rows, of one variant. The first argument of each is a row array."""
+    """The four stages that move rows, of one variant. The first argument of each is a row array.
+
+    `prepare` turns scores, expert ids, counts_E and counts_Pe into what the variant takes in their place. It is not
+    timed: the variant's own router would hand them over like that.
+    """
 
     group_by_expert: Callable[..., Any]
     to_expert_major: Callable[..., Any]
     to_rank_major: Callable[..., Any]
     combine: Callable[..., Any]
+    prepare: Callable[..., Any] = lambda *routing: routing
 
 
 Step = Callable[[int], Any]  # runs once, on the set of inputs with this number
@@ -139,6 +144,11 @@ def summarize(seconds: Iterable[float]) -> dict[str, float]:
 def emit(figure: Figure) -> None:
     """A line of JSON, at once: what was measured outlives a run that is cut off."""
     print(msgspec.json.encode(figure).decode(), flush=True)
+
+
+def failure(side: str, error: Exception, shape: str = "", variant: str = "", part: str = "") -> Figure:
+    """A figure that says why there is none."""
+    return Figure(shape, side, variant, part, "", 0, 0, 0, 0, error=f"{type(error).__name__}: {error}"[:500])
 
 
 def busiest(ran: Sequence[tuple[str, float]], number: int = 10) -> dict[str, float]:

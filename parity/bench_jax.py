@@ -39,11 +39,13 @@ from parity.bench import (
     draw_routing,
     emit,
     expert_flops,
+    failure,
     leaving_rows,
     row_passes,
     summarize,
 )
 from parity.case import Case
+from parity.peers import JAX_PEERS, find_peers
 
 BATCHES = 20
 
@@ -150,17 +152,18 @@ def main(plan: Plan) -> None:
     if plan.ranks > 1:
         across_ranks(plan, choose_shapes(plan, on_gpu))
         return
+    peers = find_peers("jax", JAX_PEERS) if plan.baselines and "experts" in plan.parts else {}
     for shape in choose_shapes(plan, on_gpu):
         for variant, movement in ({"ours": OURS, "plain": PLAIN} if plan.baselines else {"ours": OURS}).items():
             capacity = Capacity(shape.ranks, shape.capacity)
             group = partial(movement.group_by_expert, capacity=capacity)
-            runs = dict(zip(STAGES, (group, *movement[1:]), strict=True)) | {"whole": in_one_program(movement, group)}
+            runs = dict(zip(STAGES, (group, *movement[1:4]), strict=True)) | {"whole": in_one_program(movement, group)}
             differentiable = {part: differentiated(run) for part, run in runs.items()}
             inference = {part: program(run) for part, run in runs.items()}
             for part in [part for part in (*STAGES, "whole") if part in plan.parts]:
                 movement_figures(plan, shape, variant, inference, differentiable, part)
         if "experts" in plan.parts:
-            expert_figures(plan, shape)
+            expert_figures(plan, shape, peers)
 
 
 def differentiated(stage: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -258,10 +261,10 @@ def kept_per_expert(ids_TK: Array, slot_TK: Array, shape: Case) -> Array:
     return jnp.zeros(shape.experts, jnp.int32).at[ids_TK.reshape(-1)].add(kept_N).reshape(shape.ranks, -1)
 
 
-def expert_figures(plan: Plan, shape: Case) -> None:
-    """SwiGLU over equal groups: a batched einsum over expert bins, a grouped matmul over rank bins."""
+def expert_figures(plan: Plan, shape: Case, peers: dict[str, Callable[..., Array]]) -> None:
+    """SwiGLU over equal groups: a batched einsum over expert bins, a grouped matmul over rank bins, and peers."""
     e, D, F = shape.experts // shape.ranks, shape.width, shape.hidden
-    keys = iter(jax.random.split(jax.random.key(plan.seed), 8))
+    keys = iter(jax.random.split(jax.random.key(plan.seed), 16))
 
     def draw(*sizes: int) -> Array:
         return jax.random.normal(next(keys), sizes, plan.dtype) * jnp.asarray(sizes[-2] ** -0.5, plan.dtype)
@@ -269,10 +272,12 @@ def expert_figures(plan: Plan, shape: Case) -> None:
     weights = draw(e, D, F), draw(e, D, F), draw(e, F, D)
     rows = shape.assignments // e * e
     counts_e = jnp.full(e, rows // e, jnp.int32)
-    for variant, sizes in {"einsum over expert bins": (e, rows // e, D), "rank bins": (rows, D)}.items():
+    variants = {"einsum over expert bins": ((e, rows // e, D), apply_experts), "rank bins": ((rows, D), apply_experts)}
+    variants |= {f"rank bins, {name}": ((rows, D), experts) for name, experts in peers.items()}
+    for variant, (sizes, experts) in variants.items():
         x_SD, dy_SD = draw(*sizes), draw(*sizes)
-        forward = program(apply_experts)
-        with_vjp = program(lambda x, counts, *w: jax.vjp(lambda x, *w: apply_experts(x, counts, *w), x, *w))
+        forward = program(experts)
+        with_vjp = program(lambda x, counts, *w, run=experts: jax.vjp(lambda x, *w: run(x, counts, *w), x, *w))
         backward = program(lambda vjp, dy: vjp(dy))
 
         def both(i: int, x=x_SD, dy=dy_SD, run=with_vjp, backward=backward) -> Any:  # noqa: ARG001
@@ -358,8 +363,8 @@ def measure(plan: Plan, step: Step) -> Figure:
     """Time and count a step; where it fails, say why, and let the others be measured."""
     try:
         return measure_well(plan, step)
-    except RuntimeError as error:
-        return Figure("", "jax", "", "", "", 0, 0, 0, 0, error=str(error)[:500])
+    except Exception as error:  # a peer may raise any
+        return failure("jax", error)
 
 
 def measure_well(plan: Plan, step: Step) -> Figure:

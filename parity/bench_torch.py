@@ -30,15 +30,17 @@ from parity.bench import (
     draw_routing,
     emit,
     expert_flops,
+    failure,
     leaving_rows,
     row_passes,
     summarize,
 )
 from parity.case import Case
+from parity.peers import TORCH_PEERS, find_peers
 from torch_impl.exchange import exchange_counts, return_tokens, send_tokens
 from torch_impl.experts import apply_experts
 from torch_impl.grouping import combine, group_by_expert
-from torch_impl.layout import expert_major_source, invert, to_expert_major, to_rank_major
+from torch_impl.layout import expert_major_source, to_expert_major, to_rank_major
 
 RUNS_TOGETHER = 20  # with other ranks, which must agree on it
 
@@ -84,18 +86,22 @@ def main(plan: Plan) -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     emit(copy_figure(plan, device))
+    peers = find_peers("torch", TORCH_PEERS) if plan.baselines else {}
     for shape in choose_shapes(plan, on_gpu):
         variants = {"ours": OURS}
         if plan.baselines:
-            variants["plain"] = PLAIN
+            variants |= {"plain": PLAIN} | peers
         if plan.baselines and plan.compiled:
             # Each stage on its own, as the exchange and the experts come between them.
             torch.compiler.reset()
-            variants["plain, compiled"] = Movement(*(torch.compile(stage, dynamic=False) for stage in PLAIN))
+            variants["plain, compiled"] = Movement(*(torch.compile(stage, dynamic=False) for stage in PLAIN[:4]))
         for variant, movement in variants.items():
             for part in [part for part in (*STAGES, "whole") if part in plan.parts]:
                 if part == "whole" or variant != "plain, compiled":
-                    movement_figures(plan, shape, device, variant, movement, part)
+                    try:
+                        movement_figures(plan, shape, device, variant, movement, part)
+                    except Exception as error:  # a peer may raise any, and before it is measured
+                        emit(failure("torch", error, shape.name, variant, part))
         if "experts" in plan.parts:
             expert_figures(plan, shape, device)
 
@@ -139,9 +145,10 @@ def draw_inputs(
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Tensor, ...], Tensor]:
     """What to run, its arguments, those whose gradient is wanted, and the gradient that comes back to it."""
     score_TK, ids_TK, counts_E = (torch.from_numpy(a).to(device) for a in draw_routing(shape, seed))
-    score_TK.requires_grad_()
     # The rank's own rows stand in for those it would receive: as many from each rank, for as many experts each.
     counts_Pe = counts_E.reshape(shape.ranks, -1)
+    score_TK, ids_TK, counts_E, counts_Pe = movement.prepare(score_TK, ids_TK, counts_E, counts_Pe)
+    score_TK.requires_grad_()
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(rows: int) -> Tensor:
@@ -153,14 +160,17 @@ def draw_inputs(
         y_RD = movement.to_rank_major(x_RD, source_R, target_R)
         return movement.combine(y_RD, score_TK, slot, assignment)
 
-    source_R = expert_major_source(counts_Pe, shape.assignments)
-    indices = movement.group_by_expert(draw(shape.tokens), ids_TK, counts_E)[1:] if part == "combine" else ()
+    indices = ()
+    if part == "combine":
+        indices = movement.group_by_expert(draw(shape.tokens), ids_TK, counts_E)[1:]
+    if part == "to_rank_major":
+        indices = movement.to_expert_major(draw(shape.assignments), counts_Pe)[1:]
     x = draw(shape.tokens if part in ("group_by_expert", "whole") else shape.assignments).requires_grad_()
     cotangent = draw(shape.tokens if part in ("combine", "whole") else shape.assignments)
     rest = {
         "group_by_expert": (ids_TK, counts_E),
         "to_expert_major": (counts_Pe,),
-        "to_rank_major": (source_R, invert(source_R)),
+        "to_rank_major": indices,
         "combine": (score_TK, *indices),
         "whole": (score_TK, ids_TK, counts_E, counts_Pe),
     }[part]
@@ -284,8 +294,8 @@ def measure(plan: Plan, device: torch.device, step: Step, runs: int | None = Non
     """Time and count a step; where it fails, say why, and let the others be measured. Ranks agree on `runs`."""
     try:
         return measure_well(plan, device, step, runs)
-    except RuntimeError as error:
-        return Figure("", "torch", "", "", "", 0, 0, 0, 0, error=str(error)[:500])
+    except Exception as error:  # a peer may raise any
+        return failure("torch", error)
 
 
 def measure_well(plan: Plan, device: torch.device, step: Step, runs: int | None) -> Figure:
