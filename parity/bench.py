@@ -88,6 +88,7 @@ class Figure(msgspec.Struct):
     launches: int | None = None  # kernels, copies and fills on the device
     syncs: int | None = None  # times that the host waited
     busy: float | None = None  # of which the device ran something
+    host: float | None = None  # that one run held the host: if this is more, the device may wait for it in a model
     kernels: dict[str, float] | None = None  # the longest, seconds by name
     device: str = ""
     error: str = ""  # why there is no figure, out of memory for one
@@ -176,7 +177,7 @@ def run_bench(plan: Plan) -> Generator[Figure]:
                 memory = max(memory, figure.bytes / figure.median)
             if figure.part == "link":
                 link = max(link, figure.link_bytes / figure.median)
-            if (figure.bytes or figure.link_bytes) and (link or not figure.link_bytes):
+            if (figure.bytes or figure.link_bytes) and memory and (link or not figure.link_bytes):
                 figure.floor = figure.bytes / memory + (figure.link_bytes / link if link else 0)
                 figure.share = figure.floor / figure.median
             yield figure

@@ -1,8 +1,7 @@
 """The JAX side of `bench`: ours, and the straightforward version.
 
 A stage is a program, and so is the whole. The exchange and the experts come between the stages, so there XLA must not
-fuse one gather into the next: a barrier keeps it from that. Forward and backward are two programs, as the loss comes
-between them.
+fuse one gather into the next: a barrier keeps it from that, and from seeing from the forward into the backward.
 """
 
 import sys
@@ -47,7 +46,7 @@ from parity.bench import (
 from parity.case import Case
 from parity.peers import JAX_PEERS, find_peers
 
-BATCHES = 20
+BATCHES = 10
 
 
 def plain_group_by_expert(
@@ -158,29 +157,32 @@ def main(plan: Plan) -> None:
             capacity = Capacity(shape.ranks, shape.capacity)
             group = partial(movement.group_by_expert, capacity=capacity)
             runs = dict(zip(STAGES, (group, *movement[1:4]), strict=True)) | {"whole": in_one_program(movement, group)}
-            differentiable = {part: differentiated(run) for part, run in runs.items()}
             inference = {part: program(run) for part, run in runs.items()}
+            training = {part: program(forward_and_backward(run)) for part, run in runs.items()}
             for part in [part for part in (*STAGES, "whole") if part in plan.parts]:
-                movement_figures(plan, shape, variant, inference, differentiable, part)
+                movement_figures(plan, shape, variant, inference, training, part)
         if "experts" in plan.parts:
             expert_figures(plan, shape, peers)
 
 
-def differentiated(stage: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Two programs, of a stage or of all: its output with what backward needs, and backward.
+def forward_and_backward(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Output and gradients of a stage, or of all, from the cotangent, which comes first.
 
-    The rows are differentiated, and combine's scores; what else the stage returns goes along.
+    The rows are differentiated, and combine's scores. The barrier stands where the loss would.
     """
 
-    def split(out: Any) -> tuple[Any, Any]:
-        return (out[0], tuple(out[1:])) if isinstance(out, tuple) else (out, ())
+    def both(cotangent: Array, x: Array, *rest: Any) -> Any:
+        n = 1 if rest and jnp.issubdtype(rest[0].dtype, jnp.floating) else 0
+        out, vjp = jax.vjp(lambda *leaves: first(run(*leaves, *rest[n:])), x, *rest[:n])
+        out, cotangent = jax.lax.optimization_barrier((out, cotangent))
+        return out, vjp(cotangent)
 
-    def forward(x: Array, *rest: Any) -> Any:
-        if rest and jnp.issubdtype(rest[0].dtype, jnp.floating):
-            return jax.vjp(lambda x, score: split(stage(x, score, *rest[1:])), x, rest[0], has_aux=True)
-        return jax.vjp(lambda x: split(stage(x, *rest)), x, has_aux=True)
+    return both
 
-    return program(forward), program(lambda vjp, cotangent: vjp(cotangent))
+
+def first(out: Any) -> Array:
+    """The rows, of what a stage returns."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 def copy_figure(plan: Plan, on_gpu: bool) -> Figure:
@@ -207,7 +209,7 @@ def in_one_program(movement: Movement, group: Callable[..., Any]) -> Callable[..
 
 
 def movement_figures(
-    plan: Plan, shape: Case, variant: str, inference: dict[str, Any], differentiable: dict[str, Any], part: str
+    plan: Plan, shape: Case, variant: str, inference: dict[str, Any], training: dict[str, Any], part: str
 ) -> None:
     """One stage or the whole chain, forward and with backward."""
     sets = [draw_inputs(plan, shape, inference, part, plan.seed + i) for i in range(N_SETS)]
@@ -218,9 +220,7 @@ def movement_figures(
 
     def both(i: int) -> Any:
         x, rest, cotangent = sets[i % N_SETS]
-        with_vjp, backward = differentiable[part]
-        out, vjp, _ = with_vjp(x, *rest)
-        return out, backward(vjp, cotangent)
+        return training[part](cotangent, x, *rest)
 
     for direction, step in zip(DIRECTIONS, (forward, both), strict=True):
         figure = measure(plan, step)
@@ -276,20 +276,24 @@ def expert_figures(plan: Plan, shape: Case, peers: dict[str, Callable[..., Array
     variants |= {f"rank bins, {name}": ((rows, D), experts) for name, experts in peers.items()}
     for variant, (sizes, experts) in variants.items():
         x_SD, dy_SD = draw(*sizes), draw(*sizes)
-        forward = program(experts)
-        with_vjp = program(lambda x, counts, *w, run=experts: jax.vjp(lambda x, *w: run(x, counts, *w), x, *w))
-        backward = program(lambda vjp, dy: vjp(dy))
-
-        def both(i: int, x=x_SD, dy=dy_SD, run=with_vjp, backward=backward) -> Any:  # noqa: ARG001
-            y, vjp = run(x, counts_e, *weights)
-            return y, backward(vjp, dy)
-
-        steps = (lambda i, x=x_SD, run=forward: run(x, counts_e, *weights), both)  # noqa: ARG005
-        for direction, step in zip(DIRECTIONS, steps, strict=True):
+        forward, training = program(experts), program(gradients_of(experts))
+        steps = (partial(forward, x_SD, counts_e, *weights), partial(training, dy_SD, x_SD, counts_e, *weights))
+        for direction, run in zip(DIRECTIONS, steps, strict=True):
+            step = lambda i, run=run: run()  # noqa: E731, ARG005  the weights alone are past the cache
             figure = measure(plan, step)
             figure.shape, figure.variant, figure.part, figure.direction = shape.name, variant, "experts", direction
             figure.flops = expert_flops(shape, rows, direction)
             emit(figure)
+
+
+def gradients_of(experts: Callable[..., Array]) -> Callable[..., Any]:
+    """Output and gradients of rows and weights, from the cotangent."""
+
+    def both(dy: Array, x: Array, counts_e: Array, *weights: Array) -> Any:
+        y, vjp = jax.vjp(lambda x, *weights: experts(x, counts_e, *weights), x, *weights)
+        return y, vjp(dy)
+
+    return both
 
 
 def across_ranks(plan: Plan, shapes: list[Case]) -> None:
@@ -305,52 +309,39 @@ def across_ranks(plan: Plan, shapes: list[Case]) -> None:
 
         return jax.shard_map(block, mesh=mesh, in_specs=PartitionSpec("ranks"), out_specs=PartitionSpec("ranks"))
 
+    split = NamedSharding(mesh, PartitionSpec("ranks"))
+    send, back = (partial(f, axis_name="ranks") for f in (send_tokens, return_tokens))
     for shape in [replace(shape, ranks=P) for shape in shapes]:
         C, N, D = shape.capacity, P * shape.capacity, shape.width
-        group = partial(group_by_expert, capacity=Capacity(P, C))
-        send, back = (partial(f, axis_name="ranks") for f in (send_tokens, return_tokens))
-        count = program(on_ranks(partial(exchange_counts, axis_name="ranks")))
-        stages = [on_ranks(f) for f in (group, send, to_expert_major, to_rank_major, back, combine)]
-        inference, differentiable = [program(f) for f in stages], [differentiated(f) for f in stages]
-        split = NamedSharding(mesh, PartitionSpec("ranks"))
 
-        def draw(seed: int, *sizes: int, split=split) -> Array:
+        def whole(x_TD: Array, score_TK: Array, ids_TK: Array, counts_E: Array, C: int = C) -> Array:
+            x_PCD, slot_TK, assignment_PC, kept_E = group_by_expert(x_TD, ids_TK, score_TK, counts_E, Capacity(P, C))
+            counts_Pe = exchange_counts(kept_E, axis_name="ranks")
+            x_SD, source_S, target_PC = to_expert_major(send(x_PCD), counts_Pe)
+            y_PCD = to_rank_major(jax.lax.optimization_barrier(x_SD), source_S, target_PC)
+            return combine(back(y_PCD), score_TK, slot_TK, assignment_PC)
+
+        def draw(seed: int, *sizes: int) -> Array:
             return jax.device_put(jax.random.normal(jax.random.key(seed), (P, *sizes), plan.dtype), split)
 
-        sets = []
+        inputs: dict[str, list] = {part: [] for part in ACROSS_RANKS}
         for i in range(N_SETS):
             routing = [draw_routing(shape, plan.seed + N_SETS * rank + i) for rank in range(P)]
             score, ids, counts = (jax.device_put(np.stack(a), split) for a in zip(*routing, strict=True))
-            x, dout, rows = draw(i, shape.tokens, D), draw(i + N_SETS, shape.tokens, D), draw(i, P, C, D)
-            sets.append((x, dout, rows, score, ids.astype(jnp.int32), counts.astype(jnp.int32)))
+            tokens = draw(i, shape.tokens, D), score, ids.astype(jnp.int32), counts.astype(jnp.int32)
+            inputs["exchange"].append((draw(i + N_SETS, P, C, D), draw(i, P, C, D)))  # a cotangent first
+            inputs["whole"].append((draw(i + N_SETS, shape.tokens, D), *tokens))
 
-        def run(i: int, part: str, backward: bool, sets=sets, count=count, programs=(inference, differentiable)) -> Any:
-            x, dout, rows, score, ids, counts = sets[i % N_SETS]
-            vjps: list[Any] = []
-
-            def stage(number: int, *arguments: Any) -> tuple:
-                if not backward:
-                    out = programs[0][number](*arguments)
-                    return out if isinstance(out, tuple) else (out,)
-                out, vjp, more = programs[1][number][0](*arguments)
-                vjps.append((number, vjp))
-                return out, *more
-
-            if part == "exchange":
-                cotangent = out = stage(1, rows)[0]
-            else:
-                x, slot, assignment, kept = stage(0, x, ids, score, counts)
-                counts_Pe = count(kept)
-                x, source, target = stage(2, *stage(1, x), counts_Pe)
-                out, cotangent = stage(5, *stage(4, *stage(3, x, source, target)), score, slot, assignment)[0], dout
-            while vjps:
-                number, vjp = vjps.pop()
-                cotangent, *_ = programs[1][number][1](vjp, cotangent)
-            return out, cotangent
-
-        for part in [part for part in ACROSS_RANKS if part in plan.parts]:
-            for direction in DIRECTIONS:
-                figure = measure(plan, partial(run, part=part, backward=direction != "forward"))
+        for part, run in (("exchange", on_ranks(send)), ("whole", on_ranks(whole))):
+            if part not in plan.parts:
+                continue
+            forward, training = program(run), program(forward_and_backward(run))
+            steps = (
+                lambda i, run=forward, sets=inputs[part]: run(*sets[i % N_SETS][1:]),
+                lambda i, run=training, sets=inputs[part]: run(*sets[i % N_SETS]),
+            )
+            for direction, step in zip(DIRECTIONS, steps, strict=True):
+                figure = measure(plan, step)
                 figure.shape, figure.variant, figure.part, figure.direction = shape.name, f"{P} ranks", part, direction
                 row_bytes, ways = D * jnp.dtype(plan.dtype).itemsize, 2 if part == "whole" else 1  # there and back
                 figure.link_bytes = ways * leaving_rows(N, P, direction) * row_bytes
@@ -371,7 +362,8 @@ def measure_well(plan: Plan, step: Step) -> Figure:
     """Warm up, time, then count once each: peak memory and launches."""
     for i in range(N_SETS):
         jax.block_until_ready(step(i))
-    figure = Figure("", "jax", "", "", "", **summarize(time_batches(step, plan.seconds)))  # type: ignore[arg-type]
+    seconds, host = time_batches(step, plan.seconds)
+    figure = Figure("", "jax", "", "", "", **summarize(seconds), host=host)  # type: ignore[arg-type]
     figure.device = jax.devices()[0].device_kind
     figure.peak_bytes = METER.measure(step)
     if jax.default_backend() == "gpu":
@@ -382,24 +374,26 @@ def measure_well(plan: Plan, step: Step) -> Figure:
     return figure
 
 
-def time_batches(step: Step, budget: float) -> list[float]:
+def time_batches(step: Step, budget: float) -> tuple[list[float], float]:
     """Seconds of a run, each the mean over a batch that is queued at once and waited for at its end.
 
-    JAX has no events on the device; a batch is long enough that its one wait does not count.
+    And those that one holds the host. JAX has no events on the device; a batch is so long that its one wait does not
+    count.
     """
     begin = time.perf_counter()
     for i in range(N_SETS):
         out = step(i)
     jax.block_until_ready(out)
-    size = max(1, min(50, int(budget / BATCHES * N_SETS / (time.perf_counter() - begin))))
-    seconds = []
+    size = max(1, min(200, int(budget / BATCHES * N_SETS / (time.perf_counter() - begin))))
+    seconds, host = [], []
     for _ in range(BATCHES):
         begin = time.perf_counter()
         for i in range(size):
             out = step(i)
+        host.append((time.perf_counter() - begin) / size)
         jax.block_until_ready(out)
         seconds.append((time.perf_counter() - begin) / size)
-    return seconds
+    return seconds, min(host)
 
 
 def count_on_gpu(figure: Figure, step: Step) -> None:

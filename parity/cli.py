@@ -407,7 +407,13 @@ def try_fault(fault: faults.Fault, device: str = "cpu") -> Found:
     try:
         cases, ranks = [PRESETS[fault.preset]], ranks_of_jax("auto", device, PRESETS[fault.preset].ranks)
         report = run_cases(
-            cases, (fault.side,), device=device, jax_ranks=ranks, fault=fault, timeout=10, show_progress=False
+            cases,
+            (fault.side,),
+            device=device,
+            jax_ranks=ranks,
+            fault=fault,
+            timeout=10 if device == "cpu" else 60,
+            show_progress=False,
         )
     except BackendError as error:
         return Found(True, error.backend, error.stage, "the run ended: " + str(error))

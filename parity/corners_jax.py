@@ -14,6 +14,7 @@ from jax_impl.routing import Routing, count_per_expert
 from parity.bench import Plan as Timing
 from parity.bench import emit
 from parity.bench_jax import measure as timed
+from parity.bench_jax import program
 from parity.corners import Plan, routing_of
 from parity.run_jax import AXIS, over_ranks, put
 
@@ -29,14 +30,14 @@ def main(plan: Plan) -> None:
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> np.ndarray:
-        drawn = rng.standard_normal((P, *shape), np.float32) / np.float32(shape[-2] ** 0.5)
-        return drawn.astype(jnp.dtype(case.dtype))
+        values = rng.standard_normal((P, *shape), np.float32) / np.float32(shape[-2] ** 0.5)
+        return values.astype(jnp.dtype(case.dtype))
 
-    step = routing_of(plan)
+    routing = routing_of(plan)
     D, F = case.width, case.hidden
     host = {
-        "x": draw(case.tokens, D), "score": step.score[0], "w_gate": draw(e, D, F), "w_up": draw(e, D, F),
-        "w_down": draw(e, F, D), "ids": step.expert_id[0], "dout": draw(case.tokens, D),
+        "x": draw(case.tokens, D), "score": routing.score[0], "w_gate": draw(e, D, F), "w_up": draw(e, D, F),
+        "w_down": draw(e, F, D), "ids": routing.expert_id[0], "dout": draw(case.tokens, D),
     }  # fmt: skip
     x, score, gate, up, down, ids, dout = put(host, P, "shard_map").values()
 
@@ -50,11 +51,11 @@ def main(plan: Plan) -> None:
 
     over = over_ranks(layer, P, "shard_map")
 
-    @jax.jit
-    def run(x: Array, score: Array, gate: Array, up: Array, down: Array, ids: Array, dout: Array) -> Any:
+    def step(x: Array, score: Array, gate: Array, up: Array, down: Array, ids: Array, dout: Array) -> Any:
         _, vjp = jax.vjp(lambda *leaves: over(*leaves, ids), x, score, gate, up, down)
         return vjp(dout)
 
+    run = program(step)
     emit(timed(Timing(seconds=plan.seconds), lambda _: run(x, score, gate, up, down, ids, dout)))
 
 

@@ -440,7 +440,8 @@ def _isolated(
 
     def vjp(f: Callable, inputs: tuple[torch.Tensor, ...], cotangent: torch.Tensor) -> tuple:
         result = f(*inputs)
-        return result.detach(), *torch.autograd.grad(result, inputs, cotangent)
+        # A copy now, in the caller's stream: autograd waits at its end for streams that f may have forgotten.
+        return result.detach().clone(), *torch.autograd.grad(result, inputs, cotangent)
 
     ids, keep = put(problem.expert_id[rank]), put(problem.keep[rank])
     x_rows = np.repeat(problem.x.reshape(-1, case.width), case.top_k, axis=0)

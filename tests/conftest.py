@@ -1,6 +1,9 @@
 """One configuration for all tests: eight virtual JAX devices, shapes checked, repeatable examples."""
 
+import os
 from collections.abc import Iterator
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, JAX would take most of its memory
 
 import jax
 import pytest

@@ -118,5 +118,5 @@ def bits(tree: Any) -> list[bytes]:
     if isinstance(tree, tuple | list):
         return [part for branch in tree for part in bits(branch)]
     if isinstance(tree, Tensor):
-        tree = tree.contiguous().view(torch.uint8)
+        tree = tree.reshape(-1).contiguous().view(torch.uint8)
     return [np.asarray(tree).tobytes()]

@@ -99,7 +99,7 @@ def _serve(rank: int, store: Path, pipe: Connection) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=TorchRanks.size,
-        timeout=timedelta(seconds=SECONDS),
+        timeout=timedelta(seconds=600),  # TorchRanks stops them sooner
     )
     groups = {P: dist.new_group(members) for P, members in TorchRanks.members.items() if TorchRanks.size != P}
     while True:

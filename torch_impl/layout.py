@@ -88,7 +88,7 @@ def invert(index_R: Integer[Tensor, " R"]) -> Integer[Tensor, " R"]:
 def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tensor, " N"], Integer[Tensor, " N"]]:
     """Stable sort of keys 0..n_keys, and its inverse. Shapes: order_N, place_N.
 
-        keys 2 0 2 1     order 1 3 0 2     place 2 0 3 1
+    keys 2 0 2 1     order 1 3 0 2     place 2 0 3 1
     """
     if kernels.use_kernels(key_N):
         return kernels.sort_by_key(key_N, n_keys)

@@ -43,7 +43,7 @@ def _table(title: str, figures: Sequence[Figure], cells) -> Table:
     table.add_column("variant")
     table.add_column("part")
     headers = {
-        _movement_cells: ("ms", "±", "of floor", "peak MB", "launches", "syncs"),
+        _movement_cells: ("ms", "±", "of floor", "peak MB", "launches", "syncs", "host ms"),
         _exchange_cells: ("ms", "±", "GB/s out", "of floor", "peak MB", "syncs"),
         _expert_cells: ("ms", "±", "TFLOP/s", "peak MB"),
     }[cells]
@@ -63,9 +63,10 @@ def _table(title: str, figures: Sequence[Figure], cells) -> Table:
 
 def _movement_cells(figure: Figure | None) -> list[str | Text]:
     if figure is None or figure.error:
-        return ["-"] * 6
+        return ["-"] * 7
     share = "-" if figure.share is None else Text(f"{figure.share:.2f}", style=_color(figure.share))
-    return [*_times(figure), share, _megabytes(figure), _count(figure.launches), _count(figure.syncs)]
+    host = "-" if figure.host is None else f"{1e3 * figure.host:.3g}"
+    return [*_times(figure), share, _megabytes(figure), _count(figure.launches), _count(figure.syncs), host]
 
 
 def _exchange_cells(figure: Figure | None) -> list[str | Text]:
