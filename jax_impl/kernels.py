@@ -21,7 +21,7 @@ from jaxtyping import Float, Integer
 ROWS, COLUMNS, DEPTH = 128, 256, 64  # of a tile of a matmul's result, and of what it is summed over at a time
 WARPS, STAGES = 8, 4  # of a matmul; how far its loads run ahead
 PADDING_ROWS = 16  # that one program looks for padding in
-SORT_BLOCK, SORT_TILE = 512, 32  # keys that a program sorts, and that it compares them with at a time
+SORT_BLOCK, SORT_TILE = 256, 64  # keys that a program sorts, and that it compares them with at a time
 INTERPRET = False  # tests set it, to run without a GPU
 
 
@@ -75,12 +75,11 @@ def _place_keys_kernel(key, end, order, place) -> None:
     i = b * SORT_BLOCK + jnp.arange(SORT_BLOCK)
     found = _load_keys(key, i, n_keys)
 
-    def count(step, from_here):
-        j = b * SORT_BLOCK + step * SORT_TILE + jnp.arange(SORT_TILE)
+    from_here = jnp.zeros_like(i)
+    for first in range(0, SORT_BLOCK, SORT_TILE):
+        j = b * SORT_BLOCK + first + jnp.arange(SORT_TILE)
         same = found[:, None] == _load_keys(key, j, n_keys)[None]
-        return from_here + (same & (i[:, None] <= j[None])).astype(i.dtype).sum(axis=1)
-
-    from_here = jax.lax.fori_loop(0, SORT_BLOCK // SORT_TILE, count, jnp.zeros_like(i))
+        from_here += (same & (i[:, None] <= j[None])).astype(i.dtype).sum(axis=1)
     row = triton.load(end.at[found, b]) - from_here
     triton.store(place.at[i], row, mask=i < key.shape[0])
     triton.store(order.at[row], i, mask=i < key.shape[0])

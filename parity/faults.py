@@ -33,6 +33,8 @@ class Fault:
 def plant(fault: Fault, folder: Path) -> Path:
     """Copy the packages into `folder` with the fault in them; the folder to run from.
 
+    A kernel would hide a fault in the plain version that it stands for: on a GPU, only faults of kernels leave them on.
+
     Raises ValueError when the text that the fault changes is not in its file exactly once.
     """
     for package in PACKAGES:
@@ -45,6 +47,9 @@ def plant(fault: Fault, folder: Path) -> Path:
             "bring the fault up to date with the code"
         )
     path.write_text(source.replace(fault.old, fault.new))
+    for kernels in folder.glob("*_impl/kernels.py"):
+        if path.name != "kernels.py":
+            kernels.write_text(kernels.read_text() + "\n\ndef use_kernels(x):\n    return False\n")
     return folder
 
 
@@ -55,6 +60,7 @@ def find(name: str) -> Fault:
     return FAULTS[name]
 
 
+NO_KERNELS = "on a CPU the plain versions run"
 _TORCH = [
     ("tie-to-higher-id", "route", "Equal logits go to the higher expert id.", "routing.py",
      "logits_TE.argsort(dim=-1, descending=True, stable=True)[:, :top_k]",
@@ -66,9 +72,9 @@ _TORCH = [
      "(score_TK.sum(dim=-1, keepdim=True) + 1e-20)", "(score_TK.sum(dim=-1, keepdim=True).detach() + 1e-20)", "sigmoid"),
     ("partial-gradients-not-summed", "route", "Each rank keeps its own part of the router's gradient.",
      "../parity/run_torch.py", "        dist.all_reduce(a)\n", "        pass\n", "zipf"),
-    ("unstable-sort", "group_by_expert", "Assignments with the same expert come in another order.", "grouping.py",
-     "expert_id_TK.reshape(-1).argsort(stable=True)",
-     "(expert_id_TK.reshape(-1) * 10**6 - torch.arange(expert_id_TK.numel())).argsort()", "zipf"),
+    ("unstable-sort", "group_by_expert", "Assignments with the same expert come in another order.", "layout.py",
+     "key_N.argsort(stable=True)",
+     "(key_N * 10**6 - torch.arange(key_N.numel(), device=key_N.device)).argsort()", "zipf"),
     ("gradient-of-last-k-lost", "group_by_expert", "A token's gradient leaves out its last choice.", "grouping.py",
      "for slot_T in slot_TK.unbind(dim=1):", "for slot_T in slot_TK.unbind(dim=1)[:-1]:", "zipf"),
     ("token-gradient-in-bfloat16", "group_by_expert", "A token's gradient is summed in its own dtype.", "grouping.py",
@@ -168,6 +174,14 @@ _TORCH = [
      "    wide = torch.promote_types(x_RD.dtype, torch.float32)\n",
      "    torch.backends.cuda.matmul.allow_tf32 = True\n    wide = torch.promote_types(x_RD.dtype, torch.float32)\n",
      "pydoc", "a CPU has no TF32"),
+    ("kernel-sort-unstable", "group_by_expert", "In a block, those with the same key come in the opposite order.",
+     "kernels.py", "(i[:, None] <= j[None, :])", "(i[:, None] >= j[None, :])", "zipf", NO_KERNELS),
+    ("kernel-sum-leaves-out-last", "group_by_expert", "A token's gradient leaves out its last choice.", "kernels.py",
+     "for k in tl.static_range(K):\n        source", "for k in tl.static_range(K - 1):\n        source", "zipf", NO_KERNELS),
+    ("kernel-segments-by-last-rank", "to_expert_major", "An expert's rows come from the last rank first.", "kernels.py",
+     "((expert == j) & (rank < p))", "((expert == j) & (rank > p))", "zipf", NO_KERNELS),
+    ("kernel-first-score-for-all", "combine", "Every choice is weighted by the first one's score.", "kernels.py",
+     "tl.load(score + t * K + k).to(wide), 0.0", "tl.load(score + t * K).to(wide), 0.0", "zipf", NO_KERNELS),
     ("right-on-first-rank-only", "combine", "The row index is offset by the rank.", "grouping.py",
      "return weighted_sum(y_ND, score_TK, slot_TK, assignment_N)",
      "return weighted_sum(y_ND, score_TK, (slot_TK + torch.distributed.get_rank()) % len(y_ND), assignment_N)", "zipf"),
@@ -180,13 +194,13 @@ _JAX = [
      "Fraction(str(factor)) * n_tokens", "jnp.finfo('float32').dtype.type(float(Fraction(str(factor)))) * n_tokens",
      "capacity-exact"),
     ("one-too-many-kept", "group_by_expert", "A bin keeps one assignment more than it holds.", "grouping.py",
-     "return (place_N < C)", "return (place_N <= C)", "drop-rank-token"),
+     "return (place_N < rows_or_zero", "return (place_N <= rows_or_zero", "drop-rank-token"),
     ("drop-by-lowest-score", "group_by_expert", "The highest scores are dropped first.", "grouping.py",
-     '"score": -jax.lax', '"score": jax.lax', "drop-rank-score"),
+     "else -jax.lax", "else jax.lax", "drop-rank-score"),
     ("drop-ignores-choice", "group_by_expert", "Second choices are kept before later tokens' first choices.",
-     "grouping.py", '"choice": assignment_N % top_k', '"choice": assignment_N', "drop-expert-choice"),
+     "grouping.py", "jnp.arange(N) % top_k", "jnp.arange(N)", "drop-expert-choice"),
     ("drop-ties-backwards", "group_by_expert", "Among equals, the later assignment is kept.", "grouping.py",
-     "else (key_N, bin_N))", "else (-assignment_N, key_N, bin_N))", "drop-rank-choice"),
+     "jnp.argsort(key_N, stable=True)", "N - 1 - jnp.argsort(key_N[::-1], stable=True)", "drop-rank-choice"),
     ("padding-not-zeroed", "group_by_expert", "Padding holds the last row instead of zero.", "layout.py",
      '.get(mode="fill", fill_value=0)', '.get(mode="clip")', "zipf"),
     ("receiver-side-offsets", "to_expert_major", "Rows are looked up where they would lie without padding.", "layout.py",
@@ -220,13 +234,22 @@ _JAX = [
      "its score's gradient is zero.\n    \"\"\"\n    kept_TK = score_TK * (slot_TK < assignment_BC.size)\n"
      "    kept_TK = kept_TK * score_TK.sum(1, keepdims=True) / (kept_TK.sum(1, keepdims=True) + 1e-20)\n"
      "    return weighted_sum(y_BCD, kept_TK, slot_TK, assignment_BC)", "drop-rank-token"),
+    ("kernel-sort-unstable", "group_by_expert", "In a block, those with the same key come in the opposite order.",
+     "kernels.py", "(i[:, None] <= j[None])", "(i[:, None] >= j[None])", "zipf", NO_KERNELS),
+    ("kernel-sum-leaves-out-last", "group_by_expert", "A token's gradient leaves out its last choice.", "kernels.py",
+     "for k in range(slot.shape[1]):", "for k in range(slot.shape[1] - 1):", "zipf", NO_KERNELS),
+    ("kernel-first-score-for-all", "combine", "Every choice is weighted by the first one's score.", "kernels.py",
+     "score[0][t, k].astype(wide)", "score[0][t, 0].astype(wide)", "zipf", NO_KERNELS),
+    ("kernel-weights-of-first-expert", "apply_experts", "Every row is multiplied by the first expert's weights.",
+     "kernels.py", "j, first_row, end_row = expert[v], first[v], end[v]",
+     "j, first_row, end_row = expert[v] // n_experts * n_experts, first[v], end[v]", "bfloat16", NO_KERNELS),
 ]  # fmt: skip
 
 _TORCH_STATIC = [
     ("one-too-many-kept", "group_by_expert", "A bin keeps one assignment more than it holds.", "grouping.py",
-     "return (place_N < C)", "return (place_N <= C)", "drop-rank-token"),
+     "return (place_N < rows_or_zero", "return (place_N <= rows_or_zero", "drop-rank-token"),
     ("drop-by-lowest-score", "group_by_expert", "The highest scores are dropped first.", "grouping.py",
-     '"score": -score_N', '"score": score_N', "drop-expert-score"),
+     "else -score_N", "else score_N", "drop-expert-score"),
     ("padding-reaches-experts", "to_expert_major", "Expert bins are moved whole, whatever their padding holds.",
      "layout.py", "torch.where(row_C < counts_Pe.T[:, :, None], row_ePC, P * e * capacity)",
      "torch.where(row_C < counts_Pe.T[:, :, None], row_ePC, row_ePC)", "expert-bins"),

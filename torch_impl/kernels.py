@@ -18,7 +18,7 @@ HAS_TRITON = find_spec("triton") is not None  # PyTorch for CPUs comes without; 
 triton: Any = import_module("triton") if HAS_TRITON else SimpleNamespace(jit=lambda kernel: kernel)
 tl: Any = import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
 PADDING_ROWS = 16  # that one program looks for padding in
-SORT_BLOCK, SORT_TILE = 512, 32  # keys that a program sorts, and that it compares them with at a time
+SORT_BLOCK, SORT_TILE = 256, 64  # keys that a program sorts, and that it compares them with at a time
 
 
 def use_kernels(x: Tensor) -> bool:
@@ -58,7 +58,7 @@ def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tens
 def _load_keys(key, i, N, n_keys):
     """What is no key counts as the last, and so does what lies past the end: it comes after all others of its block."""
     found = tl.load(key + i, mask=i < N, other=n_keys)
-    return tl.where((found < 0) | (found > n_keys), n_keys, found)
+    return tl.where((found < 0) | (found > n_keys), n_keys, found).to(tl.int32)
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _place_keys(key, end, order, place, N, n_keys, blocks, BLOCK: tl.constexpr, 
     i = b * BLOCK + tl.arange(0, BLOCK)
     found = _load_keys(key, i, N, n_keys)
     from_here = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, BLOCK, TILE):
+    for first in tl.static_range(0, BLOCK, TILE):
         j = b * BLOCK + first + tl.arange(0, TILE)
         same = found[:, None] == _load_keys(key, j, N, n_keys)[None, :]
         from_here += tl.sum((same & (i[:, None] <= j[None, :])).to(tl.int32), 1)

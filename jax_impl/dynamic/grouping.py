@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Float, Integer
 
 from jax_impl.grouping import expand_rows, weighted_sum
-from jax_impl.layout import invert
+from jax_impl.layout import sort_by_key
 
 
 class Grouped(NamedTuple):
@@ -35,9 +35,9 @@ def group_by_expert(
     expert_N = jnp.where(valid_N, expert_id_TK.reshape(-1), E)
     kept_E = (expert_N[:, None] == jnp.arange(E)).sum(axis=0)
 
-    sorted_N = jnp.argsort(expert_N, stable=True)
-    assignment_N = jnp.where(jnp.arange(T * K) < kept_E.sum(), sorted_N, T * K)
-    slot_TK = invert(assignment_N, T * K).reshape(T, K)
+    order_N, place_N = sort_by_key(expert_N, E)
+    assignment_N = jnp.where(jnp.arange(T * K) < kept_E.sum(), order_N, T * K)
+    slot_TK = jnp.where(valid_N, place_N, T * K).reshape(T, K)
     # Rows without padding are one bin that they fill.
     return Grouped(expand_rows(x_TD, assignment_N[None], slot_TK)[0], slot_TK, assignment_N, kept_E)
 
