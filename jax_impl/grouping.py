@@ -111,9 +111,7 @@ def keep_within_capacity(
         _, place_N = sort_by_key(bin_N, B)
     else:
         key_N = jnp.arange(N) % top_k if priority == "choice" else -jax.lax.stop_gradient(score_N)
-        by_key_N = jnp.argsort(key_N, stable=True)
-        by_bin_N, _ = sort_by_key(bin_N[by_key_N], B)
-        place_N = invert(by_key_N[by_bin_N], N)
+        place_N = invert(jnp.lexsort((key_N, bin_N)), N)
     start_B = exclusive_cumsum(counts_E.reshape(B, -1).sum(axis=1))
     return (place_N < rows_or_zero(start_B, bin_N) + C) & (bin_N < B)
 

@@ -200,7 +200,7 @@ _JAX = [
     ("drop-ignores-choice", "group_by_expert", "Second choices are kept before later tokens' first choices.",
      "grouping.py", "jnp.arange(N) % top_k", "jnp.arange(N)", "drop-expert-choice"),
     ("drop-ties-backwards", "group_by_expert", "Among equals, the later assignment is kept.", "grouping.py",
-     "jnp.argsort(key_N, stable=True)", "N - 1 - jnp.argsort(key_N[::-1], stable=True)", "drop-rank-choice"),
+     "jnp.lexsort((key_N", "jnp.lexsort((-jnp.arange(N), key_N", "drop-rank-choice"),
     ("padding-not-zeroed", "group_by_expert", "Padding holds the last row instead of zero.", "layout.py",
      '.get(mode="fill", fill_value=0)', '.get(mode="clip")', "zipf"),
     ("receiver-side-offsets", "to_expert_major", "Rows are looked up where they would lie without padding.", "layout.py",
