@@ -21,7 +21,7 @@ from jaxtyping import Float, Integer
 ROWS, COLUMNS, DEPTH = 128, 256, 64  # of a tile of a matmul's result, and of what it is summed over at a time
 WARPS, STAGES = 8, 4  # of a matmul; how far its loads run ahead
 PADDING_ROWS = 16  # that one program looks for padding in
-SORT_BLOCK, SORT_TILE = 256, 64  # keys that a program sorts, and that it compares them with at a time
+SORT_BLOCK, SORT_TILE = 512, 64  # of N that a program looks at, and of the keys; more blocks, and XLA's cumsum is slow
 INTERPRET = False  # tests set it, to run without a GPU
 
 
@@ -51,7 +51,7 @@ def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array
     grid = (blocks, pl.cdiv(n_keys + 1, SORT_TILE))
     counts = _call(_count_keys_kernel, grid, _like(key_N, n_keys + 1, blocks), key_N, warps=4)
     end = jnp.cumsum(counts.reshape(-1), dtype=jnp.int32).reshape(counts.shape)
-    return _call(_place_keys_kernel, (blocks,), (_like(key_N, N),) * 2, key_N, end)
+    return _call(_place_keys_kernel, (blocks,), (_like(key_N, N),) * 2, key_N, end, warps=SORT_BLOCK // 32)
 
 
 def _load_keys(key, i, n_keys: int) -> Array:
@@ -75,11 +75,8 @@ def _place_keys_kernel(key, end, order, place) -> None:
     i = b * SORT_BLOCK + jnp.arange(SORT_BLOCK)
     found = _load_keys(key, i, n_keys)
 
-    from_here = jnp.zeros_like(i)
-    for first in range(0, SORT_BLOCK, SORT_TILE):
-        j = b * SORT_BLOCK + first + jnp.arange(SORT_TILE)
-        same = found[:, None] == _load_keys(key, j, n_keys)[None]
-        from_here += (same & (i[:, None] <= j[None])).astype(i.dtype).sum(axis=1)
+    same = found[:, None] == found[None]
+    from_here = (same & (i[:, None] >= i[None])).astype(i.dtype).sum(axis=0)  # along the axis that a thread has whole
     row = triton.load(end.at[found, b]) - from_here
     triton.store(place.at[i], row, mask=i < key.shape[0])
     triton.store(order.at[row], i, mask=i < key.shape[0])

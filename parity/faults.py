@@ -175,7 +175,7 @@ _TORCH = [
      "    torch.backends.cuda.matmul.allow_tf32 = True\n    wide = torch.promote_types(x_RD.dtype, torch.float32)\n",
      "pydoc", "a CPU has no TF32"),
     ("kernel-sort-unstable", "group_by_expert", "In a block, those with the same key come in the opposite order.",
-     "kernels.py", "(i[:, None] <= j[None, :])", "(i[:, None] >= j[None, :])", "zipf", NO_KERNELS),
+     "kernels.py", "(i[:, None] >= i[None, :])", "(i[:, None] <= i[None, :])", "zipf", NO_KERNELS),
     ("kernel-sum-leaves-out-last", "group_by_expert", "A token's gradient leaves out its last choice.", "kernels.py",
      "for k in tl.static_range(K):\n        source", "for k in tl.static_range(K - 1):\n        source", "zipf", NO_KERNELS),
     ("kernel-segments-by-last-rank", "to_expert_major", "An expert's rows come from the last rank first.", "kernels.py",
@@ -235,7 +235,7 @@ _JAX = [
      "    kept_TK = kept_TK * score_TK.sum(1, keepdims=True) / (kept_TK.sum(1, keepdims=True) + 1e-20)\n"
      "    return weighted_sum(y_BCD, kept_TK, slot_TK, assignment_BC)", "drop-rank-token"),
     ("kernel-sort-unstable", "group_by_expert", "In a block, those with the same key come in the opposite order.",
-     "kernels.py", "(i[:, None] <= j[None])", "(i[:, None] >= j[None])", "zipf", NO_KERNELS),
+     "kernels.py", "(i[:, None] >= i[None])", "(i[:, None] <= i[None])", "zipf", NO_KERNELS),
     ("kernel-sum-leaves-out-last", "group_by_expert", "A token's gradient leaves out its last choice.", "kernels.py",
      "for k in range(slot.shape[1]):", "for k in range(slot.shape[1] - 1):", "zipf", NO_KERNELS),
     ("kernel-first-score-for-all", "combine", "Every choice is weighted by the first one's score.", "kernels.py",

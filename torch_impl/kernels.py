@@ -18,7 +18,7 @@ HAS_TRITON = find_spec("triton") is not None  # PyTorch for CPUs comes without; 
 triton: Any = import_module("triton") if HAS_TRITON else SimpleNamespace(jit=lambda kernel: kernel)
 tl: Any = import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
 PADDING_ROWS = 16  # that one program looks for padding in
-SORT_BLOCK, SORT_TILE = 256, 64  # keys that a program sorts, and that it compares them with at a time
+SORT_BLOCK, SORT_TILE = 256, 64  # of N that a program looks at, and of the keys
 
 
 def use_kernels(x: Tensor) -> bool:
@@ -49,7 +49,7 @@ def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tens
     grid = (blocks, -(-(n_keys + 1) // SORT_TILE))
     _count_keys[grid](key_N, counts, N, n_keys, blocks, BLOCK=BLOCK, TILE=SORT_TILE, num_warps=4)
     end = counts.cumsum(dim=0, dtype=torch.int32)
-    _place_keys[(blocks,)](key_N, end, order_N, place_N, N, n_keys, blocks, BLOCK=BLOCK, TILE=SORT_TILE, num_warps=8)
+    _place_keys[(blocks,)](key_N, end, order_N, place_N, N, n_keys, blocks, BLOCK=BLOCK, num_warps=BLOCK // 32)
     return order_N, place_N
 
 
@@ -74,16 +74,13 @@ def _count_keys(key, counts, N, n_keys, blocks, BLOCK: tl.constexpr, TILE: tl.co
 
 @triton.jit
 @no_type_check
-def _place_keys(key, end, order, place, N, n_keys, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def _place_keys(key, end, order, place, N, n_keys, blocks, BLOCK: tl.constexpr):
     """One program per block: each of its keys goes before the end by as many as there are of it from here on."""
     b = tl.program_id(0)
     i = b * BLOCK + tl.arange(0, BLOCK)
     found = _load_keys(key, i, N, n_keys)
-    from_here = tl.zeros([BLOCK], tl.int32)
-    for first in tl.static_range(0, BLOCK, TILE):
-        j = b * BLOCK + first + tl.arange(0, TILE)
-        same = found[:, None] == _load_keys(key, j, N, n_keys)[None, :]
-        from_here += tl.sum((same & (i[:, None] <= j[None, :])).to(tl.int32), 1)
+    same = found[:, None] == found[None, :]
+    from_here = tl.sum((same & (i[:, None] >= i[None, :])).to(tl.int32), 0)  # along the axis that a thread has whole
     row = tl.load(end + found * blocks + b) - from_here
     tl.store(place + i, row.to(tl.int64), mask=i < N)
     tl.store(order + row, i.to(tl.int64), mask=i < N)
