@@ -42,8 +42,6 @@ def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tens
     blocks = -(-N // BLOCK)
     order_N = torch.empty(N, dtype=torch.int64, device=key_N.device)
     place_N = torch.empty_like(order_N)
-    if N == 0:
-        return order_N, place_N
     key_N = key_N.contiguous()
     counts = torch.empty((n_keys + 1) * blocks, dtype=torch.int32, device=key_N.device)
     grid = (blocks, -(-(n_keys + 1) // SORT_TILE))
