@@ -82,6 +82,43 @@ def _place_keys_kernel(key, end, order, place) -> None:
     triton.store(order.at[row], i, mask=i < key.shape[0])
 
 
+def expert_major_rows(
+    counts_Pe: Integer[Array, "P e"], capacity: int
+) -> tuple[Integer[Array, " S"], Integer[Array, " S"]]:
+    """For each expert-major row of rank bins the rank-major one it comes from, and the inverse; S where it is padding.
+
+    The padding of a bin counts as one more expert's rows, which come last.
+
+    Shapes: source_S, target_S.
+    """
+    P, e = counts_Pe.shape
+    padding_P = capacity - counts_Pe.sum(axis=1)
+    counts = jnp.concatenate([counts_Pe, padding_P[:, None]], axis=1).astype(jnp.int32).reshape(-1)
+    result = _like(counts, P * capacity)
+    return _call(partial(_expert_major_rows_kernel, n_groups=e + 1), counts.shape, (result,) * 2, counts, warps=4)
+
+
+def _expert_major_rows_kernel(counts, source, target, *, n_groups: int) -> None:
+    """One program per segment: the rows from one rank p for one expert j. Each finds for itself where it starts."""
+    (S,), BLOCK = source.shape, 1024
+    p, j = pl.program_id(0) // n_groups, pl.program_id(0) % n_groups
+    segment = jnp.arange(_power_of_2(counts.shape[0]))
+    count = triton.load(counts.at[segment], mask=segment < counts.shape[0], other=0)
+    rank, expert = segment // n_groups, segment % n_groups
+    rank_major = jnp.where(segment < pl.program_id(0), count, 0).sum()
+    expert_major = jnp.where((expert < j) | ((expert == j) & (rank < p)), count, 0).sum()
+    rows, padding = counts[pl.program_id(0)], j == n_groups - 1
+
+    def store(step, nothing):
+        r = step * BLOCK + jnp.arange(BLOCK)
+        inside = (r < rows) & (expert_major + r < S) & (rank_major + r < S)
+        triton.store(source.at[expert_major + r], jnp.where(padding, S, rank_major + r), mask=inside)
+        triton.store(target.at[rank_major + r], jnp.where(padding, S, expert_major + r), mask=inside)
+        return nothing
+
+    jax.lax.fori_loop(0, pl.cdiv(rows, BLOCK), store, ())
+
+
 def gather_rows(x_SD: Float[Array, "S D"], index_R: Integer[Array, "*R"]) -> Float[Array, "*R D"]:
     """Row r is x[index[r]], and zero where the index is past the end."""
     D = x_SD.shape[1]

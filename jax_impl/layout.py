@@ -29,8 +29,12 @@ def to_expert_major(x_BCD: Float[Array, "B C D"], counts_Pe: Integer[Array, "P e
     """
     (B, C, _), (P, e) = x_BCD.shape, counts_Pe.shape
     check_bins(B, P, P * e)
-    source_S = rank_bins_source(counts_Pe, C) if B == P else expert_bins_source(counts_Pe, C)
-    target_BC = invert(source_S.reshape(-1), B * C).reshape(B, C)
+    if B == P and kernels.use_kernels(x_BCD):
+        source_S, target_S = kernels.expert_major_rows(counts_Pe, C)
+    else:
+        source_S = rank_bins_source(counts_Pe, C) if B == P else expert_bins_source(counts_Pe, C)
+        target_S = invert(source_S.reshape(-1), B * C)
+    target_BC = target_S.reshape(B, C)
     return ExpertMajor(permute_rows(x_BCD, source_S, target_BC), source_S, target_BC)
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax_impl import kernels
 from jax_impl.experts import apply_experts
 from jax_impl.grouping import Capacity, expand_rows, group_by_expert, weighted_sum
-from jax_impl.layout import permute_rows, rows_or_zero
+from jax_impl.layout import invert, permute_rows, rank_bins_source, rows_or_zero
 
 # Counts of rows, rows in all, D, F: tiles with one row and with all, experts without rows, padding and none, widths
 # that are no multiple of a tile's.
@@ -240,6 +240,19 @@ def test_sort_by_key(backend, N, n_keys, dtype):
     expected = np.argsort(np.where((key < 0) | (key > n_keys), n_keys, key), kind="stable")
     np.testing.assert_array_equal(order, expected)
     np.testing.assert_array_equal(np.asarray(place)[expected], np.arange(N))
+
+
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("P", "e", "C"), [(1, 1, 1), (1, 3, 5), (2, 4, 7), (3, 1, 9), (4, 8, 2500)])
+def test_expert_major_rows(backend, P, e, C):
+    """Full bins, empty ones, and between."""
+    rng = np.random.default_rng(C)
+    for share in (0, 0.4, 1):
+        counts = jnp.asarray(rng.multinomial(int(C * share), np.full(e, 1 / e), size=P), jnp.int32)
+        source, target = jax.jit(kernels.expert_major_rows, static_argnums=1)(counts, C)
+        expected = rank_bins_source(counts, C)
+        np.testing.assert_array_equal(source, expected)
+        np.testing.assert_array_equal(target, invert(expected, P * C))
 
 
 def test_rows_under_vmap(both_ways):
