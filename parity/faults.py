@@ -240,6 +240,8 @@ _JAX = [
      "for k in range(slot.shape[1]):", "for k in range(slot.shape[1] - 1):", "zipf", NO_KERNELS),
     ("kernel-first-score-for-all", "combine", "Every choice is weighted by the first one's score.", "kernels.py",
      "score[0][t, k].astype(wide)", "score[0][t, 0].astype(wide)", "zipf", NO_KERNELS),
+    ("kernel-segments-by-last-rank", "to_expert_major", "An expert's rows come from the last rank first.", "kernels.py",
+     "((expert == j) & (rank < p))", "((expert == j) & (rank > p))", "zipf", NO_KERNELS),
     ("kernel-weights-of-first-expert", "apply_experts", "Every row is multiplied by the first expert's weights.",
      "kernels.py", "j, first_row, end_row = expert[v], first[v], end[v]",
      "j, first_row, end_row = expert[v] // n_experts * n_experts, first[v], end[v]", "bfloat16", NO_KERNELS),
