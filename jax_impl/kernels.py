@@ -39,15 +39,16 @@ def use_matmul_kernels(x: Array) -> bool:
 
 
 def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array, " N"], Integer[Array, " N"]]:
-    """Stable sort of keys 0..n_keys-1, and its inverse.
+    """Stable sort of keys 0..n_keys-1, and its inverse. What is no key goes last.
 
     A general sort makes many passes over wide keys. These are few, so: count each key in each block of N; a cumsum,
     key by key, says where a block's rows of a key end; from there a block places its own.
 
-    Shapes: order_N, place_N. What is no key goes last.
+    Shapes: order_N, place_N.
     """
     (N,), blocks = key_N.shape, pl.cdiv(key_N.shape[0], SORT_BLOCK)
-    key_N = key_N.astype(jnp.int32)
+    key_N = key_N.astype(jnp.promote_types(key_N.dtype, jnp.int32))
+    key_N = jnp.where((key_N < 0) | (key_N > n_keys), n_keys, key_N).astype(jnp.int32)
     grid = (blocks, pl.cdiv(n_keys + 1, SORT_TILE))
     counts = _call(_count_keys_kernel, grid, _like(key_N, n_keys + 1, blocks), key_N, warps=4)
     end = jnp.cumsum(counts.reshape(-1), dtype=jnp.int32).reshape(counts.shape)
@@ -55,9 +56,8 @@ def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array
 
 
 def _load_keys(key, i, n_keys: int) -> Array:
-    """What is no key counts as the last, and so does what lies past the end: it comes after all others of its block."""
-    found = triton.load(key.at[i], mask=i < key.shape[0], other=n_keys)
-    return jnp.where((found < 0) | (found > n_keys), n_keys, found)
+    """What lies past the end counts as no key: it comes after all others of its block."""
+    return triton.load(key.at[i], mask=i < key.shape[0], other=n_keys)
 
 
 def _count_keys_kernel(key, counts) -> None:
@@ -65,18 +65,17 @@ def _count_keys_kernel(key, counts) -> None:
     b, n_keys = pl.program_id(0), counts.shape[0] - 1
     found = _load_keys(key, b * SORT_BLOCK + jnp.arange(SORT_BLOCK), n_keys)
     k = pl.program_id(1) * SORT_TILE + jnp.arange(SORT_TILE)
-    count = (found[:, None] == k[None]).astype(counts.dtype).sum(axis=0)
+    count = (found[:, None] == k[None]).sum(axis=0, dtype=jnp.int32)
     triton.store(counts.at[k, b], count, mask=k <= n_keys)
 
 
 def _place_keys_kernel(key, end, order, place) -> None:
     """One program per block: each of its keys goes before the end by as many as there are of it from here on."""
     b, n_keys = pl.program_id(0), end.shape[0] - 1
-    i = b * SORT_BLOCK + jnp.arange(SORT_BLOCK)
+    i = b * SORT_BLOCK + jnp.arange(SORT_BLOCK, dtype=jnp.int32)
     found = _load_keys(key, i, n_keys)
-
     same = found[:, None] == found[None]
-    from_here = (same & (i[:, None] >= i[None])).astype(i.dtype).sum(axis=0)  # along the axis that a thread has whole
+    from_here = (same & (i[:, None] >= i[None])).sum(axis=0, dtype=jnp.int32)  # along the axis that a thread has whole
     row = triton.load(end.at[found, b]) - from_here
     triton.store(place.at[i], row, mask=i < key.shape[0])
     triton.store(order.at[row], i, mask=i < key.shape[0])
@@ -105,18 +104,18 @@ def _expert_major_rows_kernel(counts, source, target, *, n_groups: int) -> None:
     segment = jnp.arange(_power_of_2(counts.shape[0]))
     count = triton.load(counts.at[segment], mask=segment < counts.shape[0], other=0)
     rank, expert = segment // n_groups, segment % n_groups
-    rank_major = jnp.where(segment < pl.program_id(0), count, 0).sum()
-    expert_major = jnp.where((expert < j) | ((expert == j) & (rank < p)), count, 0).sum()
+    rank_major = jnp.where(segment < pl.program_id(0), count, 0).sum(dtype=jnp.int32)
+    expert_major = jnp.where((expert < j) | ((expert == j) & (rank < p)), count, 0).sum(dtype=jnp.int32)
     rows, padding = counts[pl.program_id(0)], j == n_groups - 1
 
     def store(step, nothing):
-        r = step * BLOCK + jnp.arange(BLOCK)
+        r = (step * BLOCK + jnp.arange(BLOCK)).astype(jnp.int32)
         inside = (r < rows) & (expert_major + r < S) & (rank_major + r < S)
         triton.store(source.at[expert_major + r], jnp.where(padding, S, rank_major + r), mask=inside)
         triton.store(target.at[rank_major + r], jnp.where(padding, S, expert_major + r), mask=inside)
         return nothing
 
-    jax.lax.fori_loop(0, pl.cdiv(rows, BLOCK), store, ())
+    jax.lax.fori_loop(0, -(-rows // BLOCK), store, ())
 
 
 def gather_rows(x_SD: Float[Array, "S D"], index_R: Integer[Array, "*R"]) -> Float[Array, "*R D"]:
@@ -383,7 +382,7 @@ def _weight_gradient_kernel(first, end, x, dy, dw) -> None:
         dy_tile = triton.load(dy.at[row[:, None], f[None]], mask=mine[:, None] & (f < F)[None], other=0)
         return total + triton.dot(x_tile, dy_tile, trans_a=True)
 
-    steps = pl.cdiv(end_row - first_row, DEPTH)
+    steps = -(-(end_row - first_row) // DEPTH)
     total = jax.lax.fori_loop(0, steps, add, jnp.zeros((ROWS, COLUMNS), jnp.float32))
     triton.store(dw.at[j, d[:, None], f[None]], total.astype(dw.dtype), mask=(d < D)[:, None] & (f < F)[None])
 

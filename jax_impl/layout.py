@@ -121,7 +121,7 @@ def invert(index_R: Integer[Array, " R"], size: int) -> Integer[Array, " size"]:
 
 
 def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array, " N"], Integer[Array, " N"]]:
-    """Stable sort of keys 0..n_keys, and its inverse. Shapes: order_N, place_N.
+    """Stable sort of keys 0..n_keys-1, and its inverse; n_keys, which is none, goes last. Shapes: order_N, place_N.
 
     keys 2 0 2 1     order 1 3 0 2     place 2 0 3 1
     """

@@ -326,24 +326,29 @@ def measure_well(plan: Plan, device: torch.device, step: Step, runs: int | None)
 def time_on_gpu(step: Step, budget: float, runs: int | None = None) -> tuple[list[float], float]:
     """Seconds of each run between two events on the device, and those that one holds the host.
 
-    Runs are queued while the device sleeps, so that it never waits for the host: in a model, other work hides that.
+    Runs are queued while the device sleeps, so that it does not wait for the host: in a model, other work hides that.
+    A run that waits for the device cannot be queued, and neither can one of more than 50 launches.
     """
     begin = time.perf_counter()
     for i in range(N_SETS):
         step(i)
     torch.cuda.synchronize()
     once = (time.perf_counter() - begin) / N_SETS
+    host = []
+    for i in range(N_SETS):
+        begin = time.perf_counter()
+        step(i)
+        host.append(time.perf_counter() - begin)
+        torch.cuda.synchronize()
     runs = runs or max(10, min(200, int(budget / once)))
-    seconds, host = [], []
+    seconds: list[float] = []
     while len(seconds) < runs:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(min(QUEUED, runs))]
         torch.cuda._sleep(int(min(0.1, 2 * len(events) * once) * CYCLES))
-        begin = time.perf_counter()
         for i, (start, end) in enumerate(events):
             start.record()
             step(i)
             end.record()
-        host.append((time.perf_counter() - begin) / len(events))
         torch.cuda.synchronize()
         seconds += [start.elapsed_time(end) / 1000 for start, end in events]
     return seconds, min(host)

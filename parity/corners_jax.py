@@ -52,8 +52,8 @@ def main(plan: Plan) -> None:
     over = over_ranks(layer, P, "shard_map")
 
     def step(x: Array, score: Array, gate: Array, up: Array, down: Array, ids: Array, dout: Array) -> Any:
-        _, vjp = jax.vjp(lambda *leaves: over(*leaves, ids), x, score, gate, up, down)
-        return vjp(dout)
+        out, vjp = jax.vjp(lambda *leaves: over(*leaves, ids), x, score, gate, up, down)
+        return out, vjp(dout)
 
     run = program(step)
     emit(timed(Timing(seconds=plan.seconds), lambda _: run(x, score, gate, up, down, ids, dout)))

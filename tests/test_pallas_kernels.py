@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_impl import kernels
+from jax_impl import dynamic, kernels, moe_layer, plan_capacity
 from jax_impl.experts import apply_experts
 from jax_impl.grouping import Capacity, expand_rows, group_by_expert, weighted_sum
 from jax_impl.layout import invert, permute_rows, rank_bins_source, rows_or_zero
@@ -232,11 +232,13 @@ def test_combine_and_its_gradients(backend, shape, dtype, both_ways):
 
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("N", "n_keys"), [(1, 1), (7, 3), (256, 31), (257, 32), (3000, 256)])
-@pytest.mark.parametrize("dtype", ["int32", "int8"])
+@pytest.mark.parametrize("dtype", ["int32", "int8", "int64"])
 def test_sort_by_key(backend, N, n_keys, dtype):
     """What is no key goes last, in order."""
     key = np.random.default_rng(N).integers(-1, n_keys + 3, N).clip(None, np.iinfo(dtype).max)
-    order, place = jax.jit(kernels.sort_by_key, static_argnums=1)(jnp.asarray(key, dtype), n_keys)
+    key[key == n_keys + 2] += 2**32 if dtype == "int64" else 0
+    with jax.enable_x64(dtype == "int64"):
+        order, place = jax.jit(kernels.sort_by_key, static_argnums=1)(jnp.asarray(key, dtype), n_keys)
     expected = np.argsort(np.where((key < 0) | (key > n_keys), n_keys, key), kind="stable")
     np.testing.assert_array_equal(order, expected)
     np.testing.assert_array_equal(np.asarray(place)[expected], np.arange(N))
@@ -249,10 +251,38 @@ def test_expert_major_rows(backend, P, e, C):
     rng = np.random.default_rng(C)
     for share in (0, 0.4, 1):
         counts = jnp.asarray(rng.multinomial(int(C * share), np.full(e, 1 / e), size=P), jnp.int32)
-        source, target = jax.jit(kernels.expert_major_rows, static_argnums=1)(counts, C)
+        with jax.enable_x64(share == 1):
+            source, target = jax.jit(kernels.expert_major_rows, static_argnums=1)(counts, C)
         expected = rank_bins_source(counts, C)
         np.testing.assert_array_equal(source, expected)
         np.testing.assert_array_equal(target, invert(expected, P * C))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("layer", ["rank bins", "expert bins", "dynamic"])
+def test_the_layer_with_64_bits(layer, dtype, monkeypatch):
+    """JAX then makes 64-bit integers where nothing says otherwise, and kernels take none but those they expect."""
+    T, D, F, E, K = 5, 24, 16, 4, 2
+    bins = plan_capacity("1", T, K, E, 1, per=layer.split()[0]) if layer != "dynamic" else None
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        inputs = [
+            jnp.asarray(rng.normal(size=s), dtype) for s in ((T, D), (D, E), (E, D, F), (E, D, F), (E, F, D))
+        ]  # fmt: skip
+        inputs[1] = inputs[1].astype(jnp.promote_types(dtype, jnp.float32))
+        results = []
+        for answer in (False, True):
+            monkeypatch.setattr(kernels, "use_kernels", lambda x, answer=answer: answer)
+
+            def run(*inputs):
+                if bins is None:
+                    return dynamic.moe_layer(*inputs, top_k=K).out_TD
+                return moe_layer(*inputs, top_k=K, capacity=bins).out_TD
+
+            out, vjp = jax.vjp(jax.jit(run), *inputs)
+            results.append((out, *vjp(jnp.ones_like(out))))
+        for plain, ours in zip(*results, strict=True):
+            np.testing.assert_allclose(np.asarray(ours, float), np.asarray(plain, float), rtol=0.05, atol=0.05)
 
 
 def test_rows_under_vmap(both_ways):

@@ -31,12 +31,12 @@ def use_kernels(x: Tensor) -> bool:
 
 
 def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tensor, " N"], Integer[Tensor, " N"]]:
-    """Stable sort of keys 0..n_keys-1, and its inverse, in three launches.
+    """Stable sort of keys 0..n_keys-1, and its inverse. What is no key goes last.
 
     A general sort makes many passes over wide keys. These are few, so: count each key in each block of N; a cumsum,
     key by key, says where a block's rows of a key end; from there a block places its own.
 
-    Shapes: order_N, place_N. What is no key goes last.
+    Shapes: order_N, place_N.
     """
     N, BLOCK = key_N.numel(), SORT_BLOCK
     blocks = -(-N // BLOCK)
@@ -55,8 +55,8 @@ def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tens
 @no_type_check
 def _load_keys(key, i, N, n_keys):
     """What is no key counts as the last, and so does what lies past the end: it comes after all others of its block."""
-    found = tl.load(key + i, mask=i < N, other=n_keys)
-    return tl.where((found < 0) | (found > n_keys), n_keys, found).to(tl.int32)
+    found = tl.load(key + i, mask=i < N, other=0).to(tl.int64)  # n_keys may not fit into the key's dtype
+    return tl.where((i >= N) | (found < 0) | (found > n_keys), n_keys, found).to(tl.int32)
 
 
 @triton.jit
