@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +155,9 @@ def main(plan: Plan) -> None:
     peers = find_peers("jax", JAX_PEERS) if plan.baselines and "experts" in plan.parts else {}
     for shape in choose_shapes(plan, on_gpu):
         for variant, movement in ({"ours": OURS, "plain": PLAIN} if plan.baselines else {"ours": OURS}).items():
-            capacity = Capacity(shape.ranks, shape.capacity)
-            group = partial(movement.group_by_expert, capacity=capacity)
-            runs = dict(zip(STAGES, (group, *movement[1:4]), strict=True)) | {"whole": in_one_program(movement, group)}
+            group = partial(movement.group_by_expert, capacity=Capacity(shape.ranks, shape.capacity))
+            movement = movement._replace(group_by_expert=group)
+            runs = {stage: getattr(movement, stage) for stage in STAGES} | {"whole": in_one_program(movement)}
             inference = {part: program(run) for part, run in runs.items()}
             training = {part: program(forward_and_backward(run)) for part, run in runs.items()}
             for part in [part for part in (*STAGES, "whole") if part in plan.parts]:
@@ -166,14 +167,14 @@ def main(plan: Plan) -> None:
 
 
 def forward_and_backward(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Output and gradients of a stage, or of all, from the cotangent, which comes first.
+    """Output and gradients of a stage, of all, or of the experts, from the cotangent, which comes first.
 
-    The rows are differentiated, and combine's scores. The barrier stands where the loss would.
+    The floating-point arguments up to the first other one are differentiated. The barrier stands where the loss would.
     """
 
-    def both(cotangent: Array, x: Array, *rest: Any) -> Any:
-        n = 1 if rest and jnp.issubdtype(rest[0].dtype, jnp.floating) else 0
-        out, vjp = jax.vjp(lambda *leaves: first(run(*leaves, *rest[n:])), x, *rest[:n])
+    def both(cotangent: Array, *arguments: Array) -> Any:
+        n = len(list(takewhile(lambda a: jnp.issubdtype(a.dtype, jnp.floating), arguments)))
+        out, vjp = jax.vjp(lambda *leaves: first(run(*leaves, *arguments[n:])), *arguments[:n])
         out, cotangent = jax.lax.optimization_barrier((out, cotangent))
         return out, vjp(cotangent)
 
@@ -195,12 +196,12 @@ def copy_figure(plan: Plan, on_gpu: bool) -> Figure:
     return figure
 
 
-def in_one_program(movement: Movement, group: Callable[..., Any]) -> Callable[..., Any]:
+def in_one_program(movement: Movement) -> Callable[..., Any]:
     """The whole chain. Barriers stand where the exchange and the experts would."""
     between = jax.lax.optimization_barrier
 
     def whole(x_TD: Array, score_TK: Array, ids_TK: Array, counts_E: Array, kept_Pe: Array) -> Array:
-        x_PCD, slot_TK, assignment_PC, *_ = group(x_TD, ids_TK, score_TK, counts_E)
+        x_PCD, slot_TK, assignment_PC, *_ = movement.group_by_expert(x_TD, ids_TK, score_TK, counts_E)
         x_SD, source_S, target_PC = movement.to_expert_major(between(x_PCD), kept_Pe)
         y_PCD = movement.to_rank_major(between(x_SD), source_S, target_PC)
         return movement.combine(between(y_PCD), score_TK, slot_TK, assignment_PC)
@@ -276,24 +277,18 @@ def expert_figures(plan: Plan, shape: Case, peers: dict[str, Callable[..., Array
     variants |= {f"rank bins, {name}": ((rows, D), experts) for name, experts in peers.items()}
     for variant, (sizes, experts) in variants.items():
         x_SD, dy_SD = draw(*sizes), draw(*sizes)
-        forward, training = program(experts), program(gradients_of(experts))
-        steps = (partial(forward, x_SD, counts_e, *weights), partial(training, dy_SD, x_SD, counts_e, *weights))
+
+        def run_experts(x: Array, gate: Array, up: Array, down: Array, counts: Array, experts=experts) -> Array:
+            return experts(x, counts, gate, up, down)
+
+        forward, training = program(run_experts), program(forward_and_backward(run_experts))
+        steps = (partial(forward, x_SD, *weights, counts_e), partial(training, dy_SD, x_SD, *weights, counts_e))
         for direction, run in zip(DIRECTIONS, steps, strict=True):
             step = lambda i, run=run: run()  # noqa: E731, ARG005  the weights alone are past the cache
             figure = measure(plan, step)
             figure.shape, figure.variant, figure.part, figure.direction = shape.name, variant, "experts", direction
             figure.flops = expert_flops(shape, rows, direction)
             emit(figure)
-
-
-def gradients_of(experts: Callable[..., Array]) -> Callable[..., Any]:
-    """Output and gradients of rows and weights, from the cotangent."""
-
-    def both(dy: Array, x: Array, counts_e: Array, *weights: Array) -> Any:
-        y, vjp = jax.vjp(lambda x, *weights: experts(x, counts_e, *weights), x, *weights)
-        return y, vjp(dy)
-
-    return both
 
 
 def across_ranks(plan: Plan, shapes: list[Case]) -> None:

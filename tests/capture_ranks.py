@@ -187,16 +187,12 @@ def static_and_compiled(dtype: str, n_bins: int, group: dist.ProcessGroup | None
     inputs = [a.to(getattr(torch, dtype)).requires_grad_() for a in (normal(T, D), *parameters(1))]
     capacity = static.Capacity(n_bins, T)  # some drop
 
-    def moe(*inputs):
-        out_TD = static.moe_layer(*inputs, top_k=K, capacity=capacity, group=group).out_TD
+    def both_ways(layer):
+        out_TD = layer(*inputs, top_k=K, capacity=capacity, group=group).out_TD
         return out_TD, *torch.autograd.grad(out_TD, inputs, torch.ones_like(out_TD))
 
-    def compiled(*inputs):
-        run = torch.compile(static.moe_layer, backend="aot_eager", fullgraph=True)
-        out_TD = run(*inputs, top_k=K, capacity=capacity, group=group).out_TD
-        return out_TD, *torch.autograd.grad(out_TD, inputs, torch.ones_like(out_TD))
-
-    return [torch.equal(a, b) for a, b in zip(moe(*inputs), compiled(*inputs), strict=True)]
+    compiled = torch.compile(static.moe_layer, backend="aot_eager", fullgraph=True)
+    return [torch.equal(a, b) for a, b in zip(both_ways(static.moe_layer), both_ways(compiled), strict=True)]
 
 
 # Token 0 chooses expert 0; its second choice ties between all others.

@@ -20,6 +20,7 @@ from jax_impl.experts import grouped_matmul
 from jax_impl.grouping import Capacity, combine, group_by_expert
 from jax_impl.layout import to_expert_major, to_rank_major
 from parity import capture_jax
+from parity.bench_jax import first
 from torch_impl import kernels as triton_kernels
 
 # As XLA describes an H200 (its backends/gpu/target_config/specs/h200.txtpb).
@@ -139,10 +140,6 @@ def stage_programs(model: str, stage: str) -> tuple:
     n = 2 if stage == "combine" else 1  # its scores are differentiated too
     vjp = jax.eval_shape(lambda *a: jax.vjp(lambda *by: first(run(*by, *a[n:])), *a[:n])[1], *arguments)
     return compiled(run, *arguments), compiled(lambda vjp, dy: vjp(dy), vjp, gradient)
-
-
-def first(out):
-    return out[0] if isinstance(out, tuple) else out
 
 
 @pytest.mark.parametrize("model", MODELS)
