@@ -19,7 +19,7 @@ parity: $(VENV)/installed  ## do PyTorch and JAX compute the same thing? (sets u
 	$(RUN) parity check --no-json
 
 test: $(VENV)/installed  ## the tests
-	$(RUN) pytest
+	$(RUN) pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(VENV)/installed  ## the tests that take minutes
 	$(RUN) pytest -m slow

@@ -20,7 +20,7 @@ from jaxtyping import Float, Integer
 
 ROWS, COLUMNS, DEPTH = 128, 256, 64  # of a tile of a matmul's result, and of what it is summed over at a time
 WARPS, STAGES = 8, 4  # of a matmul; how far its loads run ahead
-PADDING_ROWS = 16  # that one program looks for padding in
+PADDING_ROWS = 64  # that one program looks for padding in
 SORT_BLOCK, SORT_TILE = 512, 64  # of N that a program looks at, and of the keys; more blocks, and XLA's cumsum is slow
 INTERPRET = False  # tests set it, to run without a GPU
 
@@ -147,16 +147,16 @@ def expand_rows(
     """
     (T, K), (S,), D = slot_TK.shape, assignment_S.shape, x_TD.shape[1]
     BLOCK, warps = _tile(D, K)
-    kernel = partial(_expand_rows_kernel, n_tokens=T, BLOCK=BLOCK)
-    grid = (T + pl.cdiv(S, PADDING_ROWS),)
+    kernel = partial(_expand_rows_kernel, BLOCK=BLOCK)
+    grid = (pl.cdiv(S, PADDING_ROWS) + T,)
     return _call(kernel, grid, _like(x_TD, S, D), x_TD, slot_TK, assignment_S, warps=warps)
 
 
-def _expand_rows_kernel(x, slot, assignment, y, *, n_tokens: int, BLOCK: int) -> None:
-    """One program per token: its K rows side by side, chunk after chunk. After them, those that look for padding."""
-    T, K, (S, D) = n_tokens, slot.shape[1], y.shape
-    t, k = pl.program_id(0), jnp.arange(_power_of_2(K))
-    row = triton.load(slot.at[t, k], mask=(t < T) & (k < K), other=S)
+def _expand_rows_kernel(x, slot, assignment, y, *, BLOCK: int) -> None:
+    """One program per token: its K rows side by side, chunk after chunk. Before them, those that look for padding."""
+    (T, K), (S, D) = slot.shape, y.shape
+    t, k = pl.program_id(0) - pl.cdiv(S, PADDING_ROWS), jnp.arange(_power_of_2(K))
+    row = triton.load(slot.at[t, k], mask=(t >= 0) & (k < K), other=S)
 
     def copy(step, nothing):
         d = step * BLOCK + jnp.arange(BLOCK)
@@ -164,15 +164,15 @@ def _expand_rows_kernel(x, slot, assignment, y, *, n_tokens: int, BLOCK: int) ->
         triton.store(y.at[row[:, None], d[None]], tile, mask=(row < S)[:, None] & (d < D)[None])
         return nothing
 
-    jax.lax.fori_loop(0, pl.cdiv(D, BLOCK) * (t < T), copy, ())
-    _clear_padding(t - T, assignment, y, T * K)
+    jax.lax.fori_loop(0, pl.cdiv(D, BLOCK) * (t >= 0), copy, ())
+    _clear_padding(assignment, y, T * K)
 
 
-def _clear_padding(program, assignment, y, n_assignments: int) -> None:
-    """Zero in some rows, if they hold no assignment; nothing for a program before the first."""
-    (S, D), BLOCK = y.shape, 512
-    row = program * PADDING_ROWS + jnp.arange(PADDING_ROWS)
-    padding = triton.load(assignment.at[row], mask=(program >= 0) & (row < S), other=0) >= n_assignments
+def _clear_padding(assignment, y, n_assignments: int) -> None:
+    """Zero in some rows, if they hold no assignment; the programs after these have none to look at."""
+    (S, D), BLOCK = y.shape, 128
+    row = pl.program_id(0) * PADDING_ROWS + jnp.arange(PADDING_ROWS)
+    padding = triton.load(assignment.at[row], mask=row < S, other=0) >= n_assignments
 
     def clear(step, nothing):
         d = step * BLOCK + jnp.arange(BLOCK)
@@ -228,19 +228,17 @@ def weighted_sum_backward(
     (T, K), (S, D) = slot_TK.shape, y_SD.shape
     BLOCK, warps = _tile(D, K)
     results = _like(y_SD, S, D), _like(y_SD, T, K, dtype=score_TK.dtype)
-    kernel = partial(_weighted_sum_backward_kernel, n_tokens=T, BLOCK=BLOCK)
-    grid = (T + pl.cdiv(S, PADDING_ROWS),)
+    kernel = partial(_weighted_sum_backward_kernel, BLOCK=BLOCK)
+    grid = (pl.cdiv(S, PADDING_ROWS) + T,)
     return _call(kernel, grid, results, dout_TD, y_SD, score_TK, slot_TK, assignment_S, warps=warps)
 
 
-def _weighted_sum_backward_kernel(
-    dout, y, score, slot, assignment, dy, dscore, *, n_tokens: int, BLOCK: int
-) -> None:  # fmt: skip
-    """One program per token: its K rows side by side, chunk after chunk. After them, those that look for padding."""
-    T, K, (S, D) = n_tokens, slot.shape[1], y.shape
+def _weighted_sum_backward_kernel(dout, y, score, slot, assignment, dy, dscore, *, BLOCK: int) -> None:
+    """One program per token: its K rows side by side, chunk after chunk. Before them, those that look for padding."""
+    (T, K), (S, D) = slot.shape, y.shape
     wide = jnp.promote_types(y.dtype, jnp.float32)
-    t, k = pl.program_id(0), jnp.arange(_power_of_2(K))
-    here = (t < T) & (k < K)
+    t, k = pl.program_id(0) - pl.cdiv(S, PADDING_ROWS), jnp.arange(_power_of_2(K))
+    here = (t >= 0) & (k < K)
     row = triton.load(slot.at[t, k], mask=here, other=S)
     weight = triton.load(score.at[t, k], mask=here, other=0).astype(wide)
 
@@ -252,19 +250,18 @@ def _weighted_sum_backward_kernel(
         triton.store(dy.at[row[:, None], d[None]], (weight[:, None] * gradient).astype(dy.dtype), mask=inside)
         return total + gradient * y_tile
 
-    total = jax.lax.fori_loop(0, pl.cdiv(D, BLOCK) * (t < T), add, jnp.zeros((k.size, BLOCK), wide))
+    total = jax.lax.fori_loop(0, pl.cdiv(D, BLOCK) * (t >= 0), add, jnp.zeros((k.size, BLOCK), wide))
     triton.store(dscore.at[t, k], total.sum(axis=1).astype(dscore.dtype), mask=here)
-
-    _clear_padding(t - T, assignment, dy, T * K)
+    _clear_padding(assignment, dy, T * K)
 
 
 def _tile(width: int, n_rows: int) -> tuple[int, int]:
     """Columns that a program takes of so many rows at once, and its warps.
 
-    A thread has 16 elements of one row, 8 of each of several, and more where 8 warps are not enough for that.
+    A thread has 16 elements of one row, 8 of each of several.
     """
-    BLOCK = max(128, min(_power_of_2(width), 8192 // _power_of_2(n_rows)))
-    return BLOCK, max(1, min(8, BLOCK // (512 if n_rows == 1 else 256)))
+    BLOCK = max(128, min(_power_of_2(width), 2048, 8192 // _power_of_2(n_rows)))
+    return BLOCK, max(1, BLOCK // (512 if n_rows == 1 else 256))
 
 
 def _power_of_2(n: int) -> int:

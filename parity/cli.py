@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 import tyro
 from rich.console import Console
+from rich.text import Text
 
 from parity import capture, faults, records
 from parity.backends import BACKENDS, SIDES, BackendError, framework
@@ -296,15 +297,20 @@ def main(argv: list[str] | None = None) -> None:
         }
         code = run[type(command)](command)
     except ValueError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        say(Text.assemble(("error:", "bold red"), f" {error}"))
         sys.exit(USAGE)
     except BackendError as error:
-        Console(stderr=True).print(str(error), style="red", highlight=False, markup=False)
+        say(Text(str(error), "red"))
         sys.exit(BACKEND)
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; nothing is left running", style="red")
+        say(Text("stopped; nothing is left running", "red"))
         sys.exit(INTERRUPTED)
     sys.exit(code)
+
+
+def say(message: str | Text) -> None:
+    """On standard error, as it is: a line is never broken, so that a path or a command in it can be copied."""
+    Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def chosen_cases(command: CheckCommand) -> list[Case]:
@@ -451,7 +457,7 @@ def study(command: StudyCommand) -> int:
         print("\n".join(found.lines()))
     else:
         print_study(Console(width=None if sys.stdout.isatty() else 170, highlight=False), found)
-    Console(stderr=True).print(f"wrote {', '.join(map(str, paths))}", highlight=False, soft_wrap=True)
+    say(f"wrote {', '.join(map(str, paths))}")
     return MATCH
 
 
@@ -489,7 +495,7 @@ def bench(command: BenchCommand) -> int:
         print_bench(Console(width=None if sys.stdout.isatty() else 160, highlight=False), figures)
     if command.plot:
         plot_bench(figures, command.plot)
-        Console(stderr=True).print(f"wrote {command.plot}", highlight=False)
+        say(f"wrote {command.plot}")
     return BACKEND if any(figure.error for figure in figures) else MATCH
 
 
@@ -575,7 +581,7 @@ def capture_command(command: CaptureCommand) -> int:
         console.print(capture.table(found), capture.LEGEND, "\n" + ", ".join(versions))
     if command.plot:
         capture.plot(found, command.plot)
-        Console(stderr=True).print(f"wrote {command.plot}", highlight=False)
+        say(f"wrote {command.plot}")
     own = [m for m in found if m.way == "torch_impl"]
     return MATCH if all(m.permute_terms == m.permute_terms_backward == 1 for m in own) else MISMATCH
 
@@ -601,5 +607,5 @@ def publish(report: Report, as_json: bool, html: Path | None) -> int:
         print_report(Console(width=None if sys.stdout.isatty() else 100, highlight=False), report)
     if html:
         html.write_text(page(report))
-        Console(stderr=True).print(f"wrote {html}", highlight=False)
+        say(f"wrote {html}")
     return report.footer.exit_code

@@ -149,5 +149,5 @@ if __name__ == "__main__":
     try:
         tyro.cli(main, prog="python -m parity.corners")
     except ValueError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False)
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)

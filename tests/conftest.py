@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, JAX would take most of its memory
 
@@ -36,11 +37,21 @@ def torch_ranks() -> Iterator[TorchRanks]:
     ranks.stop()
 
 
-_gpu_tests_left_out: list[pytest.Item] = []
+_gpu_tests_left_out: set[str] = set()
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    _gpu_tests_left_out.extend(item for item in items if item.get_closest_marker("gpu"))
+    _gpu_tests_left_out.update(item.nodeid for item in items if item.get_closest_marker("gpu"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of several processes; each leaves out the same
+        session.config.workeroutput["gpu_tests_left_out"] = list(_gpu_tests_left_out)  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _gpu_tests_left_out.update(getattr(node, "workeroutput", {}).get("gpu_tests_left_out", ()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

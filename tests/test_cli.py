@@ -75,13 +75,16 @@ def test_a_wrong_number_in_a_saved_trace_is_a_mismatch(saved, tmp_path, capsys):
 def test_one_side_alone_cannot_be_compared(saved, capsys):
     code, _, err = in_process(capsys, "compare", str(saved / "torch"))
     assert code == 2
-    assert "give a folder of the other side too" in " ".join(err.split())
+    assert "give a folder of the other side too" in err
 
 
-def test_an_empty_folder(tmp_path, capsys):
-    code, _, err = in_process(capsys, "compare", str(tmp_path))
+def test_an_empty_folder_is_named_as_it_is_on_one_line(tmp_path, capsys):
+    (folder := tmp_path / ("[red] and long" * 10)).mkdir()
+    code, _, err = in_process(capsys, "compare", str(folder))
     assert code == 2
-    assert "holds no traces" in err
+    assert err.splitlines() == [
+        f"error: {folder} holds no traces: write some with `python -m parity check --backend torch --save {folder}`"
+    ]
 
 
 def test_lines_of_json_fit_the_schema(report, capsys):

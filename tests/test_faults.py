@@ -1,12 +1,15 @@
 """Every planted fault is caught, and blamed on the side and the stage that it was planted in."""
 
+from io import StringIO
+
 import pytest
+from rich.console import Console
 
 from parity.case import PRESETS
 from parity.cli import try_fault
 from parity.engine import run_cases
 from parity.faults import FAULTS, ROOT, find, plant
-from parity.report.terminal import failures
+from parity.report.terminal import print_report
 from parity.trace import STAGES
 
 # One of each stage, of both sides, and of the ways to be caught: a crash, padding, a second step, a hang, a sum.
@@ -62,11 +65,15 @@ def test_every_fault_still_fits_the_code(tmp_path, name):
 
 
 def test_what_is_said_of_a_fault():
-    """Who, where, which row, by how much, what failing rows have in common, what to look at and what to type."""
+    """Who, where, which row, by how much, what failing rows have in common, what to look at and what to type.
+
+    In a narrow terminal too, each on one line: it gets copied.
+    """
     fault = find("torch-gradient-of-last-k-lost")
     report = run_cases([PRESETS["zipf"]], ("torch",), fault=fault, show_progress=False)
     assert report is not None
-    said = "\n".join(str(part) for part in failures(report).renderables)
+    print_report(console := Console(width=40, file=StringIO()), report)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
     for words in (
         "zipf: torch is wrong at stage 2 group, backward, fed the oracle's input",
         "dx against oracle: 64 of 64 rows; worst: rank",

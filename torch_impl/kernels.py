@@ -17,7 +17,7 @@ from torch import Tensor
 HAS_TRITON = find_spec("triton") is not None  # PyTorch for CPUs comes without; the plain versions serve then
 triton: Any = import_module("triton") if HAS_TRITON else SimpleNamespace(jit=lambda kernel: kernel)
 tl: Any = import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
-PADDING_ROWS = 16  # that one program looks for padding in
+PADDING_ROWS = 64  # that one program looks for padding in
 SORT_BLOCK, SORT_TILE = 256, 64  # of N that a program looks at, and of the keys
 
 
@@ -170,12 +170,13 @@ def _expand_rows(
     x, slot, assignment, y, T, S, D, chunks,
     K: tl.constexpr, PADDED: tl.constexpr, PADDING_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per token, or per chunk of a wide one. After them, those that look for padding."""
-    t = (tl.program_id(0) // chunks).to(tl.int64)
-    if PADDED and t >= T:
-        _clear_padding(tl.program_id(0) - T * chunks, assignment, y, T * K, S, D, PADDING_ROWS)
+    """One program per token, or per chunk of a wide one. Before them, those that look for padding."""
+    program = tl.program_id(0) - (tl.cdiv(S, PADDING_ROWS) if PADDED else 0)
+    if PADDED and program < 0:
+        _clear_padding(tl.program_id(0), assignment, y, T * K, S, D, PADDING_ROWS)
         return
-    d = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
+    t = (program // chunks).to(tl.int64)
+    d = program % chunks * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(x + t * D + d, mask=d < D)
     for k in tl.static_range(K):
         place = tl.load(slot + t * K + k)
@@ -186,7 +187,7 @@ def _expand_rows(
 @no_type_check
 def _clear_padding(program, assignment, y, N, S, D, PADDING_ROWS: tl.constexpr):
     """Zero in some rows, if they hold no assignment."""
-    BLOCK: tl.constexpr = 512
+    BLOCK: tl.constexpr = 128
     row = program.to(tl.int64) * PADDING_ROWS + tl.arange(0, PADDING_ROWS)
     padding = tl.load(assignment + row, mask=row < S, other=0) >= N
     if tl.max(padding.to(tl.int32), 0) > 0:
@@ -268,11 +269,11 @@ def _weighted_sum_backward(
     dout, y, score, slot, assignment, dy, dscore, T, S, D,
     K: tl.constexpr, K_PADDED: tl.constexpr, PADDED: tl.constexpr, PADDING_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per token: its K rows side by side, chunk after chunk. After them, those that look for padding."""
+    """One program per token: its K rows side by side, chunk after chunk. Before them, those that look for padding."""
     wide = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
-    t = tl.program_id(0).to(tl.int64)
-    if PADDED and t >= T:
-        _clear_padding(t - T, assignment, dy, T * K, S, D, PADDING_ROWS)
+    t = (tl.program_id(0) - (tl.cdiv(S, PADDING_ROWS) if PADDED else 0)).to(tl.int64)
+    if PADDED and t < 0:
+        _clear_padding(tl.program_id(0), assignment, dy, T * K, S, D, PADDING_ROWS)
         return
     k = tl.arange(0, K_PADDED)
     row = tl.load(slot + t * K + k, mask=k < K, other=S)
@@ -292,10 +293,10 @@ def _weighted_sum_backward(
 def _tile(width: int, n_rows: int) -> tuple[int, int]:
     """Columns that a program takes of so many rows at once, and its warps.
 
-    A thread has 16 elements of one row, 8 of each of several, and more where 8 warps are not enough for that.
+    A thread has 16 elements of one row, 8 of each of several.
     """
-    BLOCK = max(128, min(_power_of_2(width), 8192 // _power_of_2(n_rows)))
-    return BLOCK, max(1, min(8, BLOCK // (512 if n_rows == 1 else 256)))
+    BLOCK = max(128, min(_power_of_2(width), 2048, 8192 // _power_of_2(n_rows)))
+    return BLOCK, max(1, BLOCK // (512 if n_rows == 1 else 256))
 
 
 def _power_of_2(n: int) -> int:

@@ -123,7 +123,7 @@ def print_report(console: Console, report: Report) -> None:
     if len(report.cases) <= MOST or foot.failing:
         console.print(table(report))
     if foot.failing:
-        console.print(failures(report))
+        console.print(failures(report), soft_wrap=True)  # a command that is broken in two cannot be copied
     console.print(
         f"\n{foot.cases} cases, {foot.comparisons} comparisons, {foot.rows:,} rows: "
         f"{foot.bitwise:,} judged bit for bit, {foot.rows - foot.bitwise:,} by their own allowance"
@@ -131,7 +131,9 @@ def print_report(console: Console, report: Report) -> None:
     console.print("time: " + ", ".join(f"{part} {s:.1f} s" for part, s in foot.seconds.items()))
     failed = [name for name in report.checks if _failed(report, name)]
     names = f" in {len(failed)} of {foot.cases} cases: {', '.join(failed)}" if failed else ""
-    console.print(Text(foot.verdict.upper() + names if failed else foot.verdict, VERDICT_STYLE[foot.verdict]))
+    console.print(
+        Text(foot.verdict.upper() + names if failed else foot.verdict, VERDICT_STYLE[foot.verdict]), soft_wrap=True
+    )
 
 
 def summary(reports: Mapping[str, Report]) -> Table:
