@@ -338,6 +338,7 @@ def test_dynamic_jax_says_where_it_does_not_run(monkeypatch):
 def test_dynamic_jax_is_lowered_for_gpus_with_its_collective(monkeypatch):
     """Two exchanges, and their backward, as GPUs would be given them; on what runs there, tests marked gpu."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("jax_impl.kernels.use_kernels", lambda x: False)
     arguments = dynamic_arguments(STANDARD)
     traced = over_ranks(partial(dynamic_layer, top_k=3, axis_name=AXIS)).trace(*arguments)  # type: ignore[attr-defined]
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@ragged_all_to_all") == 4
