@@ -19,16 +19,16 @@ from jax.experimental.pallas import triton
 from jaxtyping import Float, Integer
 
 ROWS, COLUMNS, DEPTH = 128, 256, 64  # of a tile of a matmul's result, and of what it is summed over at a time
-WARPS, STAGES = 8, 4  # of a matmul; how far its loads run ahead
+WARPS, STAGES = 8, 4  # of a matmul; how far a kernel's loads run ahead
 PADDING_ROWS = 64  # that one program looks for padding in
-SORT_BLOCK, SORT_TILE = 512, 64  # of N that a program looks at, and of the keys; more blocks, and XLA's cumsum is slow
+SORT_BLOCK, SORT_TILE = 512, 64  # of N that a program looks at, and of the keys; at 256, XLA's cumsum costs more
 INTERPRET = False  # tests set it, to run without a GPU
 
 
 def use_kernels(x: Array) -> bool:  # noqa: ARG001  the same question for every array here; not so in PyTorch
     """Whether x can go through kernels: where JAX's default backend is a GPU.
 
-    On such a machine's CPU, then, only with JAX_PLATFORMS=cpu: while tracing nobody knows where x will be.
+    While tracing nobody knows where x will be, so to compute on such a machine's CPU set JAX_PLATFORMS=cpu.
     """
     return jax.default_backend() == "gpu"
 
@@ -39,7 +39,7 @@ def use_matmul_kernels(x: Array) -> bool:
 
 
 def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array, " N"], Integer[Array, " N"]]:
-    """Stable sort of keys 0..n_keys-1, and its inverse. What is no key goes last.
+    """Stable sort of keys 0..n_keys-1, and its inverse. Keys out of range go last.
 
     A general sort makes many passes over wide keys. These are few, so: count each key in each block of N; a cumsum,
     key by key, says where a block's rows of a key end; from there a block places its own.
@@ -47,16 +47,16 @@ def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array
     Shapes: order_N, place_N.
     """
     (N,), blocks = key_N.shape, pl.cdiv(key_N.shape[0], SORT_BLOCK)
-    key_N = key_N.astype(jnp.promote_types(key_N.dtype, jnp.int32))
+    key_N = key_N.astype(jnp.promote_types(key_N.dtype, jnp.int32))  # n_keys may not fit into the key's dtype
     key_N = jnp.where((key_N < 0) | (key_N > n_keys), n_keys, key_N).astype(jnp.int32)
     grid = (blocks, pl.cdiv(n_keys + 1, SORT_TILE))
-    counts = _call(_count_keys_kernel, grid, _like(key_N, n_keys + 1, blocks), key_N, warps=4)
+    counts = _call(_count_keys_kernel, grid, _like(key_N, n_keys + 1, blocks), key_N, num_warps=4)
     end = jnp.cumsum(counts.reshape(-1), dtype=jnp.int32).reshape(counts.shape)
-    return _call(_place_keys_kernel, (blocks,), (_like(key_N, N),) * 2, key_N, end, warps=SORT_BLOCK // 32)
+    return _call(_place_keys_kernel, (blocks,), (_like(key_N, N),) * 2, key_N, end, num_warps=SORT_BLOCK // 32)
 
 
 def _load_keys(key, i, n_keys: int) -> Array:
-    """What lies past the end counts as no key: it comes after all others of its block."""
+    """What lies past the end counts as the last key, after all others of its block."""
     return triton.load(key.at[i], mask=i < key.shape[0], other=n_keys)
 
 
@@ -70,12 +70,12 @@ def _count_keys_kernel(key, counts) -> None:
 
 
 def _place_keys_kernel(key, end, order, place) -> None:
-    """One program per block: each of its keys goes before the end by as many as there are of it from here on."""
+    """One program per block: a key's row is where its block's rows of that key end, less how many of them are left."""
     b, n_keys = pl.program_id(0), end.shape[0] - 1
     i = b * SORT_BLOCK + jnp.arange(SORT_BLOCK, dtype=jnp.int32)
     found = _load_keys(key, i, n_keys)
     same = found[:, None] == found[None]
-    from_here = (same & (i[:, None] >= i[None])).sum(axis=0, dtype=jnp.int32)  # along the axis that a thread has whole
+    from_here = (same & (i[:, None] >= i[None])).sum(axis=0, dtype=jnp.int32)  # the axis within one thread
     row = triton.load(end.at[found, b]) - from_here
     triton.store(place.at[i], row, mask=i < key.shape[0])
     triton.store(order.at[row], i, mask=i < key.shape[0])
@@ -94,7 +94,7 @@ def expert_major_rows(
     padding_P = capacity - counts_Pe.sum(axis=1)
     counts = jnp.concatenate([counts_Pe, padding_P[:, None]], axis=1).astype(jnp.int32).reshape(-1)
     result = _like(counts, P * capacity)
-    return _call(partial(_expert_major_rows_kernel, n_groups=e + 1), counts.shape, (result,) * 2, counts, warps=4)
+    return _call(partial(_expert_major_rows_kernel, n_groups=e + 1), counts.shape, (result,) * 2, counts, num_warps=4)
 
 
 def _expert_major_rows_kernel(counts, source, target, *, n_groups: int) -> None:
@@ -121,11 +121,11 @@ def _expert_major_rows_kernel(counts, source, target, *, n_groups: int) -> None:
 def gather_rows(x_SD: Float[Array, "S D"], index_R: Integer[Array, "*R"]) -> Float[Array, "*R D"]:
     """Row r is x[index[r]], and zero where the index is past the end."""
     D = x_SD.shape[1]
-    BLOCK, warps = _tile(D, 1)
+    BLOCK, num_warps = _tile(D, 1)
     chunks = pl.cdiv(D, BLOCK)
     result = _like(x_SD, index_R.size, D)
     kernel = partial(_gather_rows_kernel, chunks=chunks, BLOCK=BLOCK)
-    y_RD = _call(kernel, (index_R.size * chunks,), result, x_SD, index_R.reshape(-1), warps=warps)
+    y_RD = _call(kernel, (index_R.size * chunks,), result, x_SD, index_R.reshape(-1), num_warps=num_warps)
     return y_RD.reshape(*index_R.shape, D)
 
 
@@ -146,10 +146,10 @@ def expand_rows(
     A slot past the end is left out; rows whose assignment is past the last one are padding, and zero.
     """
     (T, K), (S,), D = slot_TK.shape, assignment_S.shape, x_TD.shape[1]
-    BLOCK, warps = _tile(D, K)
+    BLOCK, num_warps = _tile(D, K)
     kernel = partial(_expand_rows_kernel, BLOCK=BLOCK)
     grid = (pl.cdiv(S, PADDING_ROWS) + T,)
-    return _call(kernel, grid, _like(x_TD, S, D), x_TD, slot_TK, assignment_S, warps=warps)
+    return _call(kernel, grid, _like(x_TD, S, D), x_TD, slot_TK, assignment_S, num_warps=num_warps)
 
 
 def _expand_rows_kernel(x, slot, assignment, y, *, BLOCK: int) -> None:
@@ -168,11 +168,11 @@ def _expand_rows_kernel(x, slot, assignment, y, *, BLOCK: int) -> None:
     _clear_padding(assignment, y, T * K)
 
 
-def _clear_padding(assignment, y, n_assignments: int) -> None:
+def _clear_padding(assignment, y, N: int) -> None:
     """Zero in some rows, if they hold no assignment; the programs after these have none to look at."""
     (S, D), BLOCK = y.shape, 128
     row = pl.program_id(0) * PADDING_ROWS + jnp.arange(PADDING_ROWS)
-    padding = triton.load(assignment.at[row], mask=row < S, other=0) >= n_assignments
+    padding = triton.load(assignment.at[row], mask=row < S, other=-1) >= N
 
     def clear(step, nothing):
         d = step * BLOCK + jnp.arange(BLOCK)
@@ -188,14 +188,14 @@ def sum_rows(
 ) -> Float[Array, "T D"]:
     """out[t] = round(sum over k = 0..K-1 of y[slot[t,k]]), each times score[t,k] if there are scores, in float32.
 
-    A slot past the end counts as zero.
+    A slot past the end counts as zero. The compiler may round a product and its sum at once; PyTorch's kernel may not.
     """
     (T, K), D = slot_TK.shape, y_SD.shape[1]
-    BLOCK, warps = _tile(D, K)
+    BLOCK, num_warps = _tile(D, K)
     chunks = pl.cdiv(D, BLOCK)
     scores = () if score_TK is None else (score_TK,)
     kernel = partial(_sum_rows_kernel, chunks=chunks, BLOCK=BLOCK, weighted=score_TK is not None)
-    return _call(kernel, (T * chunks,), _like(y_SD, T, D), y_SD, slot_TK, *scores, warps=warps)
+    return _call(kernel, (T * chunks,), _like(y_SD, T, D), y_SD, slot_TK, *scores, num_warps=num_warps)
 
 
 def _sum_rows_kernel(y, slot, *score_and_out, chunks: int, BLOCK: int, weighted: bool) -> None:
@@ -226,11 +226,11 @@ def weighted_sum_backward(
     Shapes: dy_SD, dscore_TK.
     """
     (T, K), (S, D) = slot_TK.shape, y_SD.shape
-    BLOCK, warps = _tile(D, K)
+    BLOCK, num_warps = _tile(D, K)
     results = _like(y_SD, S, D), _like(y_SD, T, K, dtype=score_TK.dtype)
     kernel = partial(_weighted_sum_backward_kernel, BLOCK=BLOCK)
     grid = (pl.cdiv(S, PADDING_ROWS) + T,)
-    return _call(kernel, grid, results, dout_TD, y_SD, score_TK, slot_TK, assignment_S, warps=warps)
+    return _call(kernel, grid, results, dout_TD, y_SD, score_TK, slot_TK, assignment_S, num_warps=max(num_warps, 4))
 
 
 def _weighted_sum_backward_kernel(dout, y, score, slot, assignment, dy, dscore, *, BLOCK: int) -> None:
@@ -258,7 +258,7 @@ def _weighted_sum_backward_kernel(dout, y, score, slot, assignment, dy, dscore, 
 def _tile(width: int, n_rows: int) -> tuple[int, int]:
     """Columns that a program takes of so many rows at once, and its warps.
 
-    A thread has 16 elements of one row, 8 of each of several.
+    A thread has 16 elements of one row, 8 of each of several; what keeps a sum for each row has 4 warps or more.
     """
     BLOCK = max(128, min(_power_of_2(width), 2048, 8192 // _power_of_2(n_rows)))
     return BLOCK, max(1, BLOCK // (512 if n_rows == 1 else 256))
@@ -344,7 +344,7 @@ def tiles(counts_e: Integer[Array, " e"], n_rows: int) -> tuple[Array, Array, Ar
 
 
 def _rows_times_kernel(expert, first, end, x, w, y, *, transposed: bool, n_experts: int) -> None:
-    """One program per tile of the result; those of the same rows one after the other, which find them in the cache."""
+    """One program per tile of the result. Those of the same rows follow each other: the rows are still in the cache."""
     n_columns = pl.cdiv(y.shape[1], COLUMNS)
     v, n = pl.program_id(0) // n_columns, pl.program_id(0) % n_columns
     j, first_row, end_row = expert[v], first[v], end[v]
@@ -389,7 +389,7 @@ def _like(array: Array, *shape: int, dtype: Any = None) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda a: jnp.full(shape, a.sum(), dtype or a.dtype), array)
 
 
-def _call(kernel: Callable, grid: tuple[int, ...], results: Any, *operands: Array, warps: int = WARPS) -> Any:
+def _call(kernel: Callable, grid: tuple[int, ...], results: Any, *operands: Array, num_warps: int = WARPS) -> Any:
     """Run the kernel's programs. Where there is nothing to read or to write, all results are zero or empty."""
     if 0 in grid or any(a.size == 0 for a in operands):
         zero = sum(a.reshape(-1)[:0].sum() for a in operands)  # mapped over the axes that they are mapped over
@@ -398,6 +398,6 @@ def _call(kernel: Callable, grid: tuple[int, ...], results: Any, *operands: Arra
         kernel,
         out_shape=results,
         grid=grid,
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=STAGES),
+        compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=STAGES),
         interpret=INTERPRET,
     )(*operands)

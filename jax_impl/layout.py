@@ -55,7 +55,7 @@ def rank_bins_source(counts_Pe: Integer[Array, "P e"], capacity: int) -> Integer
     return segments_source(start_Pe, counts_Pe, S)
 
 
-def expert_bins_source(counts_Pe: Integer[Array, "P e"], capacity: int) -> Integer[Array, "e S"]:
+def expert_bins_source(counts_Pe: Integer[Array, "P e"], capacity: int) -> Integer[Array, "e PC"]:
     """The same for expert bins, where whole bins move: (source rank, expert) to (expert, source rank)."""
     P, e = counts_Pe.shape
     row_C = jnp.arange(capacity)
@@ -121,7 +121,7 @@ def invert(index_R: Integer[Array, " R"], size: int) -> Integer[Array, " size"]:
 
 
 def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array, " N"], Integer[Array, " N"]]:
-    """Stable sort of keys 0..n_keys-1, and its inverse; n_keys, which is none, goes last. Shapes: order_N, place_N.
+    """Stable sort of keys 0..n_keys, where n_keys is none and goes last, and its inverse. Shapes: order_N, place_N.
 
     keys 2 0 2 1     order 1 3 0 2     place 2 0 3 1
     """

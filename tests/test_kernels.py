@@ -116,6 +116,16 @@ def test_no_assignments(device, shape):
 
 
 @cases
+@pytest.mark.usefixtures("nothing_past_the_end")
+def test_no_assignments_but_padding(device, shape):
+    _, D, _, K = shape
+    none_TK, padding_S = (torch.zeros(*s, dtype=torch.int64, device=device) for s in ((0, K), (5,)))
+    x_TD, y_SD, score_TK = (torch.zeros(*s, device=device) for s in ((0, D), (5, D), (0, K)))
+    same(kernels.expand_rows(x_TD, none_TK, padding_S), y_SD)
+    same(kernels.weighted_sum_backward(x_TD, y_SD, score_TK, none_TK, padding_S)[0], y_SD)
+
+
+@cases
 @pytest.mark.parametrize("P", [1, 2, 3])
 def test_expert_major_rows(device, shape, P):
     T, _, e, _ = shape

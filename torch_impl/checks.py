@@ -1,4 +1,4 @@
-"""Wrong input is refused here, before anything is sent to another rank."""
+"""Wrong input is refused here, before any row is sent to another rank; a wrong output size, before it is used."""
 
 import math
 from collections.abc import Callable

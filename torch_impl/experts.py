@@ -32,21 +32,21 @@ def grouped_matmul(
 ) -> Float[Tensor, "R F"]:
     """Rows of expert j times w[j].
 
-    `torch.nn.functional.grouped_mm` takes no float64, only whole 16-byte units, and no gradient with zero strides (that
-    of `.sum()`). What it does not take goes through one matmul per expert, which has to read the counts. So on a GPU
-    does PyTorch itself, for all but bfloat16 on Hopper and Blackwell: another sync, in every matmul.
+    `torch.nn.functional.grouped_mm` takes no float64, and only whole 16-byte units: what it does not take goes through
+    one matmul per expert, which has to read the counts. PyTorch itself does the same on a GPU, except for bfloat16 on
+    Hopper and Blackwell: one more sync per matmul. A gradient with zero strides, that of `.sum()`, it refuses.
     """
     fits = fits_grouped_mm(x_RD, w_eDF)
     if is_captured() and not (fits and x_RD.dtype == torch.bfloat16):
         return _grouped_matmul(x_RD, w_eDF, counts_e)
     if fits:
-        return F.grouped_mm(x_RD, w_eDF, offs=group_ends(counts_e))
+        return F.grouped_mm(x_RD.contiguous(), w_eDF, offs=group_ends(counts_e))
     rows = x_RD.split(counts_e.tolist())
     return torch.cat([x @ w for x, w in zip(rows, w_eDF.unbind(), strict=True)])
 
 
 def fits_grouped_mm(x: Tensor, w: Tensor) -> bool:
-    """Whether `grouped_mm` takes them: not float64, and their rows, or w's columns, contiguous in 16-byte units."""
+    """Whether `grouped_mm` takes them, x made contiguous: not float64, and rows, and w's columns, in 16-byte units."""
     row_stride, column_stride = w.stride()[-2:]
     units = (x.shape[-1], w.shape[-1], max(row_stride, column_stride))
     return (

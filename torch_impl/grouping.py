@@ -75,7 +75,7 @@ def weighted_sum(
     assignment_N: Integer[Tensor, " N"],
 ) -> Float[Tensor, "T D"]:
     """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
-    # Rounded out here: PyTorch 2.11 compiles a Function that ends in a cast to its own dtype without its gradient.
+    # Rounded here, outside: PyTorch 2.11 compiles a Function that ends in a cast to its own dtype without its gradient.
     return _WeightedSum.apply(y_ND, score_TK, slot_TK, assignment_N).to(y_ND.dtype)  # type: ignore[no-any-return]
 
 

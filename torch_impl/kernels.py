@@ -18,11 +18,11 @@ HAS_TRITON = find_spec("triton") is not None  # PyTorch for CPUs comes without; 
 triton: Any = import_module("triton") if HAS_TRITON else SimpleNamespace(jit=lambda kernel: kernel)
 tl: Any = import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
 PADDING_ROWS = 64  # that one program looks for padding in
-SORT_BLOCK, SORT_TILE = 256, 64  # of N that a program looks at, and of the keys
+SORT_BLOCK, SORT_TILE = 256, 64  # of N that a program looks at, and of the keys; JAX: 512, for XLA's cumsum
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether x can go through kernels: on a GPU, which is the current one, with Triton installed.
+    """Whether x can go through kernels: on the current GPU, with Triton installed.
 
     Not in a backward that is itself to be differentiated (`create_graph=True`): kernels leave no graph.
     """
@@ -31,7 +31,7 @@ def use_kernels(x: Tensor) -> bool:
 
 
 def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tensor, " N"], Integer[Tensor, " N"]]:
-    """Stable sort of keys 0..n_keys-1, and its inverse. What is no key goes last.
+    """Stable sort of keys 0..n_keys-1, and its inverse. Keys out of range go last.
 
     A general sort makes many passes over wide keys. These are few, so: count each key in each block of N; a cumsum,
     key by key, says where a block's rows of a key end; from there a block places its own.
@@ -54,7 +54,7 @@ def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tens
 @triton.jit
 @no_type_check
 def _load_keys(key, i, N, n_keys):
-    """What is no key counts as the last, and so does what lies past the end: it comes after all others of its block."""
+    """Keys out of range count as the last, and so does what lies past the end, after all others of its block."""
     found = tl.load(key + i, mask=i < N, other=0).to(tl.int64)  # n_keys may not fit into the key's dtype
     return tl.where((i >= N) | (found < 0) | (found > n_keys), n_keys, found).to(tl.int32)
 
@@ -73,12 +73,12 @@ def _count_keys(key, counts, N, n_keys, blocks, BLOCK: tl.constexpr, TILE: tl.co
 @triton.jit
 @no_type_check
 def _place_keys(key, end, order, place, N, n_keys, blocks, BLOCK: tl.constexpr):
-    """One program per block: each of its keys goes before the end by as many as there are of it from here on."""
+    """One program per block: a key's row is where its block's rows of that key end, less how many of them are left."""
     b = tl.program_id(0)
     i = b * BLOCK + tl.arange(0, BLOCK)
     found = _load_keys(key, i, N, n_keys)
     same = found[:, None] == found[None, :]
-    from_here = tl.sum((same & (i[:, None] >= i[None, :])).to(tl.int32), 0)  # along the axis that a thread has whole
+    from_here = tl.sum((same & (i[:, None] >= i[None, :])).to(tl.int32), 0)  # the axis within one thread
     row = tl.load(end + found * blocks + b) - from_here
     tl.store(place + i, row.to(tl.int64), mask=i < N)
     tl.store(order + row, i.to(tl.int64), mask=i < N)
@@ -88,6 +88,8 @@ def expert_major_rows(
     counts_Pe: Integer[Tensor, "P e"], output_size: int
 ) -> tuple[Integer[Tensor, " R"], Integer[Tensor, " R"]]:
     """For each expert-major row the rank-major one it comes from, and the inverse, in one launch.
+
+    `output_size` is what the counts sum to: of rows past them, nothing would be written.
 
     Shapes: source_R, target_R.
     """
@@ -139,7 +141,7 @@ def _gather_rows(x, index, y, S, D, chunks, BLOCK: tl.constexpr):
     """One program per row, or per chunk of a wide one."""
     r = (tl.program_id(0) // chunks).to(tl.int64)
     d = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
-    source = tl.load(index + r)
+    source = tl.load(index + r).to(tl.int64)
     row = tl.load(x + source * D + d, mask=d < tl.where(source < S, D, 0), other=0)
     tl.store(y + r * D + d, row, mask=d < D)
 
@@ -149,7 +151,8 @@ def expand_rows(
 ) -> Float[Tensor, "S D"]:
     """Copy token t to rows slot[t]: the same rows as gathering x[assignment // K], but x is read once.
 
-    Where rows can be padding, `assignment` says which are: they are zero, and slots past the end are left out.
+    With `assignment`, a slot past the end is left out, and rows whose assignment is past the last one are padding, and
+    zero.
     """
     (T, K), D = slot_TK.shape, x_TD.shape[1]
     S = T * K if assignment_S is None else assignment_S.shape[0]
@@ -159,7 +162,8 @@ def expand_rows(
     looking = 0 if assignment_S is None else -(-S // PADDING_ROWS)
     _expand_rows[(T * chunks + looking,)](
         x_TD.contiguous(), slot_TK.contiguous(), slot_TK if assignment_S is None else assignment_S.contiguous(), x_SD,
-        T, S, D, chunks, K=K, PADDED=looking > 0, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK, num_warps=num_warps,
+        T, S, D, chunks,
+        K=K, PADDED=assignment_S is not None, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK, num_warps=num_warps,
     )  # fmt: skip
     return x_SD
 
@@ -179,7 +183,7 @@ def _expand_rows(
     d = program % chunks * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(x + t * D + d, mask=d < D)
     for k in tl.static_range(K):
-        place = tl.load(slot + t * K + k)
+        place = tl.load(slot + t * K + k).to(tl.int64)
         tl.store(y + place * D + d, row, mask=d < (tl.where(place < S, D, 0) if PADDED else D))
 
 
@@ -189,7 +193,7 @@ def _clear_padding(program, assignment, y, N, S, D, PADDING_ROWS: tl.constexpr):
     """Zero in some rows, if they hold no assignment."""
     BLOCK: tl.constexpr = 128
     row = program.to(tl.int64) * PADDING_ROWS + tl.arange(0, PADDING_ROWS)
-    padding = tl.load(assignment + row, mask=row < S, other=0) >= N
+    padding = tl.load(assignment + row, mask=row < S, other=-1) >= N
     if tl.max(padding.to(tl.int32), 0) > 0:
         for first in range(0, D, BLOCK):
             d = first + tl.arange(0, BLOCK)
@@ -227,7 +231,7 @@ def _sum_rows(
     d = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], wide)
     for k in tl.static_range(K):
-        source = tl.load(slot + t * K + k)
+        source = tl.load(slot + t * K + k).to(tl.int64)
         row = tl.load(y + source * D + d, mask=d < tl.where(source < S, D, 0), other=0).to(wide)
         if WEIGHTED:
             # A product plus a sum would be one instruction, rounded once. This rounds the product by itself, as the
@@ -258,7 +262,8 @@ def weighted_sum_backward(
     _weighted_sum_backward[(T + looking,)](
         dout_TD.contiguous(), y_SD.contiguous(), score_TK.contiguous(), slot_TK.contiguous(),
         slot_TK if assignment_S is None else assignment_S.contiguous(), dy_SD, dscore_TK, T, S, D,
-        K=K, K_PADDED=_power_of_2(K), PADDED=looking > 0, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK, num_warps=num_warps,
+        K=K, K_PADDED=_power_of_2(K), PADDED=assignment_S is not None, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK,
+        num_warps=max(num_warps, 4),
     )  # fmt: skip
     return dy_SD, dscore_TK
 
@@ -276,7 +281,7 @@ def _weighted_sum_backward(
         _clear_padding(tl.program_id(0), assignment, dy, T * K, S, D, PADDING_ROWS)
         return
     k = tl.arange(0, K_PADDED)
-    row = tl.load(slot + t * K + k, mask=k < K, other=S)
+    row = tl.load(slot + t * K + k, mask=k < K, other=S).to(tl.int64)
     weight = tl.load(score + t * K + k, mask=k < K, other=0).to(wide)
     real = row < S if PADDED else k < K
     total = tl.zeros([K_PADDED, BLOCK], wide)
@@ -293,7 +298,7 @@ def _weighted_sum_backward(
 def _tile(width: int, n_rows: int) -> tuple[int, int]:
     """Columns that a program takes of so many rows at once, and its warps.
 
-    A thread has 16 elements of one row, 8 of each of several.
+    A thread has 16 elements of one row, 8 of each of several; what keeps a sum for each row has 4 warps or more.
     """
     BLOCK = max(128, min(_power_of_2(width), 2048, 8192 // _power_of_2(n_rows)))
     return BLOCK, max(1, BLOCK // (512 if n_rows == 1 else 256))

@@ -86,7 +86,7 @@ def invert(index_R: Integer[Tensor, " R"]) -> Integer[Tensor, " R"]:
 
 
 def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tensor, " N"], Integer[Tensor, " N"]]:
-    """Stable sort of keys 0..n_keys-1, and its inverse; n_keys, which is none, goes last. Shapes: order_N, place_N.
+    """Stable sort of keys 0..n_keys, where n_keys is none and goes last, and its inverse. Shapes: order_N, place_N.
 
     keys 2 0 2 1     order 1 3 0 2     place 2 0 3 1
     """

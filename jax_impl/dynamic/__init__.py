@@ -1,6 +1,7 @@
 """The same layer in JAX with sizes known only on the device: `ragged_all_to_all`, which needs GPUs. Nothing drops.
 
-But for ids that are no expert's, which a traced function cannot refuse: they are sent nowhere, and counted.
+But for ids that are no expert's, or a token's for the second time, which a traced function cannot refuse: they are
+sent nowhere, and counted.
 """
 
 from jax_impl.dynamic.layer import Stages, moe_layer

@@ -14,7 +14,7 @@ class Grouped(NamedTuple):
     x_ND: Float[Array, "N D"]
     slot_TK: Integer[Array, "T K"]  # the row that holds assignment (t, k); N where it is sent nowhere
     assignment_N: Integer[Array, " N"]  # the assignment a = t*K + k that each row holds; N past the last
-    kept_E: Integer[Array, " E"]  # assignments sent, per expert: all, but for ids that are none
+    kept_E: Integer[Array, " E"]  # assignments sent, per expert: all, but for ids that are none or repeated
 
 
 def group_by_expert(

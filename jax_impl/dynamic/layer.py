@@ -47,7 +47,7 @@ def moe_layer(
     Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. `routing`, made
     before, takes the place of stage 1 and its arguments: a recording, a recomputation, scores that were masked.
 
-    Raises ValueError on wrong input, on a CPU and under `vmap`, before anything is sent to another rank.
+    Raises ValueError on wrong input and, with an axis, on a CPU or under `vmap`, before anything is sent.
     """
     routing = route(x_TD, router_DE, top_k, score_function, renormalize, scale) if routing is None else routing
     score_TK, expert_id_TK, counts_E = routing

@@ -1,4 +1,7 @@
-"""The same layer in PyTorch with static shapes, padded to a capacity: no sync at all, so a CUDA graph can hold it."""
+"""The same layer in PyTorch with static shapes, padded to a capacity: no sync at all, so a CUDA graph can hold it.
+
+Bfloat16 in rank bins needs Hopper or newer for that: on older GPUs PyTorch's `grouped_mm` waits.
+"""
 
 from torch_impl.routing import Routing, route
 from torch_impl.static.grouping import Capacity, plan_capacity

@@ -35,8 +35,9 @@ def grouped_matmul(
 ) -> Float[Tensor, "*S F"]:
     """Rows of expert j times w[j]; what stands in rows past the groups is unspecified.
 
-    `torch.nn.functional.grouped_mm` reads the counts on the device for bfloat16 only. The other dtypes are multiplied
-    with every expert's weights, of which one result is kept: e times the work, but nothing waits.
+    `torch.nn.functional.grouped_mm` reads the counts on the device for bfloat16 only (on Hopper and Blackwell; on older
+    GPUs it waits). The other dtypes are multiplied with every expert's weights, of which one result is kept: e times
+    the work, but nothing waits.
     """
     if x_SD.ndim == 3:
         return torch.bmm(x_SD, w_eDF)
@@ -51,7 +52,7 @@ def grouped_matmul(
 
 
 def _zero_padding(x_SD: Tensor, counts_e: Tensor) -> Tensor:
-    """Hide what stands in padding, and in backward what a grouped matmul leaves there; in bins of experts, nothing."""
+    """Zero the padding, and in backward its gradient, where `grouped_mm` leaves garbage. Expert bins need neither."""
     if x_SD.ndim == 3:
         return x_SD
     real_S = torch.arange(x_SD.shape[0], device=x_SD.device) < counts_e.sum()

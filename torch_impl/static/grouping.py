@@ -111,7 +111,7 @@ def keep_within_capacity(
         _, place_N = sort_by_key(bin_N, B)
     else:
         key_N = torch.arange(N, device=expert_N.device) % top_k if priority == "choice" else -score_N.detach()
-        by_key_N = key_N.argsort(stable=True)
+        by_key_N = key_N.argsort(stable=True)  # PyTorch has no lexsort
         by_bin_N, _ = sort_by_key(bin_N[by_key_N], B)
         place_N = invert(by_key_N[by_bin_N], N)
     start_B = exclusive_cumsum(counts_E.reshape(B, -1).sum(dim=1))
@@ -167,7 +167,7 @@ def weighted_sum(
     assignment_BC: Integer[Tensor, "B C"],
 ) -> Float[Tensor, "T D"]:
     """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
-    # Rounded out here: PyTorch 2.11 compiles a Function that ends in a cast to its own dtype without its gradient.
+    # Rounded here, outside: PyTorch 2.11 compiles a Function that ends in a cast to its own dtype without its gradient.
     return _WeightedSum.apply(y_BCD, score_TK, slot_TK, assignment_BC).to(y_BCD.dtype)  # type: ignore[no-any-return]
 
 

@@ -51,7 +51,7 @@ def rank_bins_source(counts_Pe: Integer[Tensor, "P e"], capacity: int) -> Intege
     return segments_source(start_Pe, counts_Pe, S)
 
 
-def expert_bins_source(counts_Pe: Integer[Tensor, "P e"], capacity: int) -> Integer[Tensor, "e S"]:
+def expert_bins_source(counts_Pe: Integer[Tensor, "P e"], capacity: int) -> Integer[Tensor, "e PC"]:
     """The same for expert bins, where whole bins move: (source rank, expert) to (expert, source rank)."""
     P, e = counts_Pe.shape
     row_C = torch.arange(capacity, device=counts_Pe.device)
