@@ -31,6 +31,10 @@ class BackendError(Exception):
         self.stage = place[1] if place else ""
 
 
+class MissingError(BackendError):
+    """A framework is not installed."""
+
+
 @dataclass
 class Worker:
     """One process that runs some of the cases of one backend."""
@@ -116,7 +120,7 @@ def run(
                 yield from iter(done.get, None)
                 for worker in group:
                     if worker.error:
-                        raise BackendError(worker.backend, _explain(worker))
+                        raise _explain(worker)
     finally:
         for worker in started:
             worker.end()
@@ -124,16 +128,25 @@ def run(
         seconds[worker.backend] = max(seconds.get(worker.backend, 0), worker.seconds)
 
 
+def gpus() -> int:
+    """How many NVIDIA GPUs programs may use here, without a framework asking, which could keep memory."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        return len([gpu for gpu in allowed.split(",") if gpu.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")) or list(Path("/dev").glob("dxg")))  # dxg: under WSL
+
+
 def framework(backend: str) -> str:
     """torch or jax."""
     return backend.split("-")[0]
 
 
-def _explain(worker: Worker) -> str:
+def _explain(worker: Worker) -> BackendError:
     name = framework(worker.backend)
     if f"No module named '{name}'" in worker.error:
-        return f"{name} is not installed: pip install -e '.[{name}]', or --backend to run the other side only"
-    return f"{worker.backend}: {worker.error[-2000:]}"
+        what = f"{name} is not installed: pip install -e '.[{name}]', or --backend to run the other side only"
+        return MissingError(worker.backend, what)
+    return BackendError(worker.backend, f"{worker.backend}: {worker.error[-2000:]}")
 
 
 def end_with_parent() -> None:

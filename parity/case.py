@@ -96,7 +96,8 @@ class Case:
     )
     trace: str | None = _field(
         None,
-        "A recording (safetensors) to take expert ids from, and hidden states and weights where it has them.",
+        "A recording (safetensors) to take expert ids from, and hidden states and weights where it has them. It fixes "
+        "E, K, D, F and the score function as far as it has them, and T, if left out, is all of its tokens.",
     )
 
     def __post_init__(self) -> None:
@@ -109,8 +110,9 @@ class Case:
         for name in ("ranks", "width", "hidden", "experts", "top_k", "align"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{flag(name)} is {getattr(self, name)}: it must be at least 1")
-        if self.tokens < 0 or self.seed < 0:
-            raise ValueError(f"--tokens is {self.tokens} and --seed {self.seed}: neither can be negative")
+        for name in ("tokens", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}: it cannot be negative")
         if self.experts % self.ranks:
             raise ValueError(f"--experts {self.experts} do not divide over --ranks {self.ranks}: use a multiple")
         if self.top_k > self.experts:

@@ -1,6 +1,7 @@
 """`python -m parity`: check | compare | report | bench | study | capture | faults | doctor."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -16,10 +17,10 @@ from rich.console import Console
 from rich.text import Text
 
 from parity import capture, faults, records
-from parity.backends import BACKENDS, SIDES, BackendError, framework
+from parity.backends import BACKENDS, SIDES, BackendError, MissingError, framework, gpus
 from parity.bench import PARTS, SHAPES, Figure, Plan, run_bench
 from parity.blame import blame
-from parity.case import MODELS, PRESETS, Case
+from parity.case import MODELS, PRESETS, Case, flag
 from parity.doctor import doctor_table, examine
 from parity.engine import judge, make_report, progress, run_cases
 from parity.inputs import case_from_trace, draw
@@ -30,7 +31,7 @@ from parity.report.html import page
 from parity.report.terminal import Found, describe, fault_table, print_report, summary
 from parity.trace import Trace, load_folder
 
-MATCH, MISMATCH, USAGE, BACKEND, INTERRUPTED = 0, 1, 2, 3, 130
+MATCH, MISMATCH, USAGE, BACKEND, INTERRUPTED, PIPE = 0, 1, 2, 3, 130, 141
 
 
 def _flag(f: Field) -> tuple[str, Any, Any]:
@@ -48,6 +49,10 @@ Flags = make_dataclass("Flags", [_flag(f) for f in fields(Case)])
 def not_a_terminal() -> bool:
     """Whether standard output is for a program to read."""
     return not sys.stdout.isatty()
+
+
+PRESETS_HELP = f"""Presets to run; all of them when no preset and no field is given. `all` means all. There are:
+{", ".join(PRESETS)}."""
 
 
 @dataclass
@@ -68,11 +73,11 @@ class CheckCommand:
         python -m parity check --random 100 --seed 1 --dtype bfloat16
     """
 
-    presets: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Presets to run; all of them when no preset and no field is given. `all` means all."""
+    presets: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(help=PRESETS_HELP)] = ()
     case: Annotated[Any, tyro.conf.arg(name="", constructor=Flags)] = field(default_factory=Flags)
     random: int = 0
-    """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all."""
+    """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all. Five in
+    a row have the same shapes, which JAX compiles once, and differ in routing."""
     backend: tyro.conf.UseAppendAction[tuple[Literal["both", "torch", "jax", "torch-static", "jax-dynamic"], ...]] = ()
     """What to run, once for each; default: both, torch and jax. One alone, with --save: the other can run on another
     machine. torch-static: static capacity in PyTorch. jax-dynamic: uneven exchange in JAX, which needs GPUs."""
@@ -302,6 +307,12 @@ def main(argv: list[str] | None = None) -> None:
     except BackendError as error:
         say(Text(str(error), "red"))
         sys.exit(BACKEND)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(PIPE)
+    except OSError as error:
+        say(Text.assemble(("error:", "bold red"), f" {error}"))
+        sys.exit(USAGE)
     except KeyboardInterrupt:
         say(Text("stopped; nothing is left running", "red"))
         sys.exit(INTERRUPTED)
@@ -313,6 +324,15 @@ def say(message: str | Text) -> None:
     Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
 
 
+def check_writable(*files: Path | None) -> None:
+    """Before anything runs. Raises ValueError where a file's folder is none, or the file is a folder."""
+    for path in files:
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(
+                f"cannot write {path}: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}"
+            )
+
+
 def chosen_cases(command: CheckCommand) -> list[Case]:
     """The presets named, with every field that was given changed; or all of them; or one case of its own.
 
@@ -321,6 +341,10 @@ def chosen_cases(command: CheckCommand) -> list[Case]:
     changes = {name: value for name, value in vars(command.case).items() if value is not None}
     if changes.get("capacity_factor") == "none":
         changes["capacity_factor"] = None
+    if not re.fullmatch(r"[\w.+-]+", changes.get("name", "custom")):
+        raise ValueError(f"--name is {changes['name']!r}: it names files, so use letters, digits and .+-_ only")
+    if command.random < 0:
+        raise ValueError(f"--random is {command.random}: it cannot be negative")
     if command.random:
         if command.presets or "name" in changes or "trace" in changes:
             raise ValueError("--random draws its cases: leave out presets, --name and --trace")
@@ -335,10 +359,25 @@ def chosen_cases(command: CheckCommand) -> list[Case]:
         raise ValueError(f"no preset is called {', '.join(unknown)}. There are: {', '.join(PRESETS)}")
     names = list(PRESETS) if "all" in command.presets or not (command.presets or changes) else command.presets
     if not names and "trace" in changes:
-        return [case_from_trace(replace(Case(tokens=0), **changes))]
+        return [_recorded(changes)]
     if not names:
         return [Case(**changes)]
     return [_changed(PRESETS[name], changes) for name in names]
+
+
+def _recorded(changes: dict[str, Any]) -> Case:
+    """The case of a recording. Raises ValueError on a flag that says something else than the file does."""
+    alone = case_from_trace(Case(ranks=1, tokens=0, trace=changes["trace"]))
+    ranks = changes.get("ranks", Case().ranks)
+    try:
+        case = replace(alone, **({"ranks": ranks, "tokens": alone.tokens // max(ranks, 1)} | changes))
+    except ValueError as error:
+        raise ValueError(f"--trace {alone.trace}: {error}") from error
+    held = case_from_trace(case)
+    for name in changes:
+        if getattr(held, name) != getattr(case, name):
+            raise ValueError(f"--{flag(name)} is {changes[name]}, but the recording has {getattr(held, name)}")
+    return case
 
 
 def _changed(case: Case, changes: dict[str, Any]) -> Case:
@@ -348,6 +387,13 @@ def _changed(case: Case, changes: dict[str, Any]) -> Case:
 def check(command: CheckCommand) -> int:
     """Run `check`; its exit code."""
     cases = chosen_cases(command)
+    if not command.timeout > 0:
+        raise ValueError(f"--timeout is {command.timeout:g}: it must be positive")
+    check_writable(command.html)
+    if command.save:
+        command.save.mkdir(parents=True, exist_ok=True)
+    if command.device == "cuda" and not gpus():
+        raise ValueError("--device cuda: there is no NVIDIA GPU here; `python -m parity doctor` says what there is")
     asked = {*command.backend, *(SIDES if "both" in command.backend or not command.backend else ())}
     backends = tuple(backend for backend in BACKENDS if backend in asked)
     if "jax-dynamic" in backends and command.device == "cpu":
@@ -379,12 +425,6 @@ def ranks_of_jax(asked: str, device: str, most: int) -> str:
     if asked != "auto":
         return asked
     return "shard_map" if device == "cpu" or gpus() >= most else "vmap"
-
-
-def gpus() -> int:
-    """How many NVIDIA GPUs programs may use here, without a framework asking, which could keep memory."""
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(list(Path("/dev").glob("nvidia[0-9]*"))) if allowed is None else len(allowed.split(","))
 
 
 def list_faults(command: FaultsCommand) -> int:
@@ -421,6 +461,8 @@ def try_fault(fault: faults.Fault, device: str = "cpu") -> Found:
             timeout=10 if device == "cpu" else 60,
             show_progress=False,
         )
+    except MissingError:
+        raise
     except BackendError as error:
         return Found(True, error.backend, error.stage, "the run ended: " + str(error))
     assert report is not None
@@ -444,6 +486,7 @@ def study(command: StudyCommand) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
     if command.learn < 0 or (command.learn and command.learn_steps < 20):
         raise ValueError(f"--learn {command.learn} --learn-steps {command.learn_steps}: at least 0 seeds and 20 steps")
+    command.out.mkdir(parents=True, exist_ok=True)
     for trace in command.trace:
         case_from_trace(Case(ranks=1, tokens=0, trace=trace))
     wanted = Asked(
@@ -466,6 +509,7 @@ def bench(command: BenchCommand) -> int:
 
     Raises ValueError on an unknown shape or part, and on a time that is not positive.
     """
+    check_writable(command.plot, command.save)
     for name, known in ((command.shapes, SHAPES), (command.parts, (*PARTS, "exchange"))):
         if unknown := [word for word in name if word not in known]:
             raise ValueError(f"unknown: {', '.join(unknown)}. There are: {', '.join(known)}")
@@ -521,13 +565,21 @@ def of_group(cases: list[Case], size: int, picked: bool) -> list[Case]:
 
 def compare_folders(command: CompareCommand) -> int:
     """Run `compare`; its exit code."""
+    check_writable(command.html)
+    if not command.folders:
+        raise ValueError("which traces? Name the folders that `python -m parity check --save` wrote")
     traces: dict[str, list[Trace]] = {}
     for folder in command.folders:
         for trace in load_folder(folder):
             traces.setdefault(trace.case.name, []).append(trace)
     for name, found in traces.items():
         if len({trace.case for trace in found}) > 1:
-            raise ValueError(f"{name} is not the same case in every folder: {[t.case for t in found]}")
+            differ = [
+                f"--{flag(f.name)} {' and '.join(str(getattr(t.case, f.name)) for t in found)}"
+                for f in fields(Case)
+                if len({getattr(t.case, f.name) for t in found}) > 1
+            ]
+            raise ValueError(f"{name} is not the same case in every folder: {', '.join(differ)}")
         sides = [trace.backend for trace in found]
         if len(set(sides)) < len(sides):
             raise ValueError(f"{name} has traces of {sides}: give one of each side")
@@ -544,6 +596,7 @@ def compare_folders(command: CompareCommand) -> int:
 
 def show_report(command: ReportCommand) -> int:
     """Run `report`; its exit code."""
+    check_writable(command.html)
     if command.schema:
         print(msgspec.json.format(msgspec.json.encode(records.schema())).decode())
         return MATCH
@@ -563,6 +616,7 @@ def capture_command(command: CaptureCommand) -> int:
 
     Raises ValueError on a number of ranks that cannot be one.
     """
+    check_writable(command.plot)
     if not command.ranks or min(command.ranks) < 2:
         raise ValueError(f"--ranks {' '.join(map(str, command.ranks))}: give numbers of 2 or more, as 4 64")
     wanted: list[tuple[int, capture.Way]] = [(P, way) for P in command.ranks for way in command.ways]

@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from parity.backends import BACKENDS, framework
+from parity.backends import BACKENDS, framework, gpus
 from parity.bench import Figure
 from parity.case import MODELS, Case
 from parity.study import Routing, counts, measure, zipf_routing
@@ -122,6 +122,8 @@ def main(
     small = Case("small", width=64, hidden=64, experts=8, top_k=2)
     if model and model not in MODELS:
         raise ValueError(f"no model is called {model}. There are: {', '.join(MODELS)}")
+    if device == "cuda" and not gpus():
+        raise ValueError("there is no NVIDIA GPU here: --device cpu measures a small layer")
     base = MODELS[model] if model else MODELS["qwen3-30b-a3b"] if device == "cuda" else small
     tokens = tokens or (8192 if device == "cuda" else 64)
     plan = Plan(replace(base, ranks=ranks, tokens=tokens, pattern="random"), skew, seconds)

@@ -8,6 +8,7 @@ from importlib import metadata
 
 import msgspec
 from rich.table import Table
+from rich.text import Text
 
 
 class Finding(msgspec.Struct):
@@ -121,8 +122,8 @@ def doctor_table(found: list[Finding]) -> Table:
     table.add_column("value, and what is wrong with it")
     before = ""
     for f in found:
-        table.add_row("" if f.subject == before else f.subject, f.setting, f.value)
+        table.add_row("" if f.subject == before else f.subject, f.setting, Text(f.value))
         if f.problem:
-            table.add_row("", "", f"[bold red]{f.problem}[/]")
+            table.add_row("", "", Text(f.problem, "bold red"))
         before = f.subject
     return table

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +205,9 @@ def read_trace(trace: str) -> tuple[dict[str, Array], dict[str, str]]:
     for name, a in tensors.items():
         if name != "expert_id" and not np.isfinite(a.astype(np.float64)).all():
             raise ValueError(f"--trace {trace}: {name} holds numbers that are not finite")
-    ids = tensors.get("expert_id")
+    ids, held = tensors.get("expert_id"), ", ".join(f"{name} of {a.dtype}" for name, a in sorted(tensors.items()))
     if ids is None or ids.dtype.kind not in "iu":
-        raise ValueError(f"--trace {trace}: needs a tensor expert_id of integers, [M, K], and has {sorted(tensors)}")
+        raise ValueError(f"--trace {trace}: needs a tensor expert_id of integers, [M, K], and has {held}")
     if not ids.size:
         raise ValueError(f"--trace {trace}: expert_id has shape {ids.shape}: there is nothing in it")
     if ("x" in tensors) != ("router" in tensors):
@@ -254,6 +255,9 @@ def _metadata(trace: str, metadata: dict[str, str]) -> dict[str, Any]:
         "renormalize": {"true": True, "false": False}.__getitem__,
         "scale": float,
     }
+    for name in metadata.keys() - read.keys():
+        if meant := get_close_matches(name, read, cutoff=0.8):
+            raise ValueError(f"--trace {trace}: its metadata has {name}: should that be {meant[0]}?")
     said = {}
     for name in read.keys() & metadata.keys():
         try:

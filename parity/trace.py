@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from parity.case import Case
@@ -59,6 +59,13 @@ class Trace:
     @staticmethod
     def load(path: Path) -> "Trace":
         """Read what `save` wrote. Raises ValueError on anything else."""
+        try:
+            return Trace._load(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole trace: {error}") from error
+
+    @staticmethod
+    def _load(path: Path) -> "Trace":
         with safe_open(path, framework="numpy") as f:
             about = f.metadata() or {}
             if "backend" not in about:

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,7 @@ import pytest
 
 from parity import cli, records
 from parity.case import PRESETS, Case
+from parity.trace import Trace
 
 SMALL = ["--ranks", "2", "--tokens", "3", "--experts", "4", "--width", "8", "--hidden", "8"]
 
@@ -171,12 +173,56 @@ def test_nothing_compared_is_no_match(report, tmp_path):
         (["zipf", "--fault", "jax-tf32", "--backend", "torch"], "a fault of jax, which --backend torch does not run"),
         (["--trace", "/nosuch.safetensors"], "cannot read /nosuch.safetensors as safetensors"),
         (["zipf", "--random", "3"], "--random draws its cases: leave out presets"),
+        (["--random", "-1"], "--random is -1: it cannot be negative"),
+        (["--seed", "-1"], "--seed is -1: it cannot be negative"),
+        (["--name", "a/b"], "--name is 'a/b': it names files"),
+        (["p1", "--timeout", "0"], "--timeout is 0: it must be positive"),
+        (["p1", "--html", "/nosuch/page.html"], "cannot write /nosuch/page.html: there is no folder /nosuch"),
+        (["p1", "--html", "/"], "cannot write /: it is a folder"),
+        (["p1", "--save", "/dev/null/traces"], "Not a directory: '/dev/null/traces'"),
+        (["--trace", "pydoc", "--experts", "8"], "--experts is 8, but the recording has 16"),
+        (["--trace", "pydoc", "--ranks", "3"], "--trace pydoc: --experts 16 do not divide over --ranks 3"),
     ],
 )
 def test_wrong_usage(capsys, arguments, message):
     code, _, err = in_process(capsys, "check", *arguments)
     assert code == 2
     assert message in " ".join(err.split())
+
+
+def test_a_gpu_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, _, err = in_process(capsys, "check", "p1", "--device", "cuda")
+    assert code == 2
+    assert "--device cuda: there is no NVIDIA GPU here" in err
+
+
+def test_a_trace_that_is_cut_off(saved, tmp_path, capsys):
+    whole = (saved / "torch" / "custom.torch.safetensors").read_bytes()
+    (tmp_path / "custom.torch.safetensors").write_bytes(whole[: len(whole) // 2])
+    code, _, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"))
+    assert code == 2
+    assert "custom.torch.safetensors is no whole trace" in err
+
+
+def test_traces_of_different_cases(saved, tmp_path, capsys):
+    """The same name, another seed."""
+    trace = Trace.load(saved / "torch" / "custom.torch.safetensors")
+    replace(trace, case=replace(trace.case, seed=7)).save(tmp_path)
+    code, _, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"))
+    assert code == 2
+    assert "custom is not the same case in every folder: --seed 7 and 0" in err
+
+
+def test_who_has_read_enough(report, tmp_path):
+    """Of a pipe that is closed too early."""
+    path = tmp_path / "report.jsonl"
+    path.write_text(report)
+    command = [sys.executable, "-c", "from parity.cli import main; main()", "report", path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert "Traceback" not in process.communicate()[1]
 
 
 def test_a_flag_that_does_not_exist(capsys):

@@ -80,6 +80,6 @@ def test_what_is_said_of_a_fault():
         "allowed",
         "would need",
         "look at:  torch_impl/grouping.py: group_by_expert",
-        "repeat:   python -m parity check zipf --fault torch-gradient-of-last-k-lost",
+        "repeat:   python -m parity check zipf --backend torch --fault torch-gradient-of-last-k-lost",
     ):
         assert words in said, said

@@ -89,7 +89,7 @@ def headline(verdict: Blame) -> str:
 
 def repeat(report: Report, record: CaseRecord, verdict: Blame) -> str:
     """The command that repeats just this failure: its case, the side that is wrong, the fault if one was planted."""
-    side = f" --backend {verdict.sides[0]}" if len(verdict.sides) == 1 and len(record.seconds) > 1 else ""
+    side = f" --backend {verdict.sides[0]}" if len(verdict.sides) == 1 else ""
     fault = f" --fault {report.header.planted}" if report.header.planted else ""
     return f"{record.command}{side}{fault}"
 
