@@ -486,9 +486,9 @@ def study(command: StudyCommand) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
     if command.learn < 0 or (command.learn and command.learn_steps < 20):
         raise ValueError(f"--learn {command.learn} --learn-steps {command.learn_steps}: at least 0 seeds and 20 steps")
-    command.out.mkdir(parents=True, exist_ok=True)
     for trace in command.trace:
         case_from_trace(Case(ranks=1, tokens=0, trace=trace))
+    command.out.mkdir(parents=True, exist_ok=True)
     wanted = Asked(
         [PRESETS[name] for name in command.presets], command.trace, command.model, command.tokens, command.steps,
         command.learn, command.learn_steps, command.dispatch,

@@ -153,7 +153,9 @@ def summary(reports: Mapping[str, Report]) -> Table:
         "",
     ):
         right = column in ("cases", "rows", "bit for bit", "closest", "s")
-        result.add_column(column, justify="right" if right else "left", no_wrap=True)
+        result.add_column(
+            column, justify="right" if right else "left", no_wrap=column in ("closest", "s", ""), overflow="fold"
+        )
     for name, report in reports.items():
         foot, about = report.footer, [record.environment for record in report.cases.values()]
         closest = max((c.worst for found in report.checks.values() for c in found if not c.bitwise), default=math.nan)
