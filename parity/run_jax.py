@@ -36,12 +36,13 @@ Arrays = dict[str, jax.Array]
 def main(backend: str, folder: Path, how: str, share: int, shares: int) -> None:
     """Run this share of the problems in `folder` and save the traces there; `how` says how ranks are had.
 
-    Cases that share a compilation go to the same share.
+    Cases that share a compilation go to the same share, one after the other.
     """
     cases = {path: Problem.load(path).case for path in sorted(folder.glob("*.problem"))}
-    programs = {(_static(case), _capacity(case)): None for case in cases.values()}
-    mine = list(programs)[share::shares]
-    paths = [path for path, case in cases.items() if (_static(case), _capacity(case)) in mine]
+    by_program: dict[tuple[Case, Capacity], list[Path]] = {}
+    for path, case in cases.items():
+        by_program.setdefault((_static(case), _capacity(case)), []).append(path)
+    paths = [path for same in list(by_program.values())[share::shares] for path in same]
     if how == "processes":
         for P in sorted({cases[path].ranks for path in paths}):
             _start_processes(backend, folder, P, [path for path in paths if cases[path].ranks == P])
