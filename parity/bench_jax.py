@@ -375,25 +375,26 @@ def time_batches(step: Step, budget: float) -> tuple[list[float], float]:
     And those that one holds the host. JAX has no events on the device; on a GPU a batch is so long that its one wait,
     some 0.1 ms, hardly counts.
     """
-    least = 0.05 if jax.default_backend() == "gpu" else 0
+    least = max(budget / BATCHES, 0.05 if jax.default_backend() == "gpu" else 0)
+    host = min(time_batch(step, 1)[0] for _ in range(N_SETS))
+    size = 1
+    while time_batch(step, size)[1] < least:
+        size *= 2
+    return [time_batch(step, size)[1] / size for _ in range(BATCHES)], host
+
+
+def time_batch(step: Step, size: int) -> tuple[float, float]:
+    """Seconds until this many runs are queued, and until the last has ended."""
     begin = time.perf_counter()
-    for i in range(N_SETS):
+    for i in range(size):
         out = step(i)
+    queued = time.perf_counter() - begin
     jax.block_until_ready(out)
-    size = max(1, min(500, int(max(least, budget / BATCHES) * N_SETS / (time.perf_counter() - begin))))
-    seconds, host = [], []
-    for _ in range(BATCHES):
-        begin = time.perf_counter()
-        for i in range(size):
-            out = step(i)
-        host.append((time.perf_counter() - begin) / size)
-        jax.block_until_ready(out)
-        seconds.append((time.perf_counter() - begin) / size)
-    return seconds, min(host)
+    return queued, time.perf_counter() - begin
 
 
 def count_on_gpu(figure: Figure, step: Step) -> None:
-    """Fill in what one run puts on the device, and how long that keeps it busy. The host never waits in it."""
+    """Fill in what one run puts on the first device, and how long that keeps it busy. The host never waits in it."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -401,7 +402,7 @@ def count_on_gpu(figure: Figure, step: Step) -> None:
             jax.block_until_ready(step(0))
         (path,) = Path(folder).rglob("*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(path)).planes
-        lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
+        lines = [line for plane in planes if plane.name.startswith("/device:GPU:0") for line in plane.lines]
         streams = [line for line in lines if line.name.startswith("Stream")]
         ran = [(event.name, event.duration_ns * 1e-9) for line in streams for event in line.events]
     if ran:

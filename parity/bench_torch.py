@@ -221,10 +221,13 @@ def join_ranks(rank: int, n_ranks: int, address: str) -> torch.device:
     on_gpu = torch.cuda.is_available()
     if on_gpu and torch.cuda.device_count() < n_ranks:
         raise ValueError(f"--ranks {n_ranks} with {torch.cuda.device_count()} GPUs: it is measured with a GPU a rank")
-    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=address, rank=rank, world_size=n_ranks)
+    meet = partial(dist.init_process_group, init_method=address, rank=rank, world_size=n_ranks)
+    if not on_gpu:
+        meet("gloo")
+        return torch.device("cpu")
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    meet("nccl", device_id=device)
     return device
 
 
