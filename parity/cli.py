@@ -274,22 +274,8 @@ class StudyCommand:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run it, and exit with its code."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        {
-            "check": CheckCommand,
-            "compare": CompareCommand,
-            "report": ReportCommand,
-            "capture": CaptureCommand,
-            "faults": FaultsCommand,
-            "bench": BenchCommand,
-            "study": StudyCommand,
-            "doctor": DoctorCommand,
-        },
-        args=argv,
-        prog="python -m parity",
-        description="Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?",
-    )
     try:
+        command = parse(argv)
         run: dict[type, Callable[[Any], int]] = {
             CheckCommand: check,
             CompareCommand: compare_folders,
@@ -317,6 +303,36 @@ def main(argv: list[str] | None = None) -> None:
         say(Text("stopped; nothing is left running", "red"))
         sys.exit(INTERRUPTED)
     sys.exit(code)
+
+
+def parse(argv: list[str] | None) -> Any:
+    """The subcommand with its arguments; help, and what is no argument, end here."""
+    return tyro.extras.subcommand_cli_from_dict(
+        {
+            "check": CheckCommand,
+            "compare": CompareCommand,
+            "report": ReportCommand,
+            "capture": CaptureCommand,
+            "faults": FaultsCommand,
+            "bench": BenchCommand,
+            "study": StudyCommand,
+            "doctor": DoctorCommand,
+        },
+        args=argv,
+        prog="python -m parity",
+        description="Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?",
+    )
+
+
+class Page(Console):
+    """Standard output: as wide as the terminal, or as this where it is none."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width=None if sys.stdout.isatty() else width, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """End as `print` does, where Rich ends with the exit code of a mismatch."""
+        raise BrokenPipeError
 
 
 def say(message: str | Text) -> None:
@@ -430,7 +446,7 @@ def ranks_of_jax(asked: str, device: str, most: int) -> str:
 def list_faults(command: FaultsCommand) -> int:
     """Run `faults`; its exit code."""
     chosen = [faults.find(name) for name in command.names or faults.FAULTS]
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Page(120)
     if not command.run:
         console.print(fault_table([(fault, None) for fault in chosen]))
         return MATCH
@@ -499,7 +515,7 @@ def study(command: StudyCommand) -> int:
     if command.json:
         print("\n".join(found.lines()))
     else:
-        print_study(Console(width=None if sys.stdout.isatty() else 170, highlight=False), found)
+        print_study(Page(170), found)
     say(f"wrote {', '.join(map(str, paths))}")
     return MATCH
 
@@ -536,7 +552,7 @@ def bench(command: BenchCommand) -> int:
             if command.json:
                 print(line, flush=True)
     if not command.json:
-        print_bench(Console(width=None if sys.stdout.isatty() else 160, highlight=False), figures)
+        print_bench(Page(160), figures)
     if command.plot:
         plot_bench(figures, command.plot)
         say(f"wrote {command.plot}")
@@ -607,7 +623,7 @@ def show_report(command: ReportCommand) -> int:
     if command.html:
         raise ValueError("--html makes a page of one report: name one file")
     reports = {path.name.split(".")[0]: records.read(path) for path in command.files}
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(summary(reports))
+    Page(160).print(summary(reports))
     return max(report.footer.exit_code for report in reports.values())
 
 
@@ -630,7 +646,7 @@ def capture_command(command: CaptureCommand) -> int:
             if command.json:
                 print(msgspec.json.encode(found[-1]).decode(), flush=True)
     if not command.json:
-        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+        console = Page(160)
         versions = sorted({f"{m.framework} {m.version}" for m in found if m.version})
         console.print(capture.table(found), capture.LEGEND, "\n" + ", ".join(versions))
     if command.plot:
@@ -647,7 +663,7 @@ def see_doctor(command: DoctorCommand) -> int:
     if command.json:
         print("\n".join(msgspec.json.encode(f).decode() for f in found))
     else:
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        console = Page(120)
         console.print(doctor_table(found))
         console.print(f"\n{problems} of {len(found)} settings would make a comparison unfair")
     return MISMATCH if problems else MATCH
@@ -658,7 +674,7 @@ def publish(report: Report, as_json: bool, html: Path | None) -> int:
     if as_json:
         print("\n".join(records.lines(report)))
     else:
-        print_report(Console(width=None if sys.stdout.isatty() else 100, highlight=False), report)
+        print_report(Page(100), report)
     if html:
         html.write_text(page(report))
         say(f"wrote {html}")

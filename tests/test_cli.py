@@ -214,15 +214,16 @@ def test_traces_of_different_cases(saved, tmp_path, capsys):
     assert "custom is not the same case in every folder: --seed 7 and 0" in err
 
 
-def test_who_has_read_enough(report, tmp_path):
+@pytest.mark.parametrize("words", [("report", "report.jsonl"), ("check", "--help")])
+def test_who_has_read_enough(report, tmp_path, words):
     """Of a pipe that is closed too early."""
-    path = tmp_path / "report.jsonl"
-    path.write_text(report)
-    command = [sys.executable, "-c", "from parity.cli import main; main()", "report", path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    (tmp_path / "report.jsonl").write_text(report)
+    command = [sys.executable, "-c", "from parity.cli import main; main()", *words]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.close()
-        assert "Traceback" not in process.communicate()[1]
+        assert process.communicate()[1] == ""
+    assert process.returncode == cli.PIPE
 
 
 def test_a_flag_that_does_not_exist(capsys):
