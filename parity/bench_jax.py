@@ -150,7 +150,7 @@ def main(plan: Plan) -> None:
     on_gpu = jax.default_backend() == "gpu"
     emit(copy_figure(plan, on_gpu))
     if plan.ranks > 1:
-        across_ranks(plan, choose_shapes(plan, on_gpu))
+        across_ranks(plan, choose_shapes(plan, on_gpu), on_gpu)
         return
     peers = find_peers("jax", JAX_PEERS) if plan.baselines and "experts" in plan.parts else {}
     for shape in choose_shapes(plan, on_gpu):
@@ -291,11 +291,22 @@ def expert_figures(plan: Plan, shape: Case, peers: dict[str, Callable[..., Array
             emit(figure)
 
 
-def across_ranks(plan: Plan, shapes: list[Case]) -> None:
+def link_figure(plan: Plan) -> Figure:
+    """What the link between two GPUs gives one copy from one to the other: exchanges are held against it."""
+    size, (first_gpu, second_gpu) = 2**30, jax.devices()[:2]
+    source = jax.device_put(jax.random.bits(jax.random.key(0), (size // 4,), jnp.uint32), first_gpu)
+    figure = measure(plan, lambda _: jax.device_put(source, second_gpu))
+    figure.part, figure.link_bytes = "link", size
+    return figure
+
+
+def across_ranks(plan: Plan, shapes: list[Case], on_gpu: bool) -> None:
     """The exchange, and the whole with it, a device per rank; each is one program."""
     P = plan.ranks
     if len(jax.devices()) < P:
         raise ValueError(f"--ranks {P} with {len(jax.devices())} devices: the exchange is measured with a GPU a rank")
+    if on_gpu:
+        emit(link_figure(plan))
     mesh = jax.make_mesh((P,), ("ranks",), axis_types=(AxisType.Auto,), devices=jax.devices()[:P])
 
     def on_ranks(stage: Callable[..., Any]) -> Callable[..., Any]:

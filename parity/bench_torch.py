@@ -267,7 +267,7 @@ def one_rank(rank: int, plan: Plan, address: str) -> None:
 def link_figure(plan: Plan) -> Figure:
     """What the link between two GPUs gives one copy from one to the other: exchanges are held against it."""
     size = 2**30
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=f"cuda:{i}") for i in range(2))
+    source, target = (torch.randint(256, (size,), dtype=torch.uint8, device=f"cuda:{i}") for i in range(2))
     figure = measure(plan, torch.device("cuda", 0), lambda _: target.copy_(source))
     figure.part, figure.link_bytes = "link", size
     return figure

@@ -37,6 +37,7 @@ FLAGS = (
     "--xla_gpu_ragged_all_to_all_mode=peer",
     "--xla_gpu_experimental_ragged_all_to_all_use_barrier_with_nccl=true",
     "--xla_gpu_experimental_ragged_all_to_all_use_device_kernel=true",
+    "--xla_gpu_ragged_all_to_all_mode=symmetric --xla_gpu_experimental_ragged_all_to_all_use_device_kernel=true",
     "--xla_gpu_experimental_ragged_all_to_all_zero_copy=true",
     "--xla_gpu_enable_nccl_user_buffers=true",
     "--xla_gpu_experimental_enable_nccl_symmetric_buffers=true",
