@@ -32,8 +32,8 @@ def exchange_counts(
 
         counts_Pe[p, j] = rows that rank p sends to local expert j of this rank
 
-    One device-to-host copy brings both lists of splits over; they are summed there, as tensors, and only the two sums
-    become integers. Nothing else waits.
+    One device-to-host copy brings both ranks' counts over; they are summed there, as tensors, and only the two sums in
+    all become integers. Nothing else waits.
 
     Raises ValueError when the number of experts is not a multiple of the number of ranks.
     """
@@ -42,7 +42,7 @@ def exchange_counts(
     sent_Pe = counts_E.reshape(P, -1)
     one_P = torch.ones(P, dtype=torch.int64, device="cpu")
     counts_Pe = _all_to_all(sent_Pe, one_P, one_P, P, group)
-    splits_2P = torch.stack([sent_Pe.sum(dim=1), counts_Pe.sum(dim=1)]).cpu()  # the one device-to-host sync
+    splits_2P = torch.stack([sent_Pe, counts_Pe]).cpu().sum(dim=2)  # the one device-to-host sync
     send_P, receive_P = splits_2P.unbind()
     sent, total = splits_2P.sum(dim=1).tolist()
     return counts_Pe, Splits(send_P, receive_P, sent, total)
@@ -74,33 +74,39 @@ def _all_to_all(
         return x
     group = group or dist.group.WORLD
     assert group is not None  # there are ranks, so there is a default group
-    return _exchange_rows(x, send_P, receive_P, n_received, group.group_name)
+    return _ExchangeRows.apply(x, send_P, receive_P, n_received, group.group_name)  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("moe_parity::exchange_rows", mutates_args=())
+class _ExchangeRows(torch.autograd.Function):
+    """Backward is the same exchange with the splits swapped."""
+
+    @staticmethod
+    def forward(ctx, x, send_P, receive_P, n_received, group_name):
+        ctx.save_for_backward(send_P, receive_P)
+        ctx.n_sent, ctx.group_name = x.shape[0], group_name
+        return torch.ops.moe_parity.exchange_rows.default(x, send_P, receive_P, n_received, group_name)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[override]
+        send_P, receive_P = ctx.saved_tensors
+        return _ExchangeRows.apply(dy, receive_P, send_P, ctx.n_sent, ctx.group_name), None, None, None, None
+
+
+# The all-to-all itself is closed to the compiler, so that the splits need not become integers in its graph.
+torch.library.define(
+    "moe_parity::exchange_rows",
+    "(Tensor x, Tensor send_P, Tensor receive_P, SymInt n_received, str group_name) -> Tensor",
+)
+
+
+@torch.library.impl("moe_parity::exchange_rows", "default")
 def _exchange_rows(x: Tensor, send_P: Tensor, receive_P: Tensor, n_received: int, group_name: str) -> Tensor:
-    """The all-to-all itself, closed to the compiler, so that the splits need not become integers in its graph."""
     y = x.new_empty(n_received, x.shape[1])
     group = _resolve_process_group(group_name)  # type: ignore[arg-type]
     dist.all_to_all_single(y, x.contiguous(), receive_P.tolist(), send_P.tolist(), group=group)
     return y
 
 
-@_exchange_rows.register_fake
+@torch.library.register_fake("moe_parity::exchange_rows")
 def _(x, _send_P, _receive_P, n_received, _group_name):
     return x.new_empty(n_received, x.shape[1])
-
-
-def _save_splits(ctx, inputs, output):  # noqa: ARG001
-    x, send_P, receive_P, _, group_name = inputs
-    ctx.save_for_backward(send_P, receive_P)
-    ctx.n_sent, ctx.group_name = x.shape[0], group_name
-
-
-def _exchange_back(ctx, dy):
-    """Backward is the same exchange with the splits swapped."""
-    send_P, receive_P = ctx.saved_tensors
-    return _exchange_rows(dy, receive_P, send_P, ctx.n_sent, ctx.group_name), None, None, None, None
-
-
-_exchange_rows.register_autograd(_exchange_back, setup_context=_save_splits)
