@@ -125,7 +125,8 @@ METER = Meter()
 
 def live_bytes() -> int:
     """Bytes on the first device of every array that is alive; an array that two names share counts once."""
-    on_first = [a.addressable_shards[0].data for a in jax.live_arrays() if not a.is_deleted()]
+    shards = [shard for a in jax.live_arrays() if not a.is_deleted() for shard in a.addressable_shards]
+    on_first = [shard.data for shard in shards if shard.device == jax.devices()[0]]
     return sum({a.unsafe_buffer_pointer(): a.nbytes for a in on_first}.values())
 
 

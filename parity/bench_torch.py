@@ -227,7 +227,7 @@ def join_ranks(rank: int, n_ranks: int, address: str) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    meet("nccl", device_id=device)
+    meet("cpu:gloo,cuda:nccl", device_id=device)
     return device
 
 
@@ -368,9 +368,12 @@ def time_on_cpu(step: Step, budget: float, runs: int | None = None) -> list[floa
 def count_on_gpu(figure: Figure, step: Step) -> None:
     """Fill in what one run puts on the device, how long that keeps it busy, and how often the host waits in it."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        if dist.is_initialized():
+            dist.all_reduce(torch.zeros(()))  # on the host: no rank's kernels wait for another's profiler
         step(0)
     events = profiled.events() or []
-    ran = [(e.name, e.time_range.elapsed_us() * 1e-6) for e in events if e.device_type == DeviceType.CUDA]
+    on_device = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    ran = [(e.name, e.time_range.elapsed_us() * 1e-6) for e in on_device]
     if not ran:  # the profiler does not reach this device
         return
     figure.launches, figure.busy, figure.kernels = len(ran), sum(took for _, took in ran), busiest(ran)

@@ -465,7 +465,10 @@ def list_faults(command: FaultsCommand) -> int:
 
 
 def try_fault(fault: faults.Fault, device: str = "cpu") -> Found:
-    """Plant a fault, run its preset on its side only, and say who was blamed."""
+    """Plant a fault, run its preset on its side only, and say who was blamed.
+
+    A run that ends in an error counts as caught only where the fault is one that ends it.
+    """
     try:
         cases, ranks = [PRESETS[fault.preset]], ranks_of_jax("auto", device, PRESETS[fault.preset].ranks)
         report = run_cases(
@@ -480,7 +483,7 @@ def try_fault(fault: faults.Fault, device: str = "cpu") -> Found:
     except MissingError:
         raise
     except BackendError as error:
-        return Found(True, error.backend, error.stage, "the run ended: " + str(error))
+        return Found(fault.name in faults.END_THE_RUN, error.backend, error.stage, "the run ended: " + str(error))
     assert report is not None
     verdict = blame(report.checks[fault.preset])
     if verdict is None:

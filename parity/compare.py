@@ -98,7 +98,7 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
     """The oracle's word on every array of a trace, by strategy: only the counts differ, where something was dropped."""
     case, D = problem.case, problem.case.width
     x, router, w, dout = exact_inputs(problem)
-    ids, keep = problem.expert_id, problem.keep
+    ids, keep, others = problem.expert_id, problem.keep, problem.other_experts
     score, y, dscore, dy, dx_rows = (
         getattr(problem, n).astype(np.float64) for n in ("score", "y", "dscore", "dy", "dx_rows")
     )
@@ -127,8 +127,12 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
     x_rows = np.repeat(x[:, :, None], case.top_k, axis=2)
     everything, kept = (reference.sent(case, ids, keep, strategy) for strategy in ("dynamic", "static"))
 
+    def score_of_others(numbers):
+        _, score_PTE = oracle(numbers).route(case, x, router, numbers)
+        return reference.chosen_scores(case, score_PTE, others, numbers)
+
     def backward_of_route(numbers):
-        return oracle(numbers).route_backward(case, x, router, ids, dscore, numbers)
+        return oracle(numbers).route_backward(case, x, router, others, dscore, numbers)
 
     def backward_of_experts(numbers):
         return oracle(numbers).experts_backward(case, x, ids, w, dy, numbers)
@@ -154,8 +158,8 @@ def expectations(problem: Problem) -> dict[Strategy, dict[str, Expected]]:
     y_e2e = end_to_end("rows", "y", case.dtype, "expert_major")
     weights = {f"apply_experts/dw_{n}": (i, f"dw_{n}") for i, n in enumerate(("gate", "up", "down"))}
     expected = {
-        "isolated/route/score": score_e2e,
-        "isolated/route/counts": counted(everything),
+        "isolated/route/score": arithmetic("rank", score_of_others, case.wide),
+        "isolated/route/counts": counted(reference.sent(case, others, keep, "dynamic")),
         "isolated/route/dx": judged("rank", route_exact[0], [d[0] for d in route_drawn], case.dtype),
         "isolated/route/drouter": judged("sum", route_exact[1], [d[1] for d in route_drawn], case.wide),
         "isolated/group_by_expert/x": moved(x_rows, "grouped", zero_padding=True),

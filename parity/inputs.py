@@ -42,10 +42,15 @@ class Problem:
     dx_rows: Array
     exact: Layer  # float64, end to end
 
+    @property
+    def other_experts(self) -> Array:
+        """Expert ids [P, T, K] that the router does not choose, for a replay that must not choose anew."""
+        return (self.expert_id + 1) % self.case.experts
+
     def steps_between(self) -> list["Problem"]:
         """Steps with other tokens, to other experts and to the same: what a step keeps for the next shows up."""
         other = replace(self, x=-self.x)
-        return [replace(other, expert_id=(self.expert_id + 1) % self.case.experts), other]
+        return [replace(other, expert_id=self.other_experts), other]
 
     def order_probe(self) -> tuple[Array, Array]:
         """Rows [P, T, K, D] whose sum over k depends on the order, and the sum in order of k, which is exact.

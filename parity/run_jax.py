@@ -444,7 +444,7 @@ def _feeds(problem: Problem, corner: Corner) -> dict[str, np.ndarray]:
     feeds = {n: np.stack(lay_out(rows[of], table[where], fill)) for n, (of, where, fill) in _FEEDS.items()}
     if case.bins == P or corner is _Dynamic:  # rows past the groups, which no expert may read
         feeds["x_expert_major"] = np.stack(lay_out(rows["x"], table["expert_major"], np.nan))
-    feeds |= {n: getattr(problem, n) for n in ("x", "expert_id", "score", "dscore", "dout", "keep")}
+    feeds |= {n: getattr(problem, n) for n in ("x", "expert_id", "other_experts", "score", "dscore", "dout", "keep")}
     sent_PE = reference.sent(case, problem.expert_id, problem.keep, corner.strategy)
     feeds |= {"sent_E": sent_PE.astype(np.int32), "counts_Pe": reference.received(case, sent_PE).astype(np.int32)}
     index = [indices(case, table, rank) for rank in range(P)]
@@ -465,11 +465,16 @@ def _isolated(
     x, router, ids, score, keep = (feeds[n] for n in ("x", "router_of_rank", "expert_id", "score", "keep"))
     how = (case.top_k, case.score_function, case.renormalize, case.scale)
     own = routing.route(x, router, *how)
-    counts = routing.count_per_expert(ids, case.experts)
-    chosen, vjp = jax.vjp(lambda x, router: routing.route(x, router, *how, expert_id_TK=ids).score_TK, x, router)
+
+    def replay(x: jax.Array, router: jax.Array) -> tuple[jax.Array, jax.Array]:
+        replayed = routing.route(x, router, *how, expert_id_TK=feeds["other_experts"])
+        return replayed.score_TK, replayed.counts_E
+
+    replayed, vjp, counts = jax.vjp(replay, x, router, has_aux=True)
     dx, drouter = vjp(feeds["dscore"])
     drouter = drouter if axis is None else jax.lax.psum(drouter, axis)
-    stage("route", expert_id=own.expert_id_TK, score=chosen, counts=counts, dx=dx, drouter=drouter)
+    stage("route", expert_id=own.expert_id_TK, score=replayed, counts=counts, dx=dx, drouter=drouter)
+    counts = routing.count_per_expert(ids, case.experts)
 
     x_grouped, group_vjp = jax.vjp(lambda x: stages.group_by_expert(x, ids, score, counts), x)
     stage("group_by_expert", x=x_grouped, dx=group_vjp(feeds["dx_grouped"])[0], **stages.planned_rows())

@@ -450,14 +450,14 @@ def _isolated(
     x, router = put(problem.x[rank], grad=True), put(problem.router, grad=True)
     how = (case.top_k, case.score_function, case.renormalize, case.scale)
     own = routing.route(x, router, *how)
-    replayed = routing.route(x, router, *how, expert_id_TK=ids)
+    replayed = routing.route(x, router, *how, expert_id_TK=put(problem.other_experts[rank]))
     dx, drouter = torch.autograd.grad(replayed.score_TK, (x, router), put(problem.dscore[rank]))
     stage(
         "route",
-        {"expert_id": own.expert_id_TK, "score": replayed.score_TK, "dx": dx, "drouter": all_sum(drouter)},
-    )
-    counts = replayed.counts_E
-    stage("route", {"counts": counts})
+        {"expert_id": own.expert_id_TK, "score": replayed.score_TK, "counts": replayed.counts_E, "dx": dx,
+         "drouter": all_sum(drouter)},
+    )  # fmt: skip
+    counts = routing.count_per_expert(ids, case.experts)
 
     received_P = received_Pe.sum(axis=1).tolist()
     stages = corner(case, sent_PE[rank].reshape(case.ranks, -1).sum(axis=1).tolist(), received_P)

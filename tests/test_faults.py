@@ -1,5 +1,6 @@
 """Every planted fault is caught, and blamed on the side and the stage that it was planted in."""
 
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -46,6 +47,13 @@ def test_those_that_show_on_a_gpu_only(name):
     found = try_fault(fault, "cuda")
     assert found.caught, fault.sentence
     assert (found.side, found.stage) == (fault.side, fault.stage), found.how
+
+
+def test_code_that_fails_by_itself_is_not_a_fault_that_was_caught():
+    fault = find("torch-silu-on-the-wrong-half")
+    found = try_fault(replace(fault, new="swiglu(no_such_name, gate_RF), w_down"))
+    assert not found.caught
+    assert "no_such_name" in found.how
 
 
 def test_there_are_enough_of_them():

@@ -207,6 +207,34 @@ def test_indices_past_the_end_are_zero_and_padding_is_written(device, shape, dty
     assert (error_TK <= D * torch.finfo(score_TK.dtype).eps * products_TKD.abs().sum(dim=2)).all()
 
 
+@cases
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16][INTERPRETED:], ids=str)
+@pytest.mark.usefixtures("nothing_past_the_end")
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # the interpreter's: it is meant to
+def test_swiglu_is_rounded_once(device, shape, dtype):
+    """Half a unit in the last place, and 16 float32 roundings of what is added up: exp, a quotient, four products."""
+    T, D, _, _ = shape
+    dhidden, gate, up = (scale * torch.randn(T, D, device=device) for scale in (1, 8, 1))
+    gate[0, :8] = torch.tensor([0.0, -0.0, 80, -80, 120, -120, 1e-3, -1e-3])  # exp overflows in float32 past 88
+    dhidden, gate, up = (a.to(dtype) for a in (dhidden, gate, up))
+    dh, g, u = (a.double() for a in (dhidden, gate, up))
+    s = g.sigmoid()
+    expected = g * s * u, dh * u * s * (1 + g * (1 - s)), dh * g * s
+    added = expected[0].abs(), (dh * u * s).abs() * (1 + g.abs() * (1 - s)), expected[2].abs()
+    found = kernels.swiglu(gate, up), *kernels.swiglu_backward(dhidden, gate, up)
+    step, least = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    for ours, exact, size in zip(found, expected, added, strict=True):
+        unit = step * torch.exp2(exact.abs().clamp(min=least).log2().floor())
+        assert ours.dtype == dtype
+        assert ((ours.double() - exact).abs() <= unit / 2 + 2.0**-20 * size).all()
+
+
+def test_float32_does_not_take_swiglu_s_kernels(monkeypatch):
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: True)
+    assert kernels.use_swiglu_kernels(torch.zeros(1, dtype=torch.bfloat16))
+    assert not kernels.use_swiglu_kernels(torch.zeros(1))
+
+
 def test_a_cpu_tensor_takes_the_plain_way():
     assert not kernels.use_kernels(torch.zeros(1))
 

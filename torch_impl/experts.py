@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from torch_impl import kernels
 from torch_impl.checks import is_captured
 
 
@@ -20,11 +21,35 @@ def apply_experts(
     The first counts_e[0] rows are expert 0's, and so on. Every matmul accumulates in float32 and rounds once to x's
     dtype; silu and the product are float32, rounded once. SwiGLU: Shazeer 2020, "GLU Variants Improve Transformer".
     """
-    wide = torch.promote_types(x_RD.dtype, torch.float32)
     gate_RF = grouped_matmul(x_RD, w_gate_eDF, counts_e)
     up_RF = grouped_matmul(x_RD, w_up_eDF, counts_e)
-    hidden_RF = (F.silu(gate_RF.to(wide)) * up_RF.to(wide)).to(x_RD.dtype)
-    return grouped_matmul(hidden_RF, w_down_eFD, counts_e)
+    return grouped_matmul(swiglu(gate_RF, up_RF), w_down_eFD, counts_e)
+
+
+def swiglu(gate_RF: Float[Tensor, "*R F"], up_RF: Float[Tensor, "*R F"]) -> Float[Tensor, "*R F"]:
+    """silu(gate) * up = gate * sigmoid(gate) * up in float32, rounded once. Backward computes sigmoid again."""
+    return _SwiGLU.apply(gate_RF, up_RF)  # type: ignore[no-any-return]
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_RF, up_RF):
+        ctx.save_for_backward(gate_RF, up_RF)
+        if kernels.use_swiglu_kernels(gate_RF):
+            return kernels.swiglu(gate_RF, up_RF)
+        wide = torch.promote_types(gate_RF.dtype, torch.float32)
+        return (F.silu(gate_RF.to(wide)) * up_RF.to(wide)).to(gate_RF.dtype)
+
+    @staticmethod
+    def backward(ctx, dhidden_RF):  # type: ignore[override]
+        gate_RF, up_RF = ctx.saved_tensors
+        if kernels.use_swiglu_kernels(dhidden_RF):
+            return kernels.swiglu_backward(dhidden_RF, gate_RF, up_RF)
+        wide = torch.promote_types(gate_RF.dtype, torch.float32)
+        gate, up, dhidden = (a.to(wide) for a in (gate_RF, up_RF, dhidden_RF))
+        sigmoid = torch.sigmoid(gate)
+        dgate_RF = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+        return dgate_RF.to(gate_RF.dtype), (dhidden * F.silu(gate)).to(up_RF.dtype)
 
 
 def grouped_matmul(

@@ -1,4 +1,4 @@
-"""The row movements and their indices as Triton kernels: each does what the plain version beside its call does.
+"""The row movements, their indices and SwiGLU as Triton kernels: each does what the plain version beside its call does.
 
 A kernel reads and writes every row once, forward and backward, where indexing in PyTorch reads a token K times or
 keeps rows in float32. What it moves is equal to the plain version's bit for bit, and so are sums over K: same order,
@@ -293,6 +293,60 @@ def _weighted_sum_backward(
         total += gradient * tl.load(y + place, mask=inside, other=0).to(wide)
         tl.store(dy + place, (weight[:, None] * gradient).to(dy.dtype.element_ty), mask=inside)
     tl.store(dscore + t * K + k, tl.sum(total, 1).to(dscore.dtype.element_ty), mask=k < K)
+
+
+def use_swiglu_kernels(x: Tensor) -> bool:
+    """In 16 bits, where kernels serve: their exponential is a few units of float32 off, which float32 would show."""
+    return x.element_size() == 2 and use_kernels(x)
+
+
+def swiglu(gate_RF: Float[Tensor, "*R F"], up_RF: Float[Tensor, "*R F"]) -> Float[Tensor, "*R F"]:
+    """hidden = round(silu(gate) * up), in float32."""
+    gate_RF, up_RF = gate_RF.contiguous(), up_RF.contiguous()
+    hidden_RF = gate_RF.new_empty(*gate_RF.shape)
+    n, BLOCK = gate_RF.numel(), 2048
+    _swiglu[(-(-n // BLOCK),)](gate_RF, up_RF, hidden_RF, n, BLOCK=BLOCK, num_warps=8)
+    return hidden_RF
+
+
+@triton.jit
+@no_type_check
+def _swiglu(gate, up, hidden, n, BLOCK: tl.constexpr):
+    """One program per block of elements."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + i, mask=i < n, other=0).to(tl.float32)
+    u = tl.load(up + i, mask=i < n, other=0).to(tl.float32)
+    sigmoid = 1 / (1 + tl.exp(-g))
+    tl.store(hidden + i, (g * sigmoid * u).to(hidden.dtype.element_ty), mask=i < n)
+
+
+def swiglu_backward(
+    dhidden_RF: Float[Tensor, "*R F"], gate_RF: Float[Tensor, "*R F"], up_RF: Float[Tensor, "*R F"]
+) -> tuple[Float[Tensor, "*R F"], Float[Tensor, "*R F"]]:
+    """dgate = round(dhidden * up * silu'(gate)) and dup = round(dhidden * silu(gate)), in float32.
+
+    silu'(g) = sigmoid(g) * (1 + g * (1 - sigmoid(g))).
+
+    Shapes: dgate_RF, dup_RF.
+    """
+    dhidden_RF, gate_RF, up_RF = dhidden_RF.contiguous(), gate_RF.contiguous(), up_RF.contiguous()
+    dgate_RF, dup_RF = gate_RF.new_empty(*gate_RF.shape), up_RF.new_empty(*up_RF.shape)
+    n, BLOCK = gate_RF.numel(), 2048
+    _swiglu_backward[(-(-n // BLOCK),)](dhidden_RF, gate_RF, up_RF, dgate_RF, dup_RF, n, BLOCK=BLOCK, num_warps=8)
+    return dgate_RF, dup_RF
+
+
+@triton.jit
+@no_type_check
+def _swiglu_backward(dhidden, gate, up, dgate, dup, n, BLOCK: tl.constexpr):
+    """One program per block of elements."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    gradient = tl.load(dhidden + i, mask=i < n, other=0).to(tl.float32)
+    g = tl.load(gate + i, mask=i < n, other=0).to(tl.float32)
+    u = tl.load(up + i, mask=i < n, other=0).to(tl.float32)
+    sigmoid = 1 / (1 + tl.exp(-g))
+    tl.store(dgate + i, (gradient * u * sigmoid * (1 + g * (1 - sigmoid))).to(dgate.dtype.element_ty), mask=i < n)
+    tl.store(dup + i, (gradient * g * sigmoid).to(dup.dtype.element_ty), mask=i < n)
 
 
 def _tile(width: int, n_rows: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from torch_impl.experts import fits_grouped_mm, group_ends
+from torch_impl.experts import fits_grouped_mm, group_ends, swiglu
 
 
 def apply_experts(
@@ -22,12 +22,10 @@ def apply_experts(
     matmul accumulates in float32 and rounds once to x's dtype; silu and the product are float32, rounded once. SwiGLU:
     Shazeer 2020, "GLU Variants Improve Transformer".
     """
-    wide = torch.promote_types(x_SD.dtype, torch.float32)
     x_SD = _zero_padding(x_SD, counts_e)
     gate_SF = grouped_matmul(x_SD, w_gate_eDF, counts_e)
     up_SF = grouped_matmul(x_SD, w_up_eDF, counts_e)
-    hidden_SF = (F.silu(gate_SF.to(wide)) * up_SF.to(wide)).to(x_SD.dtype)
-    return _zero_padding(grouped_matmul(hidden_SF, w_down_eFD, counts_e), counts_e)
+    return _zero_padding(grouped_matmul(swiglu(gate_SF, up_SF), w_down_eFD, counts_e), counts_e)
 
 
 def grouped_matmul(
