@@ -4,11 +4,14 @@ A figure is a median. Its floor is the bytes that have to move, each row read on
 bandwidth measured in the same run. Each framework runs in a process of its own, one after the other.
 """
 
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -60,7 +63,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     shapes: tuple[Case, ...] = ()  # empty: the three models' on a GPU, the small one on a CPU
     sides: tuple[str, ...] = SIDES
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = PARTS  # none: the copies that floors are counted with
     baselines: bool = True
     compiled: bool = True  # the baseline under torch.compile, which takes minutes to compile
     ranks: int = 1  # more: the exchange, and the whole with it, over as many GPUs, or processes on a CPU
@@ -80,13 +83,15 @@ class Figure(msgspec.Struct):
     median: float
     low: float  # quartiles
     high: float
-    runs: int
+    runs: int  # timings
+    batch: int = 1  # of how many runs each timing is the mean
     bytes: int = 0  # that have to move in this rank's memory
     link_bytes: int = 0  # that have to leave this rank, and as many arrive
     flops: int = 0  # that have to be done
     peak_bytes: int | None = None  # allocated at most over the inputs, results included
-    launches: int | None = None  # kernels, copies and fills on the device
-    syncs: int | None = None  # times that the host waited
+    launches: int | None = None  # kernels, copies and fills on the device, in one more run, under a profiler
+    syncs: int | None = None  # times that the host waited in it
+    span: float | None = None  # from the first of its launches to the end of the last
     busy: float | None = None  # of which the device ran something
     host: float | None = None  # that one run held the host: if this is more, the device may wait for it in a model
     kernels: dict[str, float] | None = None  # the longest, seconds by name
@@ -152,49 +157,71 @@ def failure(side: str, error: Exception, shape: str = "", variant: str = "", par
     return Figure(shape, side, variant, part, "", 0, 0, 0, 0, error=f"{type(error).__name__}: {error}"[:500])
 
 
-def busiest(ran: Sequence[tuple[str, float]], number: int = 10) -> dict[str, float]:
-    """Seconds by name, added up, of those that took longest."""
+class Ran(NamedTuple):
+    """Something that ran on the device, by the profiler's clock in seconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+def note_launches(figure: Figure, ran: Sequence[Ran]) -> None:
+    """Fill in how many there were, how long the device ran any of them, of how long in all, and the longest by name."""
+    if not ran:  # the profiler does not reach this device
+        return
     seconds: dict[str, float] = {}
-    for name, took in ran:
-        seconds[name[:80]] = seconds.get(name[:80], 0) + took
-    return dict(sorted(seconds.items(), key=lambda item: -item[1])[:number])
+    busy, until = 0.0, 0.0
+    for name, start, end in sorted(ran, key=lambda one: one.start):
+        busy, until = busy + max(0.0, end - max(start, until)), max(until, end)
+        seconds[name[:80]] = seconds.get(name[:80], 0) + end - start
+    figure.launches, figure.busy, figure.span = len(ran), busy, until - min(one.start for one in ran)
+    figure.kernels = dict(sorted(seconds.items(), key=lambda item: -item[1])[:10])
 
 
 def run_bench(plan: Plan) -> Generator[Figure]:
-    """Every figure as it comes in. Copies come first, on each side: floors are of the fastest seen so far.
+    """Every figure as it comes in. Copies of all sides come first: floors are of the fastest.
 
     A floor is the bytes in memory over the copy bandwidth, plus those between ranks over that of a copy between GPUs.
 
     Raises BackendError when a framework is missing or its run ends in error.
     """
-    memory, link = 0.0, 0.0
+    copying = msgspec.structs.replace(plan, parts=())
+    copies = [figure for side in plan.sides for figure in _measure(copying, side)]
+    yield from copies
+    memory = max((figure.bytes / figure.median for figure in copies if figure.part == "copy"), default=0)
+    link = max((figure.link_bytes / figure.median for figure in copies if figure.part == "link"), default=0)
     for side in plan.sides:
         for figure in _measure(plan, side):
-            if figure.error:
-                yield figure
-                continue
-            if figure.part == "copy":
-                memory = max(memory, figure.bytes / figure.median)
-            if figure.part == "link":
-                link = max(link, figure.link_bytes / figure.median)
-            if (figure.bytes or figure.link_bytes) and memory and (link or not figure.link_bytes):
-                figure.floor = figure.bytes / memory + (figure.link_bytes / link if link else 0)
-                figure.share = figure.floor / figure.median
+            if not figure.error:
+                note_floor(figure, memory, link)
             yield figure
+
+
+def note_floor(figure: Figure, memory: float, link: float) -> None:
+    """Fill in a figure's floor, and its share of it, where the bandwidths it takes are known, in bytes a second."""
+    if (figure.bytes or figure.link_bytes) and memory and (link or not figure.link_bytes):
+        figure.floor = figure.bytes / memory + (figure.link_bytes / link if link else 0)
+        figure.share = figure.floor / figure.median
 
 
 def _measure(plan: Plan, side: str) -> Generator[Figure]:
     command = [sys.executable, "-m", f"parity.bench_{side}", msgspec.json.encode(plan).decode()]
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if plan.ranks > 1 else {})  # ranks share the cores of a CPU
     with tempfile.TemporaryFile("w+") as stderr:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
-            assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    if line.startswith("{"):
-                        yield msgspec.json.decode(line, type=Figure)
-            except BaseException:  # whoever reads the figures has stopped
-                process.kill()
-                raise
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.startswith("{"):
+                    yield msgspec.json.decode(line, type=Figure)
+            process.wait()
+        finally:  # whoever reads the figures may have stopped
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
         if code := process.returncode:
             stderr.seek(0)
             raise BackendError(side, f"{side}: {stderr.read().strip()[-2000:] or f'ended with exit code {code}'}")

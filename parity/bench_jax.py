@@ -24,7 +24,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_impl.exchange import exchange_counts, return_tokens, send_tokens
 from jax_impl.experts import apply_experts
 from jax_impl.grouping import Capacity, combine, group_by_expert
-from jax_impl.layout import rank_bins_source, to_expert_major, to_rank_major
+from jax_impl.layout import invert, rank_bins_source, to_expert_major, to_rank_major
+from parity.backends import end_with_parent
 from parity.bench import (
     ACROSS_RANKS,
     DIRECTIONS,
@@ -33,14 +34,15 @@ from parity.bench import (
     Figure,
     Movement,
     Plan,
+    Ran,
     Step,
-    busiest,
     choose_shapes,
     draw_routing,
     emit,
     expert_flops,
     failure,
     leaving_rows,
+    note_launches,
     row_passes,
     summarize,
 )
@@ -75,24 +77,26 @@ def plain_to_expert_major(x_PCD: Array, counts_Pe: Array) -> tuple[Array, Array,
     """Rows by indexing, padding by `where`."""
     P, C, D = x_PCD.shape
     source_S = rank_bins_source(counts_Pe, C)
-    full_S = source_S < P * C
-    x_SD = jnp.where(full_S[:, None], x_PCD.reshape(-1, D)[jnp.where(full_S, source_S, 0)], 0)
-    return x_SD, source_S, jnp.zeros((P, C), jnp.int32)
+    return plain_gather(x_PCD.reshape(-1, D), source_S), source_S, invert(source_S, P * C).reshape(P, C)
 
 
 def plain_to_rank_major(y_SD: Array, source_S: Array, target_PC: Array) -> Array:
-    """Rows by scatter."""
-    return jnp.zeros_like(y_SD).at[source_S].set(y_SD, mode="drop").reshape(*target_PC.shape, -1)
+    """The same back."""
+    del source_S
+    return plain_gather(y_SD, target_PC)
+
+
+def plain_gather(x_SD: Array, index: Array) -> Array:
+    """Row r is x[index[r]], and zero where the index is past the end."""
+    full = index < x_SD.shape[0]
+    return jnp.where(full[..., None], x_SD[jnp.where(full, index, 0)], 0)
 
 
 def plain_combine(y_PCD: Array, score_TK: Array, slot_TK: Array, token_S: Array) -> Array:
     """Rows by indexing, weighted and summed by `einsum`."""
     del token_S
-    y_SD = y_PCD.reshape(-1, y_PCD.shape[-1])
-    kept_TK = slot_TK < y_SD.shape[0]
-    weight_TK = jnp.where(kept_TK, score_TK, 0)
-    y_TKD = y_SD[jnp.where(kept_TK, slot_TK, 0)]
-    return jnp.einsum("tk,tkd->td", weight_TK, y_TKD.astype(jnp.float32)).astype(y_PCD.dtype)
+    y_TKD = plain_gather(y_PCD.reshape(-1, y_PCD.shape[-1]), slot_TK)
+    return jnp.einsum("tk,tkd->td", score_TK, y_TKD.astype(jnp.float32)).astype(y_PCD.dtype)
 
 
 OURS = Movement(group_by_expert, to_expert_major, to_rank_major, combine)
@@ -149,9 +153,16 @@ def main(plan: Plan) -> None:
     # Virtual devices share threads: of two exchanges in flight, each can wait for a thread that the other has.
     jax.config.update("jax_cpu_enable_async_dispatch", plan.ranks == 1)
     on_gpu = jax.default_backend() == "gpu"
-    emit(copy_figure(plan, on_gpu))
+    if len(jax.devices()) < plan.ranks:
+        n = len(jax.devices())
+        raise ValueError(f"--ranks {plan.ranks} with {n} devices: the exchange is measured with a GPU a rank")
+    if not plan.parts:
+        emit(copy_figure(plan, on_gpu))
+        if plan.ranks > 1 and on_gpu:
+            emit(link_figure(plan))
+        return
     if plan.ranks > 1:
-        across_ranks(plan, choose_shapes(plan, on_gpu), on_gpu)
+        across_ranks(plan, choose_shapes(plan, on_gpu))
         return
     peers = find_peers("jax", JAX_PEERS) if plan.baselines and "experts" in plan.parts else {}
     for shape in choose_shapes(plan, on_gpu):
@@ -162,9 +173,15 @@ def main(plan: Plan) -> None:
             inference = {part: program(run) for part, run in runs.items()}
             training = {part: program(forward_and_backward(run)) for part, run in runs.items()}
             for part in [part for part in (*STAGES, "whole") if part in plan.parts]:
-                movement_figures(plan, shape, variant, inference, training, part)
+                try:
+                    movement_figures(plan, shape, variant, inference, training, part)
+                except Exception as error:  # out of memory, before it is measured
+                    emit(failure("jax", error, shape.name, variant, part))
         if "experts" in plan.parts:
-            expert_figures(plan, shape, peers)
+            try:
+                expert_figures(plan, shape, peers)
+            except Exception as error:
+                emit(failure("jax", error, shape.name, "", "experts"))
 
 
 def forward_and_backward(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -301,13 +318,9 @@ def link_figure(plan: Plan) -> Figure:
     return figure
 
 
-def across_ranks(plan: Plan, shapes: list[Case], on_gpu: bool) -> None:
+def across_ranks(plan: Plan, shapes: list[Case]) -> None:
     """The exchange, and the whole with it, a device per rank; each is one program."""
     P = plan.ranks
-    if len(jax.devices()) < P:
-        raise ValueError(f"--ranks {P} with {len(jax.devices())} devices: the exchange is measured with a GPU a rank")
-    if on_gpu:
-        emit(link_figure(plan))
     mesh = jax.make_mesh((P,), ("ranks",), axis_types=(AxisType.Auto,), devices=jax.devices()[:P])
 
     def on_ranks(stage: Callable[..., Any]) -> Callable[..., Any]:
@@ -369,8 +382,8 @@ def measure_well(plan: Plan, step: Step) -> Figure:
     """Warm up, time, then count once each: peak memory and launches."""
     for i in range(N_SETS):
         jax.block_until_ready(step(i))
-    seconds, host = time_batches(step, plan.seconds)
-    figure = Figure("", "jax", "", "", "", **summarize(seconds), host=host)  # type: ignore[arg-type]
+    seconds, batch, host = time_batches(step, plan.seconds)
+    figure = Figure("", "jax", "", "", "", **summarize(seconds), batch=batch, host=host)  # type: ignore[arg-type]
     figure.device = jax.devices()[0].device_kind
     figure.peak_bytes = METER.measure(step)
     if jax.default_backend() == "gpu":
@@ -381,18 +394,18 @@ def measure_well(plan: Plan, step: Step) -> Figure:
     return figure
 
 
-def time_batches(step: Step, budget: float) -> tuple[list[float], float]:
+def time_batches(step: Step, budget: float) -> tuple[list[float], int, float]:
     """Seconds of a run, each the mean over a batch that is queued at once and waited for at its end.
 
-    And those that one holds the host. JAX has no events on the device; on a GPU a batch is so long that its one wait,
-    some 0.1 ms, hardly counts.
+    And the runs of a batch, and the seconds that one holds the host. JAX has no events on the device; on a GPU a batch
+    is so long that its one wait, some 0.1 ms, hardly counts.
     """
     least = max(budget / BATCHES, 0.05 if jax.default_backend() == "gpu" else 0)
     host = min(time_batch(step, 1)[0] for _ in range(N_SETS))
     size = 1
     while time_batch(step, size)[1] < least:
         size *= 2
-    return [time_batch(step, size)[1] / size for _ in range(BATCHES)], host
+    return [time_batch(step, size)[1] / size for _ in range(BATCHES)], size, host
 
 
 def time_batch(step: Step, size: int) -> tuple[float, float]:
@@ -406,7 +419,7 @@ def time_batch(step: Step, size: int) -> tuple[float, float]:
 
 
 def count_on_gpu(figure: Figure, step: Step) -> None:
-    """Fill in what one run puts on the first device, and how long that keeps it busy. The host never waits in it."""
+    """Fill in what one run puts on the first device, and how long that keeps it busy."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -416,11 +429,10 @@ def count_on_gpu(figure: Figure, step: Step) -> None:
         planes = jax.profiler.ProfileData.from_file(str(path)).planes
         lines = [line for plane in planes if plane.name.startswith("/device:GPU:0") for line in plane.lines]
         streams = [line for line in lines if line.name.startswith("Stream")]
-        ran = [(event.name, event.duration_ns * 1e-9) for line in streams for event in line.events]
-    if ran:
-        figure.launches, figure.busy, figure.kernels = len(ran), sum(took for _, took in ran), busiest(ran)
-        figure.syncs = 0
+        events = [event for line in streams for event in line.events]
+        note_launches(figure, [Ran(e.name, 1e-9 * e.start_ns, 1e-9 * e.end_ns) for e in events])
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(msgspec.json.decode(sys.argv[1], type=Plan))

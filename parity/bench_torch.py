@@ -16,6 +16,7 @@ from torch._C._autograd import DeviceType
 from torch.multiprocessing.spawn import spawn
 from torch.profiler import ProfilerActivity, profile
 
+from parity.backends import end_with_parent
 from parity.bench import (
     ACROSS_RANKS,
     DIRECTIONS,
@@ -24,14 +25,15 @@ from parity.bench import (
     Figure,
     Movement,
     Plan,
+    Ran,
     Step,
-    busiest,
     choose_shapes,
     draw_routing,
     emit,
     expert_flops,
     failure,
     leaving_rows,
+    note_launches,
     row_passes,
     summarize,
 )
@@ -66,7 +68,7 @@ def plain_to_expert_major(x_RD: Tensor, counts_Pe: Tensor) -> tuple[Tensor, Tens
 
 def plain_to_rank_major(y_RD: Tensor, source_R: Tensor, target_R: Tensor) -> Tensor:  # noqa: ARG001
     """Rows by scatter."""
-    return torch.empty_like(y_RD).index_copy(0, source_R, y_RD)
+    return torch.empty_like(y_RD).index_copy_(0, source_R, y_RD)
 
 
 def plain_combine(y_ND: Tensor, score_TK: Tensor, token_N: Tensor, assignment_N: Tensor) -> Tensor:
@@ -82,12 +84,17 @@ PLAIN = Movement(plain_group_by_expert, plain_to_expert_major, plain_to_rank_maj
 
 def main(plan: Plan) -> None:
     """Measure, and print a line of JSON for each figure."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    if not plan.parts:
+        emit(copy_figure(plan, device))
+        if plan.ranks > 1 and on_gpu:
+            check_gpus(plan.ranks)
+            emit(link_figure(plan))
+        return
     if plan.ranks > 1:
         start_ranks(one_rank, plan, plan.ranks)
         return
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    emit(copy_figure(plan, device))
     peers = find_peers("torch", TORCH_PEERS) if plan.baselines else {}
     for shape in choose_shapes(plan, on_gpu):
         variants = {"ours": OURS}
@@ -106,7 +113,10 @@ def main(plan: Plan) -> None:
                     except Exception as error:  # a peer may raise any, and before it is measured
                         emit(failure("torch", error, shape.name, variant, part))
         if "experts" in plan.parts:
-            expert_figures(plan, shape, device)
+            try:
+                expert_figures(plan, shape, device)
+            except Exception as error:  # out of memory, before it is measured
+                emit(failure("torch", error, shape.name, "grouped_mm", "experts"))
 
 
 def copy_figure(plan: Plan, device: torch.device) -> Figure:
@@ -207,6 +217,12 @@ def expert_figures(plan: Plan, shape: Case, device: torch.device) -> None:
         emit(figure)
 
 
+def check_gpus(n_ranks: int) -> None:
+    """Raises ValueError when there are GPUs, but fewer than ranks."""
+    if 0 < torch.cuda.device_count() < n_ranks:
+        raise ValueError(f"--ranks {n_ranks} with {torch.cuda.device_count()} GPUs: it is measured with a GPU a rank")
+
+
 def start_ranks(one_rank: Callable[[int, Any, str], None], plan: Any, n_ranks: int) -> None:
     """`one_rank(rank, plan, address)` in as many processes, which meet at the address: see `join_ranks`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -218,11 +234,9 @@ def join_ranks(rank: int, n_ranks: int, address: str) -> torch.device:
 
     Raises ValueError when there are fewer GPUs than ranks.
     """
-    on_gpu = torch.cuda.is_available()
-    if on_gpu and torch.cuda.device_count() < n_ranks:
-        raise ValueError(f"--ranks {n_ranks} with {torch.cuda.device_count()} GPUs: it is measured with a GPU a rank")
+    check_gpus(n_ranks)
     meet = partial(dist.init_process_group, init_method=address, rank=rank, world_size=n_ranks)
-    if not on_gpu:
+    if not torch.cuda.is_available():
         meet("gloo")
         return torch.device("cpu")
     device = torch.device("cuda", rank)
@@ -234,13 +248,7 @@ def join_ranks(rank: int, n_ranks: int, address: str) -> torch.device:
 def one_rank(rank: int, plan: Plan, address: str) -> None:
     """The exchange, and the whole with it, on one of several ranks; the first prints what it measured."""
     P, device = plan.ranks, join_ranks(rank, plan.ranks, address)
-    on_gpu = device.type == "cuda"
-    if rank == 0:
-        emit(copy_figure(plan, device))
-    if rank == 0 and on_gpu:
-        emit(link_figure(plan))
-    dist.barrier()
-    for shape in choose_shapes(plan, on_gpu):
+    for shape in choose_shapes(plan, device.type == "cuda"):
         shape = replace(shape, ranks=P)
         for part in [part for part in ACROSS_RANKS if part in plan.parts]:
             sets = [draw_for_ranks(plan, shape, device, part, plan.seed + N_SETS * rank + i) for i in range(N_SETS)]
@@ -297,10 +305,15 @@ def draw_for_ranks(
 
 
 def measure(plan: Plan, device: torch.device, step: Step, runs: int | None = None) -> Figure:
-    """Time and count a step; where it fails, say why, and let the others be measured. Ranks agree on `runs`."""
+    """Time and count a step; where it fails, say why, and let the others be measured.
+
+    Ranks agree on `runs`, and end together: to the others, one that goes on alone would send what they do not expect.
+    """
     try:
         return measure_well(plan, device, step, runs)
     except Exception as error:  # a peer may raise any
+        if runs:
+            raise
         return failure("torch", error)
 
 
@@ -373,12 +386,10 @@ def count_on_gpu(figure: Figure, step: Step) -> None:
         step(0)
     events = profiled.events() or []
     on_device = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-    ran = [(e.name, e.time_range.elapsed_us() * 1e-6) for e in on_device]
-    if not ran:  # the profiler does not reach this device
-        return
-    figure.launches, figure.busy, figure.kernels = len(ran), sum(took for _, took in ran), busiest(ran)
+    note_launches(figure, [Ran(e.name, 1e-6 * e.time_range.start, 1e-6 * e.time_range.end) for e in on_device])
     figure.syncs = sum(e.name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy") for e in events)
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(msgspec.json.decode(sys.argv[1], type=Plan))

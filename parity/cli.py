@@ -1,5 +1,6 @@
 """`python -m parity`: check | compare | report | bench | study | capture | faults | doctor."""
 
+import math
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ from rich.text import Text
 
 from parity import capture, faults, records
 from parity.backends import BACKENDS, SIDES, BackendError, MissingError, framework, gpus
-from parity.bench import PARTS, SHAPES, Figure, Plan, run_bench
+from parity.bench import ACROSS_RANKS, PARTS, SHAPES, Figure, Plan, choose_shapes, run_bench
 from parity.blame import blame
 from parity.case import MODELS, PRESETS, Case, flag
 from parity.doctor import doctor_table, examine
@@ -526,36 +527,48 @@ def study(command: StudyCommand) -> int:
 def bench(command: BenchCommand) -> int:
     """Run `bench`; its exit code.
 
-    Raises ValueError on an unknown shape or part, and on a time that is not positive.
+    Raises ValueError on an unknown shape or part, on numbers that cannot be, and where there would be nothing to show.
     """
     check_writable(command.plot, command.save)
     for name, known in ((command.shapes, SHAPES), (command.parts, (*PARTS, "exchange"))):
         if unknown := [word for word in name if word not in known]:
             raise ValueError(f"unknown: {', '.join(unknown)}. There are: {', '.join(known)}")
-    if not command.seconds > 0:
-        raise ValueError(f"--seconds is {command.seconds}: it must be positive")
-    if command.ranks < 1:
-        raise ValueError(f"--ranks is {command.ranks}: it must be at least 1")
+    if not 0 < command.seconds < math.inf:
+        raise ValueError(f"--seconds is {command.seconds}: it must be positive and finite")
+    if command.ranks < 1 or command.seed < 0:
+        raise ValueError(f"--ranks is {command.ranks} and --seed {command.seed}: at least 1 and 0")
+    measured = ACROSS_RANKS if command.ranks > 1 else PARTS
+    if not {*command.parts} & {*measured}:
+        these = ", ".join(measured)
+        raise ValueError(f"--parts {' '.join(command.parts)}: with --ranks {command.ranks} there are {these}")
+    if command.plot and command.plot.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {command.plot}: its name must end in .png, .svg or .pdf")
+    if command.plot and command.ranks > 1 and not gpus():
+        raise ValueError("--plot draws shares of a floor, which processes on a CPU, having no link, do not have")
     plan = Plan(
         shapes=tuple(SHAPES[name] for name in command.shapes),
         sides=SIDES if command.side == "both" else (command.side,),
         parts=command.parts, baselines=command.baselines, compiled=command.compiled,
         seconds=command.seconds, dtype=command.dtype, seed=command.seed, ranks=command.ranks,
     )  # fmt: skip
+    for shape in choose_shapes(plan, gpus() > 0):
+        replace(shape, ranks=command.ranks)  # fits, or says why not
     figures: list[Figure] = []
-    with progress() as bar:
-        task = bar.add_task("bench", total=None)
-        for figure in run_bench(plan):
-            bar.update(task, advance=1, description=f"{figure.side} {figure.shape} {figure.part}")
-            figures.append(figure)
-            line = msgspec.json.encode(figure).decode()
-            if command.save:
-                with command.save.open("w" if len(figures) == 1 else "a") as file:
-                    file.write(line + "\n")
-            if command.json:
-                print(line, flush=True)
-    if not command.json:
-        print_bench(Page(160), figures)
+    try:
+        with progress() as bar:
+            task = bar.add_task("bench", total=None)
+            for figure in run_bench(plan):
+                bar.update(task, advance=1, description=f"{figure.side} {figure.shape} {figure.part}")
+                figures.append(figure)
+                line = msgspec.json.encode(figure).decode()
+                if command.save:
+                    with command.save.open("w" if len(figures) == 1 else "a") as file:
+                        file.write(line + "\n")
+                if command.json:
+                    print(line, flush=True)
+    finally:  # what was measured before something failed
+        if not command.json and figures:
+            print_bench(Page(160), figures)
     if command.plot:
         plot_bench(figures, command.plot)
         say(f"wrote {command.plot}")

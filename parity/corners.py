@@ -71,7 +71,7 @@ def run(plan: Plan, flags: str = "", cpu: bool = True) -> Figure:
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "1"}
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
     if cpu:
-        environment["JAX_PLATFORMS"] = "cpu"
+        environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", f"parity.corners_{framework(plan.corner)}", msgspec.json.encode(plan).decode()]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

@@ -42,21 +42,26 @@ def load_transformer_engine() -> Movement | None:
 
 
 def load_megatron() -> Movement:
-    """Megatron-Core's own, without TransformerEngine. It reads chunk sizes on the host, where it has them by then."""
+    """Megatron-Core's own, without TransformerEngine. It reads chunk sizes on the host, where it has them by then.
+
+    Rows are weighted in their dtype before `unpermute`, which is given no scores, as in its all-to-all dispatcher.
+    """
     megatron = import_module("megatron.core.transformer.moe.moe_utils")
 
-    def group_by_expert(x_TD, map_TE, n_rows):
-        x_ND, _, token_N, *_ = megatron.permute(x_TD, map_TE, num_out_tokens=n_rows)
-        return x_ND, token_N, map_TE
+    def group_by_expert(x_TD, map_TE, place_N):
+        x_ND, _, token_N, *_ = megatron.permute(x_TD, map_TE, num_out_tokens=len(place_N))
+        return x_ND, token_N, place_N
 
     def sort_chunks(x_RD, sizes, order):
         return megatron.sort_chunks_by_idxs(x_RD, sizes, order)[0]
 
-    def combine(y_ND, score_TE, token_N, map_TE):
-        return megatron.unpermute(y_ND, token_N, (len(score_TE), y_ND.shape[1]), probs=score_TE, routing_map=map_TE)
+    def combine(y_ND, score_TE, token_N, place_N):
+        score_N = score_TE.T.reshape(-1)[place_N].to(y_ND.dtype)
+        return megatron.unpermute(y_ND * score_N[:, None], token_N, (len(score_TE), y_ND.shape[1]))
 
     def prepare(score_TK, ids_TK, counts_E, counts_Pe):
-        return by_map(score_TK, ids_TK, counts_E, counts_Pe.cpu())
+        score_TE, map_TE, _, chunks = by_map(score_TK, ids_TK, counts_E, counts_Pe.cpu())
+        return score_TE, map_TE, map_TE.T.reshape(-1).nonzero()[:, 0], chunks
 
     return Movement(group_by_expert, move_there(sort_chunks), sort_chunks, combine, prepare)
 

@@ -1,7 +1,11 @@
 """`bench`: its floors add up, its baselines compute what ours do, and every figure asked for comes out."""
 
 import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,21 +13,71 @@ import pytest
 import torch
 
 from jax_impl.grouping import Capacity
-from parity import bench_jax, bench_torch
-from parity.bench import DIRECTIONS, STAGES, Figure, Plan, draw_routing, row_passes, run_bench
+from parity import bench, bench_jax, bench_torch
+from parity.backends import BackendError
+from parity.bench import DIRECTIONS, Figure, Plan, Ran, draw_routing, expert_flops, row_passes, run_bench
 from parity.case import Case
+from parity.cli import main
 from parity.peers import JAX_PEERS, TORCH_PEERS, find_peers
 from parity.report.bench import plot_bench
 
 TINY = Case("tiny", ranks=2, tokens=16, width=8, hidden=8, experts=4, top_k=2, capacity_factor="1")
 
 
+# Rows read plus rows written of 10 tokens and 30 assignments: forward, and backward.
+PASSES = {"group_by_expert": (40, 40), "to_expert_major": (60, 60), "to_rank_major": (60, 60), "combine": (40, 70)}
+
+
 def test_floors_are_those_of_the_formula():
-    T, N = 10, 30
-    assert row_passes("whole", "forward", T, N) == 6 * N + 2 * T
-    assert row_passes("whole", "forward+backward", T, N) == (6 * N + 2 * T) + (7 * N + 2 * T)
-    for direction in DIRECTIONS:
-        assert sum(row_passes(s, direction, T, N) for s in STAGES) == row_passes("whole", direction, T, N)
+    forward, both = DIRECTIONS
+    for stage, (there, back) in PASSES.items():
+        assert row_passes(stage, forward, 10, 30) == there
+        assert row_passes(stage, both, 10, 30) == there + back
+    assert row_passes("whole", forward, 10, 30) == 6 * 30 + 2 * 10 == 200
+    assert row_passes("whole", both, 10, 30) == 200 + 7 * 30 + 2 * 10
+
+
+def test_a_floor_takes_the_fastest_copy_whoever_measured_it(monkeypatch):
+    """Copies at 2 and 4 bytes a second, links at 0.5 and 0.25; what failed, or takes a link that is unknown, has none."""
+
+    def figure(side, part, **more):
+        return Figure("", side, "", part, "", 2.0, 1.0, 3.0, 9, **more)
+
+    def measure(plan, side):
+        if not plan.parts:
+            n = 4 if side == "torch" else 8
+            yield figure(side, "copy", bytes=n)
+            yield figure(side, "link", link_bytes=1 if side == "torch" else 0.5)
+        else:
+            yield figure(side, "whole", bytes=6, link_bytes=1)
+            yield figure(side, "combine", bytes=6)
+            yield figure(side, "experts", flops=6)
+            yield figure(side, "whole", bytes=6, error="failed")
+
+    monkeypatch.setattr(bench, "_measure", measure)
+    figures = list(run_bench(Plan()))
+    assert [f.part for f in figures[:4]] == ["copy", "link"] * 2  # before anything is held against them
+    for whole, combine, experts, failed in (figures[4:8], figures[8:12]):
+        assert (whole.floor, whole.share) == (6 / 4 + 1 / 0.5, 3.5 / 2)
+        assert (combine.floor, combine.share) == (1.5, 0.75)
+        assert experts.floor is failed.floor is None
+    no_link = figure("torch", "whole", bytes=6, link_bytes=1)
+    bench.note_floor(no_link, memory=4, link=0)
+    assert no_link.floor is None
+
+
+def test_launches_that_overlap_keep_the_device_busy_once():
+    figure = Figure("", "torch", "", "", "", 1, 1, 1, 1)
+    bench.note_launches(figure, [Ran("b", 4, 6), Ran("a", 1, 3), Ran("a", 2, 2.5), Ran("c", 5, 7)])
+    assert (figure.launches, figure.busy, figure.span) == (4, 5, 6)
+    assert figure.kernels == {"a": 2.5, "b": 2, "c": 2}
+    bench.note_launches(empty := Figure("", "torch", "", "", "", 1, 1, 1, 1), [])
+    assert empty.launches is None
+
+
+def test_flops_are_those_of_three_matmuls():
+    assert expert_flops(TINY, 10, "forward") == 3 * 2 * 10 * 8 * 8
+    assert expert_flops(TINY, 10, "forward+backward") == 9 * 2 * 10 * 8 * 8
 
 
 def test_routing_repeats_and_a_token_s_experts_differ():
@@ -79,8 +133,8 @@ def permute(tokens, routing_map, num_out_tokens):
     assert len(token_N) == num_out_tokens
     return tokens[token_N], None, token_N, None, None
 
-def unpermute(permuted, token_N, restore_shape, probs, routing_map):
-    return torch.zeros(restore_shape).index_add(0, token_N, permuted * probs.T[routing_map.T][:, None])
+def unpermute(permuted, token_N, restore_shape):
+    return torch.zeros(restore_shape).index_add(0, token_N, permuted)
 
 def sort_chunks_by_idxs(rows, sizes, order):
     chunks = rows.split(sizes.tolist())
@@ -141,9 +195,100 @@ def test_every_figure_across_ranks_comes_out_with_what_left_the_rank(tmp_path):
     assert [f.error for f in figures if f.error] == []
     found = [(f.side, f.part, f.direction) for f in figures if f.shape]
     assert found == [(s, p, d) for s in ("torch", "jax") for p in ("exchange", "whole") for d in DIRECTIONS]
-    leaving = TINY.assignments // 2 * TINY.width * 2  # half of the rows, in bfloat16
-    assert [f.link_bytes // leaving for f in figures if f.shape] == [1, 2, 2, 4] * 2
-    plot_bench(
-        [*figures, Figure("tiny", "torch", "ours", "whole", "forward", 1, 1, 1, 1, share=0.5)], tmp_path / "a.png"
+    leaving = 16 * 2 // 2 * 8 * 2  # half of the rows, in bfloat16
+    assert [f.link_bytes for f in figures if f.shape] == [leaving * n for n in (1, 2, 2, 4)] * 2
+    moved = [f.bytes for f in figures if f.part == "whole" and f.side == "torch"]
+    assert moved == [n * 8 * 2 for n in (6 * 32 + 2 * 16, 13 * 32 + 4 * 16)]  # N = 32, T = 16, D = 8
+    plot_bench(figures, tmp_path / "empty.png")
+    drawn = [Figure("tiny", "torch", "ours", "whole", d, 1, 1, 1, 1, share=0.5) for d in DIRECTIONS]
+    plot_bench([*figures, *drawn], tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size > 2 * (tmp_path / "empty.png").stat().st_size
+
+
+def test_a_rank_that_fails_ends_the_run(monkeypatch, tmp_path):
+    """It does not go on to the next figure, where the others would wait for it in this one."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch.distributed as dist\n"
+        "def fail(*_, **__):\n    raise RuntimeError('planted')\n"
+        "dist.all_to_all_single = fail\n"
     )
-    assert (tmp_path / "a.png").stat().st_size > 1000
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(BackendError, match="planted"):
+        list(run_bench(Plan(shapes=(TINY,), sides=("torch",), parts=("exchange",), seconds=0.001, ranks=2)))
+
+
+def test_nothing_is_left_running_when_it_is_ended():
+    """By SIGTERM, which runs no `finally`: the framework's process, and its ranks, see that their parent is gone."""
+    command = [sys.executable, "-m", "parity", "bench", "small", "--ranks", "2", "--side", "torch", "--seconds", "60"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        try:
+            wait_until(lambda: len(children(run.pid)) >= 3)  # one that starts two ranks
+            started = children(run.pid)
+        finally:
+            run.terminate()
+    wait_until(lambda: not any(Path(f"/proc/{pid}/stat").exists() for pid in started))
+
+
+def children(pid: int) -> list[int]:
+    """A process's descendants that are still running."""
+    own = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return own + [descendant for child in own for descendant in children(child)]
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() - began < 60
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ranks", "3"], "--experts 16 do not divide over --ranks 3"),
+        (["--ranks", "0"], "--ranks is 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--seconds", "inf"], "positive and finite"),
+        (["--seconds", "nan"], "positive and finite"),
+        (["--parts", "exchange"], "with --ranks 1 there are"),
+        (["--ranks", "2", "--parts", "experts"], "with --ranks 2 there are exchange, whole"),
+        (["--plot", "a.foo"], ".png, .svg or .pdf"),
+        (["tiny"], "unknown: tiny"),
+    ],
+)
+def test_wrong_usage_is_said_before_anything_runs(arguments, said, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "_measure", lambda plan, side: pytest.fail("it runs"))
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *(["small"] if arguments != ["tiny"] else []), *arguments])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_was_measured_is_shown_when_a_side_fails(capsys, monkeypatch):
+    def measure(plan, side):
+        if plan.parts and side == "jax":
+            raise BackendError("jax", "jax: no such platform")
+        shape, part = ("small", "whole") if plan.parts else ("", "copy")
+        yield Figure(shape, side, "ours", part, "forward", 1, 1, 1, 1)
+
+    monkeypatch.setattr(bench, "_measure", measure)
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "small"])
+    assert ended.value.code == 3
+    captured = capsys.readouterr()
+    assert "torch ours    whole" in captured.out
+    assert "no such platform" in captured.err
+
+
+def test_bytes_alive_are_those_of_the_first_device():
+    """In a process with two devices: an array split over both, and one on the second."""
+    program = (
+        "import jax; jax.config.update('jax_num_cpu_devices', 2)\n"
+        "import jax.numpy as jnp; from parity.bench_jax import live_bytes; from jax.sharding import *\n"
+        "mesh = jax.make_mesh((2,), ('r',), axis_types=(AxisType.Auto,))\n"
+        "split = jax.device_put(jnp.zeros(200, 'float32'), NamedSharding(mesh, PartitionSpec('r')))\n"
+        "second = jax.device_put(jnp.zeros(500, 'float32'), jax.devices()[1])\n"
+        "print(live_bytes(), live_bytes())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["400", "400"]

@@ -33,6 +33,10 @@ def print_bench(console: Console, figures: Sequence[Figure]) -> None:
             chosen = [figure for figure in found if of_this_kind(figure)]
             if chosen:
                 console.print(_table(title, chosen, row))
+    if any(figure.device == "cpu" for figure in figures):
+        console.print(
+            "\nOn a CPU arrays can fit its caches, and XLA fuses the whole: a share of the floor can exceed 1."
+        )
 
 
 def _table(title: str, figures: Sequence[Figure], cells) -> Table:
