@@ -147,6 +147,11 @@ def check_capacity(n_bins: int, rows: int, priority: str, n_experts: int) -> Non
         raise ValueError(f"a capacity of {rows} rows per bin: it must be at least 1")
     if n_bins < 1 or n_experts % n_bins:
         raise ValueError(f"{n_bins} bins for {n_experts} experts: use one bin per rank, or one per expert")
+    check_priority(priority)
+
+
+def check_priority(priority: str) -> None:
+    """Raises ValueError on an unknown priority."""
     if priority not in ("token", "choice", "score"):
         raise ValueError(f"priority is {priority!r}: it must be 'token', 'choice' or 'score'")
 

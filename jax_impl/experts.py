@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Integer
 
@@ -29,7 +30,7 @@ def apply_experts(
 
 def swiglu(gate_SF: Float[Array, "*S F"], up_SF: Float[Array, "*S F"]) -> Float[Array, "*S F"]:
     """silu(gate) * up = gate * sigmoid(gate) * up in float32, rounded once. XLA makes one launch of it."""
-    wide = jnp.promote_types(gate_SF.dtype, jnp.float32)
+    wide = np.promote_types(gate_SF.dtype, np.float32)
     return (jax.nn.silu(gate_SF.astype(wide)) * up_SF.astype(wide)).astype(gate_SF.dtype)
 
 
@@ -38,7 +39,8 @@ def grouped_matmul(
 ) -> Float[Array, "*S F"]:
     """Rows of expert j times w[j]; rows past the groups come out as zero.
 
-    True float32 for float32: JAX on a GPU would use TF32. `ragged_dot` leaves rows past its groups unspecified.
+    True float32 for float32: JAX on a GPU would use TF32. `ragged_dot` leaves rows past its groups unspecified, and has
+    no rule for `vmap` with shared weights: flatten the batch into the tokens.
     """
     if x_SD.ndim == 3:
         return jnp.einsum("esd,edf->esf", x_SD, w_eDF, precision="highest")

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Integer
 
 from jax_impl import kernels
-from jax_impl.checks import check_capacity, check_capacity_factor
+from jax_impl.checks import check_capacity, check_capacity_factor, check_priority
 from jax_impl.layout import exclusive_cumsum, invert, rows_or_zero, sort_by_key
 
 
@@ -38,9 +39,11 @@ def plan_capacity(
     A float counts as the decimal it prints as: 4.05 is 81/20. None asks for the no-drop bound: T * min(K, e) rows for
     a rank, T for an expert, as a token's experts differ. `per="expert"` is the form of GShard (Lepikhin et al. 2020).
 
-    Raises ValueError on a factor that is not finite and positive, or an unknown `per` or `priority`.
+    Raises ValueError on a factor that is not finite and positive, an unknown `per` or `priority`, an `align` below 1,
+    and experts that do not divide over the ranks.
     """
     check_capacity_factor(factor, per, n_experts, n_ranks, align)
+    check_priority(priority)
     n_bins = n_ranks if per == "rank" else n_experts
     if factor is None:
         rows = n_tokens * (min(top_k, n_experts // n_ranks) if per == "rank" else 1)
@@ -90,7 +93,7 @@ def group_by_expert(
     shift_B = jnp.arange(B) * C - start_B
     slot_N = jnp.where(keep_N, place_N + rows_or_zero(shift_B, expert_N // (E // B)), B * C)
     slot_TK = slot_N.reshape(T, K)
-    return Grouped(expand_rows(x_TD, assignment_BC, slot_TK), slot_TK, assignment_BC, kept_E)
+    return Grouped(expand_rows(x_TD, slot_TK, assignment_BC), slot_TK, assignment_BC, kept_E)
 
 
 def keep_within_capacity(
@@ -131,7 +134,7 @@ def combine(
 
 @jax.custom_vjp
 def expand_rows(
-    x_TD: Float[Array, "T D"], assignment_BC: Integer[Array, "B C"], slot_TK: Integer[Array, "T K"]
+    x_TD: Float[Array, "T D"], slot_TK: Integer[Array, "T K"], assignment_BC: Integer[Array, "B C"]
 ) -> Float[Array, "B C D"]:
     """Row r is the token of assignment r, padding is zero. Backward, a token gathers its K rows: no scatter-add."""
     if kernels.use_kernels(x_TD):
@@ -140,12 +143,12 @@ def expand_rows(
     return rows_or_zero(x_TD, assignment_BC // slot_TK.shape[1])
 
 
-def _expand_rows_forward(x_TD, assignment_BC, slot_TK):
-    return expand_rows(x_TD, assignment_BC, slot_TK), slot_TK
+def _expand_rows_forward(x_TD, slot_TK, assignment_BC):
+    return expand_rows(x_TD, slot_TK, assignment_BC), slot_TK
 
 
 def _expand_rows_backward(slot_TK, dx_BCD):
-    wide = jnp.promote_types(dx_BCD.dtype, jnp.float32)
+    wide = np.promote_types(dx_BCD.dtype, np.float32)
     dx_SD = dx_BCD.reshape(-1, dx_BCD.shape[-1])
     if kernels.use_kernels(dx_SD):
         return kernels.sum_rows(dx_SD, slot_TK), None, None
@@ -166,7 +169,7 @@ def weighted_sum(
     assignment_BC: Integer[Array, "B C"],  # noqa: ARG001  for backward
 ) -> Float[Array, "T D"]:
     """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
-    wide = jnp.promote_types(y_BCD.dtype, jnp.float32)
+    wide = np.promote_types(y_BCD.dtype, np.float32)
     y_SD = y_BCD.reshape(-1, y_BCD.shape[-1])
     if kernels.use_kernels(y_SD):
         return kernels.sum_rows(y_SD, slot_TK, score_TK)
@@ -182,7 +185,7 @@ def _weighted_sum_forward(y_BCD, score_TK, slot_TK, assignment_BC):
 
 def _weighted_sum_backward(saved, dout_TD):
     y_BCD, score_TK, slot_TK, assignment_BC = saved
-    wide = jnp.promote_types(y_BCD.dtype, jnp.float32)
+    wide = np.promote_types(y_BCD.dtype, np.float32)
     y_SD = y_BCD.reshape(-1, y_BCD.shape[-1])
     if kernels.use_kernels(y_SD):
         dy_SD, dscore_TK = kernels.weighted_sum_backward(dout_TD, y_SD, score_TK, slot_TK, assignment_BC.reshape(-1))

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
@@ -39,7 +40,7 @@ def use_matmul_kernels(x: Array) -> bool:
 
 
 def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array, " N"], Integer[Array, " N"]]:
-    """Stable sort of keys 0..n_keys-1, and its inverse. Keys out of range go last.
+    """Stable sort of keys 0..n_keys-1, and its inverse. Any other key is none, and goes last.
 
     A general sort makes many passes over wide keys. These are few, so: count each key in each block of N; a cumsum,
     key by key, says where a block's rows of a key end; from there a block places its own.
@@ -47,7 +48,8 @@ def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array
     Shapes: order_N, place_N.
     """
     (N,), blocks = key_N.shape, pl.cdiv(key_N.shape[0], SORT_BLOCK)
-    key_N = key_N.astype(jnp.promote_types(key_N.dtype, jnp.int32))  # n_keys may not fit into the key's dtype
+    if key_N.dtype.itemsize < 4:  # n_keys may not fit into it
+        key_N = key_N.astype(jnp.int32)
     key_N = jnp.where((key_N < 0) | (key_N > n_keys), n_keys, key_N).astype(jnp.int32)
     grid = (blocks, pl.cdiv(n_keys + 1, SORT_TILE))
     counts = _call(_count_keys_kernel, grid, _like(key_N, n_keys + 1, blocks), key_N, num_warps=4)
@@ -164,7 +166,7 @@ def _expand_rows_kernel(x, slot, assignment, y, *, BLOCK: int) -> None:
         triton.store(y.at[row[:, None], d[None]], tile, mask=(row < S)[:, None] & (d < D)[None])
         return nothing
 
-    jax.lax.fori_loop(0, pl.cdiv(D, BLOCK) * (t >= 0), copy, ())
+    jax.lax.fori_loop(0, pl.cdiv(D, BLOCK) * (t >= 0).astype(jnp.int32), copy, ())
     _clear_padding(assignment, y, T * K)
 
 
@@ -201,7 +203,7 @@ def sum_rows(
 def _sum_rows_kernel(y, slot, *score_and_out, chunks: int, BLOCK: int, weighted: bool) -> None:
     """One program per token, or per chunk of a wide one."""
     *score, out = score_and_out
-    wide = jnp.promote_types(y.dtype, jnp.float32)
+    wide = np.promote_types(y.dtype, np.float32)
     t = pl.program_id(0) // chunks
     d = pl.program_id(0) % chunks * BLOCK + jnp.arange(BLOCK)
     total = jnp.zeros(BLOCK, wide)
@@ -230,13 +232,14 @@ def weighted_sum_backward(
     results = _like(y_SD, S, D), _like(y_SD, T, K, dtype=score_TK.dtype)
     kernel = partial(_weighted_sum_backward_kernel, BLOCK=BLOCK)
     grid = (pl.cdiv(S, PADDING_ROWS) + T,)
-    return _call(kernel, grid, results, dout_TD, y_SD, score_TK, slot_TK, assignment_S, num_warps=max(num_warps, 4))
+    num_warps = max(num_warps, 4)  # which share the sums of all rows
+    return _call(kernel, grid, results, dout_TD, y_SD, score_TK, slot_TK, assignment_S, num_warps=num_warps)
 
 
 def _weighted_sum_backward_kernel(dout, y, score, slot, assignment, dy, dscore, *, BLOCK: int) -> None:
     """One program per token: its K rows side by side, chunk after chunk. Before them, those that look for padding."""
     (T, K), (S, D) = slot.shape, y.shape
-    wide = jnp.promote_types(y.dtype, jnp.float32)
+    wide = np.promote_types(y.dtype, np.float32)
     t, k = pl.program_id(0) - pl.cdiv(S, PADDING_ROWS), jnp.arange(_power_of_2(K))
     here = (t >= 0) & (k < K)
     row = triton.load(slot.at[t, k], mask=here, other=S)
@@ -250,7 +253,7 @@ def _weighted_sum_backward_kernel(dout, y, score, slot, assignment, dy, dscore, 
         triton.store(dy.at[row[:, None], d[None]], (weight[:, None] * gradient).astype(dy.dtype), mask=inside)
         return total + gradient * y_tile
 
-    total = jax.lax.fori_loop(0, pl.cdiv(D, BLOCK) * (t >= 0), add, jnp.zeros((k.size, BLOCK), wide))
+    total = jax.lax.fori_loop(0, pl.cdiv(D, BLOCK) * (t >= 0).astype(jnp.int32), add, jnp.zeros((k.size, BLOCK), wide))
     triton.store(dscore.at[t, k], total.sum(axis=1).astype(dscore.dtype), mask=here)
     _clear_padding(assignment, dy, T * K)
 
@@ -258,7 +261,7 @@ def _weighted_sum_backward_kernel(dout, y, score, slot, assignment, dy, dscore, 
 def _tile(width: int, n_rows: int) -> tuple[int, int]:
     """Columns that a program takes of so many rows at once, and its warps.
 
-    A thread has 16 elements of one row, 8 of each of several; what keeps a sum for each row has 4 warps or more.
+    A thread has 16 elements of one row, or 8 of each of several.
     """
     BLOCK = max(128, min(_power_of_2(width), 2048, 8192 // _power_of_2(n_rows)))
     return BLOCK, max(1, BLOCK // (512 if n_rows == 1 else 256))
@@ -269,16 +272,22 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-@jax.custom_vjp
 def grouped_matmul(
     x_SD: Float[Array, "S D"], w_eDF: Float[Array, "e D F"], counts_e: Integer[Array, " e"]
 ) -> Float[Array, "S F"]:
     """Rows of expert j times w[j]; rows past the last expert's come out as zero. Backward reads none of them either."""
+    # Weights that replicas of the experts share: their gradient, of each replica's own rows, is summed over them.
+    zero = _zero_of(x_SD, w_eDF, counts_e).astype(x_SD.dtype)
+    return _grouped_matmul(x_SD - zero, w_eDF - zero, counts_e)
+
+
+@jax.custom_vjp
+def _grouped_matmul(x_SD, w_eDF, counts_e):
     return rows_times_weights(x_SD, w_eDF, counts_e)
 
 
 def _grouped_matmul_forward(x_SD, w_eDF, counts_e):
-    return grouped_matmul(x_SD, w_eDF, counts_e), (x_SD, w_eDF, counts_e)
+    return _grouped_matmul(x_SD, w_eDF, counts_e), (x_SD, w_eDF, counts_e)
 
 
 def _grouped_matmul_backward(saved, dy_SF):
@@ -287,7 +296,7 @@ def _grouped_matmul_backward(saved, dy_SF):
     return dx_SD, weight_gradient(x_SD, dy_SF, counts_e), None
 
 
-grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
+_grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
 
 
 def rows_times_weights(
@@ -361,7 +370,7 @@ def _rows_times_kernel(expert, first, end, x, w, y, *, transposed: bool, n_exper
             w_tile = triton.load(w.at[j, d[:, None], column[None]], mask=deep[:, None] & real[None], other=0)
         return total + triton.dot(x_tile, w_tile, trans_b=transposed)
 
-    steps = pl.cdiv(x.shape[1], DEPTH) * ((j < n_experts) & (first_row < end_row))
+    steps = pl.cdiv(x.shape[1], DEPTH) * ((j < n_experts) & (first_row < end_row)).astype(jnp.int32)
     total = jax.lax.fori_loop(0, steps, add, jnp.zeros((ROWS, COLUMNS), jnp.float32))
     triton.store(y.at[row[:, None], column[None]], total.astype(y.dtype), mask=mine[:, None] & real[None])
 
@@ -385,19 +394,39 @@ def _weight_gradient_kernel(first, end, x, dy, dw) -> None:
 
 
 def _like(array: Array, *shape: int, dtype: Any = None) -> jax.ShapeDtypeStruct:
-    """An array of this shape, of the same dtype, which under shard_map varies over the same axes."""
-    return jax.eval_shape(lambda a: jnp.full(shape, a.sum(), dtype or a.dtype), array)
+    """An array of this shape, of the same dtype."""
+    return jax.ShapeDtypeStruct(shape, dtype or array.dtype)
+
+
+def _zero_of(*arrays: Array) -> Array:
+    """Zero, which under shard_map varies over every axis that one of the arrays varies over."""
+    return sum((a.reshape(-1)[:0].sum().astype(jnp.float32) for a in arrays), jnp.zeros(()))
 
 
 def _call(kernel: Callable, grid: tuple[int, ...], results: Any, *operands: Array, num_warps: int = WARPS) -> Any:
     """Run the kernel's programs. Where there is nothing to read or to write, all results are zero or empty."""
+
+    def zeros(*operands: Array) -> Any:
+        return jax.tree.map(lambda result: jnp.full(result.shape, _zero_of(*operands), result.dtype), results)
+
     if 0 in grid or any(a.size == 0 for a in operands):
-        zero = sum(a.reshape(-1)[:0].sum() for a in operands)  # mapped over the axes that they are mapped over
-        return jax.tree.map(lambda result: jnp.full(result.shape, zero, result.dtype), results)
-    return pl.pallas_call(
-        kernel,
-        out_shape=results,
-        grid=grid,
-        compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=STAGES),
-        interpret=INTERPRET,
-    )(*operands)
+        return zeros(*operands)
+    run = jax.custom_jvp(
+        pl.pallas_call(
+            kernel,
+            out_shape=jax.eval_shape(zeros, *operands),
+            grid=grid,
+            compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=STAGES),
+            interpret=INTERPRET,
+        )
+    )
+    run.defjvp(_refuse_gradient)
+    return run(*operands)
+
+
+def _refuse_gradient(primals: Any, tangents: Any) -> Any:
+    """Kernels are differentiated as a whole, once, by the custom VJPs that call them."""
+    raise NotImplementedError(
+        "a gradient of a gradient does not go through kernels: for it, take the plain versions, with "
+        "jax_impl.kernels.use_kernels = lambda x: False before anything is traced"
+    )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from jax import Array
 from jaxtyping import Float, Integer
 
-from jax_impl.checks import check_experts, check_routing
+from jax_impl.checks import check_bins, check_experts, check_routing
 from jax_impl.exchange import exchange_counts, n_ranks, return_tokens, send_tokens
 from jax_impl.experts import apply_experts
 from jax_impl.grouping import Capacity, Grouped, combine, group_by_expert
@@ -54,6 +54,7 @@ def moe_layer(
     score_TK, expert_id_TK, counts_E = routing
     check_routing(x_TD, score_TK, expert_id_TK, counts_E)
     check_experts(x_TD, counts_E.shape[0], n_ranks(axis_name), w_gate_eDF, w_up_eDF, w_down_eFD)
+    check_bins(capacity.n_bins, n_ranks(axis_name), counts_E.shape[0])
 
     grouped = group_by_expert(x_TD, expert_id_TK, score_TK, counts_E, capacity)
     counts_Pe = exchange_counts(grouped.kept_E, axis_name)

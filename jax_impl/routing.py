@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Integer
 
@@ -38,7 +39,7 @@ def route(
     their values are at hand: not traced.
     """
     check_router(x_TD, router_DE, top_k, score_function, scale, expert_id_TK)
-    wide = jnp.promote_types(x_TD.dtype, jnp.float32)
+    wide = np.promote_types(x_TD.dtype, np.float32)
     logits_TE = jnp.matmul(x_TD.astype(wide), router_DE.astype(wide), precision="highest")
     if expert_id_TK is None:
         expert_id_TK = jnp.argsort(logits_TE, axis=-1, descending=True, stable=True)[:, :top_k]

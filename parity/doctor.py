@@ -59,8 +59,9 @@ def _torch() -> Iterator[Finding]:
     yield Finding("torch", "threads", str(torch.get_num_threads()))
     precision = torch.get_float32_matmul_precision()
     tf32 = cuda and torch.backends.cuda.matmul.allow_tf32
-    wrong = "float32 matmuls round their inputs to TF32: torch.set_float32_matmul_precision('highest')"
-    yield Finding("torch", "float32 matmul", f"{precision}, TF32 {'on' if tf32 else 'off'}", wrong if tf32 else "")
+    wrong = "float32 matmuls may round their inputs to TF32 or bfloat16: torch.set_float32_matmul_precision('highest')"
+    unfair = tf32 or precision != "highest"
+    yield Finding("torch", "float32 matmul", f"{precision}, TF32 {'on' if tf32 else 'off'}", wrong if unfair else "")
     reduced = cuda and torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     wrong = (
         "bfloat16 matmuls may add up split sums in bfloat16: "

@@ -40,6 +40,20 @@ def over_ranks(program: Callable, how_mapped: str = "shard_map") -> Callable:
     return jax.jit(sharded)
 
 
+def trace_over_data_and_experts(layer: Callable, dtype: str) -> None:
+    """The layer and its gradients on a mesh of 2 by 2, traced: experts over one axis, tokens over both."""
+    T, D, F, E, axes = 6, 16, 16, 4, ("data", "experts")
+    mesh = jax.make_mesh((2, 2), axes, axis_types=(AxisType.Auto,) * 2, devices=jax.devices("cpu")[:4])
+    shapes = [jax.ShapeDtypeStruct(s, dtype) for s in ((4 * T, D), (D, E), (E, D, F), (E, D, F), (E, F, D))]
+    specs = PartitionSpec(axes), PartitionSpec(), *[PartitionSpec("experts")] * 3
+
+    def loss(*arguments):
+        return jax.lax.psum((layer(*arguments).astype(jnp.float32) ** 2).sum(), axes)
+
+    over_both = jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    jax.jit(jax.grad(over_both, argnums=tuple(range(5)))).trace(*shapes)  # type: ignore[attr-defined]
+
+
 def run_layer(
     x_TD: Array,
     router_DE: Array,
@@ -61,10 +75,9 @@ def run_layer(
         )
         return stages.out_TD, stages
 
-    wide = jnp.promote_types(x_TD.dtype, "float32")
-    zero_TK = 0 * expert_id_TK.astype(
-        wide
-    )  # not jnp.zeros, which all ranks would share: its gradient would be their sum
+    wide = np.promote_types(x_TD.dtype, np.float32)
+    # Not jnp.zeros, which all ranks would share: its gradient would be their sum.
+    zero_TK = 0 * expert_id_TK.astype(wide)
     _, vjp, stages = jax.vjp(layer, x_TD, router_DE, weights, zero_TK, has_aux=True)
     dx_TD, drouter_DE, dweights, dscore_TK = vjp(dout_TD)
     gradients = {"x": dx_TD, "router": drouter_DE, "score": dscore_TK}

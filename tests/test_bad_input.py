@@ -239,6 +239,7 @@ def test_capacity_factor(factor):
         ({"n_ranks": 3}, "4 experts do not divide over 3 ranks"),
         ({"per": "token"}, "capacity_per is 'token': it must be 'rank' or 'expert'"),
         ({"align": 0}, "align is 0: it must be at least 1"),
+        ({"priority": "first"}, "priority is 'first': it must be 'token', 'choice' or 'score'"),
     ],
 )
 def test_plan_capacity(how, message):
@@ -246,11 +247,27 @@ def test_plan_capacity(how, message):
         plan_capacity(**({"factor": 1, "n_tokens": 8, "top_k": 2, "n_experts": 4, "n_ranks": 2} | how))
 
 
+def test_bins_that_do_not_divide_the_experts():
+    for checks in (jax_impl.checks, torch_impl.static.checks):
+        with pytest.raises(ValueError, match="3 bins for 4 experts: use one bin per rank, or one per expert"):
+            checks.check_capacity(3, 4, "token", 4)
+
+
+def test_bins_are_looked_at_before_anything_is_sent(monkeypatch):
+    for package in (jax_impl, torch_impl.static):
+        for name in ("exchange_counts", "send_tokens"):
+            monkeypatch.setattr(package.layer, name, lambda *_: pytest.fail("sent"))
+    with pytest.raises(ValueError, match="2 bins for 1 ranks"):
+        jax_impl.moe_layer(**arguments(Jax), top_k=K, capacity=Capacity(2, 6))
+    with pytest.raises(ValueError, match="2 bins for 1 ranks"):
+        torch_impl.static.moe_layer(**arguments(Torch), top_k=K, capacity=torch_impl.static.Capacity(2, 6))
+
+
 @pytest.mark.parametrize(
     ("capacity", "message"),
     [
         (Capacity(1, 0), "a capacity of 0 rows per bin: it must be at least 1"),
-        (Capacity(3, 4), "3 bins for 4 experts: use one bin per rank, or one per expert"),
+        (Capacity(3, 4), "3 bins for 1 ranks of 4 experts in all: use one bin per rank, or one per expert"),
         (Capacity(2, 6), "2 bins for 1 ranks of 4 experts in all: use one bin per rank, or one per expert"),
         (Capacity(1, 4, "first"), "priority is 'first': it must be 'token', 'choice' or 'score'"),
     ],

@@ -38,7 +38,7 @@ def test_floors_are_those_of_the_formula():
 
 
 def test_a_floor_takes_the_fastest_copy_whoever_measured_it(monkeypatch):
-    """Copies at 2 and 4 bytes a second, links at 0.5 and 0.25; what failed, or takes a link that is unknown, has none."""
+    """Copies at 2 and 4 bytes a second, links at 0.5 and 0.25; what failed has none, nor has a link unmeasured."""
 
     def figure(side, part, **more):
         return Figure("", side, "", part, "", 2.0, 1.0, 3.0, 9, **more)

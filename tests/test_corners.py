@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from jax_ranks import AXIS, over_ranks, to_jax
+from jax_ranks import AXIS, over_ranks, to_jax, trace_over_data_and_experts
 from problems import STANDARD, bits, close, dense, draw, who_stays
 from test_one_sync import OnDevice, on_device
 from torch_ranks import TorchRanks, detach, layer_arguments
@@ -21,6 +21,7 @@ import jax_impl.grouping
 import jax_impl.routing
 import torch_impl.static
 import torch_impl.static.layer
+from jax_impl import dynamic
 from jax_impl.dynamic import exchange
 from parity.case import PRESETS
 from parity.compare import compare
@@ -342,6 +343,12 @@ def test_dynamic_jax_is_lowered_for_gpus_with_its_collective(monkeypatch):
     arguments = dynamic_arguments(STANDARD)
     traced = over_ranks(partial(dynamic_layer, top_k=3, axis_name=AXIS)).trace(*arguments)  # type: ignore[attr-defined]
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@ragged_all_to_all") == 4
+
+
+def test_dynamic_jax_beside_a_second_axis(monkeypatch):
+    """Experts over one axis of a mesh, data over both: it is traced with every array on the axes it is on."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    trace_over_data_and_experts(lambda *a: dynamic.moe_layer(*a, top_k=2, axis_name="experts").out_TD, "float32")
 
 
 def test_one_rank_needs_no_collective():

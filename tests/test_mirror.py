@@ -32,6 +32,7 @@ JAX_ONLY = {
     "layout.segments_source": "what repeat_interleave does in PyTorch, with padding at the end",
     "checks.check_capacity_factor": "",
     "checks.check_capacity": "",
+    "checks.check_priority": "",
     "checks.check_bins": "",
 }
 # One name there, another here.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax_ranks import trace_over_data_and_experts
 
 from jax_impl import dynamic, kernels, moe_layer, plan_capacity
 from jax_impl.experts import apply_experts
@@ -200,7 +201,7 @@ def same(ours, theirs):
 
 
 def expand_gradient(dx, x, slot, assignment):
-    return jax.vjp(lambda x: expand_rows(x, assignment, slot), x)[1](dx)[0]
+    return jax.vjp(lambda x: expand_rows(x, slot, assignment), x)[1](dx)[0]
 
 
 def combine_gradients(y, score, slot, assignment, dout):
@@ -210,7 +211,7 @@ def combine_gradients(y, score, slot, assignment, dout):
 @rows
 def test_rows_moved_and_summed_are_bitwise_equal(backend, shape, dtype, both_ways):
     x, dx, y, _, slot, assignment, _ = draw_rows(shape, dtype)
-    same(*both_ways(expand_rows, x, assignment, slot))
+    same(*both_ways(expand_rows, x, slot, assignment))
     # Sums start from 0, so none is -0. Where XLA sees that 0 it leaves it out.
     same(*(np.asarray(a) + np.zeros((), a.dtype) for a in both_ways(expand_gradient, dx, x, slot, assignment)))
     source = jnp.argsort(assignment.reshape(-1) * 7919 % 104729)[::-1]
@@ -301,10 +302,32 @@ def test_rows_under_vmap(both_ways):
     one = draw_rows(ROWS[1], "bfloat16")
     x, dx, y, score, slot, assignment, _ = (jnp.stack([a, b]) for a, b in zip(one, one, strict=True))
     x, dx, score = x.at[1].multiply(3), dx.at[1].multiply(3), score.at[1].multiply(3)
-    same(*both_ways(jax.vmap(expand_rows), x, assignment, slot))
+    same(*both_ways(jax.vmap(expand_rows), x, slot, assignment))
     same(*both_ways(jax.vmap(expand_gradient), dx, x, slot, assignment))
     plain, ours = both_ways(jax.vmap(combine_gradients), y, score, slot, assignment, x)
     same(ours[0], plain[0])
+
+
+@pytest.mark.parametrize("per", ["rank", "expert"])
+@pytest.mark.parametrize("through_kernels", [True, False])
+def test_experts_that_replicas_share_are_differentiated(monkeypatch, through_kernels, per):
+    """Experts over one axis of a mesh, data over both: the gradient of the weights is summed over the other one."""
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: through_kernels)
+    capacity = plan_capacity(None, 6, 2, 4, 2, per=per)
+    trace_over_data_and_experts(
+        lambda *a: moe_layer(*a, top_k=2, capacity=capacity, axis_name="experts").out_TD, "bfloat16"
+    )
+
+
+def test_a_gradient_of_a_gradient_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: True)
+    slot, assignment = jnp.arange(4).reshape(2, 2), jnp.arange(4).reshape(1, 4)
+
+    def penalty(x):
+        return (jax.grad(lambda x: (weighted_sum(x, jnp.ones((2, 2)), slot, assignment) ** 2).sum())(x) ** 2).sum()
+
+    with pytest.raises(NotImplementedError, match="a gradient of a gradient does not go through kernels: for it, take"):
+        jax.make_jaxpr(jax.grad(penalty))(jnp.ones((1, 4, 8)))
 
 
 @pytest.mark.parametrize("kernel", ["gather_rows", "expand_rows", "sum_rows", "weighted_sum_backward"])

@@ -4,9 +4,10 @@ import pytest
 import torch
 from jax_ranks import capacity_of, run_problem
 from problems import STANDARD, bits, close, dense, draw
-from torch_ranks import TorchRanks, layer_arguments, run_layer
+from torch_ranks import TorchRanks, layer_arguments, run_layer, second_gradients
 
 from jax_impl import Capacity
+from torch_impl import static
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,17 @@ def test_processes_equal_one_rank(torch_ranks: TorchRanks, sizes, ids):
         gradient = sum(parts) if name == "router" else torch.cat(parts)
         close(gradient, expected.gradients[name])
         close(gradient, alone_gradients[name])
+
+
+@pytest.mark.parametrize("capacity", [None, static.Capacity(2, 10), static.Capacity(4, 5)])
+def test_a_gradient_of_a_gradient_crosses_ranks_too(torch_ranks: TorchRanks, capacity):
+    problem = draw(P=2, T=5, D=4, F=8, E=4, K=2)
+    arguments = [[*layer_arguments(problem, rank, 2), capacity] for rank in range(2)]
+    results = torch_ranks(second_gradients, *map(list, zip(*arguments, strict=True)))
+    x, dout, ids = (torch.cat([of_rank[i] for of_rank in arguments]) for i in (0, 3, 5))
+    alone = second_gradients(x, problem.router_DE, problem.weights, dout, problem.how, ids, None)
+    for expected, parts in zip(alone, zip(*results, strict=True), strict=True):
+        close(torch.cat(parts), expected)
 
 
 def test_a_rank_that_receives_nothing_jax():

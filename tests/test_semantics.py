@@ -21,7 +21,7 @@ import torch_impl.grouping
 import torch_impl.layer
 import torch_impl.layout
 import torch_impl.routing
-from jax_impl import Capacity
+from jax_impl import Capacity, kernels
 
 NAN = float("nan")
 
@@ -137,7 +137,7 @@ def test_hand_written_backward_jax(capacity):
             return (with_zero(y)[slot] * score[..., None]).sum(1)
 
         pairs = [
-            (jax_impl.grouping.expand_rows, (x, assignment, slot), dx_BCD, lambda x: with_zero(x)[assignment // 3]),
+            (jax_impl.grouping.expand_rows, (x, slot, assignment), dx_BCD, lambda x: with_zero(x)[assignment // 3]),
             (
                 jax_impl.layout.permute_rows,
                 (y, source, target),
@@ -308,10 +308,12 @@ def test_dtypes_jax(dtype, per):
 
 
 @pytest.mark.parametrize("per", ["rank", "expert"])
-def test_no_hidden_promotion(monkeypatch, per):
-    """bfloat16 and float32 meet only where one is converted. (Strict mode forbids `jnp.promote_types` itself too.)"""
-    monkeypatch.setattr(jnp, "promote_types", np.promote_types)
-    problem = draw(P=1, T=4, D=4, F=4, E=4, K=2)
+@pytest.mark.parametrize("through_kernels", [False, True])
+@pytest.mark.parametrize("T", [4, 0])
+def test_no_hidden_promotion(monkeypatch, per, T, through_kernels):
+    """bfloat16 and float32 meet only where one is converted."""
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: through_kernels)
+    problem = draw(P=1, T=T, D=4, F=4, E=4, K=2)
     arguments = jax.tree.map(lambda a: a[0], jax_ranks.layer_arguments(problem, "bfloat16"))
     run = partial(jax_ranks.run_layer, how=problem.how, capacity=capacity_of(problem, "1/2", per, "score"))
     with jax.numpy_dtype_promotion("strict"):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from problems import Problem
 from torch import Tensor
 
-from torch_impl import Stages, moe_layer, route
+from torch_impl import Stages, moe_layer, route, static
 from torch_impl.exchange import Splits, exchange_counts, return_tokens, send_tokens
 
 SECONDS = 60  # until a rank counts as stuck
@@ -141,6 +141,28 @@ def run_layer(
     gradients = {name: a.grad for name, a in of.items() if a.grad is not None}
     assert len(gradients) == len(of)
     return detach(stages), gradients
+
+
+def second_gradients(
+    x_TD: Tensor,
+    router_DE: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    dout_TD: Tensor,
+    how: dict[str, Any],
+    expert_id_TK: Tensor,
+    capacity: static.Capacity | None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of tokens and weights, of the squares of the tokens' gradient. Static, if there is a capacity."""
+    x_TD, gate, up, down = leaves = [a.detach().clone().requires_grad_() for a in (x_TD, *weights)]
+    routing = route(x_TD, router_DE, **how, expert_id_TK=expert_id_TK)
+    arguments: dict[str, Any] = {"top_k": how["top_k"], "routing": routing, "group": group}
+    if capacity is None:
+        out_TD = moe_layer(x_TD, router_DE, gate, up, down, **arguments).out_TD
+    else:
+        out_TD = static.moe_layer(x_TD, router_DE, gate, up, down, capacity=capacity, **arguments).out_TD
+    (dx_TD,) = torch.autograd.grad(out_TD, x_TD, dout_TD, create_graph=True)
+    return torch.autograd.grad(dx_TD.square().sum(), leaves)
 
 
 class Exchanged(NamedTuple):

@@ -185,5 +185,5 @@ def check_sizes(condition: bool, message: Callable[[], str]) -> None:
 
 
 def is_captured() -> bool:
-    """Whether torch.compile, torch.export or make_fx is looking: values are then not there to be read."""
+    """Whether torch.compile, torch.export or make_fx with fake tensors is looking: values are not there to be read."""
     return torch.compiler.is_compiling() or detect_fake_mode() is not None

@@ -18,7 +18,8 @@ def apply_experts(
 ) -> Float[Tensor, "R D"]:
     """y = (silu(x @ w_gate) * (x @ w_up)) @ w_down, each row by its own expert.
 
-    The first counts_e[0] rows are expert 0's, and so on. Every matmul accumulates in float32 and rounds once to x's
+    The first counts_e[0] rows are expert 0's, and so on, to the last row; of rows that the counts leave out nothing is
+    known. Every matmul accumulates in float32 and rounds once to x's
     dtype; silu and the product are float32, rounded once. SwiGLU: Shazeer 2020, "GLU Variants Improve Transformer".
     """
     gate_RF = grouped_matmul(x_RD, w_gate_eDF, counts_e)
@@ -71,13 +72,14 @@ def grouped_matmul(
 
 
 def fits_grouped_mm(x: Tensor, w: Tensor) -> bool:
-    """Whether `grouped_mm` takes them, x made contiguous: not float64, and rows, and w's columns, in 16-byte units."""
+    """Whether `grouped_mm` takes them, x made contiguous: not float64, and rows, w's columns and w in 16-byte units."""
     row_stride, column_stride = w.stride()[-2:]
     units = (x.shape[-1], w.shape[-1], max(row_stride, column_stride))
     return (
         x.dtype != torch.float64
         and min(row_stride, column_stride) == 1
         and all(n * x.element_size() % 16 == 0 for n in units)
+        and (is_captured() or w.data_ptr() % 16 == 0)
     )
 
 

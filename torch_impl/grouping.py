@@ -28,7 +28,7 @@ def group_by_expert(
     """
     assignment_N, slot_N = sort_by_key(expert_id_TK.reshape(-1), counts_E.shape[0])
     slot_TK = slot_N.reshape(expert_id_TK.shape)
-    return Grouped(expand_rows(x_TD, assignment_N, slot_TK), slot_TK, assignment_N)
+    return Grouped(expand_rows(x_TD, slot_TK, assignment_N), slot_TK, assignment_N)
 
 
 def combine(
@@ -42,15 +42,15 @@ def combine(
 
 
 def expand_rows(
-    x_TD: Float[Tensor, "T D"], assignment_N: Integer[Tensor, " N"], slot_TK: Integer[Tensor, "T K"]
+    x_TD: Float[Tensor, "T D"], slot_TK: Integer[Tensor, "T K"], assignment_N: Integer[Tensor, " N"]
 ) -> Float[Tensor, "N D"]:
     """Row r is the token of assignment r. Backward, a token gathers its K rows: no scatter-add."""
-    return _ExpandRows.apply(x_TD, assignment_N, slot_TK)  # type: ignore[no-any-return]
+    return _ExpandRows.apply(x_TD, slot_TK, assignment_N)  # type: ignore[no-any-return]
 
 
 class _ExpandRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, assignment_N, slot_TK):
+    def forward(ctx, x_TD, slot_TK, assignment_N):
         ctx.save_for_backward(slot_TK)
         if kernels.use_kernels(x_TD):
             return kernels.expand_rows(x_TD, slot_TK)

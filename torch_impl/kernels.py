@@ -31,7 +31,7 @@ def use_kernels(x: Tensor) -> bool:
 
 
 def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tensor, " N"], Integer[Tensor, " N"]]:
-    """Stable sort of keys 0..n_keys-1, and its inverse. Keys out of range go last.
+    """Stable sort of keys 0..n_keys-1, and its inverse. Any other key is none, and goes last.
 
     A general sort makes many passes over wide keys. These are few, so: count each key in each block of N; a cumsum,
     key by key, says where a block's rows of a key end; from there a block places its own.
@@ -263,7 +263,7 @@ def weighted_sum_backward(
         dout_TD.contiguous(), y_SD.contiguous(), score_TK.contiguous(), slot_TK.contiguous(),
         slot_TK if assignment_S is None else assignment_S.contiguous(), dy_SD, dscore_TK, T, S, D,
         K=K, K_PADDED=_power_of_2(K), PADDED=assignment_S is not None, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK,
-        num_warps=max(num_warps, 4),
+        num_warps=max(num_warps, 4),  # which share the sums of all rows
     )  # fmt: skip
     return dy_SD, dscore_TK
 
@@ -352,7 +352,7 @@ def _swiglu_backward(dhidden, gate, up, dgate, dup, n, BLOCK: tl.constexpr):
 def _tile(width: int, n_rows: int) -> tuple[int, int]:
     """Columns that a program takes of so many rows at once, and its warps.
 
-    A thread has 16 elements of one row, 8 of each of several; what keeps a sum for each row has 4 warps or more.
+    A thread has 16 elements of one row, or 8 of each of several.
     """
     BLOCK = max(128, min(_power_of_2(width), 2048, 8192 // _power_of_2(n_rows)))
     return BLOCK, max(1, BLOCK // (512 if n_rows == 1 else 256))

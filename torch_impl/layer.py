@@ -50,8 +50,9 @@ def moe_layer(
     `max_tokens` is the most tokens that any rank has (default: as many as here): from it a compiler knows the bound
     P*T*min(K, e) on R.
 
-    Raises ValueError on wrong input, before anything is sent to another rank. But an id out of range on a GPU is found
-    by its own rank only, and after the counts were exchanged: the others wait until the group's timeout.
+    Raises ValueError on wrong input, before anything is sent to another rank; where one rank alone raises, the others
+    wait until the group's timeout. On a GPU an id out of range is found after the counts were exchanged, and an expert
+    that a token chose twice is not found.
     """
     routing = route(x_TD, router_DE, top_k, score_function, renormalize, scale) if routing is None else routing
     score_TK, expert_id_TK, counts_E = routing

@@ -86,9 +86,11 @@ def invert(index_R: Integer[Tensor, " R"]) -> Integer[Tensor, " R"]:
 
 
 def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tensor, " N"], Integer[Tensor, " N"]]:
-    """Stable sort of keys 0..n_keys, where n_keys is none and goes last, and its inverse. Shapes: order_N, place_N.
+    """Stable sort of keys 0..n_keys-1, and its inverse; the key n_keys means no key, and goes last.
 
-    keys 2 0 2 1     order 1 3 0 2     place 2 0 3 1
+        keys 2 0 2 1     order 1 3 0 2     place 2 0 3 1
+
+    Shapes: order_N, place_N.
     """
     if kernels.use_kernels(key_N):
         return kernels.sort_by_key(key_N, n_keys)

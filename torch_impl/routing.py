@@ -31,7 +31,8 @@ def route(
     Equal logits go to the lower expert id. `renormalize` divides the K chosen scores by their sum (Mixtral, Qwen3),
     guarded by 1e-20 as DeepSeek-V3 does; `scale` multiplies them last (DeepSeek-V3's routed scaling factor).
     `expert_id_TK` replays a choice made before (a recording, a recomputation): only its scores are computed. An id out
-    of range that is not found here gets some expert's score, and is found or dropped later.
+    of range that is not found here gets some expert's score, and is found or dropped later. Under another precision of
+    float32 matmuls than PyTorch's default, "highest", other experts can win.
 
     Raises ValueError on a wrong shape, dtype, device, `top_k` or `score_function`, under autocast, and on replayed ids
     out of range where their values are at hand: on a CPU, not captured.

@@ -50,6 +50,7 @@ def send_tokens(
     """Send each rank the rows of its experts. They arrive rank-major: (source rank, local expert, assignment).
 
     `output_size` is R, static: at least the most rows that a rank can receive, P*T*min(K, e). What is left is zero.
+    With no axis there is no other rank, and the rows stay as they are.
     """
     return _ragged(output_size, x_ND.shape[0], axis_name, x_ND, *splits)
 
@@ -73,7 +74,7 @@ def _ragged(n_out, n_in, axis_name, x, send_P, receive_P, put_at_P, back_at_P): 
     send_P = jnp.clip(jnp.minimum(n_in - from_P, n_out - put_at_P), 0, send_P)
     receive_P = jnp.clip(n_out - to_P, 0, receive_P)
     sizes = (jnp.minimum(from_P, n_in), send_P, jnp.minimum(put_at_P, n_out), receive_P)
-    buffer = jax.lax.pcast(jnp.zeros((n_out, x.shape[1]), x.dtype), axis_name, to="varying")
+    buffer = jnp.full((n_out, x.shape[1]), x[:0].sum(), x.dtype)  # zeros, on every axis that x is mapped over
     return jax.lax.ragged_all_to_all(x, buffer, *(a.astype(jnp.int32) for a in sizes), axis_name=axis_name)
 
 

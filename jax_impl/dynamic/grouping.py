@@ -39,7 +39,7 @@ def group_by_expert(
     assignment_N = jnp.where(jnp.arange(T * K) < kept_E.sum(), order_N, T * K)
     slot_TK = jnp.where(valid_N, place_N, T * K).reshape(T, K)
     # Rows without padding are one bin that they fill.
-    return Grouped(expand_rows(x_TD, assignment_N[None], slot_TK)[0], slot_TK, assignment_N, kept_E)
+    return Grouped(expand_rows(x_TD, slot_TK, assignment_N[None])[0], slot_TK, assignment_N, kept_E)
 
 
 def combine(

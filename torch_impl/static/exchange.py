@@ -43,7 +43,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[override]
-        return _all_to_all(dy, ctx.group), None
+        return _AllToAll.apply(dy, ctx.group), None
 
 
 def _all_to_all(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -41,7 +41,7 @@ def grouped_matmul(
         return torch.bmm(x_SD, w_eDF)
     end_e = group_ends(counts_e)
     if x_SD.dtype == torch.bfloat16 and fits_grouped_mm(x_SD, w_eDF):
-        return F.grouped_mm(x_SD, w_eDF, offs=end_e)
+        return F.grouped_mm(x_SD.contiguous(), w_eDF, offs=end_e)
     expert_S1 = (torch.arange(x_SD.shape[0], device=x_SD.device)[:, None] >= end_e).sum(dim=1, keepdim=True)
     y_SF = x_SD.new_zeros(x_SD.shape[0], w_eDF.shape[2])
     for j, w_DF in enumerate(w_eDF.unbind()):

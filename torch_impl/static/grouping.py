@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_impl import kernels
 from torch_impl.layout import exclusive_cumsum, sort_by_key
-from torch_impl.static.checks import check_capacity, check_capacity_factor
+from torch_impl.static.checks import check_capacity, check_capacity_factor, check_priority
 from torch_impl.static.layout import invert, rows_or_zero
 
 
@@ -38,9 +38,11 @@ def plan_capacity(
     A float counts as the decimal it prints as: 4.05 is 81/20. None asks for the no-drop bound: T * min(K, e) rows for
     a rank, T for an expert, as a token's experts differ. `per="expert"` is the form of GShard (Lepikhin et al. 2020).
 
-    Raises ValueError on a factor that is not finite and positive, or an unknown `per` or `priority`.
+    Raises ValueError on a factor that is not finite and positive, an unknown `per` or `priority`, an `align` below 1,
+    and experts that do not divide over the ranks.
     """
     check_capacity_factor(factor, per, n_experts, n_ranks, align)
+    check_priority(priority)
     n_bins = n_ranks if per == "rank" else n_experts
     if factor is None:
         rows = n_tokens * (min(top_k, n_experts // n_ranks) if per == "rank" else 1)
@@ -90,7 +92,7 @@ def group_by_expert(
     shift_B = torch.arange(B, device=x_TD.device) * C - start_B
     slot_N = torch.where(keep_N, place_N + rows_or_zero(shift_B, expert_N // (E // B)), B * C)
     slot_TK = slot_N.reshape(T, K)
-    return Grouped(expand_rows(x_TD, assignment_BC, slot_TK), slot_TK, assignment_BC, kept_E)
+    return Grouped(expand_rows(x_TD, slot_TK, assignment_BC), slot_TK, assignment_BC, kept_E)
 
 
 def keep_within_capacity(
@@ -132,15 +134,15 @@ def combine(
 
 
 def expand_rows(
-    x_TD: Float[Tensor, "T D"], assignment_BC: Integer[Tensor, "B C"], slot_TK: Integer[Tensor, "T K"]
+    x_TD: Float[Tensor, "T D"], slot_TK: Integer[Tensor, "T K"], assignment_BC: Integer[Tensor, "B C"]
 ) -> Float[Tensor, "B C D"]:
     """Row r is the token of assignment r, padding is zero. Backward, a token gathers its K rows: no scatter-add."""
-    return _ExpandRows.apply(x_TD, assignment_BC, slot_TK)  # type: ignore[no-any-return]
+    return _ExpandRows.apply(x_TD, slot_TK, assignment_BC)  # type: ignore[no-any-return]
 
 
 class _ExpandRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, assignment_BC, slot_TK):
+    def forward(ctx, x_TD, slot_TK, assignment_BC):
         ctx.save_for_backward(slot_TK)
         if kernels.use_kernels(x_TD):
             x_SD = kernels.expand_rows(x_TD, slot_TK, assignment_BC.reshape(-1))

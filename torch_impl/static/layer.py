@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torch_impl.checks import check_experts, check_routing
 from torch_impl.routing import Routing, route
+from torch_impl.static.checks import check_bins
 from torch_impl.static.exchange import exchange_counts, n_ranks, return_tokens, send_tokens
 from torch_impl.static.experts import apply_experts
 from torch_impl.static.grouping import Capacity, Grouped, combine, group_by_expert
@@ -55,6 +56,7 @@ def moe_layer(
     score_TK, expert_id_TK, counts_E = routing
     check_routing(x_TD, score_TK, expert_id_TK, counts_E)
     check_experts(x_TD, counts_E.shape[0], n_ranks(group), w_gate_eDF, w_up_eDF, w_down_eFD)
+    check_bins(capacity.n_bins, n_ranks(group), counts_E.shape[0])
 
     grouped = group_by_expert(x_TD, expert_id_TK, score_TK, counts_E, capacity)
     counts_Pe = exchange_counts(grouped.kept_E, group)
