@@ -2,7 +2,7 @@
 
 Static ones run at the capacity factor at which this routing drops nothing, so that all four do the same work, and at
 those asked for, beside what they drop. Both static ones drop the same rows. JAX's dynamic one needs GPUs for more than
-one rank. `--flags` runs it again under XLA's flags for its exchange, one after the other.
+one rank. `--flags` runs JAX's again under XLA's flags for their exchanges, one after the other.
 
     python -m parity.corners                      on one GPU, or a CPU
     python -m parity.corners --ranks 2 --flags    on two
@@ -27,21 +27,26 @@ from parity.bench import Figure
 from parity.case import MODELS, Case
 from parity.study import Routing, counts, measure, zipf_routing
 
-# Those that XLA has for its ragged exchange on GPUs (jaxlib 0.10.2 and 0.11.2), each against none of them. Of a flag
-# that the jaxlib at hand does not know, the table says so.
-FLAGS = (
-    "--xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel=true",
-    "--xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel=false",
-    "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true",
-    "--xla_gpu_ragged_all_to_all_mode=symmetric",
-    "--xla_gpu_ragged_all_to_all_mode=peer",
-    "--xla_gpu_experimental_ragged_all_to_all_use_barrier_with_nccl=true",
-    "--xla_gpu_experimental_ragged_all_to_all_use_device_kernel=true",
-    "--xla_gpu_ragged_all_to_all_mode=symmetric --xla_gpu_experimental_ragged_all_to_all_use_device_kernel=true",
-    "--xla_gpu_experimental_ragged_all_to_all_zero_copy=true",
-    "--xla_gpu_enable_nccl_user_buffers=true",
-    "--xla_gpu_experimental_enable_nccl_symmetric_buffers=true",
-)
+# XLA's for its exchanges on GPUs (jaxlib 0.10.2 and 0.11.2), each against none of them. Of a flag that the jaxlib at
+# hand does not know, the table says so.
+REGISTERED = "--xla_gpu_enable_nccl_user_buffers_in_default_space=true"
+FLAGS = {
+    "jax": (REGISTERED,),
+    "jax-dynamic": (
+        "--xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel=true",
+        "--xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel=false",
+        "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true",
+        "--xla_gpu_ragged_all_to_all_mode=symmetric",
+        "--xla_gpu_ragged_all_to_all_mode=peer",
+        "--xla_gpu_experimental_ragged_all_to_all_use_barrier_with_nccl=true",
+        "--xla_gpu_experimental_ragged_all_to_all_use_device_kernel=true",
+        "--xla_gpu_ragged_all_to_all_mode=symmetric --xla_gpu_experimental_ragged_all_to_all_use_device_kernel=true",
+        "--xla_gpu_experimental_ragged_all_to_all_zero_copy=true",
+        "--xla_gpu_enable_nccl_user_buffers=true",
+        "--xla_gpu_experimental_enable_nccl_symmetric_buffers=true",
+        REGISTERED,
+    ),
+}
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -74,9 +79,9 @@ def run(plan: Plan, flags: str = "", cpu: bool = True) -> Figure:
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", f"parity.corners_{framework(plan.corner)}", msgspec.json.encode(plan).decode()]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     except subprocess.TimeoutExpired:
-        return Figure("", framework(plan.corner), "", "", "", 0, 0, 0, 0, error="no figure in 300 s")
+        return Figure("", framework(plan.corner), "", "", "", 0, 0, 0, 0, error="no figure in 120 s")
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         said = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*Error: ", line)]
@@ -94,7 +99,7 @@ def corners(plan: Plan, factors: tuple[str, ...], flags: bool, cpu: bool) -> Ite
             one = msgspec.structs.replace(plan, corner=corner, factor=factor)
             dropped = measure(routing, factor, "rank", "token").dropped if static else 0.0
             name = f"{corner}, factor {float(Fraction(factor)):.2f}" if factor else corner
-            for under in ("", *FLAGS) if flags and corner == "jax-dynamic" else ("",):
+            for under in ("", *FLAGS.get(corner, ())) if flags else ("",):
                 figure = run(one, under, cpu)
                 figure.shape, figure.part, figure.direction = plan.case.name, "layer", "forward+backward"
                 figure.variant = f"{name} {under}".strip()
@@ -113,7 +118,7 @@ def main(
         tokens: on each rank; 0 for 8192 on cuda, 64 on cpu.
         skew: Zipf's exponent of the routing.
         factors: capacity factors of the static corners besides the one at which nothing drops.
-        flags: run JAX's dynamic corner under each of XLA's flags for its exchange too.
+        flags: run JAX's corners under each of XLA's flags for their exchanges too.
         device: cuda or cpu.
         seconds: to spend on each figure.
         save: write the figures to this file, a JSON object a line.
