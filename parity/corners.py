@@ -34,7 +34,8 @@ FLAGS = {
     "jax": (REGISTERED,),
     "jax-dynamic": (
         "--xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel=true",
-        "--xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel=false",
+        "--xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel=false "
+        "--xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback=true",
         "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true",
         "--xla_gpu_ragged_all_to_all_mode=symmetric",
         "--xla_gpu_ragged_all_to_all_mode=peer",
@@ -73,7 +74,7 @@ def no_drop_factor(routing: Routing) -> str:
 
 def run(plan: Plan, flags: str = "", cpu: bool = True) -> Figure:
     """One corner in a process of its own; where it fails, a figure with the error."""
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
     if cpu:
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
