@@ -29,7 +29,7 @@ def apply_experts(
 
 def swiglu(gate_RF: Float[Tensor, "*R F"], up_RF: Float[Tensor, "*R F"]) -> Float[Tensor, "*R F"]:
     """silu(gate) * up = gate * sigmoid(gate) * up in float32, rounded once. Backward computes sigmoid again."""
-    return _SwiGLU.apply(gate_RF, up_RF)  # type: ignore[no-any-return]
+    return _SwiGLU.apply(gate_RF, up_RF).to(gate_RF.dtype)  # type: ignore[no-any-return]  outside: see `weighted_sum`
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -39,12 +39,12 @@ class _SwiGLU(torch.autograd.Function):
         if kernels.use_swiglu_kernels(gate_RF):
             return kernels.swiglu(gate_RF, up_RF)
         wide = torch.promote_types(gate_RF.dtype, torch.float32)
-        return (F.silu(gate_RF.to(wide)) * up_RF.to(wide)).to(gate_RF.dtype)
+        return F.silu(gate_RF.to(wide)) * up_RF.to(wide)
 
     @staticmethod
     def backward(ctx, dhidden_RF):  # type: ignore[override]
         gate_RF, up_RF = ctx.saved_tensors
-        if kernels.use_swiglu_kernels(dhidden_RF):
+        if kernels.use_swiglu_kernels(gate_RF):
             return kernels.swiglu_backward(dhidden_RF, gate_RF, up_RF)
         wide = torch.promote_types(gate_RF.dtype, torch.float32)
         gate, up, dhidden = (a.to(wide) for a in (gate_RF, up_RF, dhidden_RF))
