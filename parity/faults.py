@@ -6,6 +6,7 @@ of it. An edit whose old text is not there exactly once is refused, so that a fa
 
 import shutil
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -56,7 +57,9 @@ def plant(fault: Fault, folder: Path) -> Path:
 def find(name: str) -> Fault:
     """The fault of that name. Raises ValueError when there is none."""
     if name not in FAULTS:
-        raise ValueError(f"no fault is called {name}. There are: {', '.join(FAULTS)}")
+        near = ", ".join(get_close_matches(name, FAULTS))
+        close = f"Did you mean {near}? " if near else ""
+        raise ValueError(f"no fault is called {name}. {close}`python -m parity faults` lists all {len(FAULTS)}")
     return FAULTS[name]
 
 

@@ -5,12 +5,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from jax_impl.grouping import Capacity
 from parity import bench, bench_jax, bench_torch
@@ -19,7 +21,7 @@ from parity.bench import DIRECTIONS, Figure, Plan, Ran, draw_routing, expert_flo
 from parity.case import Case
 from parity.cli import main
 from parity.peers import JAX_PEERS, TORCH_PEERS, find_peers
-from parity.report.bench import plot_bench
+from parity.report.bench import plot_bench, print_bench
 
 TINY = Case("tiny", ranks=2, tokens=16, width=8, hidden=8, experts=4, top_k=2, capacity_factor="1")
 
@@ -277,7 +279,19 @@ def test_what_was_measured_is_shown_when_a_side_fails(capsys, monkeypatch):
     assert ended.value.code == 3
     captured = capsys.readouterr()
     assert "torch ours    whole" in captured.out
+    assert "vary" not in captured.out
     assert "no such platform" in captured.err
+
+
+def test_figures_that_vary_are_pointed_at():
+    steady, wild = (
+        Figure("small", "torch", "ours", "whole", "forward", 4, 4 - d, 4 + d, 9, device="cpu") for d in (1, 2)
+    )
+    for figures, warned in (([steady], False), ([steady, wild], True)):
+        print_bench(console := Console(width=160, file=StringIO()), figures)
+        said = console.file.getvalue()  # type: ignore[attr-defined]
+        assert ("is the machine busy?" in said) == warned
+        assert "a share of the floor can exceed 1" in said
 
 
 def test_bytes_alive_are_those_of_the_first_device():

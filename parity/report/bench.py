@@ -33,6 +33,8 @@ def print_bench(console: Console, figures: Sequence[Figure]) -> None:
             chosen = [figure for figure in found if of_this_kind(figure)]
             if chosen:
                 console.print(_table(title, chosen, row))
+    if any(figure.high - figure.low > figure.median / 2 for figure in figures):
+        console.print("\nSome figures vary by more than a quarter (±): is the machine busy?")
     if any(figure.device == "cpu" for figure in figures):
         console.print(
             "\nOn a CPU arrays can fit its caches, and XLA fuses the whole: a share of the floor can exceed 1."
