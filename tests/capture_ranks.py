@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from parity.capture import Measured
-from torch_impl import layer, layout, routing, static
+from torch_impl import experts, kernels, layer, layout, routing, static
 
 T, D, F, E, K = 8, 8, 8, 8, 2
 
@@ -195,6 +195,28 @@ def static_and_compiled(dtype: str, n_bins: int, group: dist.ProcessGroup | None
     return [torch.equal(a, b) for a, b in zip(both_ways(static.moe_layer), both_ways(compiled), strict=True)]
 
 
+def swiglu_through_stand_ins(dtype: torch.dtype, group: dist.ProcessGroup | None) -> tuple[bool, bool]:
+    """SwiGLU compiled, with what runs anywhere in the kernels' places: equal to eager, and whether through them.
+
+    The stand-in for the backward kernel gives the wrong gradient, by which it is known.
+    """
+    torch._dynamo.reset()
+    kept = kernels.use_kernels, kernels.swiglu, kernels.swiglu_backward
+    kernels.use_kernels = lambda x: not (torch.is_grad_enabled() and x.is_floating_point())
+    kernels.swiglu = lambda gate, up: (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
+    kernels.swiglu_backward = lambda dhidden, gate, up: (dhidden * up, dhidden * gate)
+    try:
+        gate, up = (normal(6, 8, seed=i).to(dtype).requires_grad_() for i in range(2))
+        results = []
+        for run in (experts.swiglu, torch.compile(experts.swiglu, backend="aot_eager", fullgraph=True)):
+            hidden = run(gate, up)
+            results.append((hidden, *torch.autograd.grad(hidden, (gate, up), torch.ones_like(hidden))))
+        equal = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        return equal, torch.equal(results[1][1], up)
+    finally:
+        kernels.use_kernels, kernels.swiglu, kernels.swiglu_backward = kept
+
+
 # Token 0 chooses expert 0; its second choice ties between all others.
 TIED_DE = torch.cat([torch.eye(1, E), torch.eye(E).roll(1, dims=1)[1:] + torch.eye(E)[1:] / 2])
 
@@ -206,8 +228,8 @@ def recomputed(replay: bool, how: str, rank: int, group: dist.ProcessGroup | Non
     """
     torch._dynamo.reset()
     T = D
-    experts = parameters(dist.get_world_size(group))[1:]
-    inputs = [a.requires_grad_() for a in (torch.eye(T), TIED_DE.clone(), *experts)]
+    weights = parameters(dist.get_world_size(group))[1:]
+    inputs = [a.requires_grad_() for a in (torch.eye(T), TIED_DE.clone(), *weights)]
     chosen = 0
 
     def choose(x_TD: Tensor, router_DE: Tensor) -> Tensor:

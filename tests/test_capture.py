@@ -166,6 +166,14 @@ def test_static_pytorch_compiles_whole_in_every_dtype(torch_ranks: TorchRanks, d
     assert all(same)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_swiglu_is_captured_whole_with_its_kernels(torch_ranks: TorchRanks, dtype):
+    """Chosen in 16 bits, with their own backward. Dynamo sees through the choice and the Function."""
+    ((equal, through_kernels),) = torch_ranks(capture_ranks.swiglu_through_stand_ins, [dtype])
+    assert equal
+    assert through_kernels == (dtype == torch.bfloat16)
+
+
 # Recomputation: a tie that falls one way in the forward and another in backward
 
 

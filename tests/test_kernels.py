@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from torch_impl import kernels, static
+from torch_impl.experts import swiglu
 from torch_impl.grouping import combine, group_by_expert
 from torch_impl.layout import expert_major_source, invert, to_expert_major, to_rank_major
 from torch_impl.static import grouping as static_grouping
@@ -229,6 +230,27 @@ def test_swiglu_is_rounded_once(device, shape, dtype):
         unit = step * torch.exp2(exact.abs().clamp(min=least).log2().floor())
         assert ours.dtype == dtype
         assert ((ours.double() - exact).abs() <= unit / 2 + 2.0**-24 * (16 + 2 * g.abs()) * size).all()
+
+
+@cases
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+def test_swiglu_through_kernels_is_differentiated_once_and_twice(device, shape, monkeypatch, plain):
+    """Once through the backward kernel; twice through what the plain version would do."""
+    if device == "cpu":
+        monkeypatch.setattr(kernels, "use_kernels", lambda x: not torch.is_grad_enabled())
+    T, D, _, _ = shape
+    draw = lambda: torch.randn(T, D, device=device, dtype=torch.float16)  # noqa: E731
+    gate, up, dhidden = draw().requires_grad_(), draw().requires_grad_(), draw()
+
+    def gradients():
+        hidden = swiglu(gate, up)
+        once = torch.autograd.grad(hidden, (gate, up), dhidden, retain_graph=True)
+        kept = torch.autograd.grad(hidden, (gate, up), dhidden, create_graph=True)
+        return hidden.detach(), *once, *torch.autograd.grad([a.float().square().sum() for a in kept], (gate, up))
+
+    assert type(swiglu(gate, up).grad_fn).__name__ == "_SwiGLUBackward"
+    for ours, theirs in zip(gradients(), plain(gradients), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-3)  # two units of float16: each rounds once
 
 
 def test_float32_does_not_take_swiglu_s_kernels(monkeypatch):

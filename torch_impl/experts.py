@@ -28,26 +28,27 @@ def apply_experts(
 
 
 def swiglu(gate_RF: Float[Tensor, "*R F"], up_RF: Float[Tensor, "*R F"]) -> Float[Tensor, "*R F"]:
-    """silu(gate) * up = gate * sigmoid(gate) * up in float32, rounded once. Backward computes sigmoid again."""
-    return _SwiGLU.apply(gate_RF, up_RF).to(gate_RF.dtype)  # type: ignore[no-any-return]  outside: see `weighted_sum`
+    """silu(gate) * up = gate * sigmoid(gate) * up in float32, rounded once."""
+    if kernels.use_swiglu_kernels(gate_RF):
+        return _SwiGLU.apply(gate_RF, up_RF)  # type: ignore[no-any-return]
+    wide = torch.promote_types(gate_RF.dtype, torch.float32)
+    return (F.silu(gate_RF.to(wide)) * up_RF.to(wide)).to(gate_RF.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):
+    """Through kernels, which leave no graph. Nothing is kept in float32: backward computes silu again."""
+
     @staticmethod
     def forward(ctx, gate_RF, up_RF):
         ctx.save_for_backward(gate_RF, up_RF)
-        if kernels.use_swiglu_kernels(gate_RF):
-            return kernels.swiglu(gate_RF, up_RF)
-        wide = torch.promote_types(gate_RF.dtype, torch.float32)
-        return F.silu(gate_RF.to(wide)) * up_RF.to(wide)
+        return kernels.swiglu(gate_RF, up_RF)
 
     @staticmethod
     def backward(ctx, dhidden_RF):  # type: ignore[override]
         gate_RF, up_RF = ctx.saved_tensors
-        if kernels.use_swiglu_kernels(gate_RF):
+        if kernels.use_kernels(dhidden_RF):
             return kernels.swiglu_backward(dhidden_RF, gate_RF, up_RF)
-        wide = torch.promote_types(gate_RF.dtype, torch.float32)
-        gate, up, dhidden = (a.to(wide) for a in (gate_RF, up_RF, dhidden_RF))
+        gate, up, dhidden = gate_RF.float(), up_RF.float(), dhidden_RF.float()
         sigmoid = torch.sigmoid(gate)
         dgate_RF = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))
         return dgate_RF.to(gate_RF.dtype), (dhidden * F.silu(gate)).to(up_RF.dtype)

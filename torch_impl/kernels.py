@@ -297,7 +297,9 @@ def _weighted_sum_backward(
 
 def use_swiglu_kernels(x: Tensor) -> bool:
     """In 16 bits, where kernels serve: their exponential is a few units of float32 off, which float32 would show."""
-    return x.element_size() == 2 and use_kernels(x)
+    with torch.no_grad():  # the Function that calls them is differentiated, not they
+        serve = use_kernels(x)
+    return serve and x.element_size() == 2
 
 
 def swiglu(gate_RF: Float[Tensor, "*R F"], up_RF: Float[Tensor, "*R F"]) -> Float[Tensor, "*R F"]:
