@@ -206,6 +206,9 @@ def triton_programs(D: int, K: int) -> dict:
         "weighted sum": ("_sum_rows", of_sum | {"score": score}, tile | {"WEIGHTED": True}, many[1]),
         "backward": ("_weighted_sum_backward", backward, tile | padding | {"PADDED": False}, max(many[1], 4)),
         "padded backward": ("_weighted_sum_backward", backward, tile | padding | {"PADDED": True}, max(many[1], 4)),
+        "swiglu": ("_swiglu", dict.fromkeys(("gate", "up", "hidden"), x) | {"n": number}, {"BLOCK": 2048}, 8),
+        "swiglu backward": ("_swiglu_backward", {"n": number} | dict.fromkeys(
+            ("dhidden", "gate", "up", "dgate", "dup"), x), {"BLOCK": 2048}, 8),
     }  # fmt: skip
 
 
