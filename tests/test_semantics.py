@@ -13,15 +13,18 @@ from jax_ranks import AXIS, capacity_of, over_ranks, run_problem
 from problems import STANDARD, Problem, bits, close, dense, draw, who_stays
 from torch_ranks import layer_arguments
 
+import jax_impl.dynamic
 import jax_impl.grouping
 import jax_impl.layer
 import jax_impl.layout
+import jax_impl.routing
 import torch_impl.experts
 import torch_impl.grouping
 import torch_impl.layer
 import torch_impl.layout
 import torch_impl.routing
 from jax_impl import Capacity, kernels
+from torch_impl import static
 
 NAN = float("nan")
 
@@ -318,6 +321,54 @@ def test_no_hidden_promotion(monkeypatch, per, T, through_kernels):
     run = partial(jax_ranks.run_layer, how=problem.how, capacity=capacity_of(problem, "1/2", per, "score"))
     with jax.numpy_dtype_promotion("strict"):
         jax.eval_shape(run, *arguments)
+
+
+# The layer as it is trained: nothing replayed, the router's own choice, and its gradient through the scores.
+
+TRAINED = draw(P=1, T=6, D=4, F=8, E=8, K=3, renormalize=True, scale=2.5)
+
+
+def expected_of_own_choice(ids: torch.Tensor):
+    return dense(TRAINED.x_PTD[0], TRAINED.router_DE, TRAINED.weights, TRAINED.dout_PTD[0], TRAINED.how, ids)
+
+
+@pytest.mark.parametrize("layer", ["dynamic", "static"])
+def test_own_routing_torch(layer):
+    """What comes in stays as it is, and a second backward through the same graph gives the same bits."""
+    tensors = (TRAINED.x_PTD[0], TRAINED.router_DE, *TRAINED.weights, TRAINED.dout_PTD[0])
+    x, router, gate, up, down = leaves = [a.clone().requires_grad_() for a in tensors[:-1]]
+    dout = tensors[-1].clone()
+    if layer == "dynamic":
+        out = torch_impl.layer.moe_layer(x, router, gate, up, down, **TRAINED.how).out_TD
+    else:
+        capacity = static.plan_capacity(None, 6, 3, 8, 1)
+        out = static.moe_layer(x, router, gate, up, down, **TRAINED.how, capacity=capacity).out_TD
+    first, again = (torch.autograd.grad(out, leaves, dout, retain_graph=True) for _ in range(2))
+    assert bits(list(first)) == bits(list(again))
+    assert bits([a.detach() for a in (*leaves, dout)]) == bits(list(tensors))
+    expected = expected_of_own_choice(torch_impl.routing.route(x, router, **TRAINED.how).expert_id_TK)
+    close(out.detach(), expected.out_TD)
+    for name, gradient in zip(("x", "router", "w_gate", "w_up", "w_down"), first, strict=True):
+        close(gradient, expected.gradients[name])
+
+
+@pytest.mark.parametrize("layer", ["rank", "expert", "dynamic"])
+def test_own_routing_jax(layer):
+    tensors = (TRAINED.x_PTD[0], TRAINED.router_DE, *TRAINED.weights, TRAINED.dout_PTD[0])
+    *leaves, dout = (jnp.asarray(a.numpy(), "float32") for a in tensors)
+
+    def run(*leaves):
+        if layer == "dynamic":
+            return jax_impl.dynamic.moe_layer(*leaves, **TRAINED.how).out_TD
+        capacity = jax_impl.grouping.plan_capacity(None, 6, 3, 8, 1, per=layer)
+        return jax_impl.layer.moe_layer(*leaves, **TRAINED.how, capacity=capacity).out_TD
+
+    out, vjp = jax.vjp(run, *leaves)
+    ids = jax_impl.routing.route(leaves[0], leaves[1], **TRAINED.how).expert_id_TK
+    expected = expected_of_own_choice(torch.from_numpy(np.array(ids, np.int64)))
+    close(out, expected.out_TD, "float32")
+    for name, gradient in zip(("x", "router", "w_gate", "w_up", "w_down"), vjp(dout), strict=True):
+        close(gradient, expected.gradients[name], "float32")
 
 
 def test_one_compilation_serves_every_routing():
