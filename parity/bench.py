@@ -171,10 +171,11 @@ def note_launches(figure: Figure, ran: Sequence[Ran]) -> None:
         return
     seconds: dict[str, float] = {}
     busy, until = 0.0, 0.0
-    for name, start, end in sorted(ran, key=lambda one: one.start):
+    ran = sorted(ran, key=lambda one: one.start)
+    for name, start, end in ran:
         busy, until = busy + max(0.0, end - max(start, until)), max(until, end)
         seconds[name[:80]] = seconds.get(name[:80], 0) + end - start
-    figure.launches, figure.busy, figure.span = len(ran), busy, until - min(one.start for one in ran)
+    figure.launches, figure.busy, figure.span = len(ran), busy, until - ran[0].start
     figure.kernels = dict(sorted(seconds.items(), key=lambda item: -item[1])[:10])
 
 

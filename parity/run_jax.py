@@ -470,10 +470,10 @@ def _isolated(
         replayed = routing.route(x, router, *how, expert_id_TK=feeds["other_experts"])
         return replayed.score_TK, replayed.counts_E
 
-    replayed, vjp, counts = jax.vjp(replay, x, router, has_aux=True)
+    replayed, vjp, replayed_counts = jax.vjp(replay, x, router, has_aux=True)
     dx, drouter = vjp(feeds["dscore"])
     drouter = drouter if axis is None else jax.lax.psum(drouter, axis)
-    stage("route", expert_id=own.expert_id_TK, score=replayed, counts=counts, dx=dx, drouter=drouter)
+    stage("route", expert_id=own.expert_id_TK, score=replayed, counts=replayed_counts, dx=dx, drouter=drouter)
     counts = routing.count_per_expert(ids, case.experts)
 
     x_grouped, group_vjp = jax.vjp(lambda x: stages.group_by_expert(x, ids, score, counts), x)

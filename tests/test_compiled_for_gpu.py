@@ -196,6 +196,7 @@ def triton_programs(D: int, K: int) -> dict:
     padding = {"K_PADDED": triton_kernels._power_of_2(K)} | padding_rows
     of_expand = dict.fromkeys("xy", x) | dict.fromkeys(("slot", "assignment"), index) | rows
     of_expand |= {"T": number, "chunks": number}
+    swiglu = {"BLOCK": triton_kernels.SWIGLU_BLOCK}, triton_kernels.SWIGLU_WARPS
     of_sum = {"y": x, "slot": index, "out": x, "chunks": number} | rows
     return {
         "gather": ("_gather_rows", {"x": x, "index": index, "y": x, "chunks": number} | rows,
@@ -206,9 +207,9 @@ def triton_programs(D: int, K: int) -> dict:
         "weighted sum": ("_sum_rows", of_sum | {"score": score}, tile | {"WEIGHTED": True}, many[1]),
         "backward": ("_weighted_sum_backward", backward, tile | padding | {"PADDED": False}, max(many[1], 4)),
         "padded backward": ("_weighted_sum_backward", backward, tile | padding | {"PADDED": True}, max(many[1], 4)),
-        "swiglu": ("_swiglu", dict.fromkeys(("gate", "up", "hidden"), x) | {"n": number}, {"BLOCK": 2048}, 8),
+        "swiglu": ("_swiglu", dict.fromkeys(("gate", "up", "hidden"), x) | {"n": number}, *swiglu),
         "swiglu backward": ("_swiglu_backward", {"n": number} | dict.fromkeys(
-            ("dhidden", "gate", "up", "dgate", "dup"), x), {"BLOCK": 2048}, 8),
+            ("dhidden", "gate", "up", "dgate", "dup"), x), *swiglu),
     }  # fmt: skip
 
 

@@ -239,8 +239,9 @@ def test_swiglu_through_kernels_is_differentiated_once_and_twice(device, shape, 
     if device == "cpu":
         monkeypatch.setattr(kernels, "use_kernels", lambda x: not torch.is_grad_enabled())
     T, D, _, _ = shape
-    draw = lambda: torch.randn(T, D, device=device, dtype=torch.float16)  # noqa: E731
-    gate, up, dhidden = draw().requires_grad_(), draw().requires_grad_(), draw()
+    gate, up, dhidden = (torch.randn(T, D, device=device, dtype=torch.float16) for _ in range(3))
+    gate.requires_grad_()
+    up.requires_grad_()
 
     def gradients():
         hidden = swiglu(gate, up)

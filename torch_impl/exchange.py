@@ -32,8 +32,8 @@ def exchange_counts(
 
         counts_Pe[p, j] = rows that rank p sends to local expert j of this rank
 
-    One device-to-host copy brings both ranks' counts over; they are summed there, as tensors, and only the two sums in
-    all become integers. Nothing else waits.
+    One device-to-host copy brings over the counts of what leaves and what arrives; they are summed there, as tensors,
+    and only the two sums in all become integers. Nothing else waits.
 
     Raises ValueError when the number of experts is not a multiple of the number of ranks.
     """

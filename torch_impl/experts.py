@@ -51,7 +51,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up, dhidden = gate_RF.float(), up_RF.float(), dhidden_RF.float()
         sigmoid = torch.sigmoid(gate)
         dgate_RF = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))
-        return dgate_RF.to(gate_RF.dtype), (dhidden * F.silu(gate)).to(up_RF.dtype)
+        return dgate_RF.to(gate_RF.dtype), (dhidden * gate * sigmoid).to(up_RF.dtype)
 
 
 def grouped_matmul(

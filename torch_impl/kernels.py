@@ -18,6 +18,7 @@ HAS_TRITON = find_spec("triton") is not None  # PyTorch for CPUs comes without; 
 triton: Any = import_module("triton") if HAS_TRITON else SimpleNamespace(jit=lambda kernel: kernel)
 tl: Any = import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
 PADDING_ROWS = 64  # that one program looks for padding in
+SWIGLU_BLOCK, SWIGLU_WARPS = 2048, 8  # of elements, 8 a thread
 SORT_BLOCK, SORT_TILE = 256, 64  # of N that a program looks at, and of the keys; JAX: 512, for XLA's cumsum
 
 
@@ -306,8 +307,9 @@ def swiglu(gate_RF: Float[Tensor, "*R F"], up_RF: Float[Tensor, "*R F"]) -> Floa
     """hidden = round(silu(gate) * up), in float32."""
     gate_RF, up_RF = gate_RF.contiguous(), up_RF.contiguous()
     hidden_RF = gate_RF.new_empty(*gate_RF.shape)
-    n, BLOCK = gate_RF.numel(), 2048
-    _swiglu[(-(-n // BLOCK),)](gate_RF, up_RF, hidden_RF, n, BLOCK=BLOCK, num_warps=8)
+    n = gate_RF.numel()
+    grid = (-(-n // SWIGLU_BLOCK),)
+    _swiglu[grid](gate_RF, up_RF, hidden_RF, n, BLOCK=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS)
     return hidden_RF
 
 
@@ -333,8 +335,9 @@ def swiglu_backward(
     """
     dhidden_RF, gate_RF, up_RF = dhidden_RF.contiguous(), gate_RF.contiguous(), up_RF.contiguous()
     dgate_RF, dup_RF = gate_RF.new_empty(*gate_RF.shape), up_RF.new_empty(*up_RF.shape)
-    n, BLOCK = gate_RF.numel(), 2048
-    _swiglu_backward[(-(-n // BLOCK),)](dhidden_RF, gate_RF, up_RF, dgate_RF, dup_RF, n, BLOCK=BLOCK, num_warps=8)
+    n = gate_RF.numel()
+    grid = (-(-n // SWIGLU_BLOCK),)
+    _swiglu_backward[grid](dhidden_RF, gate_RF, up_RF, dgate_RF, dup_RF, n, BLOCK=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS)
     return dgate_RF, dup_RF
 
 
