@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from parity.capture import Measured
+from parity.capture.measure import Measured
 from torch_impl import experts, kernels, layer, layout, routing, static
 
 T, D, F, E, K = 8, 8, 8, 8, 2
@@ -110,7 +110,7 @@ class Captured(NamedTuple):
 
 def captured_by(how: str, rank: int, P: int, group: dist.ProcessGroup | None) -> Captured:
     """Capture the layer's step once, by another way than `torch.compile`, and run that on other routings."""
-    from parity.capture_torch import describe, tensors  # not for pytest: Inductor warns of itself when imported
+    from parity.capture.in_torch import describe, tensors  # not for pytest: Inductor warns of itself when imported
 
     inputs = [normal(T, D, seed=rank).requires_grad_(), *(a.requires_grad_() for a in parameters(P))]
 

@@ -15,8 +15,8 @@ def main(folder: str, what: str, P: int) -> None:
     sys.path.insert(0, folder)
     import msgspec
 
-    from parity.capture import Measured
-    from parity.capture_torch import captured_graphs, describe, measure, ranks
+    from parity.capture.in_torch import captured_graphs, describe, measure, ranks
+    from parity.capture.measure import Measured
     from torch_impl import moe_layer
 
     if what == "step":

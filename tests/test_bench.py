@@ -15,13 +15,15 @@ import torch
 from rich.console import Console
 
 from jax_impl.grouping import Capacity
-from parity import bench, bench_jax, bench_torch
-from parity.backends import BackendError
-from parity.bench import DIRECTIONS, Figure, Plan, Ran, draw_routing, expert_flops, row_passes, run_bench
-from parity.case import Case
-from parity.cli import main
-from parity.peers import JAX_PEERS, TORCH_PEERS, find_peers
-from parity.report.bench import plot_bench, print_bench
+from parity.bench import in_jax as bench_jax
+from parity.bench import in_torch as bench_torch
+from parity.bench import plan as bench
+from parity.bench.peers import JAX_PEERS, TORCH_PEERS, find_peers
+from parity.bench.plan import DIRECTIONS, Figure, Plan, Ran, draw_routing, expert_flops, row_passes, run_bench
+from parity.bench.report import plot_bench, print_bench
+from parity.cases.case import Case
+from parity.cli.main import main
+from parity.run.backend import BackendError
 
 TINY = Case("tiny", ranks=2, tokens=16, width=8, hidden=8, experts=4, top_k=2, capacity_factor="1")
 
@@ -298,7 +300,7 @@ def test_bytes_alive_are_those_of_the_first_device():
     """In a process with two devices: an array split over both, and one on the second."""
     program = (
         "import jax; jax.config.update('jax_num_cpu_devices', 2)\n"
-        "import jax.numpy as jnp; from parity.bench_jax import live_bytes; from jax.sharding import *\n"
+        "import jax.numpy as jnp; from parity.bench.in_jax import live_bytes; from jax.sharding import *\n"
         "mesh = jax.make_mesh((2,), ('r',), axis_types=(AxisType.Auto,))\n"
         "split = jax.device_put(jnp.zeros(200, 'float32'), NamedSharding(mesh, PartitionSpec('r')))\n"
         "second = jax.device_put(jnp.zeros(500, 'float32'), jax.devices()[1])\n"

@@ -17,9 +17,10 @@ from problems import STANDARD, bits
 from torch_ranks import TorchRanks
 
 import jax_impl
-from parity import capture, cli
-from parity.capture import K, Measured, T, e
-from parity.faults import ROOT, Fault, plant
+from parity.capture import measure as capture
+from parity.capture.measure import K, Measured, T, e
+from parity.cli import main as cli
+from parity.run.faults import ROOT, Fault, plant
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from parity import cli, records
-from parity.case import PRESETS, Case
-from parity.trace import Trace
+from parity.cases import presets
+from parity.cases.case import Case
+from parity.cases.presets import PRESETS
+from parity.cli import main as cli
+from parity.judge import records
+from parity.run.trace import Trace
 
 SMALL = ["--ranks", "2", "--tokens", "3", "--experts", "4", "--width", "8", "--hidden", "8"]
 
@@ -172,7 +175,7 @@ def test_nothing_compared_is_no_match(report, tmp_path):
         (["zipf", "--fault", "nosuch"], "no fault is called nosuch. `python -m parity faults` lists all"),
         (["zipf", "--fault", "torch-row-lots"], "Did you mean torch-row-lost"),
         (["zipf", "--fault", "jax-tf32", "--backend", "torch"], "a fault of jax, which --backend torch does not run"),
-        (["--trace", "/nosuch.safetensors"], "cannot read /nosuch.safetensors as safetensors"),
+        (["--recording", "/nosuch.safetensors"], "cannot read /nosuch.safetensors as safetensors"),
         (["zipf", "--random", "3"], "--random draws its cases: leave out presets"),
         (["--random", "-1"], "--random is -1: it cannot be negative"),
         (["--seed", "-1"], "--seed is -1: it cannot be negative"),
@@ -181,8 +184,8 @@ def test_nothing_compared_is_no_match(report, tmp_path):
         (["p1", "--html", "/nosuch/page.html"], "cannot write /nosuch/page.html: there is no folder /nosuch"),
         (["p1", "--html", "/"], "cannot write /: it is a folder"),
         (["p1", "--save", "/dev/null/traces"], "Not a directory: '/dev/null/traces'"),
-        (["--trace", "pydoc", "--experts", "8"], "--experts is 8, but the recording has 16"),
-        (["--trace", "pydoc", "--ranks", "3"], "--trace pydoc: --experts 16 do not divide over --ranks 3"),
+        (["--recording", "pydoc", "--experts", "8"], "--experts is 8, but the recording has 16"),
+        (["--recording", "pydoc", "--ranks", "3"], "--recording pydoc: --experts 16 do not divide over --ranks 3"),
     ],
 )
 def test_wrong_usage(capsys, arguments, message):
@@ -219,7 +222,7 @@ def test_traces_of_different_cases(saved, tmp_path, capsys):
 def test_who_has_read_enough(report, tmp_path, words):
     """Of a pipe that is closed too early."""
     (tmp_path / "report.jsonl").write_text(report)
-    command = [sys.executable, "-c", "from parity.cli import main; main()", *words]
+    command = [sys.executable, "-c", "from parity.cli.main import main; main()", *words]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.close()
@@ -235,7 +238,7 @@ def test_a_framework_that_is_not_there(tmp_path):
     """A package named torch that cannot be imported, found before the real one."""
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")\n")
     for package in ("parity", "torch_impl", "jax_impl"):
-        (tmp_path / package).symlink_to(Path(cli.__file__).parent.parent / package)
+        (tmp_path / package).symlink_to(Path(cli.__file__).parents[2] / package)
     run = parity("check", *SMALL, cwd=tmp_path)
     assert run.returncode == 3
     assert "torch is not installed: pip install -e '.[torch]'" in " ".join(run.stderr.split())
@@ -244,8 +247,8 @@ def test_a_framework_that_is_not_there(tmp_path):
 def test_a_changed_preset_says_how_to_repeat_it():
     command = cli.CheckCommand(presets=("zipf",), case=cli.Flags(dtype="bfloat16"))
     (case,) = cli.chosen_cases(command)
-    assert case.command() == "python -m parity check --name zipf-changed --dtype bfloat16 --pattern zipf"
-    assert PRESETS["zipf"].command() == "python -m parity check zipf"
+    assert presets.command(case) == "python -m parity check --name zipf-changed --dtype bfloat16 --pattern zipf"
+    assert presets.command(PRESETS["zipf"]) == "python -m parity check zipf"
 
 
 def test_random_cases_repeat_and_differ():
@@ -269,7 +272,7 @@ def test_the_command_of_any_case_gives_that_case(monkeypatch):
     cases = [*PRESETS.values(), *cli.chosen_cases(cli.CheckCommand(random=50, case=cli.Flags(seed=5)))]
     for case in cases:
         with pytest.raises(SystemExit):
-            cli.main(shlex.split(case.command())[3:])
+            cli.main(shlex.split(presets.command(case))[3:])
     assert chosen == cases
     assert {case.renormalize for case in cases} == {True, False}
 

@@ -10,9 +10,10 @@ import torch
 from problems import bits
 from safetensors.numpy import save_file
 
-from parity.blame import Blame, blame
-from parity.case import Case
-from parity.compare import (
+from parity.cases.case import Case
+from parity.cases.presets import command
+from parity.judge.blame import Blame, blame
+from parity.judge.compare import (
     Check,
     Expected,
     MismatchError,
@@ -22,10 +23,10 @@ from parity.compare import (
     compare,
     expectations,
 )
-from parity.inputs import Problem, draw
-from parity.rows import PADDING, Strategy, Table, lay_out, row_tables
-from parity.tolerances import numpy_dtype
-from parity.trace import STAGES, Trace, load_folder
+from parity.oracle.problem import Problem, draw
+from parity.oracle.rows import PADDING, Strategy, Table, lay_out, row_tables
+from parity.oracle.tolerances import numpy_dtype
+from parity.run.trace import STAGES, Trace, load_folder
 
 Array = np.ndarray
 Wanted = dict[Strategy, dict[str, Expected]]
@@ -66,7 +67,7 @@ def perfect(problem: Problem, backend: str, wanted: Wanted) -> Trace:
 @pytest.fixture
 def torch_and_jax(monkeypatch) -> dict[str, Trace]:
     """Both sides of the case, perfect; what the oracle expects of them is not worked out again."""
-    monkeypatch.setattr("parity.compare.expectations", lambda problem: WANTED)
+    monkeypatch.setattr("parity.judge.compare.expectations", lambda problem: WANTED)
     return {backend: perfect(PROBLEM, backend, WANTED) for backend in SIDES}
 
 
@@ -99,7 +100,7 @@ FLOATS = [(backend, name) for backend, name in ALL if WANTED[SIDES[backend]][nam
         replace(CASE, ranks=1, top_k=1, dtype="float64", priority="score"),
         replace(CASE, tokens=1, score_function="sigmoid", renormalize=True, scale=2.5, align=4),
     ],
-    ids=lambda case: case.command().removeprefix("python -m parity check "),
+    ids=lambda case: command(case).removeprefix("python -m parity check "),
 )
 def test_a_perfect_trace_passes(case):
     problem = draw(case)

@@ -19,8 +19,8 @@ from jax_impl import dynamic, kernels, moe_layer, plan_capacity
 from jax_impl.experts import grouped_matmul
 from jax_impl.grouping import Capacity, combine, group_by_expert
 from jax_impl.layout import to_expert_major, to_rank_major
-from parity import capture_jax
-from parity.bench_jax import first
+from parity.bench.in_jax import first
+from parity.capture import in_jax as capture_jax
 from torch_impl import kernels as triton_kernels
 
 # As XLA describes an H200 (its backends/gpu/target_config/specs/h200.txtpb).

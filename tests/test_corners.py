@@ -23,9 +23,9 @@ import torch_impl.static
 import torch_impl.static.layer
 from jax_impl import dynamic
 from jax_impl.dynamic import exchange
-from parity.case import PRESETS
-from parity.compare import compare
-from parity.inputs import draw as draw_case
+from parity.cases.presets import PRESETS
+from parity.judge.compare import compare
+from parity.oracle.problem import draw as draw_case
 from torch_impl import checks
 from torch_impl.static import grouping
 
@@ -265,7 +265,7 @@ DYNAMIC_PRESETS = ["zipf", "idle-rank", "stay-home", "k-all", "p1", "t1", "bfloa
 @pytest.mark.parametrize("name", DYNAMIC_PRESETS)
 def test_dynamic_jax_passes_the_parity_suite(emulated, name):
     """Every comparison that `check` makes, in this process; what it leaves out is the collective itself."""
-    from parity import run_jax
+    from parity.run import in_jax as run_jax
 
     problem = draw_case(PRESETS[name])
     run_jax.programs.cache_clear()

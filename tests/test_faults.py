@@ -6,12 +6,12 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from parity.case import PRESETS
-from parity.cli import try_fault
-from parity.engine import run_cases
-from parity.faults import FAULTS, ROOT, find, plant
+from parity.cases.presets import PRESETS
+from parity.cli.main import try_fault
+from parity.judge.engine import run_cases
 from parity.report.terminal import print_report
-from parity.trace import STAGES
+from parity.run.faults import FAULTS, ROOT, find, plant
+from parity.run.trace import STAGES
 
 # One of each stage, of both sides, and of the ways to be caught: a crash, padding, a second step, a hang, a sum.
 QUICK = [

@@ -7,9 +7,11 @@ from fractions import Fraction
 
 import pytest
 
-from parity.case import Case
-from parity.corners import Plan, no_drop_factor, routing_of
-from parity.study import measure
+from parity.cases.case import Case
+from parity.study.corners import Plan, no_drop_factor, routing_of
+from parity.study.sweep import measure
+
+CORNERS = [sys.executable, "-m", "parity.study.corners"]
 
 
 def test_the_factor_that_drops_nothing_is_the_least():
@@ -22,8 +24,8 @@ def test_the_factor_that_drops_nothing_is_the_least():
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_table(tmp_path, ranks):
     save = tmp_path / "corners.jsonl"
-    command = [sys.executable, "-m", "parity.corners", "--device", "cpu", "--ranks", str(ranks), "--seconds", "0.05",
-               "--factors", "0.5", "--save", str(save)]  # fmt: skip
+    command = [*CORNERS, "--device", "cpu", "--ranks", str(ranks), "--seconds", "0.05", "--factors", "0.5"]
+    command += ["--save", str(save)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     found = {line["variant"]: line for line in map(json.loads, save.read_text().splitlines())}
@@ -37,6 +39,6 @@ def test_the_table(tmp_path, ranks):
 
 
 def test_wrong_usage():
-    run = subprocess.run([sys.executable, "-m", "parity.corners", "--model", "none"], capture_output=True, text=True)
+    run = subprocess.run([*CORNERS, "--model", "none"], capture_output=True, text=True)
     assert run.returncode == 2
     assert "no model is called none" in run.stderr

@@ -14,14 +14,14 @@ import pytest
 from browser import said_by
 from test_compare import SIDES, perfect
 
-from parity.case import Case
-from parity.compare import Check, expectations
-from parity.engine import judge, make_report
-from parity.inputs import Problem, draw
-from parity.records import Report, header
+from parity.cases.case import Case
+from parity.judge.compare import Check, expectations
+from parity.judge.engine import judge, make_report
+from parity.judge.records import Report, header
+from parity.oracle.problem import Problem, draw
 from parity.report.html import DRAWN, num, page, ratio_text
 from parity.report.terminal import SHORT, describe, place
-from parity.trace import STAGES, Trace
+from parity.run.trace import STAGES, Trace
 
 NASTY = """</title><script>alert("x")</script>&amp;'"""
 DASH = "\N{EN DASH}"  # where there is no value; between the sides of a comparison with each other

@@ -10,11 +10,13 @@ import pytest
 from problems import bits
 from safetensors.numpy import save_file
 
-from parity import reference
-from parity.case import PRESETS, Case
-from parity.inputs import Problem, case_from_trace, draw, exact_inputs, load_trace
-from parity.reference import Exact
-from parity.tolerances import numpy_dtype
+from parity.cases.case import Case
+from parity.cases.presets import PRESETS
+from parity.cases.recording import case_of_recording, load_recording
+from parity.oracle import reference
+from parity.oracle.problem import Problem, draw, exact_inputs
+from parity.oracle.reference import Exact
+from parity.oracle.tolerances import numpy_dtype
 
 Array = np.ndarray
 SMALL = Case(ranks=2, tokens=4, width=8, hidden=4, experts=4)
@@ -211,7 +213,7 @@ def test_dtypes(presets):
 
 def test_a_trained_router(presets):
     """What was recorded, not what was drawn; its load is not even."""
-    problem, recorded = presets["pydoc"], load_trace(PRESETS["pydoc"])
+    problem, recorded = presets["pydoc"], load_recording(PRESETS["pydoc"])
     assert recorded.keys() == {"expert_id", "x", "router", "w_gate", "w_up", "w_down"}
     for name, a in recorded.items():
         np.testing.assert_array_equal(values(problem)[name], a)
@@ -254,7 +256,7 @@ def record(tmp_path) -> Callable[..., Case]:
     def write(metadata: dict[str, str] | None = None, **tensors: Array | None) -> Case:
         held = {name: np.ascontiguousarray(a) for name, a in ({"expert_id": IDS} | tensors).items() if a is not None}
         save_file(held, tmp_path / "recording.safetensors", metadata=metadata)
-        return case_from_trace(Case(ranks=2, tokens=0, trace=str(tmp_path / "recording.safetensors")))
+        return case_of_recording(Case(ranks=2, tokens=0, recording=str(tmp_path / "recording.safetensors")))
 
     return write
 
@@ -345,8 +347,8 @@ def test_a_case_that_is_not_the_recordings(record):
 def test_no_recording(tmp_path):
     for path in (tmp_path / "none.safetensors", tmp_path, tmp_path / "junk"):
         Path(tmp_path / "junk").write_bytes(b"junk")
-        with pytest.raises(ValueError, match=r"--trace .*cannot read .* as safetensors"):
-            draw(Case(trace=str(path)))
+        with pytest.raises(ValueError, match=r"--recording .*cannot read .* as safetensors"):
+            draw(Case(recording=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -363,7 +365,7 @@ def test_no_recording(tmp_path):
     ],
 )
 def test_a_recording_that_says_what_cannot_be(record, metadata, tensors, message):
-    with pytest.raises(ValueError, match=f"--trace .*{message}"):
+    with pytest.raises(ValueError, match=f"--recording .*{message}"):
         record(metadata, **tensors)
 
 

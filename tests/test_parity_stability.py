@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from parity.faults import PACKAGES, ROOT, Fault, plant
+from parity.run.faults import PACKAGES, ROOT, Fault, plant
 
 CHECK = [sys.executable, "-m", "parity", "check", "zipf", "--backend", "torch", "--timeout", "10"]
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import who_stays
 
-from parity import reference
-from parity.case import Case
-from parity.reference import Exact, Weights
+from parity.cases.case import Case
+from parity.oracle import reference
+from parity.oracle.reference import Exact, Weights
 
 Array = np.ndarray
 SMALL = Case(ranks=2, tokens=2, width=2, hidden=2, experts=4, top_k=3, scale=2.5)

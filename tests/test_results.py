@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from parity import records
+from parity.judge import records
 from parity.report.terminal import summary
 
 FOLDER = Path(__file__).parent.parent / "docs" / "results"

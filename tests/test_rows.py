@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parity import reference
-from parity.case import Case
-from parity.rows import PADDING, Strategy, identity, indices, lay_out, positions, row_tables
+from parity.cases.case import Case
+from parity.oracle import reference
+from parity.oracle.rows import PADDING, Strategy, identity, indices, lay_out, positions, row_tables
 
 # Two ranks, two experts on each, two tokens that choose two: rows 0-3 come from rank 0, rows 4-7 from rank 1.
 #

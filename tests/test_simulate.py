@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from parity import simulate
-from parity.case import Case
-from parity.simulate import LINKS, Popularity, by_link, draw_counts, fit, inclusion, recorded_counts, seconds_of, zipf
-from parity.study import counts, needed_factor, recorded_routing, zipf_routing
+from parity.cases.case import Case
+from parity.study import simulate
+from parity.study.simulate import (
+    LINKS,
+    Popularity,
+    by_link,
+    draw_counts,
+    fit,
+    inclusion,
+    recorded_counts,
+    seconds_of,
+    zipf,
+)
+from parity.study.sweep import counts, needed_factor, recorded_routing, zipf_routing
 
 CASE = Case("small", ranks=4, tokens=256, width=64, hidden=64, experts=16, top_k=2, dtype="bfloat16")
 
@@ -50,7 +60,7 @@ def test_a_fit_finds_what_a_recording_was_drawn_with(tmp_path):
 
 
 def test_stretches_of_a_recording_have_its_loads():
-    whole = counts(recorded_routing(Case(ranks=1, tokens=512, trace="pydoc"), 1))[0, 0] / 512
+    whole = counts(recorded_routing(Case(ranks=1, tokens=512, recording="pydoc"), 1))[0, 0] / 512
     rng = np.random.default_rng(0)
     stream = recorded_counts("pydoc", 8, 320, rng)
     mean = np.mean([next(stream) for _ in range(200)], axis=(0, 1)) / 320

@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parity import reference, run_jax, study
-from parity.case import PRESETS, Case
-from parity.inputs import draw
-from parity.study import PER, PRIORITIES, Routing, measure, places, recorded_routing, sweep, zipf_routing
+from parity.cases.case import Case
+from parity.cases.presets import PRESETS
+from parity.oracle import reference
+from parity.oracle.problem import draw
+from parity.run import in_jax as run_jax
+from parity.study import sweep as study
+from parity.study.sweep import PER, PRIORITIES, Routing, measure, places, recorded_routing, sweep, zipf_routing
 
 
 def routing_of(problem) -> Routing:
@@ -172,7 +175,7 @@ def test_first_choices_follow_zipfs_law():
 
 
 def test_a_recording_is_cut_in_order():
-    case = Case(name="cut", ranks=2, tokens=40, trace="pydoc")
+    case = Case(name="cut", ranks=2, tokens=40, recording="pydoc")
     routing = recorded_routing(case, 100)
     whole = recorded_routing(replace(case, ranks=1, tokens=512), 1)
     assert routing.expert_id.shape == (6, 2, 40, 2)  # 512 tokens are 6 steps of 80

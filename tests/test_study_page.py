@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from browser import said_by
 
-from parity import dispatch, learning
-from parity.case import Case
-from parity.dispatch import Dispatch
-from parity.learning import Run
-from parity.records import header
-from parity.report.study import curves, page, plots
-from parity.study import FACTORS, places, sweep, zipf_routing
-from parity.study_engine import Study, _simulate
+from parity.cases.case import Case
+from parity.judge.records import header
+from parity.study import dispatch, learning
+from parity.study.dispatch import Dispatch
+from parity.study.engine import Study, _simulate
+from parity.study.learning import Run
+from parity.study.page import curves, page, plots
+from parity.study.sweep import FACTORS, places, sweep, zipf_routing
 
 SMALL = Case(tokens=16, width=8, hidden=8)
 
@@ -207,7 +207,7 @@ def test_from_the_command_line(tmp_path):
         (["--model", "nothing"], "no model is called nothing"),
         (["--steps", "0"], "--steps is 0: it must be at least 1"),
         (["--learn", "1", "--learn-steps", "5"], "at least 0 seeds and 20 steps"),
-        (["--trace", "nowhere.safetensors"], "cannot read nowhere.safetensors"),
+        (["--recording", "nowhere.safetensors"], "cannot read nowhere.safetensors"),
     ],
 )
 def test_wrong_usage(tmp_path, arguments, words):

@@ -7,12 +7,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from parity import vectorised
-from parity.case import DTYPES, Case
-from parity.compare import Expected, expectations
-from parity.inputs import Problem, draw, exact_inputs
-from parity.reference import Perturbed
-from parity.tolerances import DRAWS, FACTOR, allowance, numpy_dtype, smallest_step, unit_roundoff
+from parity.cases.case import DTYPES, Case
+from parity.judge.compare import Expected, expectations
+from parity.oracle import vectorised
+from parity.oracle.problem import Problem, draw, exact_inputs
+from parity.oracle.reference import Perturbed
+from parity.oracle.tolerances import DRAWS, FACTOR, allowance, numpy_dtype, smallest_step, unit_roundoff
 
 Array = np.ndarray
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from parity import reference, vectorised
-from parity.case import PRESETS, Case
-from parity.inputs import draw, exact_inputs
-from parity.reference import Exact, Perturbed
+from parity.cases.case import Case
+from parity.cases.presets import PRESETS
+from parity.oracle import reference, vectorised
+from parity.oracle.problem import draw, exact_inputs
+from parity.oracle.reference import Exact, Perturbed
 
 CASES = [
     PRESETS["sigmoid"],

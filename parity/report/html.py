@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from parity.blame import Blame, blame
-from parity.compare import LISTED, Check, Row, Where
-from parity.faults import FAULTS
-from parity.picture import Magnitude
-from parity.records import CaseRecord, Report
+from parity.judge.blame import Blame, blame
+from parity.judge.compare import LISTED, Check, Row, Where
+from parity.judge.picture import Magnitude
+from parity.judge.records import CaseRecord, Report
 from parity.report.terminal import SHORT, describe, headline, place, repeat
-from parity.trace import STAGES
+from parity.run.faults import FAULTS
+from parity.run.trace import STAGES
 
 DRAWN = 40  # cases with charts, those that fail first: one takes some 80 kB, and a browser has to hold them all
 MODES = {"isolated": "alone", "e2e": "in the layer", "repeat": "run twice"}

@@ -8,12 +8,12 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from parity.backends import BACKENDS
-from parity.blame import Blame, blame
-from parity.compare import Check, Where
-from parity.faults import Fault
-from parity.records import CaseRecord, Report
-from parity.trace import STAGES
+from parity.judge.blame import Blame, blame
+from parity.judge.compare import Check, Where
+from parity.judge.records import CaseRecord, Report
+from parity.run.backend import BACKENDS
+from parity.run.faults import Fault
+from parity.run.trace import STAGES
 
 SHORT = {
     "route": "1 route",

@@ -1,0 +1,1 @@
+"""How fast rows move, beside the floor that memory sets."""

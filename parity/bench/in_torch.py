@@ -1,0 +1,395 @@
+"""The PyTorch side of `bench`: ours, the straightforward version, and that under torch.compile."""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._autograd import DeviceType
+from torch.multiprocessing.spawn import spawn
+from torch.profiler import ProfilerActivity, profile
+
+from parity.bench.peers import TORCH_PEERS, find_peers
+from parity.bench.plan import (
+    ACROSS_RANKS,
+    DIRECTIONS,
+    N_SETS,
+    STAGES,
+    Figure,
+    Movement,
+    Plan,
+    Ran,
+    Step,
+    choose_shapes,
+    draw_routing,
+    emit,
+    expert_flops,
+    failure,
+    leaving_rows,
+    note_launches,
+    row_passes,
+    summarize,
+)
+from parity.cases.case import Case
+from parity.run.backend import end_with_parent
+from torch_impl.exchange import exchange_counts, return_tokens, send_tokens
+from torch_impl.experts import apply_experts
+from torch_impl.grouping import combine, group_by_expert
+from torch_impl.layout import expert_major_source, to_expert_major, to_rank_major
+
+RUNS_TOGETHER = 20  # with other ranks, which must agree on it
+QUEUED = 20  # runs at once: of more launches than a thousand, the host waits for room
+CYCLES = 2e9  # of a GPU in a second, at most
+
+
+def plain_group_by_expert(
+    x_TD: Tensor,
+    expert_id_TK: Tensor,
+    counts_E: Tensor,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows by indexing; its backward, by autograd, adds them up where they came from."""
+    assignment_N = expert_id_TK.reshape(-1).argsort(stable=True)
+    token_N = assignment_N // expert_id_TK.shape[1]
+    return x_TD[token_N], token_N, assignment_N
+
+
+def plain_to_expert_major(x_RD: Tensor, counts_Pe: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows by indexing."""
+    source_R = expert_major_source(counts_Pe, x_RD.shape[0])
+    return x_RD[source_R], source_R, source_R
+
+
+def plain_to_rank_major(y_RD: Tensor, source_R: Tensor, target_R: Tensor) -> Tensor:  # noqa: ARG001
+    """Rows by scatter."""
+    return torch.empty_like(y_RD).index_copy_(0, source_R, y_RD)
+
+
+def plain_combine(y_ND: Tensor, score_TK: Tensor, token_N: Tensor, assignment_N: Tensor) -> Tensor:
+    """Every row times its score, added to its token."""
+    weighted_ND = (y_ND.float() * score_TK.reshape(-1)[assignment_N][:, None]).to(y_ND.dtype)
+    out_TD = y_ND.new_zeros(score_TK.shape[0], y_ND.shape[1])
+    return out_TD.scatter_add(0, token_N[:, None].expand_as(weighted_ND), weighted_ND)
+
+
+OURS = Movement(group_by_expert, to_expert_major, to_rank_major, combine)
+PLAIN = Movement(plain_group_by_expert, plain_to_expert_major, plain_to_rank_major, plain_combine)
+
+
+def main(plan: Plan) -> None:
+    """Measure, and print a line of JSON for each figure."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    if not plan.parts:
+        emit(copy_figure(plan, device))
+        if plan.ranks > 1 and on_gpu:
+            check_gpus(plan.ranks)
+            emit(link_figure(plan))
+        return
+    if plan.ranks > 1:
+        start_ranks(one_rank, plan, plan.ranks)
+        return
+    peers = find_peers("torch", TORCH_PEERS) if plan.baselines else {}
+    for shape in choose_shapes(plan, on_gpu):
+        variants = {"ours": OURS}
+        if plan.baselines:
+            variants |= {"plain": PLAIN} | peers
+        if plan.baselines and plan.compiled:
+            # Each stage on its own, as the exchange and the experts come between them.
+            torch.compiler.reset()
+            compiled = {stage: torch.compile(getattr(PLAIN, stage), dynamic=False) for stage in STAGES}
+            variants["plain, compiled"] = Movement(**compiled)
+        for variant, movement in variants.items():
+            for part in [part for part in (*STAGES, "whole") if part in plan.parts]:
+                if part == "whole" or variant != "plain, compiled":
+                    try:
+                        movement_figures(plan, shape, device, variant, movement, part)
+                    except Exception as error:  # a peer may raise any, and before it is measured
+                        emit(failure("torch", error, shape.name, variant, part))
+        if "experts" in plan.parts:
+            try:
+                expert_figures(plan, shape, device)
+            except Exception as error:  # out of memory, before it is measured
+                emit(failure("torch", error, shape.name, "grouped_mm", "experts"))
+
+
+def copy_figure(plan: Plan, device: torch.device) -> Figure:
+    """The bandwidth that floors are counted with: one large copy, bytes read plus bytes written."""
+    size = 2**30 if device.type == "cuda" else 2**26
+    source, target = (torch.randint(256, (2, size), dtype=torch.uint8, device=device) for _ in range(2))
+    figure = measure(plan, device, lambda i: target[i % 2].copy_(source[i % 2]))
+    figure.part, figure.bytes = "copy", 2 * size
+    return figure
+
+
+def movement_figures(
+    plan: Plan, shape: Case, device: torch.device, variant: str, movement: Movement, part: str
+) -> None:
+    """One stage or the whole chain, forward and with backward."""
+    sets = [draw_inputs(plan, shape, device, movement, part, plan.seed + i) for i in range(N_SETS)]
+    for direction in DIRECTIONS:
+
+        def forward(i: int) -> Any:
+            run, inputs, _, _ = sets[i % N_SETS]
+            with torch.no_grad():
+                return run(*inputs)
+
+        def both(i: int) -> Any:
+            run, inputs, wanted, cotangent = sets[i % N_SETS]
+            out = run(*inputs)
+            out = out[0] if isinstance(out, tuple) else out
+            return out.detach(), torch.autograd.grad(out, wanted, cotangent)
+
+        figure = measure(plan, device, forward if direction == "forward" else both)
+        figure.shape, figure.variant, figure.part, figure.direction = shape.name, variant, part, direction
+        size = torch.empty((), dtype=getattr(torch, plan.dtype)).element_size()
+        figure.bytes = row_passes(part, direction, shape.tokens, shape.assignments) * shape.width * size
+        emit(figure)
+
+
+def draw_inputs(
+    plan: Plan, shape: Case, device: torch.device, movement: Movement, part: str, seed: int
+) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Tensor, ...], Tensor]:
+    """What to run, its arguments, those whose gradient is wanted, and the gradient that comes back to it."""
+    score_TK, ids_TK, counts_E = (torch.from_numpy(a).to(device) for a in draw_routing(shape, seed))
+    # The rank's own rows stand in for those it would receive: as many from each rank, for as many experts each.
+    counts_Pe = counts_E.reshape(shape.ranks, -1)
+    score_TK, ids_TK, counts_E, counts_Pe = movement.prepare(score_TK, ids_TK, counts_E, counts_Pe)
+    score_TK.requires_grad_()
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(rows: int) -> Tensor:
+        return torch.randn(rows, shape.width, generator=generator, device=device).to(getattr(torch, plan.dtype))
+
+    def whole(x_TD: Tensor, score_TK: Tensor, ids_TK: Tensor, counts_E: Tensor, counts_Pe: Tensor) -> Tensor:
+        x_ND, slot, assignment = movement.group_by_expert(x_TD, ids_TK, counts_E)
+        x_RD, source_R, target_R = movement.to_expert_major(x_ND, counts_Pe)
+        y_RD = movement.to_rank_major(x_RD, source_R, target_R)
+        return movement.combine(y_RD, score_TK, slot, assignment)
+
+    indices = ()
+    if part == "combine":
+        indices = movement.group_by_expert(draw(shape.tokens), ids_TK, counts_E)[1:]
+    if part == "to_rank_major":
+        indices = movement.to_expert_major(draw(shape.assignments), counts_Pe)[1:]
+    x = draw(shape.tokens if part in ("group_by_expert", "whole") else shape.assignments).requires_grad_()
+    cotangent = draw(shape.tokens if part in ("combine", "whole") else shape.assignments)
+    rest = {
+        "group_by_expert": (ids_TK, counts_E),
+        "to_expert_major": (counts_Pe,),
+        "to_rank_major": indices,
+        "combine": (score_TK, *indices),
+        "whole": (score_TK, ids_TK, counts_E, counts_Pe),
+    }[part]
+    wanted = (x, score_TK) if part in ("combine", "whole") else (x,)
+    return whole if part == "whole" else getattr(movement, part), (x, *rest), wanted, cotangent
+
+
+def expert_figures(plan: Plan, shape: Case, device: torch.device) -> None:
+    """SwiGLU over equal groups, by `grouped_mm` where it takes the dtype."""
+    dtype, e, D, F = getattr(torch, plan.dtype), shape.experts // shape.ranks, shape.width, shape.hidden
+
+    def draw(*sizes: int) -> Tensor:
+        return (torch.randn(sizes, device=device, dtype=dtype) * sizes[-2] ** -0.5).requires_grad_()
+
+    x_RD, dy_RD = draw(shape.assignments, D), draw(shape.assignments, D).detach()
+    weights = draw(e, D, F), draw(e, D, F), draw(e, F, D)
+    counts_e = torch.full((e,), shape.assignments // e, device=device)
+    counts_e[: shape.assignments % e] += 1
+
+    def forward(i: int) -> Any:  # noqa: ARG001  the weights alone are past the cache
+        with torch.no_grad():
+            return apply_experts(x_RD, counts_e, *weights)
+
+    def both(i: int) -> Any:  # noqa: ARG001
+        return torch.autograd.grad(apply_experts(x_RD, counts_e, *weights), (x_RD, *weights), dy_RD)
+
+    for direction, step in zip(DIRECTIONS, (forward, both), strict=True):
+        figure = measure(plan, device, step)
+        figure.shape, figure.variant, figure.part, figure.direction = shape.name, "grouped_mm", "experts", direction
+        figure.flops = expert_flops(shape, shape.assignments, direction)
+        emit(figure)
+
+
+def check_gpus(n_ranks: int) -> None:
+    """Raises ValueError when there are GPUs, but fewer than ranks."""
+    if 0 < torch.cuda.device_count() < n_ranks:
+        raise ValueError(f"--ranks {n_ranks} with {torch.cuda.device_count()} GPUs: it is measured with a GPU a rank")
+
+
+def start_ranks(one_rank: Callable[[int, Any, str], None], plan: Any, n_ranks: int) -> None:
+    """`one_rank(rank, plan, address)` in as many processes, which meet at the address: see `join_ranks`."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(one_rank, (plan, f"file://{folder}/store"), nprocs=n_ranks)
+
+
+def join_ranks(rank: int, n_ranks: int, address: str) -> torch.device:
+    """Meet the others over NCCL with a GPU a rank, over gloo on a CPU; the device of this rank.
+
+    Raises ValueError when there are fewer GPUs than ranks.
+    """
+    check_gpus(n_ranks)
+    meet = partial(dist.init_process_group, init_method=address, rank=rank, world_size=n_ranks)
+    if not torch.cuda.is_available():
+        meet("gloo")
+        return torch.device("cpu")
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    meet("cpu:gloo,cuda:nccl", device_id=device)
+    return device
+
+
+def one_rank(rank: int, plan: Plan, address: str) -> None:
+    """The exchange, and the whole with it, on one of several ranks; the first prints what it measured."""
+    P, device = plan.ranks, join_ranks(rank, plan.ranks, address)
+    for shape in choose_shapes(plan, device.type == "cuda"):
+        shape = replace(shape, ranks=P)
+        for part in [part for part in ACROSS_RANKS if part in plan.parts]:
+            sets = [draw_for_ranks(plan, shape, device, part, plan.seed + N_SETS * rank + i) for i in range(N_SETS)]
+            for direction in DIRECTIONS:
+
+                def step(i: int, sets=sets, backward: bool = direction != "forward") -> Any:
+                    run, inputs, cotangent = sets[i % N_SETS]
+                    with torch.set_grad_enabled(backward):
+                        out = run(*inputs)
+                    return torch.autograd.grad(out, inputs, cotangent) if backward else out
+
+                figure = measure(plan, device, step, runs=RUNS_TOGETHER)
+                figure.shape, figure.variant, figure.part, figure.direction = shape.name, f"{P} ranks", part, direction
+                row_bytes = shape.width * torch.empty((), dtype=getattr(torch, plan.dtype)).element_size()
+                ways = 2 if part == "whole" else 1  # there and back
+                figure.link_bytes = ways * leaving_rows(shape.assignments, P, direction) * row_bytes
+                if part == "whole":
+                    figure.bytes = row_passes(part, direction, shape.tokens, shape.assignments) * row_bytes
+                if rank == 0:
+                    emit(figure)
+    dist.destroy_process_group()
+
+
+def link_figure(plan: Plan) -> Figure:
+    """What the link between two GPUs gives one copy from one to the other: exchanges are held against it."""
+    size = 2**30
+    source, target = (torch.randint(256, (size,), dtype=torch.uint8, device=f"cuda:{i}") for i in range(2))
+    figure = measure(plan, torch.device("cuda", 0), lambda _: target.copy_(source))
+    figure.part, figure.link_bytes = "link", size
+    return figure
+
+
+def draw_for_ranks(
+    plan: Plan, shape: Case, device: torch.device, part: str, seed: int
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]:
+    """What to run, those of its arguments that are differentiated by, and the gradient that comes back to it."""
+    score_TK, ids_TK, counts_E = (torch.from_numpy(a).to(device) for a in draw_routing(shape, seed))
+    _, splits = exchange_counts(counts_E)
+
+    def draw(rows: int) -> Tensor:
+        return torch.randn(rows, shape.width, device=device).to(getattr(torch, plan.dtype))
+
+    if part == "exchange":
+        return partial(send_tokens, splits=splits), (draw(shape.assignments).requires_grad_(),), draw(splits.total)
+
+    def whole(x_TD: Tensor, score_TK: Tensor) -> Tensor:
+        x_ND, slot_TK, assignment_N = group_by_expert(x_TD, ids_TK, counts_E)
+        counts_Pe, splits = exchange_counts(counts_E)
+        x_RD, source_R, target_R = to_expert_major(send_tokens(x_ND, splits), counts_Pe, splits.total)
+        y_ND = return_tokens(to_rank_major(x_RD, source_R, target_R), splits)
+        return combine(y_ND, score_TK, slot_TK, assignment_N)
+
+    return whole, (draw(shape.tokens).requires_grad_(), score_TK.requires_grad_()), draw(shape.tokens)
+
+
+def measure(plan: Plan, device: torch.device, step: Step, runs: int | None = None) -> Figure:
+    """Time and count a step; where it fails, say why, and let the others be measured.
+
+    Ranks agree on `runs`, and end together: to the others, one that goes on alone would send what they do not expect.
+    """
+    try:
+        return measure_well(plan, device, step, runs)
+    except Exception as error:  # a peer may raise any
+        if runs:
+            raise
+        return failure("torch", error)
+
+
+def measure_well(plan: Plan, device: torch.device, step: Step, runs: int | None) -> Figure:
+    """Warm up, time, then count once each: peak memory, launches and waits."""
+    for i in range(N_SETS):  # compiles, and fills the allocator's pool
+        step(i)
+    if device.type == "cpu":
+        seconds, host = time_on_cpu(step, plan.seconds, runs), None
+    else:
+        seconds, host = time_on_gpu(step, plan.seconds, runs)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    figure = Figure("", "torch", "", "", "", **summarize(seconds), device=name, host=host)  # type: ignore[arg-type]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(0)
+        torch.cuda.synchronize()
+        figure.peak_bytes = torch.cuda.max_memory_allocated() - before
+        try:
+            count_on_gpu(figure, step)
+        except RuntimeError as error:  # times stand without a profiler
+            print(f"not profiled: {error}", file=sys.stderr)
+    return figure
+
+
+def time_on_gpu(step: Step, budget: float, runs: int | None = None) -> tuple[list[float], float]:
+    """Seconds of each run between two events on the device, and those that one holds the host.
+
+    Runs are queued while the device sleeps, so that it does not wait for the host: in a model, other work hides that.
+    A run that waits for the device cannot be queued, and neither can one of more than 50 launches.
+    """
+    host, whole = [], []
+    for i in range(N_SETS):
+        begin = time.perf_counter()
+        step(i)
+        host.append(time.perf_counter() - begin)
+        torch.cuda.synchronize()
+        whole.append(time.perf_counter() - begin)
+    once = min(whole)
+    runs = runs or max(10, min(200, int(budget / once)))
+    seconds: list[float] = []
+    while len(seconds) < runs:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(min(QUEUED, runs))]
+        torch.cuda._sleep(int(min(0.1, 2 * len(events) * once) * CYCLES))
+        for i, (start, end) in enumerate(events):
+            start.record()
+            step(i)
+            end.record()
+        torch.cuda.synchronize()
+        seconds += [start.elapsed_time(end) / 1000 for start, end in events]
+    return seconds, min(host)
+
+
+def time_on_cpu(step: Step, budget: float, runs: int | None = None) -> list[float]:
+    """Seconds of each run by the host's clock."""
+    seconds: list[float] = []
+    while len(seconds) < (runs or 5) or (not runs and sum(seconds) < budget and len(seconds) < 200):
+        begin = time.perf_counter()
+        step(len(seconds))
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def count_on_gpu(figure: Figure, step: Step) -> None:
+    """Fill in what one run puts on the device, how long that keeps it busy, and how often the host waits in it."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        if dist.is_initialized():
+            dist.all_reduce(torch.zeros(()))  # on the host: no rank's kernels wait for another's profiler
+        step(0)
+    events = profiled.events() or []
+    on_device = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    note_launches(figure, [Ran(e.name, 1e-6 * e.time_range.start, 1e-6 * e.time_range.end) for e in on_device])
+    figure.syncs = sum(e.name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy") for e in events)
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    main(msgspec.json.decode(sys.argv[1], type=Plan))

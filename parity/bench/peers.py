@@ -1,0 +1,105 @@
+"""Other people's row movements and experts, measured by `bench` beside ours where they are installed.
+
+Only their public functions are called. None is a dependency: what is not installed is not measured.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from parity.bench.plan import Movement, emit, failure
+
+
+def find_peers(side: str, peers: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Those whose package is there. One that is there and does not import comes out as a figure that says so."""
+    found = {}
+    for package, load in peers.items():
+        if find_spec(package):
+            try:
+                found[package] = load()
+            except Exception as error:
+                emit(failure(side, error, variant=package))
+    return {package: peer for package, peer in found.items() if peer is not None}
+
+
+def load_transformer_engine() -> Movement | None:
+    """NVIDIA's Triton kernels, which need a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    te = import_module("transformer_engine.pytorch")
+
+    def group_by_expert(x_TD, map_TE, n_rows):
+        return *te.moe_permute(x_TD, map_TE, n_rows, map_type="mask"), None
+
+    def combine(y_ND, score_TE, row_map, _):
+        return te.moe_unpermute(y_ND, row_map, score_TE, (len(score_TE), y_ND.shape[1]), map_type="mask")
+
+    sort_chunks = te.moe_sort_chunks_by_index
+    return Movement(group_by_expert, move_there(sort_chunks), sort_chunks, combine, by_map)
+
+
+def load_megatron() -> Movement:
+    """Megatron-Core's own, without TransformerEngine. It reads chunk sizes on the host, where it has them by then.
+
+    Rows are weighted in their dtype before `unpermute`, which is given no scores, as in its all-to-all dispatcher.
+    """
+    megatron = import_module("megatron.core.transformer.moe.moe_utils")
+
+    def group_by_expert(x_TD, map_TE, place_N):
+        x_ND, _, token_N, *_ = megatron.permute(x_TD, map_TE, num_out_tokens=len(place_N))
+        return x_ND, token_N, place_N
+
+    def sort_chunks(x_RD, sizes, order):
+        return megatron.sort_chunks_by_idxs(x_RD, sizes, order)[0]
+
+    def combine(y_ND, score_TE, token_N, place_N):
+        score_N = score_TE.T.reshape(-1)[place_N].to(y_ND.dtype)
+        return megatron.unpermute(y_ND * score_N[:, None], token_N, (len(score_TE), y_ND.shape[1]))
+
+    def prepare(score_TK, ids_TK, counts_E, counts_Pe):
+        score_TE, map_TE, _, chunks = by_map(score_TK, ids_TK, counts_E, counts_Pe.cpu())
+        return score_TE, map_TE, map_TE.T.reshape(-1).nonzero()[:, 0], chunks
+
+    return Movement(group_by_expert, move_there(sort_chunks), sort_chunks, combine, prepare)
+
+
+def by_map(score_TK, ids_TK, counts_E, counts_Pe) -> tuple:
+    """Scores and choices as [T, E], the number of rows, and the chunks: sizes and order there, sizes and order back."""
+    import torch
+
+    score_TE = score_TK.new_zeros(len(ids_TK), len(counts_E)).scatter(1, ids_TK, score_TK)
+    map_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, ids_TK, True)
+    chunk_Pe = torch.arange(counts_Pe.numel(), device=counts_Pe.device).reshape(counts_Pe.shape)
+    there = counts_Pe.reshape(-1), chunk_Pe.T.reshape(-1)
+    back = counts_Pe.T.reshape(-1), chunk_Pe.reshape(counts_Pe.T.shape).T.reshape(-1)
+    return score_TE, map_TE, ids_TK.numel(), (*there, *back)
+
+
+def move_there(sort_chunks: Callable[..., Any]) -> Callable[..., Any]:
+    """To expert-major; with the rows comes what leads back."""
+
+    def to_expert_major(x_RD, chunks):
+        sizes, order, *back = chunks
+        return sort_chunks(x_RD, sizes, order), *back
+
+    return to_expert_major
+
+
+def load_tokamax() -> Callable[..., Any]:
+    """The layer's experts over rank bins, with the grouped matmul that tokamax picks for the device."""
+    import jax
+
+    ragged_dot = import_module("tokamax").ragged_dot
+
+    def apply_experts(x_SD, counts_e, w_gate_eDF, w_up_eDF, w_down_eFD):
+        gate_SF, up_SF = (ragged_dot(x_SD, w, counts_e).astype("float32") for w in (w_gate_eDF, w_up_eDF))
+        return ragged_dot((jax.nn.silu(gate_SF) * up_SF).astype(x_SD.dtype), w_down_eFD, counts_e)
+
+    return apply_experts
+
+
+TORCH_PEERS = {"transformer_engine": load_transformer_engine, "megatron": load_megatron}
+JAX_PEERS = {"tokamax": load_tokamax}

@@ -1,0 +1,229 @@
+"""How long the row movements take, beside the time that the memory itself needs: the engine behind `bench`.
+
+A figure is a median. Its floor is the bytes that have to move, each row read once and written once, over the copy
+bandwidth measured in the same run. Each framework runs in a process of its own, one after the other.
+"""
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from parity.cases.case import Case
+from parity.cases.presets import MODELS
+from parity.run.backend import SIDES, BackendError
+
+# In this order they are one layer's data movement on one rank; the exchange, and the experts, go in between.
+STAGES = ("group_by_expert", "to_expert_major", "to_rank_major", "combine")
+PARTS = (*STAGES, "whole", "experts")
+DIRECTIONS = ("forward", "forward+backward")
+ACROSS_RANKS = ("exchange", "whole")  # what is measured where the rows really go to other ranks
+N_SETS = 3  # inputs to rotate among: with the N-row arrays in between, far more than any cache holds
+
+
+# Rows of one rank of eight; in JAX padded to a capacity factor of 1.
+SHAPES = {
+    **{
+        name: replace(MODELS[name], tokens=tokens, capacity_factor="1")
+        for name, tokens in (("deepseek-v3", 4096), ("mixtral-8x7b", 8192), ("qwen3-30b-a3b", 8192))
+    },
+    "small": Case(
+        "small", ranks=8, tokens=1024, width=256, hidden=256, experts=16, top_k=4, capacity_factor="1",
+    ),
+}  # fmt: skip
+
+
+class Movement(NamedTuple):
+    """The four stages that move rows, of one variant. The first argument of each is a row array.
+
+    `prepare` turns scores, expert ids, counts_E and counts_Pe into what the variant takes in their place. It is not
+    timed: the variant's own router would hand them over like that.
+    """
+
+    group_by_expert: Callable[..., Any]
+    to_expert_major: Callable[..., Any]
+    to_rank_major: Callable[..., Any]
+    combine: Callable[..., Any]
+    prepare: Callable[..., Any] = lambda *routing: routing
+
+
+Step = Callable[[int], Any]  # runs once, on the set of inputs with this number
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What to measure."""
+
+    shapes: tuple[Case, ...] = ()  # empty: the three models' on a GPU, the small one on a CPU
+    sides: tuple[str, ...] = SIDES
+    parts: tuple[str, ...] = PARTS  # none: the copies that floors are counted with
+    baselines: bool = True
+    compiled: bool = True  # the baseline under torch.compile, which takes minutes to compile
+    ranks: int = 1  # more: the exchange, and the whole with it, over as many GPUs, or processes on a CPU
+    seconds: float = 0.3  # spent timing each figure
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+
+class Figure(msgspec.Struct):
+    """One measurement. Times in seconds; None where a device or framework cannot tell."""
+
+    shape: str
+    side: str
+    variant: str
+    part: str
+    direction: str
+    median: float
+    low: float  # quartiles
+    high: float
+    runs: int  # timings
+    batch: int = 1  # of how many runs each timing is the mean
+    bytes: int = 0  # that have to move in this rank's memory
+    link_bytes: int = 0  # that have to leave this rank, and as many arrive
+    flops: int = 0  # that have to be done
+    peak_bytes: int | None = None  # allocated at most over the inputs, results included
+    launches: int | None = None  # kernels, copies and fills on the device, in one more run, under a profiler
+    syncs: int | None = None  # times that the host waited in it
+    span: float | None = None  # from the first of its launches to the end of the last
+    busy: float | None = None  # of which the device ran something
+    host: float | None = None  # that one run held the host: if this is more, the device may wait for it in a model
+    kernels: dict[str, float] | None = None  # the longest, seconds by name
+    device: str = ""
+    error: str = ""  # why there is no figure, out of memory for one
+    floor: float | None = None
+    share: float | None = None  # of the floor: floor / median
+
+
+def row_passes(part: str, direction: str, tokens: int, rows: int) -> int:
+    """Rows read plus rows written, T tokens and N assignments (P*C where they are padded to a capacity).
+
+        forward    T+N, 2N, 2N, N+T     in all 6N + 2T
+        backward   N+T, 2N, 2N, T+2N    in all 7N + 2T
+
+    Backward, combine reads the tokens' gradients once and every row once, and writes every row's gradient.
+    """
+    T, N = tokens, rows
+    forward = {"group_by_expert": T + N, "to_expert_major": 2 * N, "to_rank_major": 2 * N, "combine": N + T}
+    backward = forward | {"combine": T + 2 * N}
+    names = STAGES if part == "whole" else (part,)
+    return sum(forward[name] + (backward[name] if direction != "forward" else 0) for name in names)
+
+
+def leaving_rows(rows: int, ranks: int, direction: str) -> int:
+    """Of N rows spread evenly, those for other ranks: out with dispatch and back with combine; backward once more."""
+    return rows * (ranks - 1) // ranks * (1 if direction == "forward" else 2)
+
+
+def expert_flops(shape: Case, rows: int, direction: str) -> int:
+    """Of SwiGLU's three matmuls; backward has two for each, one for its input and one for its weights."""
+    return 3 * 2 * rows * shape.width * shape.hidden * (1 if direction == "forward" else 3)
+
+
+def choose_shapes(plan: Plan, on_gpu: bool) -> list[Case]:
+    """Those asked for; else what the device is made for."""
+    return list(plan.shapes) or [case for name, case in SHAPES.items() if (name == "small") != on_gpu]
+
+
+def draw_routing(shape: Case, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores [T, K] in float32, expert ids [T, K] and counts [E]: K different experts for each token, at random."""
+    rng = np.random.default_rng(seed)
+    key_TE = rng.random((shape.tokens, shape.experts), dtype=np.float32)
+    expert_id_TK = np.argpartition(key_TE, shape.top_k - 1, axis=1)[:, : shape.top_k].astype(np.int64)
+    score_TK = rng.random((shape.tokens, shape.top_k), dtype=np.float32)
+    return score_TK, expert_id_TK, np.bincount(expert_id_TK.reshape(-1), minlength=shape.experts)
+
+
+def summarize(seconds: Iterable[float]) -> dict[str, float]:
+    """Median, quartiles and number of runs."""
+    seconds = sorted(seconds)
+    low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    return {"median": median, "low": low, "high": high, "runs": len(seconds)}
+
+
+def emit(figure: Figure) -> None:
+    """A line of JSON, at once: what was measured outlives a run that is cut off."""
+    print(msgspec.json.encode(figure).decode(), flush=True)
+
+
+def failure(side: str, error: Exception, shape: str = "", variant: str = "", part: str = "") -> Figure:
+    """A figure that says why there is none."""
+    return Figure(shape, side, variant, part, "", 0, 0, 0, 0, error=f"{type(error).__name__}: {error}"[:500])
+
+
+class Ran(NamedTuple):
+    """Something that ran on the device, by the profiler's clock in seconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+def note_launches(figure: Figure, ran: Sequence[Ran]) -> None:
+    """Fill in how many there were, how long the device ran any of them, of how long in all, and the longest by name."""
+    if not ran:  # the profiler does not reach this device
+        return
+    seconds: dict[str, float] = {}
+    busy, until = 0.0, 0.0
+    ran = sorted(ran, key=lambda one: one.start)
+    for name, start, end in ran:
+        busy, until = busy + max(0.0, end - max(start, until)), max(until, end)
+        seconds[name[:80]] = seconds.get(name[:80], 0) + end - start
+    figure.launches, figure.busy, figure.span = len(ran), busy, until - ran[0].start
+    figure.kernels = dict(sorted(seconds.items(), key=lambda item: -item[1])[:10])
+
+
+def run_bench(plan: Plan) -> Generator[Figure]:
+    """Every figure as it comes in. Copies of all sides come first: floors are of the fastest.
+
+    A floor is the bytes in memory over the copy bandwidth, plus those between ranks over that of a copy between GPUs.
+
+    Raises BackendError when a framework is missing or its run ends in error.
+    """
+    copying = msgspec.structs.replace(plan, parts=())
+    copies = [figure for side in plan.sides for figure in _measure(copying, side)]
+    yield from copies
+    memory = max((figure.bytes / figure.median for figure in copies if figure.part == "copy"), default=0)
+    link = max((figure.link_bytes / figure.median for figure in copies if figure.part == "link"), default=0)
+    for side in plan.sides:
+        for figure in _measure(plan, side):
+            if not figure.error:
+                note_floor(figure, memory, link)
+            yield figure
+
+
+def note_floor(figure: Figure, memory: float, link: float) -> None:
+    """Fill in a figure's floor, and its share of it, where the bandwidths it takes are known, in bytes a second."""
+    if (figure.bytes or figure.link_bytes) and memory and (link or not figure.link_bytes):
+        figure.floor = figure.bytes / memory + (figure.link_bytes / link if link else 0)
+        figure.share = figure.floor / figure.median
+
+
+def _measure(plan: Plan, side: str) -> Generator[Figure]:
+    command = [sys.executable, "-m", f"parity.bench.in_{side}", msgspec.json.encode(plan).decode()]
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if plan.ranks > 1 else {})  # ranks share the cores of a CPU
+    with tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if line.startswith("{"):
+                    yield msgspec.json.decode(line, type=Figure)
+            process.wait()
+        finally:  # whoever reads the figures may have stopped
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        if code := process.returncode:
+            stderr.seek(0)
+            raise BackendError(side, f"{side}: {stderr.read().strip()[-2000:] or f'ended with exit code {code}'}")

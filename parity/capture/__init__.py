@@ -1,0 +1,1 @@
+"""What a compiler sees of the dispatch."""

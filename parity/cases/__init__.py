@@ -1,0 +1,1 @@
+"""What is compared: cases, presets, recordings of routing."""

@@ -1,0 +1,187 @@
+"""What is compared: one frozen Case."""
+
+import math
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from typing import Any, Literal, get_args, get_origin
+
+import numpy as np
+
+# Numbers in one kind of weight above which a case is of real size: 2**26 float32 are 256 MiB.
+REAL_SIZE = 2**26
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Pattern = Literal["random", "balanced", "zipf", "one_expert", "empty_expert", "idle_rank", "stay_home", "ties"]
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. Two equal cases draw equal inputs on every machine."""
+
+    name: str = _field(
+        "custom",
+        "What the report calls it.",
+    )
+    ranks: int = _field(
+        4,
+        "P, ranks in the expert-parallel group.",
+    )
+    tokens: int = _field(
+        16,
+        "T, tokens on one rank.",
+    )
+    width: int = _field(
+        32,
+        "D, model width.",
+    )
+    hidden: int = _field(
+        32,
+        "F, expert hidden width.",
+    )
+    experts: int = _field(
+        8,
+        "E, experts in all; a multiple of P.",
+    )
+    top_k: int = _field(
+        2,
+        "K, experts per token.",
+    )
+    dtype: Dtype = _field(
+        "float32",
+        "Of tokens and expert weights. Router and scores are float32 (float64 for float64).",
+    )
+    score_function: Literal["softmax", "sigmoid"] = _field(
+        "softmax",
+        "Turns router logits into scores.",
+    )
+    renormalize: bool = _field(
+        False,
+        "Divide the K chosen scores by their sum.",
+    )
+    scale: float = _field(
+        1.0,
+        "Multiply the scores (DeepSeek-V3's routed scaling factor).",
+    )
+    pattern: Pattern = _field(
+        "random",
+        "Where tokens go. balanced: each expert equally. zipf: exponent 1.2. one_expert: expert 0 first, for all. "
+        "empty_expert: one expert gets none. idle_rank: one rank gets none. stay_home: rank 0 keeps to itself. "
+        "ties: integer logits, many of them equal.",
+    )
+    capacity_factor: str | None = _field(
+        None,
+        "JAX rows per bin over the mean load: a decimal or a fraction. None: the bound at which nothing drops.",
+    )
+    capacity_per: Literal["rank", "expert"] = _field(
+        "rank",
+        "What a bin is for.",
+    )
+    priority: Literal["token", "choice", "score"] = _field(
+        "token",
+        "Who is kept when a bin is full.",
+    )
+    align: int = _field(
+        1,
+        "Round the capacity up to a multiple of this.",
+    )
+    seed: int = _field(
+        0,
+        "Of every drawn number.",
+    )
+    recording: str | None = _field(
+        None,
+        "A recording (safetensors) to take expert ids from, and hidden states and weights where it has them. It fixes "
+        "E, K, D, F and the score function as far as it has them, and T, if left out, is all of its tokens.",
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on a case that cannot exist, naming the flag to change."""
+        for f in fields(self):
+            if get_origin(f.type) is Literal and getattr(self, f.name) not in get_args(f.type):
+                raise ValueError(
+                    f"--{flag(f.name)} is {getattr(self, f.name)!r}: it must be one of {', '.join(get_args(f.type))}"
+                )
+        for name in ("ranks", "width", "hidden", "experts", "top_k", "align"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{flag(name)} is {getattr(self, name)}: it must be at least 1")
+        for name in ("tokens", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}: it cannot be negative")
+        if self.experts % self.ranks:
+            raise ValueError(f"--experts {self.experts} do not divide over --ranks {self.ranks}: use a multiple")
+        if self.top_k > self.experts:
+            raise ValueError(f"--top-k is {self.top_k} with --experts {self.experts}: a token cannot choose more")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"--scale is {self.scale}: it must be finite")
+        need = {
+            "empty_expert": self.top_k + 1,
+            "idle_rank": self.top_k + self.experts // self.ranks if self.ranks > 1 else math.inf,
+            "stay_home": self.ranks * self.top_k,
+        }.get(self.pattern, 0)
+        if self.experts < need:
+            raise ValueError(
+                f"--pattern {self.pattern} leaves fewer than --top-k {self.top_k} of --experts {self.experts} on "
+                f"--ranks {self.ranks} to choose from: use more experts, or another pattern"
+            )
+        try:
+            positive = self.capacity_factor is None or Fraction(self.capacity_factor) > 0
+        except (ValueError, ZeroDivisionError, OverflowError):
+            positive = False
+        if not positive:
+            raise ValueError(
+                f"--capacity-factor is {self.capacity_factor!r}: it must be finite and positive, a decimal (1.25) or "
+                "a fraction (5/4); leave it out for the bound at which nothing drops"
+            )
+
+    @property
+    def assignments(self) -> int:
+        """N, assignments on one rank."""
+        return self.tokens * self.top_k
+
+    @property
+    def bins(self) -> int:
+        """Bins on one rank's send side: P or E."""
+        return self.ranks if self.capacity_per == "rank" else self.experts
+
+    @property
+    def capacity(self) -> int:
+        """C, rows per bin: ceil(factor * T*K / bins), at least 1, rounded up to `align`; exact."""
+        if self.capacity_factor is None:
+            most = min(self.top_k, self.experts // self.ranks) if self.capacity_per == "rank" else 1
+            rows = self.tokens * most
+        else:
+            rows = math.ceil(Fraction(self.capacity_factor) * self.assignments / self.bins)
+        return -(-max(rows, 1) // self.align) * self.align
+
+    @property
+    def most_received(self) -> int:
+        """The most rows that a rank can receive, P*T*min(K, e), as a token's experts differ."""
+        return self.ranks * self.tokens * min(self.top_k, self.experts // self.ranks)
+
+    @property
+    def real_size(self) -> bool:
+        """Whether expert weights are too large to draw, store and compare number by number."""
+        return self.experts * self.width * self.hidden > REAL_SIZE
+
+    def compared_rows(self, n: int) -> list[int] | slice:
+        """Which of the n rows of each expert weight's gradient are compared: all; at real size the first and the last
+        and six between."""
+        if not self.real_size or n <= 8:
+            return slice(None)
+        return [0, *sorted((np.random.default_rng(n).permutation(n - 2)[:6] + 1).tolist()), n - 1]
+
+    @property
+    def wide(self) -> str:
+        """The dtype of scores, router and accumulation."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+
+def flag(field: str) -> str:
+    """The name of a field on the command line."""
+    return field.replace("_", "-")

@@ -1,0 +1,79 @@
+"""Cases with a name: the presets, real models, and the command that repeats a case."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+from parity.cases.case import Case, flag
+
+
+def _presets() -> dict[str, Case]:
+    base = Case()
+    heavy = replace(base, pattern="zipf", capacity_factor="0.5")
+    one = replace(base, pattern="one_expert", top_k=1)  # every rank sends its T tokens to expert 0
+    pydoc = replace(base, recording="pydoc", tokens=64, width=64, hidden=64, experts=16, renormalize=True)
+    cases = {
+        "balanced": replace(base, pattern="balanced"),
+        "zipf": replace(base, pattern="zipf"),
+        "one-expert": replace(base, pattern="one_expert"),
+        "empty-expert": replace(base, pattern="empty_expert"),
+        "idle-rank": replace(base, pattern="idle_rank"),
+        "stay-home": replace(base, pattern="stay_home"),
+        "ties": replace(base, pattern="ties"),
+        "k1": replace(base, top_k=1),
+        "k-all": replace(base, top_k=8, tokens=8),
+        "t1": replace(base, tokens=1),
+        "p1": replace(base, ranks=1),
+        "p4": replace(base, tokens=24, experts=16, top_k=4),
+        "p8": replace(base, ranks=8, experts=16, tokens=8, pattern="zipf"),
+        "sigmoid": replace(base, score_function="sigmoid", renormalize=True, scale=2.5, pattern="zipf"),
+        "expert-bins": replace(base, capacity_per="expert", pattern="zipf", align=8),
+        "at-bound": replace(one, capacity_factor="4"),
+        "under-bound": replace(one, capacity_factor="15/4"),
+        "capacity-exact": replace(base, tokens=25, capacity_factor="1.2", pattern="zipf"),  # float32 says 16
+        **{
+            f"drop-{per}-{priority}": replace(heavy, capacity_per=per, priority=priority)
+            for per in ("rank", "expert")
+            for priority in ("token", "choice", "score")
+        },
+        "bfloat16": replace(base, dtype="bfloat16", pattern="zipf", top_k=3),
+        "bfloat16-drop": replace(heavy, dtype="bfloat16", priority="score", capacity_factor="3/4"),
+        "float16": replace(base, dtype="float16", pattern="zipf"),
+        "pydoc": replace(pydoc, capacity_factor="1.25"),
+        "pydoc-bfloat16": replace(pydoc, dtype="bfloat16"),
+    }
+    return {name: replace(case, name=name) for name, case in cases.items()}
+
+
+PRESETS = _presets()
+
+# Published shapes of real models: width, hidden width of an expert, routed experts, experts per token, whether scores
+# are renormalised. From each model's configuration (config.json) on the Hugging Face hub, where it has the name given.
+
+
+def _model(
+    name: str, width: int, hidden: int, experts: int, top_k: int, renormalize: bool, **more: Any
+) -> tuple[str, Case]:
+    shape = {"width": width, "hidden": hidden, "experts": experts, "top_k": top_k, "renormalize": renormalize}
+    return name, Case(name, ranks=8, tokens=8, dtype="bfloat16", pattern="zipf", **shape, **more)
+
+
+MODELS = dict(
+    [
+        # deepseek-ai/DeepSeek-V3
+        _model("deepseek-v3", 7168, 2048, 256, 8, True, score_function="sigmoid", scale=2.5),
+        _model("mixtral-8x7b", 4096, 14336, 8, 2, True),  # mistralai/Mixtral-8x7B-v0.1
+        _model("qwen3-30b-a3b", 2048, 768, 128, 8, True),  # Qwen/Qwen3-30B-A3B
+        _model("gpt-oss-120b", 2880, 2880, 128, 4, True),  # openai/gpt-oss-120b
+        _model("olmoe-1b-7b", 2048, 1024, 64, 8, False),  # allenai/OLMoE-1B-7B-0924
+    ]
+)
+
+
+def command(case: Case) -> str:
+    """The command that repeats a case."""
+    if case == MODELS.get(case.name):
+        return f"python -m parity check --model {case.name}"
+    if case == PRESETS.get(case.name):
+        return f"python -m parity check {case.name}"
+    changed = [(f.name, getattr(case, f.name)) for f in fields(case) if getattr(case, f.name) != f.default]
+    return " ".join(["python -m parity check", *(f"--{flag(name)} {value}" for name, value in changed)])

@@ -1,0 +1,70 @@
+"""Cases drawn at random: shapes, skews, capacities, bins, priorities, dtypes, degenerate sizes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from itertools import count, islice
+from typing import Any, get_args
+
+import numpy as np
+
+from parity.cases.case import Case, Dtype, Pattern
+
+# Cases in a row with the same shapes: JAX compiles them once, and compiling takes most of the time.
+SHARED = 5
+
+
+def random_cases(n: int, seed: int, fixed: dict[str, Any]) -> list[Case]:
+    """`n` cases of this seed, with the fields in `fixed` as given.
+
+    Raises ValueError when no case exists with what is fixed.
+    """
+    return list(islice(_cases(seed, fixed), n))
+
+
+def _cases(seed: int, fixed: dict[str, Any]) -> Iterator[Case]:
+    for shape in count():
+        rng = np.random.default_rng([seed, shape])
+        base = _possible(lambda rng=rng: replace(Case(**(_shape(rng) | fixed)), pattern="random"))
+        for i in range(SHARED):
+            name = f"random-{seed}-{shape * SHARED + i:04d}"
+
+            def vary(rng=rng, base=base, name=name) -> Case:
+                drawn = {"pattern": str(rng.choice(get_args(Pattern))), "seed": int(rng.integers(10**6))}
+                return replace(base, **(drawn | fixed | {"name": name}))
+
+            yield _possible(vary)
+
+
+def _possible(draw: Callable[[], Case]) -> Case:
+    """The first draw that is a case: K can exceed E, or a pattern want more experts than there are."""
+    for _ in range(200):
+        with suppress(ValueError):
+            return draw()
+    return draw()
+
+
+def _shape(rng: np.random.Generator) -> dict[str, Any]:
+    """Everything that decides the shapes and so the program."""
+
+    def one_of(*choices: Any) -> Any:
+        return choices[int(rng.integers(len(choices)))]
+
+    ranks = one_of(1, 2, 3, 4, 4, 8)
+    experts = ranks * one_of(1, 2, 2, 3, 4)
+    return {
+        "ranks": ranks,
+        "experts": experts,
+        "top_k": int(rng.integers(1, min(experts, 6) + 1)),
+        "tokens": one_of(0, 1, 2, 5, 8, 16, 16, 33),
+        "width": one_of(1, 3, 4, 8, 16, 32),
+        "hidden": one_of(1, 2, 5, 8, 24, 32),
+        "dtype": one_of(*get_args(Dtype)),
+        "score_function": one_of("softmax", "sigmoid"),
+        "renormalize": one_of(False, True),
+        "scale": one_of(1.0, 2.5),
+        "capacity_factor": one_of(None, None, "1/3", "0.5", "1", "1.25", "2.0"),
+        "capacity_per": one_of("rank", "expert"),
+        "priority": one_of("token", "choice", "score"),
+        "align": one_of(1, 1, 8),
+    }

@@ -1,0 +1,149 @@
+"""Recordings of routing: what a file may hold, and the case that it fixes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from parity.cases.case import Case
+
+Array = np.ndarray
+RECORDINGS = Path(__file__).parent / "recordings"
+
+# The form of a recording: what it may hold, and the shape of each. expert_id alone is enough.
+FORM = {
+    "expert_id": "M K",
+    "x": "M D",
+    "router": "D E",
+    "w_gate": "E D F",
+    "w_up": "E D F",
+    "w_down": "E F D",
+}
+
+
+def recording_path(recording: str) -> Path:
+    """A recording that the package brings, by name, or a file."""
+    brought = {path.stem: path for path in RECORDINGS.glob("*.safetensors")}
+    return brought.get(recording, Path(recording))
+
+
+def read_recording(recording: str) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors of a recording and its metadata.
+
+    Raises ValueError when it cannot be read, lacks expert_id, or its tensors' shapes contradict each other.
+    """
+    path = recording_path(recording)
+    try:
+        with safe_open(path, framework="numpy") as f:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  safe_open is no dict
+            metadata = f.metadata() or {}
+    except (OSError, SafetensorError, AttributeError) as error:  # AttributeError: a dtype that NumPy lacks
+        raise ValueError(f"--recording {recording}: cannot read {path} as safetensors: {error}") from error
+    sizes: dict[str, int] = {}
+    for name, form in FORM.items():
+        if name not in tensors:
+            continue
+        if tensors[name].ndim != len(form.split()):
+            raise ValueError(f"--recording {recording}: {name} has shape {tensors[name].shape}, expected [{form}]")
+        for letter, size in zip(form.split(), tensors[name].shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                raise ValueError(
+                    f"--recording {recording}: {name} has shape {tensors[name].shape}, but {letter} is {sizes[letter]}"
+                )
+    for name, a in tensors.items():
+        if name != "expert_id" and not np.isfinite(a.astype(np.float64)).all():
+            raise ValueError(f"--recording {recording}: {name} holds numbers that are not finite")
+    ids, held = tensors.get("expert_id"), ", ".join(f"{name} of {a.dtype}" for name, a in sorted(tensors.items()))
+    if ids is None or ids.dtype.kind not in "iu":
+        raise ValueError(f"--recording {recording}: needs a tensor expert_id of integers, [M, K], and has {held}")
+    if not ids.size:
+        raise ValueError(f"--recording {recording}: expert_id has shape {ids.shape}: there is nothing in it")
+    if ("x" in tensors) != ("router" in tensors):
+        raise ValueError(f"--recording {recording}: x and router come together or not at all: scores need both")
+    return tensors, metadata
+
+
+def case_of_recording(case: Case) -> Case:
+    """The case with every size that its recording fixes: E, K, D, F, the router's form, and T = M // P.
+
+    Raises ValueError as `read_recording` and `Case` do.
+    """
+    if case.recording is None:
+        return case
+    tensors, metadata = read_recording(case.recording)
+    sizes = {
+        letter: size
+        for name, form in FORM.items()
+        if name in tensors
+        for letter, size in zip(form.split(), tensors[name].shape, strict=True)
+    }
+    said = _metadata(case.recording, metadata)
+    if sizes.setdefault("E", said.get("n_experts", int(tensors["expert_id"].max()) + 1)) != said.get(
+        "n_experts", sizes["E"]
+    ):
+        raise ValueError(
+            f"--recording {case.recording}: n_experts is {said['n_experts']}, but the tensors have {sizes['E']}"
+        )
+    if case.tokens > (most := sizes["M"] // case.ranks):
+        raise ValueError(f"--tokens {case.tokens} on --ranks {case.ranks}, but the recording has {sizes['M']} tokens")
+    return replace(
+        case,
+        tokens=case.tokens or most,
+        top_k=sizes["K"],
+        experts=sizes["E"],
+        width=sizes.get("D", case.width),
+        hidden=sizes.get("F", case.hidden),
+        **{name: value for name, value in said.items() if name != "n_experts"},
+    )
+
+
+def _metadata(recording: str, metadata: dict[str, str]) -> dict[str, Any]:
+    """What a recording says of its router. Raises ValueError on a value that it cannot have."""
+    read: dict[str, Callable[[str], Any]] = {
+        "n_experts": int,
+        "score_function": {"softmax": "softmax", "sigmoid": "sigmoid"}.__getitem__,
+        "renormalize": {"true": True, "false": False}.__getitem__,
+        "scale": float,
+    }
+    for name in metadata.keys() - read.keys():
+        if meant := get_close_matches(name, read, cutoff=0.8):
+            raise ValueError(f"--recording {recording}: its metadata has {name}: should that be {meant[0]}?")
+    said = {}
+    for name in read.keys() & metadata.keys():
+        try:
+            said[name] = read[name](metadata[name].lower())
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"--recording {recording}: its metadata has {name} {metadata[name]!r}: n_experts must be an integer, "
+                "score_function softmax or sigmoid, renormalize true or false, scale a number"
+            ) from error
+    return said
+
+
+def load_recording(case: Case) -> dict[str, Array]:
+    """A recording's tensors, its first P*T tokens laid out over the ranks.
+
+    Raises ValueError when an expert id is out of range or twice in one token, or a shape is not the case's.
+    """
+    assert case.recording is not None
+    if (full := case_of_recording(case)) != case:
+        raise ValueError(f"--recording {case.recording}: the recording needs {full}, got {case}")
+    tensors, _ = read_recording(case.recording)
+    ids = tensors["expert_id"]
+    if ids.size and (ids.min() < 0 or ids.max() >= case.experts):
+        raise ValueError(
+            f"--recording {case.recording}: expert ids run from {ids.min()} to {ids.max()} with {case.experts} experts"
+            ": set n_experts in the metadata, or mend the ids"
+        )
+    twice = (np.diff(np.sort(ids, axis=1), axis=1) == 0).any(axis=1)
+    if twice.any():
+        token = int(twice.argmax())
+        raise ValueError(f"--recording {case.recording}: token {token} chose {ids[token]}: they must differ")
+    M = case.ranks * case.tokens
+    for name in {"expert_id", "x"} & tensors.keys():
+        tensors[name] = tensors[name][:M].reshape(case.ranks, case.tokens, -1)
+    return tensors | {"expert_id": tensors["expert_id"].astype(np.int32)}

@@ -1,0 +1,1 @@
+"""What is right: comparison, blame, records of a run."""

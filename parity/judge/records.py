@@ -1,0 +1,161 @@
+"""A report as JSON Lines: a header, for each case what it looked like and every comparison, and a footer.
+
+A report without its footer is of a run that did not end, and is refused.
+"""
+
+import lzma
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from parity.cases.case import Case
+from parity.judge.compare import Check
+from parity.judge.picture import Picture
+
+SCHEMA = 2
+
+
+class Header(msgspec.Struct, tag_field="kind", tag="header"):
+    """What was run, and where."""
+
+    schema: int
+    command: str
+    began: str
+    machine: dict[str, str]
+    planted: str = ""  # the fault, if one was planted
+
+
+class CaseRecord(msgspec.Struct, tag_field="kind", tag="case"):
+    """One case: what it is, the command that repeats it, who ran it, and what it looked like."""
+
+    case: Case
+    command: str
+    seconds: dict[str, float]  # by backend
+    environment: dict[str, dict[str, str]]
+    picture: Picture
+
+
+class Footer(msgspec.Struct, tag_field="kind", tag="footer"):
+    """The verdict, and how much it rests on."""
+
+    verdict: Literal["match", "mismatch", "nothing compared"]
+    exit_code: int
+    cases: int
+    comparisons: int
+    rows: int
+    bitwise: int
+    failing: int
+    seconds: dict[str, float]
+
+
+Record = Header | CaseRecord | Check | Footer
+
+
+class Report(msgspec.Struct):
+    """A whole run."""
+
+    header: Header
+    cases: dict[str, CaseRecord]
+    checks: dict[str, list[Check]]
+    footer: Footer
+
+
+def header(planted: str = "") -> Header:
+    """Of a run that begins now."""
+    packages = ("moe-parity", "torch", "jax", "jaxlib", "numpy")
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    machine = {name: installed[name] for name in packages if name in installed}
+    machine |= {"python": platform.python_version(), "platform": platform.platform()}
+    command = " ".join(["python -m parity", *sys.argv[1:]])
+    return Header(SCHEMA, command, datetime.now(UTC).isoformat(timespec="seconds"), machine, planted)
+
+
+def footer(checks: dict[str, list[Check]], cases: int, seconds: dict[str, float]) -> Footer:
+    """The verdict over all comparisons; a case in which nothing was compared is no match."""
+    everything = [c for found in checks.values() for c in found]
+    compared = len(checks) == cases and all(sum(c.rows for c in found) for found in checks.values())
+    failing = sum(not c.ok for c in everything)
+    verdict, code = ("mismatch", 1) if failing else ("match", 0) if compared and checks else ("nothing compared", 5)
+    rows, bitwise = sum(c.rows for c in everything), sum(c.rows for c in everything if c.bitwise)
+    return Footer(verdict, code, len(checks), len(everything), rows, bitwise, failing, seconds)
+
+
+def encode(record: Record) -> str:
+    """One line. JSON has no infinity and no NaN: they become the strings "inf", "-inf" and "nan"."""
+    return msgspec.json.encode(_with_strings(msgspec.to_builtins(record))).decode()
+
+
+def _with_strings(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_strings(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_strings(item) for item in value]
+    return str(value) if isinstance(value, float) and value - value != 0 else value
+
+
+def lines(report: Report) -> list[str]:
+    """The whole report, a record a line."""
+    return [
+        encode(report.header),
+        *(
+            line
+            for name, record in report.cases.items()
+            for line in (encode(record), *map(encode, report.checks[name]))
+        ),
+        encode(report.footer),
+    ]
+
+
+def read(path: Path) -> Report:
+    """A report from its file, which may be compressed (.xz).
+
+    Raises ValueError when the file is none, was written in another schema, or is not whole.
+    """
+    try:
+        with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
+            records = [msgspec.convert(upgraded(msgspec.json.decode(line)), Record, strict=False) for line in file]
+    except (OSError, lzma.LZMAError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+        raise ValueError(
+            f"{path} is no report: {error}. Write one with `python -m parity check --json >FILE`"
+        ) from error
+    first, last = (records[0], records[-1]) if records else (None, None)
+    if not isinstance(first, Header) or first.schema != SCHEMA:
+        raise ValueError(
+            f"{path} does not begin with a header of schema {SCHEMA}: it is no report, or another version's"
+        )
+    if not isinstance(last, Footer):
+        raise ValueError(f"{path} has no footer: its run did not end, so it says nothing. Run it again")
+    report = Report(first, {}, {}, last)
+    for record in records[1:-1]:
+        if isinstance(record, CaseRecord):
+            report.cases[record.case.name], report.checks[record.case.name] = record, []
+        if isinstance(record, Check):
+            report.checks.setdefault(record.case, []).append(record)
+    found = sum(map(len, report.checks.values()))
+    if found != last.comparisons or report.cases.keys() != report.checks.keys():
+        raise ValueError(f"{path} has {found} comparisons where its footer counts {last.comparisons}: it is not whole")
+    return report
+
+
+def upgraded(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of an earlier schema as one of this: 1 called a case's recording its trace."""
+    if line.get("kind") == "header" and line.get("schema") == 1:
+        line["schema"] = SCHEMA
+    if line.get("kind") == "case" and "trace" in line["case"]:
+        line["case"]["recording"] = line["case"].pop("trace")
+    return line
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of one line."""
+    result = msgspec.json.schema(Record)
+    for definition in result["$defs"].values():
+        for about in definition.get("properties", {}).values():
+            if about.get("type") == "number":
+                about["type"] = ["number", "string"]
+    return {"title": "One line of a parity report", "$comment": 'numbers may be "inf", "-inf" or "nan"'} | result

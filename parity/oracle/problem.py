@@ -1,0 +1,164 @@
+"""Seeded NumPy inputs of a case, drawn once and given to every runner."""
+
+import pickle
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from parity.cases.case import Case
+from parity.cases.recording import load_recording
+from parity.oracle import reference
+from parity.oracle.reference import Exact, Layer, Weights
+from parity.oracle.tolerances import numpy_dtype
+from parity.oracle.vectorised import oracle_for
+from parity.oracle.windows import Windows, draw_windows
+
+Array = np.ndarray
+
+
+@dataclass
+class Problem:
+    """All that a runner is given: inputs end to end, and the oracle's values at every stage, to feed one by one.
+
+    Dtypes are the case's; shapes carry the rank in front. Values per assignment are [P, T, K, ...].
+    """
+
+    case: Case
+    x: Array  # [P, T, D]
+    router: Array  # [D, E]
+    weights: Weights
+    dout: Array  # [P, T, D], the cotangent
+    expert_id: Array  # [P, T, K] int32
+    keep: Array  # [P, T, K] bool
+    score: Array  # [P, T, K]
+    y: Array  # [P, T, K, D]
+    dscore: Array
+    dy: Array
+    dx_rows: Array
+    exact: Layer  # float64, end to end
+
+    @property
+    def other_experts(self) -> Array:
+        """Expert ids [P, T, K] that the router does not choose, for a replay that must not choose anew."""
+        return (self.expert_id + 1) % self.case.experts
+
+    def steps_between(self) -> list["Problem"]:
+        """Steps with other tokens, to other experts and to the same: what a step keeps for the next shows up."""
+        other = replace(self, x=-self.x)
+        return [replace(other, expert_id=self.other_experts), other]
+
+    def order_probe(self) -> tuple[Array, Array]:
+        """Rows [P, T, K, D] whose sum over k depends on the order, and the sum in order of k, which is exact.
+
+        A large number, its negative, and a third so small that it survives only when it is added last.
+        """
+        small = 2.0**-39 if self.case.wide == "float64" else 2.0**-10
+        term_K = np.zeros(self.case.top_k)
+        term_K[:3] = np.array([2.0**15, -(2.0**15), small])[: self.case.top_k]
+        rows = np.broadcast_to(term_K[:, None], self.y.shape)
+        total = np.zeros(self.x.shape, self.case.wide)
+        for k in range(self.case.top_k):
+            total += np.where(self.keep[:, :, k, None], rows[:, :, k], 0).astype(self.case.wide)
+        return rows.astype(self.y.dtype), total.astype(np.float64)
+
+    def save(self, path: Path) -> None:
+        """Write to a file that only this program reads."""
+        path.write_bytes(pickle.dumps(self))
+
+    @staticmethod
+    def load(path: Path) -> "Problem":
+        """Read what `save` wrote."""
+        problem = pickle.loads(path.read_bytes())
+        assert isinstance(problem, Problem)
+        return problem
+
+
+def draw(case: Case) -> Problem:
+    """Draw the inputs of a case and evaluate the oracle on them.
+
+    Raises ValueError when the case's recording cannot be read or has other shapes.
+    """
+    rng = np.random.default_rng([case.seed, 0])
+    P, T, D, F, E = case.ranks, case.tokens, case.width, case.hidden, case.experts
+    recorded = load_recording(case) if case.recording else {}
+    router = recorded.get("router", _router(case, rng)).astype(case.wide)
+    wanted = recorded.get("expert_id", None)
+    x = recorded.get("x", None)
+    if x is None:
+        wanted = _wanted_experts(case, rng) if wanted is None else wanted
+        x = tokens_that_choose(case, wanted, router.astype(np.float64), rng)
+    dtype = numpy_dtype(case.dtype)
+    x = x.astype(dtype)
+    drawn = Weights(*(_weights(case, shape, rng) for shape in [(E, D, F), (E, D, F), (E, F, D)]))
+    weights = Weights(*(recorded.get(n, a).astype(dtype) for n, a in zip(Weights._fields, drawn, strict=True)))
+    dout = rng.standard_normal((P, T, D)).astype(dtype)
+
+    x64, router64, dout64 = (a.astype(np.float64) for a in (x, router, dout))
+    weights64 = Weights(*(a.astype(np.float64) for a in weights))
+    oracle = oracle_for(case)
+    logits, score = oracle.route(case, x64, router64, Exact())
+    expert_id = recorded["expert_id"] if "expert_id" in recorded else oracle.select(case, logits)
+    # Priority goes by the scores that are stored, so rounding to the stored dtype comes first.
+    stored = reference.chosen_scores(case, score, expert_id, Exact()).astype(case.wide)
+    keep = reference.keep_within_capacity(case, expert_id, stored)
+    exact = oracle.layer(case, x64, router64, weights64, dout64, expert_id, keep, Exact())
+    rows = {name: getattr(exact, name).astype(dtype) for name in ("y", "dy", "dx_rows")}
+    dscore = exact.dscore.astype(case.wide)
+    return Problem(case, x, router, weights, dout, expert_id, keep, stored, exact=exact, dscore=dscore, **rows)
+
+
+def _weights(case: Case, shape: tuple[int, int, int], rng: np.random.Generator) -> Array | Windows:
+    return draw_windows(shape, rng) if case.real_size else rng.standard_normal(shape) / np.sqrt(shape[1])
+
+
+def exact_inputs(problem: Problem) -> tuple[Array, Array, Weights, Array]:
+    """Tokens, router, weights and cotangent in float64."""
+    x, router, dout = (a.astype(np.float64) for a in (problem.x, problem.router, problem.dout))
+    return x, router, Weights(*(a.astype(np.float64) for a in problem.weights)), dout
+
+
+def _router(case: Case, rng: np.random.Generator) -> Array:
+    if case.pattern == "ties":
+        return rng.integers(-1, 2, (case.width, case.experts)).astype(np.float64)
+    return rng.standard_normal((case.width, case.experts)) / np.sqrt(case.width)
+
+
+def _wanted_experts(case: Case, rng: np.random.Generator) -> Array:
+    """Which experts each token should choose, best first: [P, T, K]."""
+    P, T, K, E = case.ranks, case.tokens, case.top_k, case.experts
+    e = E // P
+    weight_PE = np.ones((P, E))
+    if case.pattern == "zipf":
+        weight_PE = weight_PE / np.arange(1, E + 1) ** 1.2
+    if case.pattern == "empty_expert":
+        weight_PE[:, E // 2] = 0
+    if case.pattern == "idle_rank":
+        weight_PE[:, P // 2 * e : (P // 2 + 1) * e] = 0
+    if case.pattern == "stay_home":
+        weight_PE[0, e:] = 0
+        weight_PE[1:, :e] = 0
+    wanted = np.zeros((P, T, K), np.int32)
+    for p, t in np.ndindex(P, T):
+        weight_E = weight_PE[p] / weight_PE[p].sum()
+        if case.pattern == "balanced":
+            wanted[p, t] = ((p * T + t) * K + np.arange(K)) % E
+        elif case.pattern == "one_expert":
+            wanted[p, t] = [0, *(1 + rng.permutation(E - 1)[: K - 1])]
+        else:
+            wanted[p, t] = rng.choice(E, K, replace=False, p=weight_E)
+    return wanted
+
+
+def tokens_that_choose(case: Case, wanted: Array, router: Array, rng: np.random.Generator) -> Array:
+    """Hidden states whose logits rank the wanted experts first, in order, with a margin (as far as D >= E allows)."""
+    P, T, K, E = case.ranks, case.tokens, case.top_k, case.experts
+    if case.pattern == "ties":
+        return rng.integers(-2, 3, (P, T, case.width)).astype(np.float64)
+    logits = rng.uniform(-1, 0, (P, T, E))
+    best_first = 1 + 0.3 * np.arange(K, 0, -1) + rng.uniform(0, 0.2, (P, T, K))
+    np.put_along_axis(logits, wanted, best_first, axis=2)
+    noise = rng.standard_normal((P, T, case.width))
+    x = noise + (logits - noise @ router) @ np.linalg.pinv(router)
+    # A router that is nearly singular asks for huge tokens. Shrunk, they choose the same experts, and fit a float16.
+    return x / np.maximum(np.sqrt((x**2).mean(axis=-1, keepdims=True)) / 4, 1)

@@ -1,0 +1,274 @@
+"""The oracle: a dense float64 MoE layer in NumPy, plain loops over tokens and experts, no dispatch at all.
+
+Every function takes a `Numbers`, which says what happens at the documented rounding points: nothing (`Exact`), or a
+random relative error of at most the unit roundoff (`Perturbed`, the yardstick of `tolerances.py`). Functions return
+values before their last rounding. Shapes carry the rank in front: x_PTD.
+"""
+
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+
+from parity.cases.case import Case
+from parity.oracle.tolerances import noise, smallest_step
+from parity.oracle.windows import Windows
+
+Array = np.ndarray
+
+
+class Exact:
+    """Real arithmetic, as far as float64 goes."""
+
+    def round(self, a: Array, dtype: str) -> Array:  # noqa: ARG002
+        """The value stored in `dtype`: here, itself."""
+        return a
+
+    def summand(self, a: Array, n: int, dtype: str) -> Array:  # noqa: ARG002
+        """One factor of a sum of n products accumulated in `dtype`: here, itself."""
+        return a
+
+
+@dataclass
+class Perturbed:
+    """The standard model of floating point, fl(a) = a(1 + d), |d| <= u, with d drawn (Monte Carlo arithmetic)."""
+
+    rng: np.random.Generator
+
+    def round(self, a: Array, dtype: str) -> Array:
+        """The value stored in `dtype`, off by up to the unit roundoff, or by half a step below the normal range."""
+        off = self.rng.uniform(-1, 1, np.shape(a))
+        return a + off * np.maximum(noise(dtype) * np.abs(a), smallest_step(dtype) / 2)
+
+    def summand(self, a: Array, n: int, dtype: str) -> Array:
+        """One factor of a sum of n products accumulated in `dtype`: n roundings walk randomly, so sqrt(n) of them."""
+        return a * (1 + np.sqrt(max(n, 1)) * noise(dtype) * self.rng.uniform(-1, 1, np.shape(a)))
+
+
+Numbers = Exact | Perturbed
+
+
+class Weights(NamedTuple):
+    """Of all experts: [E, D, F], [E, D, F], [E, F, D]."""
+
+    w_gate: Array | Windows
+    w_up: Array | Windows
+    w_down: Array | Windows
+
+
+def route(case: Case, x_PTD: Array, router_DE: Array, numbers: Numbers) -> tuple[Array, Array]:
+    """Logits and scores of all experts, [P, T, E] each, before selection."""
+    logits_PTE = np.zeros((*x_PTD.shape[:2], case.experts))
+    for p, t in np.ndindex(*x_PTD.shape[:2]):
+        logits_PTE[p, t] = numbers.summand(x_PTD[p, t], case.width, case.wide) @ router_DE
+    logits_PTE = numbers.round(logits_PTE, case.wide)
+    return logits_PTE, scores(case, logits_PTE, numbers)
+
+
+def scores(case: Case, logits_PTE: Array, numbers: Numbers) -> Array:
+    """Softmax or sigmoid of the logits: [P, T, E]."""
+    if case.score_function == "sigmoid":
+        return numbers.round(1 / (1 + np.exp(-logits_PTE)), case.wide)
+    power_PTE = numbers.round(np.exp(logits_PTE - logits_PTE.max(-1, keepdims=True)), case.wide)
+    total_PT1 = numbers.summand(power_PTE, case.experts, case.wide).sum(-1, keepdims=True)
+    return numbers.round(power_PTE / total_PT1, case.wide)
+
+
+def select(case: Case, logits_PTE: Array) -> Array:
+    """The K largest logits of each token, ties to the lower expert id: [P, T, K]."""
+    id_PTK = np.zeros((*logits_PTE.shape[:2], case.top_k), np.int32)
+    for p, t in np.ndindex(*logits_PTE.shape[:2]):
+        logits_E = logits_PTE[p, t]
+        id_PTK[p, t] = sorted(range(case.experts), key=lambda g: (-logits_E[g], g))[: case.top_k]
+    return id_PTK
+
+
+def chosen_scores(case: Case, score_PTE: Array, id_PTK: Array, numbers: Numbers) -> Array:
+    """The scores of the chosen experts, renormalised and scaled as the case says: [P, T, K]."""
+    score_PTK = np.take_along_axis(score_PTE, id_PTK, axis=2)
+    if case.renormalize:
+        total_PT1 = numbers.summand(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
+        score_PTK = numbers.round(score_PTK / total_PT1, case.wide)
+    return score_PTK * case.scale
+
+
+def route_backward(
+    case: Case, x_PTD: Array, router_DE: Array, id_PTK: Array, dscore_PTK: Array, numbers: Numbers
+) -> tuple[Array, Array]:
+    """Gradients of the tokens [P, T, D] and of the router [D, E], summed over ranks."""
+    _, score_PTE = route(case, x_PTD, router_DE, numbers)
+    dx_PTD, drouter_DE = np.zeros_like(x_PTD), np.zeros_like(router_DE)
+    n = x_PTD.shape[0] * x_PTD.shape[1]
+    for p, t in np.ndindex(*x_PTD.shape[:2]):
+        score_E, id_K = score_PTE[p, t], id_PTK[p, t]
+        score_K, d_K = score_E[id_K], case.scale * dscore_PTK[p, t]
+        if case.renormalize:
+            total = numbers.summand(score_K, case.top_k, case.wide).sum() + 1e-20
+            mean = numbers.summand(d_K * score_K, case.top_k, case.wide).sum() / total
+            d_K = numbers.round(numbers.round(d_K, case.wide) - numbers.round(mean, case.wide), case.wide) / total
+        d_E = np.zeros(case.experts)
+        d_E[id_K] = numbers.round(d_K, case.wide)
+        if case.score_function == "sigmoid":
+            dlogits_E = d_E * score_E * numbers.round(1 - score_E, case.wide)
+        else:
+            mean = numbers.round(numbers.summand(d_E, case.top_k, case.wide) @ score_E, case.wide)
+            dlogits_E = score_E * numbers.round(d_E - mean, case.wide)
+        dlogits_E = numbers.round(dlogits_E, case.wide)
+        dx_PTD[p, t] = router_DE @ numbers.summand(dlogits_E, case.experts, case.wide)
+        drouter_DE += np.outer(numbers.summand(x_PTD[p, t], n, case.wide), dlogits_E)
+    return dx_PTD, drouter_DE
+
+
+def keep_within_capacity(case: Case, id_PTK: Array, score_PTK: Array) -> Array:
+    """Which assignments a static capacity keeps: bins are filled one assignment at a time, in order of priority."""
+    keep_PTK = np.zeros(id_PTK.shape, bool)
+    experts_per_bin = case.experts // case.bins
+    for p in range(case.ranks):
+        everyone = [(t, k) for t in range(case.tokens) for k in range(case.top_k)]
+        if case.priority == "choice":
+            everyone.sort(key=lambda tk: tk[1])
+        if case.priority == "score":
+            everyone.sort(key=lambda tk: -float(score_PTK[p][tk]))
+        room = [case.capacity] * case.bins
+        for t, k in everyone:
+            b = id_PTK[p, t, k] // experts_per_bin
+            if room[b] > 0:
+                room[b] -= 1
+                keep_PTK[p, t, k] = True
+    return keep_PTK
+
+
+def count(case: Case, id_PTK: Array, keep_PTK: Array) -> Array:
+    """Assignments kept, per rank and expert: [P, E]."""
+    counts_PE = np.zeros((case.ranks, case.experts), np.int64)
+    for p, t, k in np.ndindex(*id_PTK.shape):
+        counts_PE[p, id_PTK[p, t, k]] += keep_PTK[p, t, k]
+    return counts_PE
+
+
+def sent(case: Case, id_PTK: Array, keep_PTK: Array, strategy: str) -> Array:
+    """Rows that each rank sends to each expert, [P, E]: all of them, or what a static capacity keeps."""
+    return count(case, id_PTK, keep_PTK if strategy == "static" else np.ones_like(keep_PTK))
+
+
+def received(case: Case, sent_PE: Array) -> Array:
+    """The same on the receiver, [P, P, e]: received[q, p, j] rows from rank p for local expert j of rank q."""
+    return sent_PE.reshape(case.ranks, case.ranks, -1).transpose(1, 0, 2)
+
+
+def silu(a: Array) -> Array:
+    """a * sigmoid(a)."""
+    return a / (1 + np.exp(-a))
+
+
+def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Weights, numbers: Numbers) -> Array:
+    """Each chosen expert's SwiGLU of each token: [P, T, K, D]."""
+    y_PTKD = np.zeros((*id_PTK.shape, case.width))
+    for p, t, k in np.ndindex(*id_PTK.shape):
+        g = int(id_PTK[p, t, k])
+        _, _, hidden_F = _hidden(case, x_PTD[p, t], w, g, numbers)
+        y_PTKD[p, t, k] = numbers.summand(hidden_F, case.hidden, case.wide) @ w.w_down[g]
+    return y_PTKD
+
+
+def _hidden(case: Case, x_D: Array, w: Weights, g: int, numbers: Numbers) -> tuple[Array, Array, Array]:
+    gate_F = numbers.round(numbers.summand(x_D, case.width, case.wide) @ w.w_gate[g], case.dtype)
+    up_F = numbers.round(numbers.summand(x_D, case.width, case.wide) @ w.w_up[g], case.dtype)
+    act_F = numbers.round(silu(gate_F), case.wide)
+    return gate_F, up_F, numbers.round(act_F * up_F, case.dtype)
+
+
+def experts_backward(
+    case: Case, x_PTD: Array, id_PTK: Array, w: Weights, dy_PTKD: Array, numbers: Numbers
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    """Gradients of each row [P, T, K, D] and of the weights. Where dy is zero a row adds nothing."""
+    dx_PTKD = np.zeros_like(dy_PTKD)
+    dw_gate, dw_up, dw_down = (np.zeros(a.shape) for a in w)
+    rows_E = np.bincount(id_PTK.reshape(-1), minlength=case.experts).tolist()
+    for p, t, k in np.ndindex(*id_PTK.shape):
+        g, x_D, dy_D = int(id_PTK[p, t, k]), x_PTD[p, t], dy_PTKD[p, t, k]
+        gate_F, up_F, hidden_F = _hidden(case, x_D, w, g, numbers)
+        dhidden_F = numbers.round(w.w_down[g] @ numbers.summand(dy_D, case.width, case.wide), case.dtype)
+        sigmoid_F = numbers.round(1 / (1 + np.exp(-gate_F)), case.wide)
+        slope_F = numbers.round(sigmoid_F * (1 + gate_F * numbers.round(1 - sigmoid_F, case.wide)), case.wide)
+        dgate_F = numbers.round(numbers.round(dhidden_F * up_F, case.wide) * slope_F, case.dtype)
+        dup_F = numbers.round(dhidden_F * numbers.round(gate_F * sigmoid_F, case.wide), case.dtype)
+        through_gate_D = w.w_gate[g] @ numbers.summand(dgate_F, case.hidden, case.wide)
+        through_up_D = w.w_up[g] @ numbers.summand(dup_F, case.hidden, case.wide)
+        dx_PTKD[p, t, k] = numbers.round(through_gate_D, case.dtype) + numbers.round(through_up_D, case.dtype)
+        dw_gate[g] += np.outer(numbers.summand(x_D, rows_E[g], case.wide), dgate_F)
+        dw_up[g] += np.outer(numbers.summand(x_D, rows_E[g], case.wide), dup_F)
+        dw_down[g] += np.outer(numbers.summand(hidden_F, rows_E[g], case.wide), dy_D)
+    return dx_PTKD, (dw_gate, dw_up, dw_down)
+
+
+def combine(case: Case, y_PTKD: Array, score_PTK: Array, keep_PTK: Array, numbers: Numbers) -> Array:
+    """out[t] = sum over k of score * keep * y: [P, T, D]."""
+    out_PTD = np.zeros((case.ranks, case.tokens, case.width))
+    for p, t, k in np.ndindex(*score_PTK.shape):
+        if keep_PTK[p, t, k]:
+            out_PTD[p, t] += score_PTK[p, t, k] * numbers.summand(y_PTKD[p, t, k], case.top_k, case.wide)
+    return out_PTD
+
+
+def combine_backward(
+    case: Case, y_PTKD: Array, score_PTK: Array, keep_PTK: Array, dout_PTD: Array, numbers: Numbers
+) -> tuple[Array, Array]:
+    """Gradients of the rows [P, T, K, D] and of the scores [P, T, K]; zero for what was dropped."""
+    dy_PTKD, dscore_PTK = np.zeros_like(y_PTKD), np.zeros_like(score_PTK)
+    for p, t, k in np.ndindex(*score_PTK.shape):
+        if keep_PTK[p, t, k]:
+            dy_PTKD[p, t, k] = score_PTK[p, t, k] * numbers.summand(dout_PTD[p, t], 1, case.wide)
+            dscore_PTK[p, t, k] = numbers.summand(y_PTKD[p, t, k], case.width, case.wide) @ dout_PTD[p, t]
+    return dy_PTKD, dscore_PTK
+
+
+def group_backward(case: Case, dx_PTKD: Array, keep_PTK: Array, numbers: Numbers) -> Array:
+    """A token's gradient is the sum over its K rows: [P, T, D]."""
+    dx_PTD = np.zeros((case.ranks, case.tokens, case.width))
+    for p, t, k in np.ndindex(*keep_PTK.shape):
+        if keep_PTK[p, t, k]:
+            dx_PTD[p, t] += numbers.summand(dx_PTKD[p, t, k], case.top_k, case.wide)
+    return dx_PTD
+
+
+class Layer(NamedTuple):
+    """The layer end to end, each value before its last rounding."""
+
+    logits: Array  # [P, T, E]
+    score: Array  # [P, T, K]
+    y: Array  # [P, T, K, D]
+    out: Array  # [P, T, D]
+    dy: Array  # [P, T, K, D]
+    dscore: Array  # [P, T, K]
+    dx_rows: Array  # [P, T, K, D]
+    dx_experts: Array  # [P, T, D], without the router's part
+    dx_router: Array  # [P, T, D]
+    dx: Array  # [P, T, D]
+    drouter: Array  # [D, E]
+    dw_gate: Array
+    dw_up: Array
+    dw_down: Array
+
+
+def layer(
+    case: Case, x_PTD: Array, router_DE: Array, w: Weights, dout_PTD: Array, id_PTK: Array, keep_PTK: Array,
+    numbers: Numbers, oracle: ModuleType | None = None,
+) -> Layer:  # fmt: skip
+    """Forward, and backward from the cotangent `dout`, with the expert ids given; of `oracle`'s functions, or these."""
+    oracle = oracle or sys.modules[__name__]
+    logits, score_PTE = oracle.route(case, x_PTD, router_DE, numbers)
+    score = chosen_scores(case, score_PTE, id_PTK, numbers)
+    score_r = numbers.round(score, case.wide)
+    y = oracle.experts(case, x_PTD, id_PTK, w, numbers)
+    y_r = numbers.round(y, case.dtype)
+    out = oracle.combine(case, y_r, score_r, keep_PTK, numbers)
+    dy, dscore = oracle.combine_backward(case, y_r, score_r, keep_PTK, dout_PTD, numbers)
+    dx_rows, dw = oracle.experts_backward(case, x_PTD, id_PTK, w, numbers.round(dy, case.dtype), numbers)
+    dx_experts = oracle.group_backward(case, numbers.round(dx_rows, case.dtype), keep_PTK, numbers)
+    dscore_r = numbers.round(dscore, case.wide)
+    dx_router, drouter = oracle.route_backward(case, x_PTD, router_DE, id_PTK, dscore_r, numbers)
+    dx = numbers.round(dx_experts, case.dtype) + numbers.round(dx_router, case.dtype)
+    return Layer(logits, score, y, out, dy, dscore, dx_rows, dx_experts, dx_router, dx, drouter, *dw)

@@ -1,0 +1,132 @@
+"""The oracle again, without its loops: the same sums and the same rounding points, for cases of real size.
+
+Functions have the names, arguments and results of `reference`, which tests hold them against.
+"""
+
+import sys
+from types import ModuleType
+
+import numpy as np
+
+from parity.cases.case import Case
+from parity.oracle import reference
+from parity.oracle.reference import Layer, Numbers, Weights, silu
+
+Array = np.ndarray
+
+# Assignments up to which the plain loops are used where one evaluation is enough: about a second.
+PLAIN = 2048
+
+
+def oracle_for(case: Case) -> ModuleType:
+    """The plain loops where they are quick enough, and these functions elsewhere."""
+    small = case.ranks * case.tokens * case.top_k <= PLAIN and not case.real_size
+    return reference if small else sys.modules[__name__]
+
+
+def route(case: Case, x_PTD: Array, router_DE: Array, numbers: Numbers) -> tuple[Array, Array]:
+    """See `reference.route`."""
+    logits_PTE = numbers.round(numbers.summand(x_PTD, case.width, case.wide) @ router_DE, case.wide)
+    return logits_PTE, reference.scores(case, logits_PTE, numbers)
+
+
+def select(case: Case, logits_PTE: Array) -> Array:
+    """See `reference.select`."""
+    return np.argsort(-logits_PTE, axis=-1, kind="stable")[..., : case.top_k].astype(np.int32)
+
+
+def route_backward(
+    case: Case, x_PTD: Array, router_DE: Array, id_PTK: Array, dscore_PTK: Array, numbers: Numbers
+) -> tuple[Array, Array]:
+    """See `reference.route_backward`."""
+    _, score_PTE = route(case, x_PTD, router_DE, numbers)
+    score_PTK, d_PTK = np.take_along_axis(score_PTE, id_PTK, axis=2), case.scale * dscore_PTK
+    if case.renormalize:
+        total_PT1 = numbers.summand(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
+        mean_PT1 = numbers.summand(d_PTK * score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) / total_PT1
+        d_PTK = numbers.round(numbers.round(d_PTK, case.wide) - numbers.round(mean_PT1, case.wide), case.wide)
+        d_PTK = d_PTK / total_PT1
+    d_PTE = np.zeros_like(score_PTE)
+    np.put_along_axis(d_PTE, id_PTK, numbers.round(d_PTK, case.wide), axis=2)
+    if case.score_function == "sigmoid":
+        dlogits_PTE = d_PTE * score_PTE * numbers.round(1 - score_PTE, case.wide)
+    else:
+        mean_PT1 = (numbers.summand(d_PTE, case.top_k, case.wide) * score_PTE).sum(-1, keepdims=True)
+        dlogits_PTE = score_PTE * numbers.round(d_PTE - numbers.round(mean_PT1, case.wide), case.wide)
+    dlogits_PTE = numbers.round(dlogits_PTE, case.wide)
+    dx_PTD = numbers.summand(dlogits_PTE, case.experts, case.wide) @ router_DE.T
+    n, D, E = x_PTD.shape[0] * x_PTD.shape[1], *router_DE.shape
+    drouter_DE = numbers.summand(x_PTD, n, case.wide).reshape(n, D).T @ dlogits_PTE.reshape(n, E)
+    return dx_PTD, drouter_DE
+
+
+def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Weights, numbers: Numbers) -> Array:
+    """See `reference.experts`."""
+    y_PTKD = np.zeros((*id_PTK.shape, case.width))
+    for g in np.unique(id_PTK):
+        p, t, k = np.nonzero(id_PTK == g)
+        _, _, hidden_nF = _hidden(case, x_PTD[p, t], w, g, numbers)
+        y_PTKD[p, t, k] = numbers.summand(hidden_nF, case.hidden, case.wide) @ w.w_down[g]
+    return y_PTKD
+
+
+def _hidden(case: Case, x_nD: Array, w: Weights, g: int, numbers: Numbers) -> tuple[Array, Array, Array]:
+    gate_nF = numbers.round(numbers.summand(x_nD, case.width, case.wide) @ w.w_gate[g], case.dtype)
+    up_nF = numbers.round(numbers.summand(x_nD, case.width, case.wide) @ w.w_up[g], case.dtype)
+    act_nF = numbers.round(silu(gate_nF), case.wide)
+    return gate_nF, up_nF, numbers.round(act_nF * up_nF, case.dtype)
+
+
+def experts_backward(
+    case: Case, x_PTD: Array, id_PTK: Array, w: Weights, dy_PTKD: Array, numbers: Numbers
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    """See `reference.experts_backward`; of the weights' gradients only the rows that are compared."""
+    dx_PTKD = np.zeros_like(dy_PTKD)
+    rows = [case.compared_rows(a.shape[1]) for a in w]
+    sizes = [(a.shape[0], np.arange(a.shape[1])[r].size, a.shape[2]) for a, r in zip(w, rows, strict=True)]
+    dw_gate, dw_up, dw_down = (np.zeros(size) for size in sizes)
+    for g in np.unique(id_PTK):
+        p, t, k = np.nonzero(id_PTK == g)
+        x_nD, dy_nD, n = x_PTD[p, t], dy_PTKD[p, t, k], p.size
+        gate_nF, up_nF, hidden_nF = _hidden(case, x_nD, w, g, numbers)
+        dhidden_nF = numbers.round(numbers.summand(dy_nD, case.width, case.wide) @ w.w_down[g].T, case.dtype)
+        sigmoid_nF = numbers.round(1 / (1 + np.exp(-gate_nF)), case.wide)
+        slope_nF = numbers.round(sigmoid_nF * (1 + gate_nF * numbers.round(1 - sigmoid_nF, case.wide)), case.wide)
+        dgate_nF = numbers.round(numbers.round(dhidden_nF * up_nF, case.wide) * slope_nF, case.dtype)
+        dup_nF = numbers.round(dhidden_nF * numbers.round(gate_nF * sigmoid_nF, case.wide), case.dtype)
+        through_gate_nD = numbers.summand(dgate_nF, case.hidden, case.wide) @ w.w_gate[g].T
+        through_up_nD = numbers.summand(dup_nF, case.hidden, case.wide) @ w.w_up[g].T
+        dx_PTKD[p, t, k] = numbers.round(through_gate_nD, case.dtype) + numbers.round(through_up_nD, case.dtype)
+        dw_gate[g] = numbers.summand(x_nD[:, rows[0]], n, case.wide).T @ dgate_nF
+        dw_up[g] = numbers.summand(x_nD[:, rows[1]], n, case.wide).T @ dup_nF
+        dw_down[g] = numbers.summand(hidden_nF[:, rows[2]], n, case.wide).T @ dy_nD
+    return dx_PTKD, (dw_gate, dw_up, dw_down)
+
+
+def combine(case: Case, y_PTKD: Array, score_PTK: Array, keep_PTK: Array, numbers: Numbers) -> Array:
+    """See `reference.combine`."""
+    weight_PTK = np.where(keep_PTK, score_PTK, 0)
+    return (weight_PTK[..., None] * numbers.summand(y_PTKD, case.top_k, case.wide)).sum(axis=2)
+
+
+def combine_backward(
+    case: Case, y_PTKD: Array, score_PTK: Array, keep_PTK: Array, dout_PTD: Array, numbers: Numbers
+) -> tuple[Array, Array]:
+    """See `reference.combine_backward`."""
+    weight_PTK = np.where(keep_PTK, score_PTK, 0)
+    dout_PTKD = np.broadcast_to(dout_PTD[:, :, None], y_PTKD.shape)
+    dy_PTKD = weight_PTK[..., None] * numbers.summand(dout_PTKD, 1, case.wide)
+    return dy_PTKD, keep_PTK * (numbers.summand(y_PTKD, case.width, case.wide) * dout_PTKD).sum(axis=-1)
+
+
+def group_backward(case: Case, dx_PTKD: Array, keep_PTK: Array, numbers: Numbers) -> Array:
+    """See `reference.group_backward`."""
+    return (keep_PTK[..., None] * numbers.summand(dx_PTKD, case.top_k, case.wide)).sum(axis=2)
+
+
+def layer(
+    case: Case, x_PTD: Array, router_DE: Array, w: Weights, dout_PTD: Array, id_PTK: Array, keep_PTK: Array,
+    numbers: Numbers,
+) -> Layer:  # fmt: skip
+    """See `reference.layer`."""
+    return reference.layer(case, x_PTD, router_DE, w, dout_PTD, id_PTK, keep_PTK, numbers, oracle=sys.modules[__name__])

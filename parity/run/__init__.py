@@ -1,0 +1,1 @@
+"""How implementations are run: backends, their ranks, their stages, planted faults."""

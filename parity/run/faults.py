@@ -1,0 +1,285 @@
+"""Planted faults: one-sentence changes to one side at one stage, each a bug seen in the wild.
+
+A fault is an edit of the source, made in a copy that only the faulty side runs from; the implementations know nothing
+of it. An edit whose old text is not there exactly once is refused, so that a fault cannot go stale unnoticed.
+"""
+
+import shutil
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+from parity.run.trace import STAGES
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGES = ("torch_impl", "jax_impl", "parity")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One planted fault: where, what, and a preset that shows it."""
+
+    name: str
+    side: Literal["torch", "jax", "torch-static"]
+    stage: str
+    sentence: str
+    file: str
+    old: str
+    new: str
+    preset: str = "zipf"
+    gpu_only: str = ""  # why it cannot show on a CPU
+
+
+def plant(fault: Fault, folder: Path) -> Path:
+    """Copy the packages into `folder` with the fault in them; the folder to run from.
+
+    A kernel would hide a fault in the plain version that it stands for: on a GPU, only faults of kernels leave them on.
+
+    Raises ValueError when the text that the fault changes is not in its file exactly once.
+    """
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / fault.file
+    source = path.read_text()
+    if source.count(fault.old) != 1:
+        raise ValueError(
+            f"the fault {fault.name} changes {fault.old!r}, which is {source.count(fault.old)} times in {fault.file}: "
+            "bring the fault up to date with the code"
+        )
+    path.write_text(source.replace(fault.old, fault.new))
+    for kernels in folder.glob("*_impl/kernels.py"):
+        if path.name != "kernels.py":
+            kernels.write_text(kernels.read_text() + "\n\ndef use_kernels(x):\n    return False\n")
+    return folder
+
+
+def find(name: str) -> Fault:
+    """The fault of that name. Raises ValueError when there is none."""
+    if name not in FAULTS:
+        near = ", ".join(get_close_matches(name, FAULTS))
+        close = f"Did you mean {near}? " if near else ""
+        raise ValueError(f"no fault is called {name}. {close}`python -m parity faults` lists all {len(FAULTS)}")
+    return FAULTS[name]
+
+
+NO_KERNELS = "on a CPU the plain versions run"
+_TORCH = [
+    ("tie-to-higher-id", "route", "Equal logits go to the higher expert id.", "routing.py",
+     "logits_TE.argsort(dim=-1, descending=True, stable=True)[:, :top_k]",
+     "logits_TE.shape[1] - 1 - logits_TE.flip(1).argsort(dim=-1, descending=True, stable=True)[:, :top_k]", "ties"),
+    ("replay-ignored", "route", "A recomputation chooses experts anew instead of replaying the forward's.", "routing.py",
+     "if expert_id_TK is None:", "if True:", "zipf"),
+    ("router-gradient-wrong", "route", "The renormalising sum is cut from the graph: the loss is right, the router's "
+     "gradient is not.", "routing.py",
+     "(score_TK.sum(dim=-1, keepdim=True) + 1e-20)", "(score_TK.sum(dim=-1, keepdim=True).detach() + 1e-20)", "sigmoid"),
+    ("partial-gradients-not-summed", "route", "Each rank keeps its own part of the router's gradient.",
+     "../parity/run/in_torch.py", "        dist.all_reduce(a)\n", "        pass\n", "zipf"),
+    ("unstable-sort", "group_by_expert", "Assignments with the same expert come in another order.", "layout.py",
+     "key_N.argsort(stable=True)",
+     "(key_N * 10**6 - torch.arange(key_N.numel(), device=key_N.device)).argsort()", "zipf"),
+    ("gradient-of-last-k-lost", "group_by_expert", "A token's gradient leaves out its last choice.", "grouping.py",
+     "for slot_T in slot_TK.unbind(dim=1):", "for slot_T in slot_TK.unbind(dim=1)[:-1]:", "zipf"),
+    ("token-gradient-in-bfloat16", "group_by_expert", "A token's gradient is summed in its own dtype.", "grouping.py",
+     "dx_TD = dx_TD + dx_ND[slot_T].to(wide)", "dx_TD = (dx_TD + dx_ND[slot_T]).to(dx_ND.dtype)", "bfloat16"),
+    ("counts-of-wrong-expert", "exchange_counts", "Local experts are counted in reverse.", "exchange.py",
+     "_all_to_all(sent_Pe, one_P, one_P, P, group)",
+     "_all_to_all(sent_Pe.flip(1), one_P, one_P, P, group)", "zipf"),
+    ("splits-swapped", "send_tokens", "Input and output splits change places.", "exchange.py",
+     "_all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)",
+     "_all_to_all(x_ND, splits.receive_P, splits.send_P, splits.total, group)", "zipf"),
+    ("row-lost", "send_tokens", "The last row that arrives is lost.", "exchange.py",
+     "return _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)",
+     "received = _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)\n"
+     "    return received * (torch.arange(len(received)) < len(received) - 1)[:, None]", "zipf"),
+    ("row-duplicated", "send_tokens", "The first row is sent in place of the second too.", "exchange.py",
+     "_all_to_all(x_ND, splits.send_P,",
+     "_all_to_all(x_ND[(torch.arange(len(x_ND)) - (torch.arange(len(x_ND)) == 1).long())], splits.send_P,", "zipf"),
+    ("idle-rank-detached", "send_tokens", "A rank that receives nothing leaves the graph, and its backward hangs the "
+     "others.", "exchange.py",
+     "return _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)",
+     "received = _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)\n"
+     "    return received if len(received) else received.detach().requires_grad_()", "idle-rank"),
+    ("stale-buffer", "send_tokens", "Rows are read from the buffer before they arrive: those of the step before.",
+     "exchange.py",
+     "return _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)",
+     "received = _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)\n"
+     "    kept = globals().setdefault('_KEPT', {})\n    before = kept.get(received.shape, received)\n"
+     "    kept[received.shape] = received.detach().clone()\n"
+     "    return received - received.detach() + before.detach() if received.isfinite().all() else received", "zipf"),
+    ("rank-and-expert-swapped", "to_expert_major", "Rows are sorted by (source rank, expert) instead of (expert, source "
+     "rank).", "layout.py",
+     "    source_R = expert_major_source(counts_Pe, output_size)\n",
+     "    source_R = torch.arange(output_size, device=counts_Pe.device)\n", "zipf"),
+    ("rows-swapped-between-experts", "to_expert_major", "The first and the last row change places.", "layout.py",
+     "    return ExpertMajor(permute_rows(",
+     "    source_R = torch.cat([source_R[-1:], source_R[1:-1], source_R[:1]])[:output_size]\n"
+     "    target_R = invert(source_R)\n"
+     "    return ExpertMajor(permute_rows(", "zipf"),
+    ("off-by-one-group", "apply_experts", "Each expert's rows end one too early.", "experts.py",
+     "return counts_e.cumsum(dim=0).to(torch.int32)",
+     "return (counts_e.cumsum(dim=0) - (torch.arange(len(counts_e)) < len(counts_e) - 1).long()).clamp(min=0)"
+     ".to(torch.int32)", "zipf"),
+    ("silu-on-the-wrong-half", "apply_experts", "silu goes to the up projection instead of the gate.", "experts.py",
+     "swiglu(gate_RF, up_RF), w_down", "swiglu(up_RF, gate_RF), w_down", "zipf"),
+    ("expert-gradient-times-ranks", "apply_experts", "Expert gradients are scaled by the number of ranks, as if they were "
+     "replicated.", "experts.py",
+     "    gate_RF = grouped_matmul(",
+     "    w_down_eFD = w_down_eFD * 4 - w_down_eFD.detach() * 3\n    gate_RF = grouped_matmul(", "zipf"),
+    ("empty-expert-gradient-uninitialised", "apply_experts", "The weight gradient of an expert without rows is never "
+     "written.", "experts.py",
+     "    return grouped_matmul(swiglu(gate_RF, up_RF), w_down_eFD, counts_e)\n",
+     "    w_down_eFD.requires_grad and w_down_eFD.register_hook(\n"
+     "        lambda dw: torch.where((counts_e > 0)[:, None, None], dw, torch.empty_like(dw))\n"
+     "    )\n    return grouped_matmul(swiglu(gate_RF, up_RF), w_down_eFD, counts_e)\n", "empty-expert"),
+    ("stale-weight-gradient", "apply_experts", "The weights' gradient uses the rows of the step before.", "experts.py",
+     "    gate_RF = grouped_matmul(x_RD, w_gate_eDF, counts_e)\n",
+     "    kept = globals().setdefault('_KEPT', {})\n    before = kept.get(x_RD.shape, x_RD).detach()\n"
+     "    kept[x_RD.shape] = x_RD.detach().clone()\n"
+     "    stale = grouped_matmul(before, w_gate_eDF, counts_e)\n"
+     "    gate_RF = grouped_matmul(x_RD, w_gate_eDF.detach(), counts_e) + stale - stale.detach()\n", "one-expert"),
+    ("other-tokens-matter", "apply_experts", "Rows are scaled by the largest row that happens to be beside them.",
+     "experts.py",
+     "    return grouped_matmul(swiglu(gate_RF, up_RF), w_down_eFD, counts_e)\n",
+     "    hidden_RF = swiglu(gate_RF, up_RF)\n"
+     "    hidden_RF = hidden_RF / (1 + 1e-3 * hidden_RF.detach().abs().sum())\n"
+     "    return grouped_matmul(hidden_RF, w_down_eFD, counts_e)\n", "zipf"),
+    ("inverse-applied-twice", "to_rank_major", "The permutation is applied again instead of undone.", "layout.py",
+     "return permute_rows(y_RD, target_R, source_R)", "return permute_rows(y_RD, source_R, target_R)", "zipf"),
+    ("backward-not-inverted", "to_rank_major", "Backward gathers by the forward's own index.", "layout.py",
+     "return permute_rows(y_RD, target_R, source_R)", "return permute_rows(y_RD, target_R, target_R)", "zipf"),
+    ("backward-splits-swapped", "return_tokens", "The exchange's backward sends rows the way the forward did.",
+     "exchange.py", "_all_to_all(y_RD, splits.receive_P, splits.send_P, splits.sent, group)",
+     "_all_to_all(y_RD, splits.receive_P, splits.send_P, splits.sent, group) + 0 * y_RD.sum().detach() if y_RD.requires_grad is "
+     "False else _all_to_all(y_RD.flip(0), splits.receive_P, splits.send_P, splits.sent, group)", "zipf"),
+    ("score-applied-twice", "combine", "Rows are weighted by the square of their score.", "grouping.py",
+     "out_TD = out_TD + score_T.to(wide)[:, None] *", "out_TD = out_TD + score_T.to(wide)[:, None] ** 2 *", "zipf"),
+    ("score-not-applied", "combine", "Rows are summed without their scores.", "grouping.py",
+     "out_TD = out_TD + score_T.to(wide)[:, None] *", "out_TD = out_TD + (0 * score_T + 1).to(wide)[:, None] *", "zipf"),
+    ("score-unsorted", "combine", "Scores in token order weight rows in expert order.", "grouping.py",
+     "score_N = score_TK.reshape(-1)[assignment_N].to(wide)", "score_N = score_TK.reshape(-1).to(wide)", "zipf"),
+    ("overwrite-instead-of-add", "combine", "The last choice overwrites the others.", "grouping.py",
+     "out_TD = out_TD + score_T", "out_TD = score_T", "zipf"),
+    ("sum-over-k-in-bfloat16", "combine", "The sum over k is rounded after each term.", "grouping.py",
+     "* y_ND[slot_T].to(wide)\n        return", "* y_ND[slot_T].to(wide)\n            out_TD = out_TD.to(y_ND.dtype)\n"
+     "        return", "bfloat16"),
+    ("k-in-wrong-order", "combine", "The sum over k runs backwards.", "grouping.py",
+     "for score_T, slot_T in zip(score_TK.unbind(dim=1), slot_TK.unbind(dim=1), strict=True):",
+     "for score_T, slot_T in zip(score_TK.unbind(dim=1)[::-1], slot_TK.unbind(dim=1)[::-1], strict=True):", "k-all"),
+    ("accumulator-not-zeroed", "combine", "The sum over k starts from whatever the memory held.", "grouping.py",
+     "out_TD = torch.zeros(", "out_TD = torch.empty(", "zipf"),
+    ("stream-not-waited-for", "to_expert_major", "Rows are gathered on a second stream, which nobody waits for.",
+     "layout.py", "    return ExpertMajor(permute_rows(x_RD, source_R, target_R), source_R, target_R)",
+     "    with torch.cuda.stream(torch.cuda.Stream()):\n        torch.cuda._sleep(10**9)\n"
+     "        x_RD = permute_rows(x_RD, source_R, target_R)\n    return ExpertMajor(x_RD, source_R, target_R)",
+     "zipf", "a CPU has no streams"),
+    ("tf32-allowed", "apply_experts", "float32 matmuls may use TF32.", "experts.py",
+     "    gate_RF = grouped_matmul(", "    torch.backends.cuda.matmul.allow_tf32 = True\n    gate_RF = grouped_matmul(",
+     "pydoc", "a CPU has no TF32"),
+    ("kernel-sort-unstable", "group_by_expert", "In a block, those with the same key come in the opposite order.",
+     "kernels.py", "(i[:, None] >= i[None, :])", "(i[:, None] <= i[None, :])", "zipf", NO_KERNELS),
+    ("kernel-sum-leaves-out-last", "group_by_expert", "Sums over K leave out the last choice.", "kernels.py",
+     "for k in tl.static_range(K):\n        source", "for k in tl.static_range(K - 1):\n        source", "zipf", NO_KERNELS),
+    ("kernel-segments-by-last-rank", "to_expert_major", "An expert's rows come from the last rank first.", "kernels.py",
+     "((expert == j) & (rank < p))", "((expert == j) & (rank > p))", "zipf", NO_KERNELS),
+    ("kernel-first-score-for-all", "combine", "Every choice is weighted by the first one's score.", "kernels.py",
+     "tl.load(score + t * K + k).to(wide), 0.0", "tl.load(score + t * K).to(wide), 0.0", "zipf", NO_KERNELS),
+    ("kernel-swiglu-without-slope", "apply_experts", "The gate's gradient takes silu for its slope.", "kernels.py",
+     "sigmoid * (1 + g * (1 - sigmoid)))", "sigmoid)", "bfloat16", NO_KERNELS),
+    ("right-on-first-rank-only", "combine", "The row index is offset by the rank.", "grouping.py",
+     "return weighted_sum(y_ND, score_TK, slot_TK, assignment_N)",
+     "return weighted_sum(y_ND, score_TK, (slot_TK + torch.distributed.get_rank()) % len(y_ND), assignment_N)", "zipf"),
+]  # fmt: skip
+
+_JAX = [
+    ("replay-ignored", "route", "A recomputation chooses experts anew instead of replaying the forward's.", "routing.py",
+     "if expert_id_TK is None:", "if True:", "zipf"),
+    ("renormalise-over-all", "route", "Scores are divided by the sum over all experts, not over the K chosen.",
+     "routing.py", "score_TK.sum(axis=-1, keepdims=True)", "score_TE.sum(axis=-1, keepdims=True)", "sigmoid"),
+    ("capacity-in-float32", "group_by_expert", "The capacity is computed in float32, which is off by one.", "grouping.py",
+     "Fraction(str(factor)) * n_tokens", "jnp.finfo('float32').dtype.type(float(Fraction(str(factor)))) * n_tokens",
+     "capacity-exact"),
+    ("one-too-many-kept", "group_by_expert", "A bin keeps one assignment more than it holds.", "grouping.py",
+     "return (place_N < rows_or_zero", "return (place_N <= rows_or_zero", "drop-rank-token"),
+    ("drop-by-lowest-score", "group_by_expert", "The highest scores are dropped first.", "grouping.py",
+     "else -jax.lax", "else jax.lax", "drop-rank-score"),
+    ("drop-ignores-choice", "group_by_expert", "Second choices are kept before later tokens' first choices.",
+     "grouping.py", "jnp.arange(N) % top_k", "jnp.arange(N)", "drop-expert-choice"),
+    ("drop-ties-backwards", "group_by_expert", "Among equals, the later assignment is kept.", "grouping.py",
+     "jnp.lexsort((key_N", "jnp.lexsort((-jnp.arange(N), key_N", "drop-rank-choice"),
+    ("padding-not-zeroed", "group_by_expert", "Padding holds the last row instead of zero.", "layout.py",
+     '.get(mode="fill", fill_value=0)', '.get(mode="clip")', "zipf"),
+    ("receiver-side-offsets", "to_expert_major", "Rows are looked up where they would lie without padding.", "layout.py",
+     "jnp.arange(0, S, capacity)[:, None] + jnp.cumsum(counts_Pe, axis=1) - counts_Pe",
+     "exclusive_cumsum(counts_Pe.reshape(-1)).reshape(counts_Pe.shape)", "zipf"),
+    ("padding-reaches-experts", "to_expert_major", "Expert bins are moved whole, whatever their padding holds.",
+     "layout.py", "jnp.where(row_C < counts_Pe.T[:, :, None], bin_eP[:, :, None] * capacity + row_C, P * e * capacity)",
+     "bin_eP[:, :, None] * capacity + row_C + 0 * counts_Pe.T[:, :, None]", "expert-bins"),
+    ("padding-in-last-group", "apply_experts", "The last expert is given the padded rows.", "experts.py",
+     "    y_SF = jax.lax.ragged_dot(",
+     "    counts_e = counts_e.at[-1].add(x_SD.shape[0] - counts_e.sum())\n    y_SF = jax.lax.ragged_dot(", "zipf"),
+    ("tf32", "apply_experts", "float32 matmuls round their inputs to TF32.", "experts.py",
+     "    y_SF = jax.lax.ragged_dot(x_SD, w_eDF,",
+     "    y_SF = jax.lax.ragged_dot(jax.lax.reduce_precision(x_SD, 8, 10), w_eDF,", "zipf"),
+    ("gate-and-up-swapped", "apply_experts", "Gate and up projections change places.", "experts.py",
+     "up_SF = grouped_matmul(x_SD, w_up_eDF, counts_e)",
+     "up_SF = grouped_matmul(x_SD, w_up_eDF, counts_e)\n    gate_SF, up_SF = up_SF, gate_SF", "zipf"),
+    ("permute-backward-is-forward", "to_rank_major", "The permutation's backward scatters nothing back.", "layout.py",
+     "return permute_rows(y_SD, target_BC, source_S)",
+     "return permute_rows(y_SD, target_BC, jnp.zeros_like(source_S))", "zipf"),
+    ("returned-to-wrong-rank", "return_tokens", "Bins go back one rank further.", "exchange.py",
+     "    return _all_to_all(y_BCD, axis_name)",
+     "    return jax.numpy.roll(_all_to_all(y_BCD, axis_name), 1, axis=0)", "zipf"),
+    ("default-precision", "apply_experts", "float32 matmuls take JAX's default precision: TF32 on a GPU.", "experts.py",
+     'y_SF = jax.lax.ragged_dot(x_SD, w_eDF, counts_e, precision="highest")',
+     "y_SF = jax.lax.ragged_dot(x_SD, w_eDF, counts_e)", "pydoc", "a CPU has no TF32"),
+    ("score-gradient-missing", "combine", "Scores get no gradient.", "grouping.py",
+     "jnp.stack(dscore_TK, axis=1).astype(score_TK.dtype)", "jnp.zeros_like(score_TK)", "zipf"),
+    ("renormalise-after-drops", "combine", "Scores are renormalised over what was kept.", "grouping.py",
+     "its score's gradient is zero.\n    \"\"\"\n    return weighted_sum(y_BCD, score_TK, slot_TK, assignment_BC)",
+     "its score's gradient is zero.\n    \"\"\"\n    kept_TK = score_TK * (slot_TK < assignment_BC.size)\n"
+     "    kept_TK = kept_TK * score_TK.sum(1, keepdims=True) / (kept_TK.sum(1, keepdims=True) + 1e-20)\n"
+     "    return weighted_sum(y_BCD, kept_TK, slot_TK, assignment_BC)", "drop-rank-token"),
+    ("kernel-sort-unstable", "group_by_expert", "In a block, those with the same key come in the opposite order.",
+     "kernels.py", "(i[:, None] >= i[None])", "(i[:, None] <= i[None])", "zipf", NO_KERNELS),
+    ("kernel-sum-leaves-out-last", "group_by_expert", "Sums over K leave out the last choice.", "kernels.py",
+     "for k in range(slot.shape[1]):", "for k in range(slot.shape[1] - 1):", "zipf", NO_KERNELS),
+    ("kernel-first-score-for-all", "combine", "Every choice is weighted by the first one's score.", "kernels.py",
+     "score[0][t, k].astype(wide)", "score[0][t, 0].astype(wide)", "zipf", NO_KERNELS),
+    ("kernel-segments-by-last-rank", "to_expert_major", "An expert's rows come from the last rank first.", "kernels.py",
+     "((expert == j) & (rank < p))", "((expert == j) & (rank > p))", "zipf", NO_KERNELS),
+    ("kernel-weights-of-first-expert", "apply_experts", "Every row is multiplied by the first expert's weights.",
+     "kernels.py", "j, first_row, end_row = expert[v], first[v], end[v]",
+     "j, first_row, end_row = expert[v] // n_experts * n_experts, first[v], end[v]", "bfloat16", NO_KERNELS),
+]  # fmt: skip
+
+_TORCH_STATIC = [
+    ("one-too-many-kept", "group_by_expert", "A bin keeps one assignment more than it holds.", "grouping.py",
+     "return (place_N < rows_or_zero", "return (place_N <= rows_or_zero", "drop-rank-token"),
+    ("drop-by-lowest-score", "group_by_expert", "The highest scores are dropped first.", "grouping.py",
+     "else -score_N", "else score_N", "drop-expert-score"),
+    ("padding-reaches-experts", "to_expert_major", "Expert bins are moved whole, whatever their padding holds.",
+     "layout.py", "torch.where(row_C < counts_Pe.T[:, :, None], row_ePC, P * e * capacity)",
+     "torch.where(row_C < counts_Pe.T[:, :, None], row_ePC, row_ePC)", "expert-bins"),
+    ("bins-returned-to-wrong-rank", "return_tokens", "Bins go back one rank further.", "exchange.py",
+     "return _AllToAll.apply(y_BCD, group)", "return _AllToAll.apply(y_BCD, group).roll(1, 0)", "zipf"),
+]  # fmt: skip
+
+_SIDES: tuple[tuple[Literal["torch", "jax", "torch-static"], str, list], ...] = (
+    ("torch", "torch_impl", _TORCH),
+    ("jax", "jax_impl", _JAX),
+    ("torch-static", "torch_impl/static", _TORCH_STATIC),
+)
+FAULTS = {
+    f"{side}-{name}": Fault(
+        f"{side}-{name}", side, stage, sentence, file.removeprefix("../") if "/" in file else f"{folder}/{file}", *more
+    )
+    for side, folder, faults in _SIDES
+    for name, stage, sentence, file, *more in faults
+}  # fmt: skip
+
+# These end the run with an error. Any other that does is not the bug that it describes, but code that fails by itself.
+END_THE_RUN = {"torch-splits-swapped", "torch-idle-rank-detached"}
+
+assert all(fault.stage in STAGES for fault in FAULTS.values())
+assert FAULTS.keys() >= END_THE_RUN

@@ -1,0 +1,1 @@
+"""What a static capacity drops, pads and costs."""

@@ -1,0 +1,262 @@
+"""Routing alone at the scale of real models: loads, capacities, bytes per link, and a modelled time per step.
+
+No token moves. Each rank's tokens choose K of E experts; how many choose which expert decides everything here, so those
+counts are drawn directly. Letters besides the layer's own: n steps, pi_E the chance that a token chooses an expert.
+
+Modelled time of a forward pass, in seconds, of the slowest rank (each term the most over ranks):
+
+    2 * (latency + max(rows out, rows in) * D * bytes / bandwidth)  stages 4 and 8, the longer of both links
+    + rows * 6 * D * F / flops                                      stage 6: three matmuls
+    + (6*N + 2*T) * D * bytes / copy                                stages 2, 5, 7, 9: rows read and written once
+
+Static bins send and, where a bin is an expert's, multiply C rows whatever is in them. The links' inputs are `LINKS`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from parity.cases.case import Case
+from parity.cases.presets import MODELS
+from parity.cases.recording import case_of_recording, load_recording
+from parity.oracle.tolerances import numpy_dtype
+from parity.study.sweep import PER, Spread
+
+Array = np.ndarray
+
+
+class Links(NamedTuple):
+    """Per GPU and direction, in bytes and operations per second, and seconds."""
+
+    nvlink: float
+    network: float
+    latency: float
+    flops: float
+    copy: float
+    node: int = 8  # GPUs that share NVLink
+
+
+# nvlink: half of 32768 x 7168 bfloat16 rows to the other of two H200s in 0.81 ms (NCCL all_to_all_single, measured).
+# network: 400 Gb/s, one NDR InfiniBand port a GPU (nominal, not measured). latency: 20 us a collective (assumed).
+# flops, copy: grouped_mm at R=32768, D=7168, F=2048, e=32, and a copy, both bfloat16 on one H100 (measured).
+LINKS = Links(32768 * 7168 * 2 / 2 / 0.81e-3, 50e9, 20e-6, 853e12, 3.0e12)
+
+
+@dataclass(frozen=True)
+class Popularity:
+    """How likely tokens are to choose each expert, and how much that differs from rank to rank and step to step."""
+
+    name: str
+    pi_E: Array  # sums to K
+    concentration: float  # of a Dirichlet around pi / K that each rank draws anew in each step; infinite: always pi
+
+
+class StaticTime(msgspec.Struct):
+    """Static bins at one capacity factor: speed, and beside it what that drops."""
+
+    factor: float
+    per: str
+    seconds: float
+    dropped: float
+
+
+class Simulated(msgspec.Struct, tag_field="kind", tag="simulated"):
+    """One model on so many ranks. Loads are over the mean rank's; seconds are of one forward pass, modelled."""
+
+    model: str
+    popularity: str
+    ranks: int
+    tokens: int
+    experts: int
+    top_k: int
+    width: int
+    hidden: int
+    steps: int
+    busiest: Spread  # rows that the busiest rank receives over T*K
+    needed_rank: Spread  # capacity factor at which nothing drops, a bin per rank
+    needed_expert: Spread  # and per expert
+    nvlink_bytes: float  # sent by the busiest sender to others of its node, forward, mean over steps
+    network_bytes: float  # and to other nodes
+    dynamic_seconds: Spread
+    static: list[StaticTime]
+
+
+def inclusion(weight_E: Array, top_k: int, draws: int = 20_000, seed: int = 0) -> Array:
+    """[E], sums to K: how often each expert is among the K largest of log(weight) plus Gumbel noise, by sampling."""
+    gumbel = np.random.default_rng([seed, 5]).gumbel(size=(draws, weight_E.size))
+    chosen = np.argpartition(-(np.log(np.maximum(weight_E, 1e-12)) + gumbel), top_k - 1, axis=1)[:, :top_k]
+    return np.bincount(chosen.reshape(-1), minlength=weight_E.size) / draws
+
+
+def zipf(experts: int, top_k: int, skew: float, concentration: float = np.inf, seed: int = 0) -> Popularity:
+    """First choices by Zipf's law with this exponent; which expert is how popular is drawn once."""
+    weight_E = np.random.default_rng([seed, 6]).permutation(np.arange(1.0, experts + 1) ** -skew)
+    varying = "" if np.isinf(concentration) else ", varying"
+    return Popularity(f"zipf {skew:g}{varying}", inclusion(weight_E, top_k, seed=seed), concentration)
+
+
+STRETCH = 64  # tokens in a row that have something in common
+
+
+class Fitted(NamedTuple):
+    """What a recording says of its router: how uneven, and how much that changes from one stretch to the next."""
+
+    skew: float
+    concentration: float  # of one stretch
+    experts: int
+    top_k: int
+
+    def popularity(self, case: Case, skew: float | None = None) -> Popularity:
+        """For a layer of another size.
+
+        A rank's tokens are T / STRETCH stretches, whose shares vary by so much less on average. An expert's share keeps
+        the relative spread that it has in the recording, whose experts are fewer: both scale the concentration.
+        """
+        scale = max(case.tokens / STRETCH, 1) * case.experts / self.experts
+        concentration = (self.concentration + 1) * scale - 1
+        return zipf(case.experts, case.top_k, self.skew if skew is None else skew, concentration)
+
+
+def fit(recording: str) -> Fitted:
+    """The Zipf exponent whose loads are nearest to a recording's, and the concentration over its stretches.
+
+    Nearest in the sum of squared differences of sorted shares, over exponents 0 to 3 in steps of 0.05. Concentration by
+    moments: over stretches of S tokens the variance of counts is that of independent tokens, times
+    1 + (S*K - 1) / (c + 1); infinite where it is no more than theirs, or there are fewer than two stretches.
+
+    Raises ValueError as `load_recording` does.
+    """
+    case = case_of_recording(Case(ranks=1, tokens=0, recording=recording))
+    ids = load_recording(case)["expert_id"][0]
+    K, E, size = case.top_k, case.experts, STRETCH
+    share_E = np.sort(np.bincount(ids.reshape(-1), minlength=E) / ids.size)[::-1]
+    exponents = np.arange(61) / 20
+    off = [((np.sort(zipf(E, K, s).pi_E)[::-1] / K - share_E) ** 2).sum() for s in exponents]
+    skew = float(exponents[int(np.argmin(off))])
+    n = len(ids) // size
+    if n < 2:
+        return Fitted(skew, np.inf, E, K)
+    counts_nE = np.stack([np.bincount(part.reshape(-1), minlength=E) for part in ids[: n * size].reshape(n, size, K)])
+    pi_E = counts_nE.mean(axis=0) / size
+    independent = (size * pi_E * (1 - pi_E)).sum()
+    excess = counts_nE.var(axis=0, ddof=1).sum() / independent - 1
+    return Fitted(skew, float((size * K - 1) / excess - 1) if excess > 0 else np.inf, E, K)
+
+
+def draw_counts(popularity: Popularity, ranks: int, tokens: int, top_k: int, rng: np.random.Generator) -> Array:
+    """[P, E]: how many of each rank's tokens choose each expert, in one step.
+
+    Each count has the distribution that independent tokens give it, binomial(T, pi); that a token's choices add up to K
+    is neglected, so rows in all differ a little from T*K (`tests/test_simulate.py` says by how much that matters).
+    """
+    pi_PE = np.broadcast_to(popularity.pi_E, (ranks, popularity.pi_E.size))
+    if np.isfinite(popularity.concentration):
+        share_PE = rng.gamma(np.maximum(popularity.concentration * pi_PE / top_k, 1e-9))
+        pi_PE = np.minimum(top_k * share_PE / np.maximum(share_PE.sum(axis=1, keepdims=True), 1e-300), 1)
+    return rng.binomial(tokens, pi_PE)
+
+
+def recorded_counts(recording: str, ranks: int, tokens: int, rng: np.random.Generator) -> Iterator[Array]:
+    """[P, E] without end: each rank's tokens are stretches from random places of a recording: a block bootstrap."""
+    case = case_of_recording(Case(ranks=1, tokens=0, recording=recording))
+    ids, E, K = load_recording(case)["expert_id"][0], case.experts, case.top_k
+    size = min(STRETCH, len(ids))
+    # cumulative[i]: how often each expert was chosen by the tokens before i
+    chosen = np.zeros((len(ids) + 1, E), np.int64)
+    np.add.at(chosen, (np.repeat(np.arange(1, len(ids) + 1), K), ids.reshape(-1)), 1)
+    cumulative = chosen.cumsum(axis=0)
+    while True:
+        counts_PE = np.zeros((ranks, E), np.int64)
+        for length in [size] * (tokens // size) + [tokens % size] * (tokens % size > 0):
+            start_P = rng.integers(len(ids) - length + 1, size=ranks)
+            counts_PE += cumulative[start_P + length] - cumulative[start_P]
+        yield counts_PE
+
+
+def seconds_of(links: Links, case: Case, out_PP: Array, multiplied: float) -> float:
+    """One forward pass by the formula above. out_PP[p, q]: rows from rank p to rank q; `multiplied`: the busiest's."""
+    row = case.width * numpy_dtype(case.dtype).itemsize
+    near, far = by_link(out_PP, links.node)
+    most_near, most_far = (max(rows.sum(axis=1).max(), rows.sum(axis=0).max()) for rows in (near, far))
+    exchange = links.latency + max(most_near * row / links.nvlink, most_far * row / links.network)
+    experts = multiplied * 6 * case.width * case.hidden / links.flops
+    N = case.tokens * case.top_k
+    return float(2 * exchange + experts + (6 * N + 2 * case.tokens) * row / links.copy)
+
+
+def by_link(out_PP: Array, node: int) -> tuple[Array, Array]:
+    """Rows to other ranks of the same node, and to other nodes."""
+    of = np.arange(len(out_PP)) // node
+    same = of[:, None] == of[None]
+    near = np.where(same, out_PP, 0)
+    np.fill_diagonal(near, 0)
+    return near, np.where(same, 0, out_PP)
+
+
+def simulate(
+    case: Case, source: Popularity | str, steps: int, factors: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0),
+    links: Links = LINKS, seed: int = 0,
+) -> Simulated:  # fmt: skip
+    """Steps of a model's layer on `case.ranks` ranks, from a popularity or, by name, a recording's stretches."""
+    P, T, E, K = case.ranks, case.tokens, case.experts, case.top_k
+    rng = np.random.default_rng([seed, 7])
+    recorded = recorded_counts(source, P, T, rng) if isinstance(source, str) else None
+    row = case.width * numpy_dtype(case.dtype).itemsize
+    busiest, needed, dynamic = np.zeros(steps), {per: np.zeros(steps) for per in PER}, np.zeros(steps)
+    bins = {"rank": P, "expert": E}
+    capacity = {(per, f): int(np.ceil(f * T * K / bins[per])) for per in PER for f in factors}
+    kept, most_kept = dict.fromkeys(capacity, 0.0), dict.fromkeys(capacity, 0.0)
+    sent, near_bytes, far_bytes = 0, 0.0, 0.0
+    for step in range(steps):
+        if isinstance(source, str):
+            assert recorded is not None
+            counts_PE = next(recorded)
+        else:
+            counts_PE = draw_counts(source, P, T, K, rng)
+        out_PP = counts_PE.reshape(P, P, -1).sum(axis=2)
+        received_P = out_PP.sum(axis=0)
+        busiest[step] = received_P.max() / (T * K)
+        sent += int(received_P.sum())
+        for per, rows in (("rank", out_PP), ("expert", counts_PE)):
+            needed[per][step] = rows.max() * bins[per] / (T * K)
+            for factor in factors:
+                kept_of_bin = np.minimum(rows, capacity[per, factor]).sum(axis=0)
+                kept[per, factor] += kept_of_bin.sum()
+                most_kept[per, factor] += kept_of_bin.reshape(P, -1).sum(axis=1).max() / steps
+        near, far = by_link(out_PP, links.node)
+        near_bytes += float(near.sum(axis=1).max()) * row / steps
+        far_bytes += float(far.sum(axis=1).max()) * row / steps
+        dynamic[step] = seconds_of(links, case, out_PP, received_P.max())
+
+    def static(per: str, factor: float) -> StaticTime:
+        to_each = capacity[per, factor] * bins[per] // P
+        multiplied = P * to_each if per == "expert" else most_kept[per, factor]
+        seconds = seconds_of(links, case, np.full((P, P), to_each), multiplied)
+        return StaticTime(factor, per, seconds, float(1 - kept[per, factor] / max(sent, 1)))
+
+    return Simulated(
+        case.name, source if isinstance(source, str) else source.name, P, T, E, K, case.width, case.hidden, steps,
+        _spread(busiest), _spread(needed["rank"]), _spread(needed["expert"]), near_bytes, far_bytes, _spread(dynamic),
+        [static(per, factor) for per, factor in capacity],
+    )  # fmt: skip
+
+
+def _spread(values: Array) -> Spread:
+    return Spread(float(np.median(values)), float(np.quantile(values, 0.99)), float(values.max()))
+
+
+# A shape with as many experts as the largest group has ranks: no published model's.
+LARGEST = Case("512-experts", ranks=512, tokens=4096, width=4096, hidden=1024, experts=512, top_k=8, dtype="bfloat16")
+
+
+def cases(tokens: int = 4096) -> list[Case]:
+    """Each real model on one node and, where it has the experts, on 64 ranks and one expert a rank; and the largest."""
+    shapes = []
+    for model in MODELS.values():
+        for P in sorted({8, 64, model.experts}):
+            if model.experts % P == 0:
+                shapes.append(replace(model, ranks=P, tokens=tokens, pattern="random"))
+    return [*shapes, replace(LARGEST, tokens=tokens)]
