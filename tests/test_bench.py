@@ -22,7 +22,7 @@ from parity.bench.peers import JAX_PEERS, TORCH_PEERS, find_peers
 from parity.bench.plan import DIRECTIONS, Figure, Plan, Ran, draw_routing, expert_flops, row_passes, run_bench
 from parity.bench.report import plot_bench, print_bench
 from parity.cases.case import Case
-from parity.cli.main import main
+from parity.cli import main
 from parity.run.backend import BackendError
 
 TINY = Case("tiny", ranks=2, tokens=16, width=8, hidden=8, experts=4, top_k=2, capacity_factor="1")

@@ -19,7 +19,7 @@ from torch_ranks import TorchRanks
 import jax_impl
 from parity.capture import measure as capture
 from parity.capture.measure import K, Measured, T, e
-from parity.cli import main as cli
+from parity.cli import main
 from parity.run.faults import ROOT, Fault, plant
 
 
@@ -212,7 +212,9 @@ def recomputed_jax(replay: bool) -> tuple[list[bytes], list[bytes], int]:
         ids_TK = ids_of(x_TD, router_DE) if ids_TK is None else ids_TK
         routed = jax_impl.route(x_TD, router_DE, 2, expert_id_TK=ids_TK)
         capacity = jax_impl.plan_capacity(None, T, 2, E, 1)
-        return jax_impl.moe_layer(x_TD, router_DE, *weights, top_k=2, capacity=capacity, routing=routed).out_TD
+        return jax_impl.moe_layer(
+            x_TD, router_DE, *weights, jax_impl.Router(2), capacity=capacity, routing=routed
+        ).out_TD
 
     @partial(jax.jit, static_argnames=("checkpointed", "replay"))
     def gradients(arguments, checkpointed, replay):
@@ -245,7 +247,9 @@ def test_recomputation_that_chooses_anew_is_seen_jax():
 
 def test_one_executable_for_fifty_routings():
     program = over_ranks(
-        partial(run_layer, how={"top_k": 3}, capacity=jax_impl.plan_capacity(None, 6, 3, 8, 2), axis_name="ranks")
+        partial(
+            run_layer, router=jax_impl.Router(3), capacity=jax_impl.plan_capacity(None, 6, 3, 8, 2), axis_name="ranks"
+        )
     )
     *inputs, ids_PTK = layer_arguments(STANDARD)
     received = set()
@@ -271,7 +275,7 @@ def test_the_lowered_program_does_not_grow(way):
 
 def capture_command(*arguments: str) -> int:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["capture", *arguments])
+        main(["capture", *arguments])
     code = ended.value.code
     assert isinstance(code, int)
     return code

@@ -14,7 +14,9 @@ import pytest
 from parity.cases import presets
 from parity.cases.case import Case
 from parity.cases.presets import PRESETS
-from parity.cli import main as cli
+from parity.cli import check, main
+from parity.cli.main import parse
+from parity.cli.shared import PIPE
 from parity.judge import records
 from parity.run.trace import Trace
 
@@ -30,7 +32,7 @@ def parity(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProc
 def in_process(capsys, *arguments: str) -> tuple[int, str, str]:
     """The same in this process, where nothing is to be run."""
     with pytest.raises(SystemExit) as end:
-        cli.main(list(arguments))
+        main(list(arguments))
     code, out = end.value.code, capsys.readouterr()
     assert isinstance(code, int)
     return code, out.out, out.err
@@ -158,8 +160,8 @@ def test_nothing_compared_is_no_match(report, tmp_path):
     path = tmp_path / "report.jsonl"
     path.write_text(report)
     whole = records.read(path)
-    for check in whole.checks["custom"]:
-        check.rows = 0
+    for comparison in whole.checks["custom"]:
+        comparison.rows = 0
     assert records.footer(whole.checks, 1, {}).exit_code == 5
     assert records.footer({}, 0, {}).exit_code == 5
     assert records.footer(records.read(path).checks, 2, {}).exit_code == 5  # a case was never judged
@@ -222,12 +224,12 @@ def test_traces_of_different_cases(saved, tmp_path, capsys):
 def test_who_has_read_enough(report, tmp_path, words):
     """Of a pipe that is closed too early."""
     (tmp_path / "report.jsonl").write_text(report)
-    command = [sys.executable, "-c", "from parity.cli.main import main; main()", *words]
+    command = [sys.executable, "-c", "from parity.cli import main; main()", *words]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.close()
         assert process.communicate()[1] == ""
-    assert process.returncode == cli.PIPE
+    assert process.returncode == PIPE
 
 
 def test_a_flag_that_does_not_exist(capsys):
@@ -238,22 +240,22 @@ def test_a_framework_that_is_not_there(tmp_path):
     """A package named torch that cannot be imported, found before the real one."""
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")\n")
     for package in ("parity", "torch_impl", "jax_impl"):
-        (tmp_path / package).symlink_to(Path(cli.__file__).parents[2] / package)
+        (tmp_path / package).symlink_to(Path(check.__file__).parents[2] / package)
     run = parity("check", *SMALL, cwd=tmp_path)
     assert run.returncode == 3
     assert "torch is not installed: pip install -e '.[torch]'" in " ".join(run.stderr.split())
 
 
 def test_a_changed_preset_says_how_to_repeat_it():
-    command = cli.CheckCommand(presets=("zipf",), case=cli.Flags(dtype="bfloat16"))
-    (case,) = cli.chosen_cases(command)
+    command = check.Command(presets=("zipf",), case=check.Flags(dtype="bfloat16"))
+    (case,) = check.chosen_cases(command)
     assert presets.command(case) == "python -m parity check --name zipf-changed --dtype bfloat16 --pattern zipf"
     assert presets.command(PRESETS["zipf"]) == "python -m parity check zipf"
 
 
 def test_random_cases_repeat_and_differ():
     def drawn(seed: int) -> list[Case]:
-        return cli.chosen_cases(cli.CheckCommand(random=200, case=cli.Flags(seed=seed, dtype="bfloat16")))
+        return check.chosen_cases(check.Command(random=200, case=check.Flags(seed=seed, dtype="bfloat16")))
 
     cases = drawn(3)
     assert cases == drawn(3)
@@ -265,15 +267,11 @@ def test_random_cases_repeat_and_differ():
     assert {0, 1} <= {case.tokens for case in cases}
 
 
-def test_the_command_of_any_case_gives_that_case(monkeypatch):
+def test_the_command_of_any_case_gives_that_case():
     """Parsed as a shell would."""
-    chosen = []
-    monkeypatch.setattr(cli, "check", lambda command: chosen.extend(cli.chosen_cases(command)) or 0)
-    cases = [*PRESETS.values(), *cli.chosen_cases(cli.CheckCommand(random=50, case=cli.Flags(seed=5)))]
+    cases = [*PRESETS.values(), *check.chosen_cases(check.Command(random=50, case=check.Flags(seed=5)))]
     for case in cases:
-        with pytest.raises(SystemExit):
-            cli.main(shlex.split(presets.command(case))[3:])
-    assert chosen == cases
+        assert check.chosen_cases(parse(shlex.split(presets.command(case))[3:])) == [case]
     assert {case.renormalize for case in cases} == {True, False}
 
 

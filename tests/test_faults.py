@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from parity.cases.presets import PRESETS
-from parity.cli.main import try_fault
+from parity.cli.faults import try_fault
 from parity.judge.engine import run_cases
 from parity.report.terminal import print_report
 from parity.run.faults import FAULTS, ROOT, find, plant

@@ -1,1 +1,3 @@
 """The commands of `python -m parity`."""
+
+from parity.cli.main import main as main

@@ -1,0 +1,72 @@
+"""`python -m parity capture`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from parity.capture import measure as capture
+from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say
+from parity.judge.engine import progress
+
+
+@dataclass
+class Command:
+    """What does a compiler see of the dispatch as the number of ranks grows? One symbol, or a sum of P of them?
+
+    Captures stages 3, 4, 5, 7 and 8, forward and backward, without running them, for each way to size the permute:
+        none            ask the device
+        list_sum        sum a list of splits
+        received_shape  rows of what arrived
+        cpu_tensor_sum  sum the splits as a CPU tensor; the exchange still takes lists
+        torch_impl      this project's: that, and no list at all
+        shard_map, vmap   JAX, whose sizes are static
+
+    Exit code: 0 when torch_impl, if asked for, has one symbol at every P; 1 otherwise.
+
+    For example:
+        python -m parity capture
+        python -m parity capture --ranks 4 64 1024 --ways list_sum torch_impl --no-inductor --json
+    """
+
+    ranks: tuple[int, ...] = (4, 16, 64)
+    """Numbers of ranks P. They are only captured for: no other rank is started."""
+    ways: tuple[capture.Way, ...] = capture.WAYS
+    """Which ways."""
+    inductor: bool = True
+    """Compile with Inductor too, which takes most of the time."""
+    timeout: float = 600
+    """Seconds after which one measurement is given up, and what there is of it reported."""
+    json: bool = field(default_factory=not_a_terminal)
+    """Lines of JSON instead of a table: the default where the output is not a terminal."""
+    plot: Path | None = None
+    """Draw length of the permute's size and compile time against P into this file (.png, .svg, .pdf)."""
+
+
+def run(command: Command) -> int:
+    """Run `capture`; its exit code.
+
+    Raises ValueError on a number of ranks that cannot be one.
+    """
+    check_writable(command.plot)
+    if not command.ranks or min(command.ranks) < 2:
+        raise ValueError(f"--ranks {' '.join(map(str, command.ranks))}: give numbers of 2 or more, as 4 64")
+    wanted: list[tuple[int, capture.Way]] = [(P, way) for P in command.ranks for way in command.ways]
+    found: list[capture.Measured] = []
+    with progress() as bar:
+        task = bar.add_task("capture", total=len(wanted))
+        for P, way in wanted:
+            bar.update(task, description=f"P = {P}, {way}")
+            found.append(capture.measured(P, way, command.inductor, command.timeout))
+            bar.advance(task)
+            if command.json:
+                print(msgspec.json.encode(found[-1]).decode(), flush=True)
+    if not command.json:
+        console = Page(160)
+        versions = sorted({f"{m.framework} {m.version}" for m in found if m.version})
+        console.print(capture.table(found), capture.LEGEND, "\n" + ", ".join(versions))
+    if command.plot:
+        capture.plot(found, command.plot)
+        say(f"wrote {command.plot}")
+    own = [m for m in found if m.way == "torch_impl"]
+    return MATCH if all(m.permute_terms == m.permute_terms_backward == 1 for m in own) else MISMATCH

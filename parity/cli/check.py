@@ -1,0 +1,193 @@
+"""`python -m parity check`."""
+
+import os
+import re
+from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import tyro
+
+from parity.cases.case import Case, flag
+from parity.cases.presets import MODELS, PRESETS
+from parity.cases.random_cases import random_cases
+from parity.cases.recording import case_of_recording
+from parity.cli.report import publish
+from parity.cli.shared import MATCH, check_writable, not_a_terminal
+from parity.judge.engine import run_cases
+from parity.run import faults
+from parity.run.backend import BACKENDS, SIDES, framework, gpus
+
+
+def _flag(f: Field) -> tuple[str, Any, Any]:
+    """A case's field as a flag that may be left out."""
+    literal = get_origin(f.type) is Literal
+    choices = ("True", "False") if f.type is bool else get_args(f.type) if literal else ()
+    metavar = "{" + ",".join(choices) + "}" if choices else getattr(f.type, "__name__", "STR").upper()
+    about = tyro.conf.arg(help=f.metadata["help"], metavar=metavar, help_behavior_hint=f"(default: {f.default})")
+    return f.name, Annotated[f.type | None, about], field(default=None)  # type: ignore[operator]
+
+
+Flags = make_dataclass("Flags", [_flag(f) for f in fields(Case)])
+
+PRESETS_HELP = f"""Presets to run; all of them when no preset and no field is given. `all` means all. There are:
+{", ".join(PRESETS)}."""
+
+
+@dataclass
+class Command:
+    """Do PyTorch and JAX compute the same MoE layer, forward and backward, and is it the right one?
+
+    Draws each case once, runs PyTorch as P processes and JAX on P devices, and compares every stage, the output and
+    every gradient with an oracle in float64 and with each other.
+
+    Exit code: 0 match, 1 mismatch, 2 wrong usage, 3 a framework is missing or crashed, 5 nothing was compared.
+
+    For example:
+        python -m parity check                        every preset
+        python -m parity check zipf p8                two presets
+        python -m parity check zipf --dtype bfloat16  a preset, changed
+        python -m parity check --ranks 2 --experts 6 --capacity-factor 5/4
+        python -m parity check --recording recording.safetensors
+        python -m parity check --random 100 --seed 1 --dtype bfloat16
+    """
+
+    presets: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(help=PRESETS_HELP)] = ()
+    case: Annotated[Any, tyro.conf.arg(name="", constructor=Flags)] = field(default_factory=Flags)
+    random: int = 0
+    """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all. Five in
+    a row have the same shapes, which JAX compiles once, and differ in routing."""
+    backend: tyro.conf.UseAppendAction[tuple[Literal["both", "torch", "jax", "torch-static", "jax-dynamic"], ...]] = ()
+    """What to run, once for each; default: both, torch and jax. One alone, with --save: the other can run on another
+    machine. torch-static: static capacity in PyTorch. jax-dynamic: uneven exchange in JAX, which needs GPUs."""
+    model: tuple[str, ...] = ()
+    """Check the layer of real models at full width: deepseek-v3, mixtral-8x7b, qwen3-30b-a3b, gpt-oss-120b or
+    olmoe-1b-7b."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: a GPU per rank, PyTorch over NCCL, where there are enough; otherwise all ranks share, over gloo."""
+    jax_ranks: Literal["auto", "shard_map", "processes", "vmap"] = "auto"
+    """A device per rank in one process, a process for each, or all ranks on one device; auto: as many as there are."""
+    timeout: float = 60
+    """Seconds without progress of any PyTorch rank after which the run ends, saying which rank hangs where."""
+    save: Path | None = None
+    """Keep the traces in this folder, for `python -m parity compare`."""
+    json: bool = field(default_factory=not_a_terminal)
+    """Lines of JSON instead of a table: the default where the output is not a terminal."""
+    html: Path | None = None
+    """Write the report as a page of its own too: nothing is loaded from anywhere."""
+    fault: str | None = None
+    """Plant this fault (see `python -m parity faults`)."""
+
+
+def run(command: Command) -> int:
+    """Run `check`; its exit code."""
+    cases = chosen_cases(command)
+    if not command.timeout > 0:
+        raise ValueError(f"--timeout is {command.timeout:g}: it must be positive")
+    check_writable(command.html)
+    if command.save:
+        command.save.mkdir(parents=True, exist_ok=True)
+    if command.device == "cuda" and not gpus():
+        raise ValueError("--device cuda: there is no NVIDIA GPU here; `python -m parity doctor` says what there is")
+    asked = {*command.backend, *(SIDES if "both" in command.backend or not command.backend else ())}
+    backends = tuple(backend for backend in BACKENDS if backend in asked)
+    if "jax-dynamic" in backends and command.device == "cpu":
+        raise ValueError("--backend jax-dynamic: ragged_all_to_all is not implemented on XLA:CPU; use --device cuda")
+    fault = faults.find(command.fault) if command.fault else None
+    if fault and fault.side not in backends:
+        raise ValueError(f"{fault.name} is a fault of {fault.side}, which --backend {' '.join(backends)} does not run")
+    group_size = torchrun_size() if any(framework(backend) == "torch" for backend in backends) else None
+    if group_size is not None:
+        if fault and framework(fault.side) == "torch":
+            raise ValueError(f"{fault.name} cannot be planted under torchrun: start without it")
+        cases = of_group(cases, group_size, picked=bool(command.presets))
+    jax_ranks = ranks_of_jax(command.jax_ranks, command.device, most := max(case.ranks for case in cases))
+    if "jax-dynamic" in backends and jax_ranks == "vmap" and most > 1:
+        raise ValueError(
+            f"--backend jax-dynamic: ragged_all_to_all has no vmap rule, so --ranks {most} need {most} GPUs, and "
+            f"there are {gpus()}: use --ranks {max(gpus(), 1)}"
+        )
+    report = run_cases(
+        cases, backends, device=command.device, timeout=command.timeout, fault=fault, save=command.save,
+        jax_ranks=jax_ranks,
+        in_torchrun=group_size is not None,
+    )  # fmt: skip
+    return MATCH if report is None else publish(report, command.json, command.html)
+
+
+def chosen_cases(command: Command) -> list[Case]:
+    """The presets named, with every field that was given changed; or all of them; or one case of its own.
+
+    Raises ValueError on an unknown preset or a case that cannot exist.
+    """
+    changes = {name: value for name, value in vars(command.case).items() if value is not None}
+    if changes.get("capacity_factor") == "none":
+        changes["capacity_factor"] = None
+    if not re.fullmatch(r"[\w.+-]+", changes.get("name", "custom")):
+        raise ValueError(f"--name is {changes['name']!r}: it names files, so use letters, digits and .+-_ only")
+    if command.random < 0:
+        raise ValueError(f"--random is {command.random}: it cannot be negative")
+    if command.random:
+        if command.presets or "name" in changes or "recording" in changes:
+            raise ValueError("--random draws its cases: leave out presets, --name and --recording")
+        return random_cases(command.random, changes.pop("seed", 0), changes)
+    if command.model:
+        unknown = [name for name in command.model if name not in MODELS]
+        if unknown:
+            raise ValueError(f"no model is called {', '.join(unknown)}. There are: {', '.join(MODELS)}")
+        return [_changed(MODELS[name], changes) for name in command.model]
+    unknown = [name for name in command.presets if name not in PRESETS and name != "all"]
+    if unknown:
+        raise ValueError(f"no preset is called {', '.join(unknown)}. There are: {', '.join(PRESETS)}")
+    names = list(PRESETS) if "all" in command.presets or not (command.presets or changes) else command.presets
+    if not names and "recording" in changes:
+        return [_recorded(changes)]
+    if not names:
+        return [Case(**changes)]
+    return [_changed(PRESETS[name], changes) for name in names]
+
+
+def _recorded(changes: dict[str, Any]) -> Case:
+    """The case of a recording. Raises ValueError on a flag that says something else than the file does."""
+    alone = case_of_recording(Case(ranks=1, tokens=0, recording=changes["recording"]))
+    ranks = changes.get("ranks", Case().ranks)
+    try:
+        case = replace(alone, **({"ranks": ranks, "tokens": alone.tokens // max(ranks, 1)} | changes))
+    except ValueError as error:
+        raise ValueError(f"--recording {alone.recording}: {error}") from error
+    held = case_of_recording(case)
+    for name in changes:
+        if getattr(held, name) != getattr(case, name):
+            raise ValueError(f"--{flag(name)} is {changes[name]}, but the recording has {getattr(held, name)}")
+    return case
+
+
+def _changed(case: Case, changes: dict[str, Any]) -> Case:
+    return replace(case, **{"name": f"{case.name}-changed"} | changes) if changes else case
+
+
+def ranks_of_jax(asked: str, device: str, most: int) -> str:
+    """How JAX has its ranks: as asked, or a device each where there are enough."""
+    if asked != "auto":
+        return asked
+    return "shard_map" if device == "cpu" or gpus() >= most else "vmap"
+
+
+def torchrun_size() -> int | None:
+    """How many processes torchrun started, if it started this one."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def of_group(cases: list[Case], size: int, picked: bool) -> list[Case]:
+    """The cases that a group of this size can run: all that were picked, or those of all presets that fit.
+
+    Raises ValueError when one that was picked does not fit, or none fits.
+    """
+    fitting = [case for case in cases if case.ranks == size]
+    if not fitting or (picked and len(fitting) < len(cases)):
+        other = next(case for case in cases if case.ranks != size)
+        raise ValueError(
+            f"torchrun started {size} processes, but {other.name} has --ranks {other.ranks}: "
+            f"add --ranks {size}, or start {other.ranks}"
+        )
+    return fitting

@@ -1,0 +1,61 @@
+"""`python -m parity compare`."""
+
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import tyro
+
+from parity.cases.case import Case, flag
+from parity.cli.report import publish
+from parity.cli.shared import check_writable, not_a_terminal
+from parity.judge import records
+from parity.judge.engine import judge, make_report, progress
+from parity.oracle.problem import draw
+from parity.run.trace import Trace, load_folder
+
+
+@dataclass
+class Command:
+    """Compare traces that `check --save` wrote, on one machine or several.
+
+    Exit code: 0 match, 1 mismatch, 2 wrong usage, 5 nothing was compared.
+    """
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of traces: one a side, or one with both."""
+    json: bool = field(default_factory=not_a_terminal)
+    """Lines of JSON instead of a table: the default where the output is not a terminal."""
+    html: Path | None = None
+    """Write the report as a page of its own too."""
+
+
+def run(command: Command) -> int:
+    """Run `compare`; its exit code."""
+    check_writable(command.html)
+    if not command.folders:
+        raise ValueError("which traces? Name the folders that `python -m parity check --save` wrote")
+    traces: dict[str, list[Trace]] = {}
+    for folder in command.folders:
+        for trace in load_folder(folder):
+            traces.setdefault(trace.case.name, []).append(trace)
+    for name, found in traces.items():
+        if len({trace.case for trace in found}) > 1:
+            differ = [
+                f"--{flag(f.name)} {' and '.join(str(getattr(t.case, f.name)) for t in found)}"
+                for f in fields(Case)
+                if len({getattr(t.case, f.name) for t in found}) > 1
+            ]
+            raise ValueError(f"{name} is not the same case in every folder: {', '.join(differ)}")
+        sides = [trace.backend for trace in found]
+        if len(set(sides)) < len(sides):
+            raise ValueError(f"{name} has traces of {sides}: give one of each side")
+        if len(sides) < 2:
+            raise ValueError(f"{name} has traces of {sides} only: give a folder of the other side too")
+    head, start = records.header(), time.perf_counter()
+    with progress() as bar:
+        judged = {
+            name: judge(draw(found[0].case), found) for name, found in bar.track(traces.items(), description="compare")
+        }
+    report = make_report(head, list(traces), judged, {"compare": time.perf_counter() - start})
+    return publish(report, command.json, command.html)

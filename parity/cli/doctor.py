@@ -1,0 +1,32 @@
+"""`python -m parity doctor`."""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from parity.cli.shared import MATCH, MISMATCH, Page
+from parity.run.doctor import doctor_table, examine
+
+
+@dataclass
+class Command:
+    """Versions, devices, TF32 and matmul precision, determinism, memory; and what of it makes a comparison unfair.
+
+    Exit code: 0 when nothing is wrong, 1 otherwise.
+    """
+
+    json: bool = False
+    """Print one JSON object per setting."""
+
+
+def run(command: Command) -> int:
+    """Run `doctor`; its exit code."""
+    found = examine()
+    problems = sum(bool(f.problem) for f in found)
+    if command.json:
+        print("\n".join(msgspec.json.encode(f).decode() for f in found))
+    else:
+        console = Page(120)
+        console.print(doctor_table(found))
+        console.print(f"\n{problems} of {len(found)} settings would make a comparison unfair")
+    return MISMATCH if problems else MATCH

@@ -1,0 +1,81 @@
+"""`python -m parity faults`."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import tyro
+
+from parity.cases.presets import PRESETS
+from parity.cli.check import ranks_of_jax
+from parity.cli.shared import MATCH, MISMATCH, Page
+from parity.judge.blame import blame
+from parity.judge.engine import progress, run_cases
+from parity.report.terminal import Found, describe, fault_table
+from parity.run import faults
+from parity.run.backend import BackendError, MissingError
+
+
+@dataclass
+class Command:
+    """List the planted faults, or run them: is each caught, and blamed on the right side and stage?
+
+    Exit code with --run: 0 when all were caught and blamed, 1 otherwise.
+    """
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Which; all when none is named."""
+    run: bool = False
+    """Plant each and check."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where; those that need a GPU are neither run nor counted on a CPU."""
+
+
+def run(command: Command) -> int:
+    """Run `faults`; its exit code."""
+    chosen = [faults.find(name) for name in command.names or faults.FAULTS]
+    console = Page(120)
+    if not command.run:
+        console.print(fault_table([(fault, None) for fault in chosen]))
+        return MATCH
+    ready = [fault for fault in chosen if command.device == "cuda" or not fault.gpu_only]
+    with progress() as bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        trials = pool.map(partial(try_fault, device=command.device), ready)
+        tried = list(zip(ready, bar.track(trials, total=len(ready), description="faults"), strict=True))
+    console.print(fault_table(tried))
+    for fault in chosen:
+        if fault not in ready:
+            console.print(f"{fault.name}: not run, and not counted: {fault.gpu_only}")
+    caught = sum(result.caught for _, result in tried)
+    blamed = sum((result.side, result.stage) == (fault.side, fault.stage) for fault, result in tried)
+    console.print(f"caught {caught} of {len(tried)}, blamed {blamed} of {len(tried)}")
+    return MATCH if caught == blamed == len(tried) else MISMATCH
+
+
+def try_fault(fault: faults.Fault, device: str = "cpu") -> Found:
+    """Plant a fault, run its preset on its side only, and say who was blamed.
+
+    A run that ends in an error counts as caught only where the fault is one that ends it.
+    """
+    try:
+        cases, ranks = [PRESETS[fault.preset]], ranks_of_jax("auto", device, PRESETS[fault.preset].ranks)
+        report = run_cases(
+            cases,
+            (fault.side,),
+            device=device,
+            jax_ranks=ranks,
+            fault=fault,
+            timeout=10 if device == "cpu" else 60,
+            show_progress=False,
+        )
+    except MissingError:
+        raise
+    except BackendError as error:
+        return Found(fault.name in faults.END_THE_RUN, error.backend, error.stage, "the run ended: " + str(error))
+    assert report is not None
+    verdict = blame(report.checks[fault.preset])
+    if verdict is None:
+        return Found(False, "", "", "")
+    return Found(True, " and ".join(verdict.sides), verdict.stage, describe(verdict.check))

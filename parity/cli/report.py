@@ -1,0 +1,58 @@
+"""`python -m parity report`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import tyro
+
+from parity.cli.shared import MATCH, Page, check_writable, say
+from parity.judge import records
+from parity.judge.records import Report
+from parity.report.html import page
+from parity.report.terminal import print_report, summary
+
+
+@dataclass
+class Command:
+    """Show a report that `check --json` wrote, or a line for each of several. One without its footer, whose run did
+    not end, is refused.
+
+    Exit code: that of the run, of several the highest, or 2 when a file is no whole report.
+    """
+
+    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Lines of JSON, which may be compressed (.xz)."""
+    html: Path | None = None
+    """Write the report as a page of its own too."""
+    schema: bool = False
+    """Print the JSON Schema of one line."""
+
+
+def run(command: Command) -> int:
+    """Run `report`; its exit code."""
+    check_writable(command.html)
+    if command.schema:
+        print(msgspec.json.format(msgspec.json.encode(records.schema())).decode())
+        return MATCH
+    if not command.files:
+        raise ValueError("which report? Name a file that `python -m parity check --json` wrote, or ask for --schema")
+    if len(command.files) == 1:
+        return publish(records.read(command.files[0]), False, command.html)
+    if command.html:
+        raise ValueError("--html makes a page of one report: name one file")
+    reports = {path.name.split(".")[0]: records.read(path) for path in command.files}
+    Page(160).print(summary(reports))
+    return max(report.footer.exit_code for report in reports.values())
+
+
+def publish(report: Report, as_json: bool, html: Path | None) -> int:
+    """Print what was found, as lines of JSON or for people; its exit code."""
+    if as_json:
+        print("\n".join(records.lines(report)))
+    else:
+        print_report(Page(100), report)
+    if html:
+        html.write_text(page(report))
+        say(f"wrote {html}")
+    return report.footer.exit_code

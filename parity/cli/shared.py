@@ -1,0 +1,39 @@
+"""What the commands share: exit codes, and how they talk."""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+MATCH, MISMATCH, USAGE, BACKEND, INTERRUPTED, PIPE = 0, 1, 2, 3, 130, 141
+
+
+def not_a_terminal() -> bool:
+    """Whether standard output is for a program to read."""
+    return not sys.stdout.isatty()
+
+
+class Page(Console):
+    """Standard output: as wide as the terminal, or as this where it is none."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width=None if sys.stdout.isatty() else width, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """End as `print` does, where Rich ends with the exit code of a mismatch."""
+        raise BrokenPipeError
+
+
+def say(message: str | Text) -> None:
+    """On standard error, as it is: a line is never broken, so that a path or a command in it can be copied."""
+    Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def check_writable(*files: Path | None) -> None:
+    """Before anything runs. Raises ValueError where a file's folder is none, or the file is a folder."""
+    for path in files:
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(
+                f"cannot write {path}: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}"
+            )

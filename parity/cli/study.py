@@ -1,0 +1,83 @@
+"""`python -m parity study`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from parity.cases.case import Case
+from parity.cases.presets import MODELS, PRESETS
+from parity.cases.recording import case_of_recording
+from parity.cli.shared import MATCH, Page, not_a_terminal, say
+from parity.judge.engine import progress
+
+
+@dataclass
+class Command:
+    """What does a static capacity drop, pad and save, for your shapes and routing? Needs no GPU.
+
+    Sweeps capacity factor, kind of bin, priority, skew and shapes; simulates real models on up to 512 ranks; runs one
+    small dispatch in both frameworks for the page. Ends in tables, plots and a page.
+
+    Exit code: 0 measured, 2 wrong usage.
+
+    Examples:
+        python -m parity study                             about a minute on two cores
+        python -m parity study --recording recording.safetensors
+        python -m parity study zipf p8                     the routing of these presets, not the plan's
+        python -m parity study --model deepseek-v3 --steps 5000
+        python -m parity study --learn 3                   and train with every kind of capacity, three seeds
+    """
+
+    presets: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Sweep the routing of these presets, drawn with 8 seeds each."""
+    recording: tuple[str, ...] = ("pydoc",)
+    """Recordings to sweep, and to fit the simulation to (see the README for their form)."""
+    model: tuple[str, ...] = tuple(MODELS)
+    """Models to simulate."""
+    tokens: int = 4096
+    """On each rank, in the simulation."""
+    steps: int | None = None
+    """Of the simulation; without, up to 1000, and fewer for large groups."""
+    learn: int = 0
+    """Train the byte-level model with every kind of capacity from this many seeds: some minutes each."""
+    learn_steps: int = 200
+    """Steps of each training run."""
+    dispatch: bool = True
+    """Run the page's small dispatch: needs both frameworks."""
+    out: Path = Path("study")
+    """Folder for index.html, plots and study.jsonl."""
+    json: bool = field(default_factory=not_a_terminal)
+    """Print study.jsonl instead of tables: the default where the output is not a terminal."""
+
+
+def run(command: Command) -> int:
+    """Run `study`; its exit code."""
+    from parity.study.engine import Asked, run_study
+    from parity.study.page import print_study, write  # matplotlib takes a second
+
+    for kind, asked, known in (("preset", command.presets, PRESETS), ("model", command.model, MODELS)):
+        if unknown := [name for name in asked if name not in known]:
+            raise ValueError(f"no {kind} is called {', '.join(unknown)}. There are: {', '.join(known)}")
+    for name in ("tokens", "steps", "learn_steps"):
+        value = getattr(command, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if command.learn < 0 or (command.learn and command.learn_steps < 20):
+        raise ValueError(f"--learn {command.learn} --learn-steps {command.learn_steps}: at least 0 seeds and 20 steps")
+    for recording in command.recording:
+        case_of_recording(Case(ranks=1, tokens=0, recording=recording))
+    command.out.mkdir(parents=True, exist_ok=True)
+    wanted = Asked(
+        [PRESETS[name] for name in command.presets], command.recording, command.model, command.tokens, command.steps,
+        command.learn, command.learn_steps, command.dispatch,
+    )  # fmt: skip
+    with progress() as bar:
+        found = run_study(wanted, bar)
+    paths = write(found, command.out)
+    if command.json:
+        print("\n".join(found.lines()))
+    else:
+        print_study(Page(170), found)
+    say(f"wrote {', '.join(map(str, paths))}")
+    return MATCH
