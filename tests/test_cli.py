@@ -1,10 +1,14 @@
 """The command line: exit codes, outputs for people and for programs, two machines, torchrun."""
 
+import inspect
 import json
 import os
+import pty
+import re
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from parity.cases import presets
 from parity.cases.case import Case
 from parity.cases.presets import PRESETS
 from parity.cli import check, main
-from parity.cli.main import parse
+from parity.cli.main import COMMANDS, parse
 from parity.cli.shared import PIPE
 from parity.judge import records
 from parity.run.trace import Trace
@@ -275,6 +279,41 @@ def test_the_command_of_any_case_gives_that_case():
     assert {case.renormalize for case in cases} == {True, False}
 
 
+def examples(text: str) -> list[str]:
+    """Lines of a docstring or a page that are commands of ours."""
+    return [line for line in text.splitlines() if re.match(r"\s*python -m parity [a-z]", line)]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_a_question_and_its_examples(name, capsys, monkeypatch):
+    """As they are, unbroken on a narrow terminal too; and they are commands."""
+    monkeypatch.setenv("COLUMNS", "40")
+    doc = inspect.getdoc(COMMANDS[name].Command)
+    assert doc
+    assert "?" in doc.splitlines()[0]
+    code, out, _ = in_process(capsys, name, "--help")
+    assert code == 0
+    assert examples(doc)
+    assert [line.rstrip() for line in examples(out)] == examples(doc)
+    assert doc.splitlines()[0] in out
+    for example in examples(doc):
+        command = re.split(r"\s{2,}", example.strip())[0]  # what it does is said after it
+        assert isinstance(parse(shlex.split(command)[3:]), COMMANDS[name].Command)
+
+
+def test_all_help_has_every_question(capsys):
+    code, out, _ = in_process(capsys, "--help")
+    assert code == 0
+    said = " ".join(out.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", "").split())
+    for module in COMMANDS.values():
+        assert str(module.Command.__doc__).splitlines()[0] in said
+
+
+def test_a_recording_by_its_old_name():
+    assert parse(["check", "--trace", "pydoc"]).case.recording == "pydoc"
+    assert parse(["study", "--trace", "a", "b"]).recording == ("a", "b")
+
+
 def test_help_teaches(capsys):
     code, out, _ = in_process(capsys, "check", "--help")
     assert code == 0
@@ -291,6 +330,23 @@ def test_no_color(report, tmp_path):
             env=os.environ | variable, timeout=60,
         )  # fmt: skip
         assert ("\x1b[32m" in run.stdout) == coloured
+
+
+@pytest.mark.parametrize(("variable", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True)])
+def test_no_color_in_help(variable, coloured):
+    """On a terminal."""
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"}
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "parity", "doctor", "--help"]
+    with subprocess.Popen(command, stdout=theirs, env=environment | variable) as process:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError), os.fdopen(ours, "rb", buffering=0) as terminal:  # which its other end's closing is
+            while part := terminal.read(1024):
+                shown += part
+    assert process.returncode == 0
+    assert b"--json" in shown
+    assert (b"\x1b[" in shown) == coloured
 
 
 def test_doctor(capsys):

@@ -24,7 +24,7 @@ class Command:
 
     Exit code: 0 when torch_impl, if asked for, has one symbol at every P; 1 otherwise.
 
-    For example:
+    Examples:
         python -m parity capture
         python -m parity capture --ranks 4 64 1024 --ways list_sum torch_impl --no-inductor --json
     """

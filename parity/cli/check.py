@@ -24,7 +24,8 @@ def _flag(f: Field) -> tuple[str, Any, Any]:
     literal = get_origin(f.type) is Literal
     choices = ("True", "False") if f.type is bool else get_args(f.type) if literal else ()
     metavar = "{" + ",".join(choices) + "}" if choices else getattr(f.type, "__name__", "STR").upper()
-    about = tyro.conf.arg(help=f.metadata["help"], metavar=metavar, help_behavior_hint=f"(default: {f.default})")
+    about = tyro.conf.arg(help=f.metadata["help"], metavar=metavar, help_behavior_hint=f"(default: {f.default})",
+                           aliases=["--trace"] * (f.name == "recording"))  # fmt: skip
     return f.name, Annotated[f.type | None, about], field(default=None)  # type: ignore[operator]
 
 
@@ -43,7 +44,7 @@ class Command:
 
     Exit code: 0 match, 1 mismatch, 2 wrong usage, 3 a framework is missing or crashed, 5 nothing was compared.
 
-    For example:
+    Examples:
         python -m parity check                        every preset
         python -m parity check zipf p8                two presets
         python -m parity check zipf --dtype bfloat16  a preset, changed

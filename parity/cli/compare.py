@@ -17,13 +17,17 @@ from parity.run.trace import Trace, load_folder
 
 @dataclass
 class Command:
-    """Compare traces that `check --save` wrote, on one machine or several.
+    """Do traces that `check --save` wrote, on one machine or several, agree with the oracle and with each other?
 
     Exit code: 0 match, 1 mismatch, 2 wrong usage, 5 nothing was compared.
+
+    Examples:
+        python -m parity compare A B                       what `check --backend torch --save A` and jax's B hold
+        python -m parity compare traces --html page.html   a folder with several
     """
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of traces: one a side, or one with both."""
+    """Folders of traces: one a backend, or one with all."""
     json: bool = field(default_factory=not_a_terminal)
     """Lines of JSON instead of a table: the default where the output is not a terminal."""
     html: Path | None = None

@@ -10,9 +10,15 @@ from parity.run.doctor import doctor_table, examine
 
 @dataclass
 class Command:
-    """Versions, devices, TF32 and matmul precision, determinism, memory; and what of it makes a comparison unfair.
+    """What of this machine would make a comparison unfair?
+
+    Versions, devices, TF32 and matmul precision, determinism, memory.
 
     Exit code: 0 when nothing is wrong, 1 otherwise.
+
+    Examples:
+        python -m parity doctor
+        python -m parity doctor --json
     """
 
     json: bool = False

@@ -1,8 +1,9 @@
 """`python -m parity`: parse the command line, run one command, exit with its code."""
 
+import inspect
 import os
 import sys
-from typing import Any
+from typing import Annotated, Any, Union
 
 import tyro
 from rich.text import Text
@@ -42,10 +43,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> Any:
-    """The command with its arguments; help, and what is no argument, end here."""
-    return tyro.extras.subcommand_cli_from_dict(
-        {name: module.Command for name, module in COMMANDS.items()},
-        args=argv,
-        prog="python -m parity",
-        description="Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?",
-    )
+    """The command with its arguments; help, and what is no argument, end here.
+
+    Docstrings are handed over as they stand: where tyro parses one itself, it leaves out sections it thinks it knows.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    tyro._experimental_options["ansi_codes"] = not os.environ.get("NO_COLOR")  # which tyro does not look at
+    if argv and argv[0] in COMMANDS:
+        kind = COMMANDS[argv[0]].Command
+        return tyro.cli(kind, args=argv[1:], prog=f"python -m parity {argv[0]}", description=inspect.getdoc(kind))
+    listed = [
+        Annotated[
+            module.Command, tyro.conf.subcommand(name, description=str(inspect.getdoc(module.Command)).split("\n")[0])
+        ]
+        for name, module in COMMANDS.items()
+    ]
+    about = "Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?"
+    return tyro.cli(Union[tuple(listed)], args=argv, prog="python -m parity", description=about)  # noqa: UP007

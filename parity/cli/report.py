@@ -15,10 +15,17 @@ from parity.report.terminal import print_report, summary
 
 @dataclass
 class Command:
-    """Show a report that `check --json` wrote, or a line for each of several. One without its footer, whose run did
+    """What did a run find?
+
+    Shows what `check --json` wrote again, or a line for each of several. A report without its footer, whose run did
     not end, is refused.
 
     Exit code: that of the run, of several the highest, or 2 when a file is no whole report.
+
+    Examples:
+        python -m parity report report.jsonl --html page.html
+        python -m parity report docs/results/one-gpu-p1-bfloat16.jsonl.xz docs/results/one-gpu-p8-bfloat16.jsonl.xz
+        python -m parity report --schema
     """
 
     files: tyro.conf.Positional[tuple[Path, ...]] = ()

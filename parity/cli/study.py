@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -14,10 +15,10 @@ from parity.judge.engine import progress
 
 @dataclass
 class Command:
-    """What does a static capacity drop, pad and save, for your shapes and routing? Needs no GPU.
+    """What does a static capacity drop, pad and save, for your shapes and routing?
 
     Sweeps capacity factor, kind of bin, priority, skew and shapes; simulates real models on up to 512 ranks; runs one
-    small dispatch in both frameworks for the page. Ends in tables, plots and a page.
+    small dispatch in both frameworks for the page. Ends in tables, plots and a page. Needs no GPU.
 
     Exit code: 0 measured, 2 wrong usage.
 
@@ -31,7 +32,7 @@ class Command:
 
     presets: tyro.conf.Positional[tuple[str, ...]] = ()
     """Sweep the routing of these presets, drawn with 8 seeds each."""
-    recording: tuple[str, ...] = ("pydoc",)
+    recording: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--trace"])] = ("pydoc",)
     """Recordings to sweep, and to fit the simulation to (see the README for their form)."""
     model: tuple[str, ...] = tuple(MODELS)
     """Models to simulate."""
