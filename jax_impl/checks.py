@@ -2,23 +2,21 @@
 
 import math
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+if TYPE_CHECKING:  # they import what is here
+    import jax_impl.experts
+    import jax_impl.routing
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def check_router(
-    x_TD: Array,
-    router_DE: Array,
-    top_k: int,
-    score_function: str,
-    scale: float,
-    expert_id_TK: Array | None,
-) -> None:
+def check_router(x_TD: Array, router_DE: Array, router: "jax_impl.routing.Router", expert_id_TK: Array | None) -> None:
     """Raises ValueError unless these make a router: shapes, dtypes, K <= E, known score function."""
     if x_TD.ndim != 2 or router_DE.ndim != 2 or x_TD.shape[1] != router_DE.shape[0]:
         raise ValueError(
@@ -30,16 +28,16 @@ def check_router(
             f"x is {x_TD.dtype} and router {router_DE.dtype}: x must be float32, bfloat16, float16 or float64, "
             "and router floating point"
         )
-    if not 1 <= top_k <= router_DE.shape[1]:
-        raise ValueError(f"top_k is {top_k} with {router_DE.shape[1]} experts: it must be between 1 and E")
-    if score_function not in ("softmax", "sigmoid"):
-        raise ValueError(f"score_function is {score_function!r}: it must be 'softmax' or 'sigmoid'")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}: it must be finite")
+    if not 1 <= router.top_k <= router_DE.shape[1]:
+        raise ValueError(f"top_k is {router.top_k} with {router_DE.shape[1]} experts: it must be between 1 and E")
+    if router.score_function not in ("softmax", "sigmoid"):
+        raise ValueError(f"score_function is {router.score_function!r}: it must be 'softmax' or 'sigmoid'")
+    if not math.isfinite(router.scale):
+        raise ValueError(f"scale is {router.scale}: it must be finite")
     if expert_id_TK is not None:
-        if expert_id_TK.shape != (x_TD.shape[0], top_k):
+        if expert_id_TK.shape != (x_TD.shape[0], router.top_k):
             raise ValueError(
-                f"expert ids have shape {expert_id_TK.shape}, scores will have {(x_TD.shape[0], top_k)}: "
+                f"expert ids have shape {expert_id_TK.shape}, scores will have {(x_TD.shape[0], router.top_k)}: "
                 "replay the ids of the same tokens and the same top_k"
             )
         check_expert_ids(expert_id_TK, router_DE.shape[1])
@@ -97,7 +95,13 @@ def check_expert_ids(expert_id_TK: Array, n_experts: int, counts_E: Array | None
 
 
 def check_experts(
-    x_TD: Array, n_experts: int, n_ranks: int, w_gate_eDF: Array, w_up_eDF: Array, w_down_eFD: Array
+    x_TD: Array,
+    n_experts: int,
+    n_ranks: int,
+    w_gate_eDF: Array,
+    w_up_eDF: Array,
+    w_down_eFD: Array,
+    experts: "jax_impl.experts.Experts",
 ) -> None:
     """Raises ValueError unless the weights are this rank's E // P experts, in x's dtype."""
     check_experts_per_rank(n_experts, n_ranks)
@@ -113,6 +117,8 @@ def check_experts(
             )
         if w.dtype != x_TD.dtype:
             raise ValueError(f"{name} is {w.dtype} and x is {x_TD.dtype}: convert one to the other")
+    if experts.activation not in ("silu", "gelu_tanh"):
+        raise ValueError(f"activation is {experts.activation!r}: it must be 'silu' or 'gelu_tanh'")
 
 
 def check_experts_per_rank(n_experts: int, n_ranks: int) -> None:

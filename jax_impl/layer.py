@@ -7,10 +7,10 @@ from jaxtyping import Float, Integer
 
 from jax_impl.checks import check_bins, check_experts, check_routing
 from jax_impl.exchange import exchange_counts, n_ranks, return_tokens, send_tokens
-from jax_impl.experts import apply_experts
+from jax_impl.experts import Experts, apply_experts
 from jax_impl.grouping import Capacity, Grouped, combine, group_by_expert
 from jax_impl.layout import ExpertMajor, to_expert_major, to_rank_major
-from jax_impl.routing import Routing, route
+from jax_impl.routing import Router, Routing, route
 
 
 class Stages(NamedTuple):
@@ -35,11 +35,9 @@ def moe_layer(
     w_gate_eDF: Float[Array, "e D F"],
     w_up_eDF: Float[Array, "e D F"],
     w_down_eFD: Float[Array, "e F D"],
-    top_k: int,
+    router: Router,
     capacity: Capacity,
-    score_function: str = "softmax",
-    renormalize: bool = False,
-    scale: float = 1.0,
+    experts: Experts = Experts(),
     routing: Routing | None = None,
     axis_name: str | None = None,
 ) -> Stages:
@@ -50,17 +48,17 @@ def moe_layer(
 
     Raises ValueError on wrong input, before anything is sent to another rank.
     """
-    routing = route(x_TD, router_DE, top_k, score_function, renormalize, scale) if routing is None else routing
+    routing = route(x_TD, router_DE, router) if routing is None else routing
     score_TK, expert_id_TK, counts_E = routing
     check_routing(x_TD, score_TK, expert_id_TK, counts_E)
-    check_experts(x_TD, counts_E.shape[0], n_ranks(axis_name), w_gate_eDF, w_up_eDF, w_down_eFD)
+    check_experts(x_TD, counts_E.shape[0], n_ranks(axis_name), w_gate_eDF, w_up_eDF, w_down_eFD, experts)
     check_bins(capacity.n_bins, n_ranks(axis_name), counts_E.shape[0])
 
     grouped = group_by_expert(x_TD, expert_id_TK, score_TK, counts_E, capacity)
     counts_Pe = exchange_counts(grouped.kept_E, axis_name)
     received_BCD = send_tokens(grouped.x_BCD, axis_name)
     expert_major = to_expert_major(received_BCD, counts_Pe)
-    y_SD = apply_experts(expert_major.x_SD, counts_Pe.sum(axis=0), w_gate_eDF, w_up_eDF, w_down_eFD)
+    y_SD = apply_experts(expert_major.x_SD, counts_Pe.sum(axis=0), w_gate_eDF, w_up_eDF, w_down_eFD, experts)
     rank_major_BCD = to_rank_major(y_SD, expert_major.source_S, expert_major.target_BC)
     returned_BCD = return_tokens(rank_major_BCD, axis_name)
     out_TD = combine(returned_BCD, score_TK, grouped.slot_TK, grouped.assignment_BC)

@@ -11,6 +11,15 @@ from jaxtyping import Float, Integer
 from jax_impl.checks import check_router
 
 
+class Router(NamedTuple):
+    """How many experts a token chooses, and how its scores come out of the logits."""
+
+    top_k: int
+    score_function: str = "softmax"  # or "sigmoid"
+    renormalize: bool = False  # divide a token's K scores by their sum
+    scale: float = 1.0  # and multiply them
+
+
 class Routing(NamedTuple):
     score_TK: Float[Array, "T K"]
     expert_id_TK: Integer[Array, "T K"]
@@ -20,10 +29,7 @@ class Routing(NamedTuple):
 def route(
     x_TD: Float[Array, "T D"],
     router_DE: Float[Array, "D E"],
-    top_k: int,
-    score_function: str = "softmax",
-    renormalize: bool = False,
-    scale: float = 1.0,
+    router: Router,
     expert_id_TK: Integer[Array, "T K"] | None = None,
 ) -> Routing:
     """Scores, expert ids and counts per expert, in float32 (float64 for float64 input).
@@ -38,16 +44,16 @@ def route(
     Raises ValueError on a wrong shape, dtype, `top_k` or `score_function`, and on replayed ids out of range where
     their values are at hand: not traced.
     """
-    check_router(x_TD, router_DE, top_k, score_function, scale, expert_id_TK)
+    check_router(x_TD, router_DE, router, expert_id_TK)
     wide = np.promote_types(x_TD.dtype, np.float32)
     logits_TE = jnp.matmul(x_TD.astype(wide), router_DE.astype(wide), precision="highest")
     if expert_id_TK is None:
-        expert_id_TK = jnp.argsort(logits_TE, axis=-1, descending=True, stable=True)[:, :top_k]
-    score_TE = jax.nn.softmax(logits_TE, axis=-1) if score_function == "softmax" else jax.nn.sigmoid(logits_TE)
+        expert_id_TK = jnp.argsort(logits_TE, axis=-1, descending=True, stable=True)[:, : router.top_k]
+    score_TE = jax.nn.softmax(logits_TE, axis=-1) if router.score_function == "softmax" else jax.nn.sigmoid(logits_TE)
     score_TK = jnp.take_along_axis(score_TE, expert_id_TK.clip(0, router_DE.shape[1] - 1), axis=1)
-    if renormalize:
+    if router.renormalize:
         score_TK = score_TK / (score_TK.sum(axis=-1, keepdims=True) + 1e-20)
-    return Routing(score_TK * scale, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
+    return Routing(score_TK * router.scale, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
 
 
 def count_per_expert(expert_id_TK: Integer[Array, "T K"], n_experts: int) -> Integer[Array, " E"]:

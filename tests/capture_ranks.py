@@ -13,6 +13,7 @@ from parity.capture.measure import Measured
 from torch_impl import experts, kernels, layer, layout, routing, static
 
 T, D, F, E, K = 8, 8, 8, 8, 2
+ROUTER = routing.Router(K)
 
 
 class Compared(NamedTuple):
@@ -60,8 +61,8 @@ def run_both(
     inputs = [a.to(device, dtype).requires_grad_() for a in (normal(T, D, seed=rank), *parameters(P))]
 
     def moe(x_TD, router_DE, w_gate_eDF, w_up_eDF, w_down_eFD, ids_TK):
-        chosen = routing.route(x_TD, router_DE, K, expert_id_TK=ids_TK)
-        return layer.moe_layer(x_TD, router_DE, w_gate_eDF, w_up_eDF, w_down_eFD, top_k=K, routing=chosen, group=group)
+        chosen = routing.route(x_TD, router_DE, ROUTER, expert_id_TK=ids_TK)
+        return layer.moe_layer(x_TD, router_DE, w_gate_eDF, w_up_eDF, w_down_eFD, ROUTER, routing=chosen, group=group)
 
     compiled = torch.compile(moe, backend=backend, fullgraph=True)
     rows, moved_differ, error = [], 0, 0.0
@@ -95,7 +96,7 @@ def uneven(T_here: int, backend: str, group: dist.ProcessGroup | None) -> bool:
     torch._dynamo.reset()
 
     def moe(x_TD, *weights):
-        return layer.moe_layer(x_TD, *weights, top_k=K, max_tokens=T, group=group).out_TD
+        return layer.moe_layer(x_TD, *weights, router=ROUTER, max_tokens=T, group=group).out_TD
 
     inputs = [normal(T_here, D), *parameters(dist.get_world_size(group))]
     return torch.equal(torch.compile(moe, backend=backend, fullgraph=True)(*inputs), moe(*inputs))
@@ -115,8 +116,8 @@ def captured_by(how: str, rank: int, P: int, group: dist.ProcessGroup | None) ->
     inputs = [normal(T, D, seed=rank).requires_grad_(), *(a.requires_grad_() for a in parameters(P))]
 
     def step(ids_TK: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        chosen = routing.route(inputs[0], inputs[1], K, expert_id_TK=ids_TK)
-        stages = layer.moe_layer(*inputs, top_k=K, routing=chosen, group=group)
+        chosen = routing.route(inputs[0], inputs[1], ROUTER, expert_id_TK=ids_TK)
+        stages = layer.moe_layer(*inputs, router=ROUTER, routing=chosen, group=group)
         results = (*moved(stages), stages.out_TD)
         return results if "export" in how else (*results, *torch.autograd.grad(stages.out_TD.sum(), inputs))
 
@@ -168,7 +169,7 @@ def ids_out_of_range(backend: str, group: dist.ProcessGroup | None) -> str:
 
     def moe(ids_TK, *inputs):
         chosen = routing.Routing(ids_TK.float(), ids_TK, routing.count_per_expert(ids_TK, E))
-        return layer.moe_layer(*inputs, top_k=K, routing=chosen, group=group).out_TD
+        return layer.moe_layer(*inputs, router=ROUTER, routing=chosen, group=group).out_TD
 
     ids_TK, inputs = torch.tensor([[0, 1]] * T), [normal(T, D), *parameters(dist.get_world_size(group))]
     run = torch.compile(moe, backend=backend, fullgraph=True)
@@ -188,7 +189,7 @@ def static_and_compiled(dtype: str, n_bins: int, group: dist.ProcessGroup | None
     capacity = static.Capacity(n_bins, T)  # some drop
 
     def both_ways(layer):
-        out_TD = layer(*inputs, top_k=K, capacity=capacity, group=group).out_TD
+        out_TD = layer(*inputs, router=ROUTER, capacity=capacity, group=group).out_TD
         return out_TD, *torch.autograd.grad(out_TD, inputs, torch.ones_like(out_TD))
 
     compiled = torch.compile(static.moe_layer, backend="aot_eager", fullgraph=True)
@@ -208,8 +209,8 @@ def swiglu_through_stand_ins(dtype: torch.dtype, group: dist.ProcessGroup | None
     try:
         gate, up = (normal(6, 8, seed=i).to(dtype).requires_grad_() for i in range(2))
         results = []
-        for run in (experts.swiglu, torch.compile(experts.swiglu, backend="aot_eager", fullgraph=True)):
-            hidden = run(gate, up)
+        for run in (experts.glu, torch.compile(experts.glu, backend="aot_eager", fullgraph=True)):
+            hidden = run(gate, up, "silu")
             results.append((hidden, *torch.autograd.grad(hidden, (gate, up), torch.ones_like(hidden))))
         equal = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         return equal, torch.equal(results[1][1], up)
@@ -236,13 +237,13 @@ def recomputed(replay: bool, how: str, rank: int, group: dist.ProcessGroup | Non
         nonlocal chosen
         chosen += 1
         if chosen == 1:
-            return routing.route(x_TD, router_DE, K).expert_id_TK
-        return E - 1 - routing.route(x_TD, router_DE.flip(1), K).expert_id_TK
+            return routing.route(x_TD, router_DE, ROUTER).expert_id_TK
+        return E - 1 - routing.route(x_TD, router_DE.flip(1), ROUTER).expert_id_TK
 
     def moe(ids_TK, x_TD, router_DE, *weights):
         ids_TK = choose(x_TD.detach(), router_DE.detach()) if ids_TK is None else ids_TK
-        routed = routing.route(x_TD, router_DE, K, expert_id_TK=ids_TK)
-        return layer.moe_layer(x_TD, router_DE, *weights, top_k=K, routing=routed, group=group).out_TD
+        routed = routing.route(x_TD, router_DE, ROUTER, expert_id_TK=ids_TK)
+        return layer.moe_layer(x_TD, router_DE, *weights, router=ROUTER, routing=routed, group=group).out_TD
 
     kept_TK = choose(inputs[0].detach(), inputs[1].detach())
     dout_TD = normal(T, D, seed=rank)

@@ -17,7 +17,7 @@ def main(folder: str, what: str, P: int) -> None:
 
     from parity.capture.in_torch import captured_graphs, describe, measure, ranks
     from parity.capture.measure import Measured
-    from torch_impl import moe_layer
+    from torch_impl import Router, moe_layer
 
     if what == "step":
         found = measure(P, "torch_impl")
@@ -26,7 +26,7 @@ def main(folder: str, what: str, P: int) -> None:
         inputs = [torch.zeros(8, 16, dtype=getattr(torch, what)), torch.zeros(16, 2 * P)]
         inputs += [torch.zeros(2, 16, 16, dtype=getattr(torch, what)) for _ in range(3)]
         with ranks(P):
-            run = lambda *inputs: moe_layer(*inputs, top_k=2).out_TD  # noqa: E731
+            run = lambda *inputs: moe_layer(*inputs, router=Router(2)).out_TD  # noqa: E731
             graphs, _ = captured_graphs(run, *(a.requires_grad_() for a in inputs))
         describe(found, graphs)
     print(msgspec.json.encode(found).decode(), flush=True)

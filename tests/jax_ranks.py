@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 from problems import Problem
 
-from jax_impl import Capacity, Stages, moe_layer, plan_capacity, route
+from jax_impl import Capacity, Router, Stages, moe_layer, plan_capacity, route
 
 AXIS = "ranks"
 both_ways = pytest.mark.parametrize("how_mapped", ["shard_map", "vmap"])
@@ -61,17 +61,17 @@ def run_layer(
     dout_TD: Array,
     expert_id_TK: Array,
     *,
-    how: dict[str, Any],
+    router: Router,
     capacity: Capacity,
     axis_name: str | None = None,
 ) -> tuple[Stages, dict[str, Array]]:
-    """The layer forward and backward; `how` is what `route` takes. The router's gradient is this rank's part of it."""
+    """The layer forward and backward. The router's gradient is this rank's part of it."""
 
     def layer(x_TD, router_DE, weights, dscore_TK):
-        routing = route(x_TD, router_DE, **how, expert_id_TK=expert_id_TK)
+        routing = route(x_TD, router_DE, router, expert_id_TK=expert_id_TK)
         routing = routing._replace(score_TK=routing.score_TK + dscore_TK)  # for the gradient with respect to scores
         stages = moe_layer(
-            x_TD, router_DE, *weights, top_k=how["top_k"], capacity=capacity, routing=routing, axis_name=axis_name
+            x_TD, router_DE, *weights, router=router, capacity=capacity, routing=routing, axis_name=axis_name
         )
         return stages.out_TD, stages
 
@@ -95,7 +95,7 @@ def layer_arguments(problem: Problem, dtype: str = "float32") -> list:
 @lru_cache
 def compiled_layer(capacity: Capacity, how_mapped: str, top_k: int) -> Callable:
     """`run_layer` over ranks, or of one rank without an axis; compiled once for all that ask for it."""
-    run = partial(run_layer, how={"top_k": top_k}, capacity=capacity)
+    run = partial(run_layer, router=Router(top_k), capacity=capacity)
     if how_mapped == "no axis":
         return jax.jit(lambda *of: jax.tree.map(lambda a: a[None], run(*jax.tree.map(lambda a: a[0], of))))
     return over_ranks(partial(run, axis_name=AXIS), how_mapped)

@@ -1,5 +1,6 @@
 """Inputs for both frameworks, and what they are judged by: the layer with no dispatch at all."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,6 +67,7 @@ def dense(
     how: dict[str, Any],
     expert_id_TK: Tensor,
     keep_TK: Tensor | None = None,
+    activation: Callable[[Tensor], Tensor] = torch.nn.functional.silu,
 ) -> Dense:
     """Every expert on every token, weighted by score * keep, in plain operations. Gradients are plain autograd's."""
     x_TD, router_DE, gate, up, down = (a.detach().clone().requires_grad_() for a in (x_TD, router_DE, *weights))
@@ -79,7 +81,7 @@ def dense(
     score_TK.retain_grad()
     kept_TK = score_TK if keep_TK is None else score_TK * keep_TK
 
-    y_ETD = (torch.nn.functional.silu(x_TD @ gate) * (x_TD @ up)) @ down
+    y_ETD = (activation(x_TD @ gate) * (x_TD @ up)) @ down
     y_TKD = y_ETD[expert_id_TK, torch.arange(x_TD.shape[0])[:, None]]
     out_TD = (kept_TK[:, :, None] * y_TKD).sum(1)
     out_TD.backward(dout_TD)

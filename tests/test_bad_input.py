@@ -68,8 +68,8 @@ def routing(side, score=None, ids=None, counts=(2, 2, 1, 1)):
 
 @both
 def test_good_input_passes(side):
-    side.layer(**arguments(side), top_k=K)
-    side.layer(**arguments(side), top_k=K, routing=routing(side))
+    side.layer(**arguments(side), router=side.package.Router(K))
+    side.layer(**arguments(side), router=side.package.Router(K), routing=routing(side))
 
 
 @both
@@ -92,7 +92,14 @@ def test_good_input_passes(side):
 )
 def test_layer(side, changed, how, message):
     with pytest.raises(ValueError, match=message):
-        side.layer(**arguments(side, **changed), **({"top_k": K} | how))
+        side.layer(**arguments(side, **changed), router=side.package.Router(**({"top_k": K} | how)))
+
+
+@both
+def test_unknown_activation(side):
+    experts = side.package.Experts("relu")
+    with pytest.raises(ValueError, match="activation is 'relu': it must be 'silu' or 'gelu_tanh'"):
+        side.layer(**arguments(side), router=side.package.Router(K), experts=experts)
 
 
 @both
@@ -115,7 +122,7 @@ def test_layer(side, changed, how, message):
 )
 def test_routing_made_before(side, changed, message):
     with pytest.raises(ValueError, match=message):
-        side.layer(**arguments(side), top_k=K, routing=routing(side, **changed))
+        side.layer(**arguments(side), router=side.package.Router(K), routing=routing(side, **changed))
 
 
 @both
@@ -129,17 +136,17 @@ def test_routing_made_before(side, changed, message):
 def test_replayed_ids(side, ids, message):
     x, router = side.asarray(normal(T, D)), side.asarray(normal(D, E))
     with pytest.raises(ValueError, match=message):
-        side.package.route(x, router, K, expert_id_TK=side.asarray(np.array(ids)))
+        side.package.route(x, router, side.package.Router(K), expert_id_TK=side.asarray(np.array(ids)))
 
 
 @both
 def test_replayed_ids_out_of_range_that_nobody_reads_get_a_finite_score(side, monkeypatch):
     x, router, ids = (side.asarray(a) for a in (normal(T, D), normal(D, E), np.array([[0, 1], [2, 9], [-1, 0]])))
     if side is Jax:
-        score = jax.jit(lambda ids: jax_impl.route(x, router, K, expert_id_TK=ids).score_TK)(ids)
+        score = jax.jit(lambda ids: jax_impl.route(x, router, jax_impl.Router(K), expert_id_TK=ids).score_TK)(ids)
     else:  # as on a GPU
         monkeypatch.setattr(torch_impl.checks, "is_captured", lambda: True)
-        score = torch_impl.route(x, router, K, expert_id_TK=ids).score_TK
+        score = torch_impl.route(x, router, torch_impl.Router(K), expert_id_TK=ids).score_TK
     assert np.isfinite(np.asarray(score)).all()
 
 
@@ -147,30 +154,30 @@ def test_autocast():
     message = r"autocast to torch\.bfloat16 is on: .* call it under torch\.autocast\('cpu', enabled=False\)"
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(ValueError, match=message):
-            torch_impl.route(torch.ones(T, D), torch.ones(D, E), K)
+            torch_impl.route(torch.ones(T, D), torch.ones(D, E), torch_impl.Router(K))
         with pytest.raises(ValueError, match=message):
-            torch_impl.moe_layer(**arguments(Torch), top_k=K, routing=routing(Torch))
+            torch_impl.moe_layer(**arguments(Torch), router=torch_impl.Router(K), routing=routing(Torch))
         with torch.autocast("cpu", enabled=False):
-            torch_impl.moe_layer(**arguments(Torch), top_k=K)
+            torch_impl.moe_layer(**arguments(Torch), router=torch_impl.Router(K))
 
 
 def test_another_device():
     x, router, meta = torch.ones(T, D), torch.ones(D, E), torch.device("meta")
     with pytest.raises(ValueError, match="x is on cpu and router on meta: move one"):
-        torch_impl.route(x, router.to(meta), K)
+        torch_impl.route(x, router.to(meta), torch_impl.Router(K))
     moved = arguments(Torch, w_up_eDF=torch.ones(E, D, F, device=meta))
     with pytest.raises(ValueError, match=r"w_up is torch\.float32 on meta and x is torch\.float32 on cpu"):
-        torch_impl.moe_layer(**moved, top_k=K)
+        torch_impl.moe_layer(**moved, router=torch_impl.Router(K))
     given = routing(Torch)._replace(score_TK=torch.ones(T, K, device=meta))
     with pytest.raises(ValueError, match="x is on cpu, scores on meta, expert ids on cpu: move them to one device"):
-        torch_impl.moe_layer(**arguments(Torch), top_k=K, routing=given)
+        torch_impl.moe_layer(**arguments(Torch), router=torch_impl.Router(K), routing=given)
 
 
 def refused(_rank, group):
     """E = 6 does not divide over 4 ranks: every rank must refuse it alone, none may wait for another."""
     weights = [torch.ones(1, 4, 4)] * 3
     with pytest.raises(ValueError, match="6 experts do not divide over 4 ranks: E must be a multiple of P"):
-        torch_impl.moe_layer(torch.ones(3, 4), torch.ones(4, 6), *weights, top_k=2, group=group)
+        torch_impl.moe_layer(torch.ones(3, 4), torch.ones(4, 6), *weights, router=torch_impl.Router(2), group=group)
 
 
 def refused_on_one(rank, group):
@@ -180,7 +187,9 @@ def refused_on_one(rank, group):
     w = torch.ones(1, 4, 4)
     if rank == 1:
         with pytest.raises(ValueError, match="expert ids run from 0 to 4 with 4 experts"):
-            torch_impl.moe_layer(torch.ones(1, 4), torch.ones(4, 4), w, w, w, 2, routing=given, group=group)
+            torch_impl.moe_layer(
+                torch.ones(1, 4), torch.ones(4, 4), w, w, w, torch_impl.Router(2), routing=given, group=group
+            )
 
 
 def test_over_ranks_torch(torch_ranks):
@@ -191,7 +200,7 @@ def test_over_ranks_torch(torch_ranks):
 def test_over_ranks_jax():
     weights: Any = [jnp.ones((4, 1, 4, 4))] * 3
     layer = jax.vmap(
-        partial(jax_impl.moe_layer, top_k=2, capacity=Capacity(4, 6), axis_name="ranks"),
+        partial(jax_impl.moe_layer, router=jax_impl.Router(2), capacity=Capacity(4, 6), axis_name="ranks"),
         in_axes=(0, None, 0, 0, 0), axis_name="ranks",
     )  # fmt: skip
     with pytest.raises(ValueError, match="6 experts do not divide over 4 ranks: E must be a multiple of P"):
@@ -204,7 +213,7 @@ def test_ids_out_of_range_inside_a_trace_are_dropped_and_counted():
     @jax.jit
     def layer(ids):
         given = routing(Jax)._replace(expert_id_TK=ids, counts_E=jnp.array([2, 2, 1, 0]))
-        return Jax.layer(**arguments(Jax), top_k=K, routing=given)
+        return Jax.layer(**arguments(Jax), router=jax_impl.Router(K), routing=given)
 
     stages = layer(jnp.array([[0, 1], [2, 9], [1, 0]]))
     assert stages.dropped == 1
@@ -259,9 +268,11 @@ def test_bins_are_looked_at_before_anything_is_sent(monkeypatch):
         for name in ("exchange_counts", "send_tokens"):
             monkeypatch.setattr(package.layer, name, lambda *_: pytest.fail("sent"))
     with pytest.raises(ValueError, match="2 bins for 1 ranks"):
-        jax_impl.moe_layer(**arguments(Jax), top_k=K, capacity=Capacity(2, 6))
+        jax_impl.moe_layer(**arguments(Jax), router=jax_impl.Router(K), capacity=Capacity(2, 6))
     with pytest.raises(ValueError, match="2 bins for 1 ranks"):
-        torch_impl.static.moe_layer(**arguments(Torch), top_k=K, capacity=torch_impl.static.Capacity(2, 6))
+        torch_impl.static.moe_layer(
+            **arguments(Torch), router=torch_impl.Router(K), capacity=torch_impl.static.Capacity(2, 6)
+        )
 
 
 @pytest.mark.parametrize(
@@ -275,6 +286,8 @@ def test_bins_are_looked_at_before_anything_is_sent(monkeypatch):
 )
 def test_capacity(capacity, message):
     with pytest.raises(ValueError, match=message):
-        jax_impl.moe_layer(**arguments(Jax), top_k=K, capacity=capacity)
+        jax_impl.moe_layer(**arguments(Jax), router=jax_impl.Router(K), capacity=capacity)
     with pytest.raises(ValueError, match=message):
-        torch_impl.static.moe_layer(**arguments(Torch), top_k=K, capacity=torch_impl.static.Capacity(*capacity))
+        torch_impl.static.moe_layer(
+            **arguments(Torch), router=torch_impl.Router(K), capacity=torch_impl.static.Capacity(*capacity)
+        )

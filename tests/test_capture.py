@@ -210,10 +210,10 @@ def recomputed_jax(replay: bool) -> tuple[list[bytes], list[bytes], int]:
 
     def layer(ids_TK, x_TD, router_DE, *weights):
         ids_TK = ids_of(x_TD, router_DE) if ids_TK is None else ids_TK
-        routed = jax_impl.route(x_TD, router_DE, 2, expert_id_TK=ids_TK)
+        routed = jax_impl.route(x_TD, router_DE, jax_impl.Router(2), expert_id_TK=ids_TK)
         capacity = jax_impl.plan_capacity(None, T, 2, E, 1)
         return jax_impl.moe_layer(
-            x_TD, router_DE, *weights, jax_impl.Router(2), capacity=capacity, routing=routed
+            x_TD, router_DE, *weights, router=jax_impl.Router(2), capacity=capacity, routing=routed
         ).out_TD
 
     @partial(jax.jit, static_argnames=("checkpointed", "replay"))

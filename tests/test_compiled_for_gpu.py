@@ -15,7 +15,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jax_impl import dynamic, kernels, moe_layer, plan_capacity
+from jax_impl import Router, dynamic, kernels, moe_layer, plan_capacity
 from jax_impl.experts import grouped_matmul
 from jax_impl.grouping import Capacity, combine, group_by_expert
 from jax_impl.layout import to_expert_major, to_rank_major
@@ -86,7 +86,9 @@ def test_the_layer_compiles_forward_and_backward(how_mapped, P, layer, dtype, mo
 
     def run(x, router, *weights):
         of_layer = static or dynamic.moe_layer
-        return of_layer(x, router, *weights, top_k=K, axis_name=None if how_mapped == "no axis" else AXIS).out_TD
+        return of_layer(
+            x, router, *weights, router=Router(K), axis_name=None if how_mapped == "no axis" else AXIS
+        ).out_TD
 
     def block(x, router, *weights):
         return run(x[0], router, *(w[0] for w in weights))[None]

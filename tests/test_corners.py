@@ -26,7 +26,7 @@ from jax_impl.dynamic import exchange
 from parity.cases.presets import PRESETS
 from parity.judge.compare import compare
 from parity.oracle.problem import draw as draw_case
-from torch_impl import checks
+from torch_impl import Router, checks
 from torch_impl.static import grouping
 
 NAN = float("nan")
@@ -120,12 +120,12 @@ def test_both_refuse_the_same_capacities(wrong, words):
     assert said[0] == said[1]
 
 
-def static_layer(x, router, weights, dout, how, ids, capacity, group=None):
+def static_layer(x, router, weights, dout, chosen_by, ids, capacity, group=None):
     x, router, *weights = (a.detach().clone().requires_grad_() for a in (x, router, *weights))
-    routing = torch_impl.static.route(x, router, **how, expert_id_TK=ids)
+    routing = torch_impl.static.route(x, router, chosen_by, expert_id_TK=ids)
     routing.score_TK.retain_grad()
     stages = torch_impl.static.moe_layer(
-        x, router, *weights, top_k=how["top_k"], capacity=capacity, routing=routing, group=group
+        x, router, *weights, router=chosen_by, capacity=capacity, routing=routing, group=group
     )
     stages.out_TD.backward(dout)
     return detach(stages), [a.grad for a in (x, router, routing.score_TK, *weights)]
@@ -169,9 +169,11 @@ def test_what_stands_in_padding_reaches_nothing(dtype):
 
     def run(padding: float) -> list[bytes]:
         rows = torch.cat([x[:5], torch.full((4, D), padding, dtype=dtype)]).requires_grad_()
-        leaves = [rows, *(w.clone().requires_grad_() for w in weights)]
-        y = torch_impl.static.layer.apply_experts(leaves[0], counts, *leaves[1:])
-        gradients = torch.autograd.grad(y, leaves, torch.cat([dy[:5], torch.full((4, D), padding, dtype=dtype)]))
+        gate, up, down = (w.clone().requires_grad_() for w in weights)
+        y = torch_impl.static.layer.apply_experts(rows, counts, gate, up, down)
+        gradients = torch.autograd.grad(
+            y, (rows, gate, up, down), torch.cat([dy[:5], torch.full((4, D), padding, dtype=dtype)])
+        )
         assert not y[5:].any()
         assert not gradients[0][5:].any()
         return bits([y.detach(), *gradients])
@@ -191,7 +193,7 @@ def test_static_pytorch_reads_no_value(monkeypatch, n_bins, priority, width):
     problem = draw(P=1, T=12, D=width, F=8, E=4, K=2)
     inputs = [on_device(a.float()) for a in (problem.x_PTD[0], problem.router_DE, *problem.weights)]
     capacity = grouping.Capacity(n_bins, 4, priority)
-    stages = torch_impl.static.moe_layer(*inputs, top_k=2, capacity=capacity)  # type: ignore[arg-type]
+    stages = torch_impl.static.moe_layer(*inputs, router=Router(2), capacity=capacity)  # type: ignore[arg-type]
     assert isinstance(stages.out_TD, OnDevice)
     stages.out_TD.backward(on_device(problem.dout_PTD[0].float()))
     assert all(a.grad is not None for a in inputs)
@@ -228,8 +230,10 @@ def emulated(monkeypatch):
 
 def dynamic_layer(x, router, weights, dout, ids, *, top_k, axis_name):
     def layer(x, router, weights):
-        routing = jax_impl.route(x, router, top_k, expert_id_TK=ids)
-        stages = jax_impl.dynamic.moe_layer(x, router, *weights, top_k=top_k, routing=routing, axis_name=axis_name)
+        routing = jax_impl.route(x, router, jax_impl.Router(top_k), expert_id_TK=ids)
+        stages = jax_impl.dynamic.moe_layer(
+            x, router, *weights, router=jax_impl.Router(top_k), routing=routing, axis_name=axis_name
+        )
         return stages.out_TD, stages
 
     _, vjp, stages = jax.vjp(layer, x, router, weights, has_aux=True)
@@ -348,7 +352,9 @@ def test_dynamic_jax_is_lowered_for_gpus_with_its_collective(monkeypatch):
 def test_dynamic_jax_beside_a_second_axis(monkeypatch):
     """Experts over one axis of a mesh, data over both: it is traced with every array on the axes it is on."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    trace_over_data_and_experts(lambda *a: dynamic.moe_layer(*a, top_k=2, axis_name="experts").out_TD, "float32")
+    trace_over_data_and_experts(
+        lambda *a: dynamic.moe_layer(*a, router=jax_impl.Router(2), axis_name="experts").out_TD, "float32"
+    )
 
 
 def test_one_rank_needs_no_collective():

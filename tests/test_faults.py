@@ -51,7 +51,7 @@ def test_those_that_show_on_a_gpu_only(name):
 
 def test_code_that_fails_by_itself_is_not_a_fault_that_was_caught():
     fault = find("torch-silu-on-the-wrong-half")
-    found = try_fault(replace(fault, new="swiglu(no_such_name, gate_RF), w_down"))
+    found = try_fault(replace(fault, new="glu(no_such_name, gate_RF, experts.activation), w_down"))
     assert not found.caught
     assert "no_such_name" in found.how
 

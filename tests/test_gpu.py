@@ -27,7 +27,7 @@ def torch_inputs(dtype: torch.dtype) -> list[torch.Tensor]:
 
 def torch_step(inputs: list[torch.Tensor], dout: torch.Tensor) -> tuple:
     x, router, gate, up, down = inputs
-    out = torch_impl.moe_layer(x, router, gate, up, down, top_k=K).out_TD
+    out = torch_impl.moe_layer(x, router, gate, up, down, torch_impl.Router(K)).out_TD
     return out, *torch.autograd.grad(out, inputs, dout)
 
 
@@ -39,7 +39,14 @@ def jax_inputs(dtype: str) -> tuple:
 @jax.jit
 def jax_step(x, router, gate, up, down, dout):
     capacity = plan_capacity(None, T, K, E, 1)
-    out, vjp = jax.vjp(lambda *a: jax_impl.moe_layer(*a, top_k=K, capacity=capacity).out_TD, x, router, gate, up, down)
+    out, vjp = jax.vjp(
+        lambda *a: jax_impl.moe_layer(*a, router=jax_impl.Router(K), capacity=capacity).out_TD,
+        x,
+        router,
+        gate,
+        up,
+        down,
+    )
     return out, *vjp(dout)
 
 
@@ -56,7 +63,7 @@ def test_one_synchronisation():
     inputs, dout = torch_inputs(torch.bfloat16), PROBLEM.dout_PTD[0].to("cuda", torch.bfloat16)
     torch_step(inputs, dout)
     x, router, gate, up, down = inputs
-    assert synchronisations(lambda: torch_impl.moe_layer(x, router, gate, up, down, top_k=K)) == 1
+    assert synchronisations(lambda: torch_impl.moe_layer(x, router, gate, up, down, torch_impl.Router(K))) == 1
     assert synchronisations(lambda: torch_step(inputs, dout)) == 1
     assert synchronisations(lambda: x.sum().item()) == 1  # a guard on the counter
 
@@ -68,7 +75,7 @@ def test_one_copy_to_the_host():
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     x, router, gate, up, down = inputs
     with torch.profiler.profile(activities=activities) as profile:
-        torch_impl.moe_layer(x, router, gate, up, down, top_k=K)
+        torch_impl.moe_layer(x, router, gate, up, down, torch_impl.Router(K))
     names = [event.name for event in profile.events() or []]
     assert sum("Memcpy DtoH" in name for name in names) == 1, names
     assert sum(name == "aten::_local_scalar_dense" for name in names) == 0

@@ -28,7 +28,7 @@ def inputs() -> list[torch.Tensor]:
 
 def step(leaves: list[torch.Tensor], dout: torch.Tensor, capacity: Capacity) -> tuple:
     x, router, gate, up, down = leaves
-    stages = torch_impl.static.moe_layer(x, router, gate, up, down, top_k=K, capacity=capacity)
+    stages = torch_impl.static.moe_layer(x, router, gate, up, down, torch_impl.Router(K), capacity=capacity)
     return stages.out_TD.detach(), stages.dropped, *torch.autograd.grad(stages.out_TD, leaves, dout)
 
 

@@ -10,10 +10,11 @@ import torch
 from jax.sharding import PartitionSpec
 from torch.utils.checkpoint import checkpoint
 
+from jax_impl import Router as RouterJax
 from jax_impl import moe_layer as moe_layer_jax
 from jax_impl import plan_capacity
 from parity.interop import DTYPES, jax_in_torch, release, to_jax, to_torch
-from torch_impl import moe_layer
+from torch_impl import Router, moe_layer
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
@@ -427,14 +428,14 @@ class MoE(torch.nn.Module):
 
 
 def jax_layer(*arguments: jax.Array) -> jax.Array:
-    return moe_layer_jax(*arguments, top_k=K, capacity=plan_capacity(None, T, K, E, 1)).out_TD
+    return moe_layer_jax(*arguments, router=RouterJax(K), capacity=plan_capacity(None, T, K, E, 1)).out_TD
 
 
 @DEVICES
 def test_the_layer_in_a_model(device):
     x_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(1)).to(device)
     ours = MoE(jax_in_torch(jax_layer), device)
-    theirs = MoE(lambda *arguments: moe_layer(*arguments, top_k=K).out_TD, device)
+    theirs = MoE(lambda *arguments: moe_layer(*arguments, router=Router(K)).out_TD, device)
     for m in (ours, theirs):
         m(x_TD)
         m.x_TD.retain_grad()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from torch_impl import kernels, static
-from torch_impl.experts import swiglu
+from torch_impl.experts import glu
 from torch_impl.grouping import combine, group_by_expert
 from torch_impl.layout import expert_major_source, invert, to_expert_major, to_rank_major
 from torch_impl.static import grouping as static_grouping
@@ -244,12 +244,12 @@ def test_swiglu_through_kernels_is_differentiated_once_and_twice(device, shape, 
     up.requires_grad_()
 
     def gradients():
-        hidden = swiglu(gate, up)
+        hidden = glu(gate, up, "silu")
         once = torch.autograd.grad(hidden, (gate, up), dhidden, retain_graph=True)
         kept = torch.autograd.grad(hidden, (gate, up), dhidden, create_graph=True)
         return hidden.detach(), *once, *torch.autograd.grad([a.float().square().sum() for a in kept], (gate, up))
 
-    assert type(swiglu(gate, up).grad_fn).__name__ == "_SwiGLUBackward"
+    assert type(glu(gate, up, "silu").grad_fn).__name__ == "_SwiGLUBackward"
     for ours, theirs in zip(gradients(), plain(gradients), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-3)  # two units of float16: each rounds once
 

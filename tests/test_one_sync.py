@@ -48,8 +48,12 @@ def on_device(a: torch.Tensor) -> torch.Tensor:
 def run(ids: torch.Tensor | None) -> None:
     problem = draw(P=1, T=12, D=8, F=8, E=4, K=2)
     inputs = [on_device(a.float()) for a in (problem.x_PTD[0], problem.router_DE, *problem.weights)]
-    routing = None if ids is None else torch_impl.route(inputs[0], inputs[1], 2, expert_id_TK=on_device(ids))
-    stages = torch_impl.moe_layer(*inputs, top_k=2, routing=routing)  # type: ignore[arg-type]
+    routing = (
+        None
+        if ids is None
+        else torch_impl.route(inputs[0], inputs[1], torch_impl.Router(2), expert_id_TK=on_device(ids))
+    )
+    stages = torch_impl.moe_layer(*inputs, router=torch_impl.Router(2), routing=routing)  # type: ignore[arg-type]
     assert isinstance(stages.out_TD, OnDevice)
     stages.out_TD.backward(on_device(problem.dout_PTD[0].float()))
     assert all(a.grad is not None for a in inputs)

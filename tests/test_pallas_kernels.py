@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jax_ranks import trace_over_data_and_experts
 
-from jax_impl import dynamic, kernels, moe_layer, plan_capacity
+from jax_impl import Router, dynamic, kernels, moe_layer, plan_capacity
 from jax_impl.experts import apply_experts
 from jax_impl.grouping import Capacity, expand_rows, group_by_expert, weighted_sum
 from jax_impl.layout import invert, permute_rows, rank_bins_source, rows_or_zero
@@ -288,8 +288,8 @@ def test_the_layer_with_64_bits(layer, dtype, monkeypatch):
 
             def run(*inputs):
                 if bins is None:
-                    return dynamic.moe_layer(*inputs, top_k=K).out_TD
-                return moe_layer(*inputs, top_k=K, capacity=bins).out_TD
+                    return dynamic.moe_layer(*inputs, router=Router(K)).out_TD
+                return moe_layer(*inputs, router=Router(K), capacity=bins).out_TD
 
             out, vjp = jax.vjp(jax.jit(run), *inputs)
             results.append((out, *vjp(jnp.ones_like(out))))
@@ -315,7 +315,7 @@ def test_experts_that_replicas_share_are_differentiated(monkeypatch, through_ker
     monkeypatch.setattr(kernels, "use_kernels", lambda x: through_kernels)
     capacity = plan_capacity(None, 6, 2, 4, 2, per=per)
     trace_over_data_and_experts(
-        lambda *a: moe_layer(*a, top_k=2, capacity=capacity, axis_name="experts").out_TD, "bfloat16"
+        lambda *a: moe_layer(*a, router=Router(2), capacity=capacity, axis_name="experts").out_TD, "bfloat16"
     )
 
 

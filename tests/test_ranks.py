@@ -7,7 +7,7 @@ from problems import STANDARD, bits, close, dense, draw
 from torch_ranks import TorchRanks, layer_arguments, run_layer, second_gradients
 
 from jax_impl import Capacity
-from torch_impl import static
+from torch_impl import Router, static
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_processes_equal_one_rank(torch_ranks: TorchRanks, sizes, ids):
     x, dout, ids = (torch.cat([of_rank[i] for of_rank in arguments]) for i in (0, 3, 5))
     expected = dense(x, problem.router_DE, problem.weights, dout, problem.how, ids)
     # No process group here.
-    alone, alone_gradients = run_layer(x, problem.router_DE, problem.weights, dout, problem.how, ids)
+    alone, alone_gradients = run_layer(x, problem.router_DE, problem.weights, dout, Router(**problem.how), ids)
 
     assert [stages.out_TD.shape[0] for stages, _ in results] == sizes
     together = torch.cat([stages.out_TD for stages, _ in results])
@@ -53,7 +53,7 @@ def test_a_gradient_of_a_gradient_crosses_ranks_too(torch_ranks: TorchRanks, cap
     arguments = [[*layer_arguments(problem, rank, 2), capacity] for rank in range(2)]
     results = torch_ranks(second_gradients, *map(list, zip(*arguments, strict=True)))
     x, dout, ids = (torch.cat([of_rank[i] for of_rank in arguments]) for i in (0, 3, 5))
-    alone = second_gradients(x, problem.router_DE, problem.weights, dout, problem.how, ids, None)
+    alone = second_gradients(x, problem.router_DE, problem.weights, dout, Router(**problem.how), ids, None)
     for expected, parts in zip(alone, zip(*results, strict=True), strict=True):
         close(torch.cat(parts), expected)
 
@@ -63,8 +63,8 @@ def test_a_rank_that_receives_nothing_jax():
     stages, gradients = run_problem(problem, capacity_of(problem, None))
     assert stages.counts_Pe.tolist() == [[[0, 0, 0, 0]] * 2, [[6, 6, 0, 6]] * 2]
     for rank in range(2):
-        x, router, _, dout, how, ids = layer_arguments(problem, rank, 2)
-        close(stages.out_TD[rank], dense(x, router, problem.weights, dout, how, ids).out_TD, "float32")
+        x, router, _, dout, _, ids = layer_arguments(problem, rank, 2)
+        close(stages.out_TD[rank], dense(x, router, problem.weights, dout, problem.how, ids).out_TD, "float32")
     for name in ("w_gate", "w_up", "w_down"):
         assert not gradients[name][0].any()
         assert gradients[name][1].any()

@@ -210,10 +210,10 @@ def test_each_row_meets_its_own_expert(counts):
     """One expert at a time, and all at once; both ways PyTorch has (grouped_mm takes no float64)."""
     for dtype in (torch.float32, torch.float64):
         x = torch.rand(sum(counts), D, dtype=dtype)
-        weights = [torch.from_numpy(w).to(dtype) for w in WEIGHTS]
-        y = apply_experts(x, torch.tensor(counts), *weights)
+        gate, up, down = (torch.from_numpy(w).to(dtype) for w in WEIGHTS)
+        y = apply_experts(x, torch.tensor(counts), gate, up, down)
         alone = [
-            apply_experts(rows, torch.tensor([len(rows)]), *(w[j : j + 1] for w in weights))
+            apply_experts(rows, torch.tensor([len(rows)]), gate[j : j + 1], up[j : j + 1], down[j : j + 1])
             for j, rows in enumerate(x.split(counts))
         ]
         torch.testing.assert_close(y, torch.cat(alone), rtol=1e-5, atol=1e-5)

@@ -116,7 +116,8 @@ def test_hand_written_backward_torch():
     assert check(torch_impl.grouping.combine, (rows, score, grouped.slot_TK, grouped.assignment_N))
     assert check(torch_impl.layout.permute_rows, (rows, source, torch_impl.layout.invert(source)))
     inputs = [a.clone().requires_grad_() for a in (x, problem.router_DE, *problem.weights)]
-    assert check(lambda *inputs: torch_impl.layer.moe_layer(*inputs, top_k=3, renormalize=True).out_TD, inputs)
+    router = torch_impl.Router(3, renormalize=True)
+    assert check(lambda *inputs: torch_impl.layer.moe_layer(*inputs, router=router).out_TD, inputs)
 
 
 @pytest.mark.parametrize("capacity", [Capacity(1, 7), Capacity(4, 2)])
@@ -270,7 +271,7 @@ def test_padding_reaches_nothing(monkeypatch, capacity):
     clean = run_problem(STANDARD, capacity)
     for stage in poisoned:
         monkeypatch.setattr(layer, stage.__name__, stage)
-    run = partial(jax_ranks.run_layer, how=STANDARD.how, capacity=capacity, axis_name=AXIS)
+    run = partial(jax_ranks.run_layer, router=jax_impl.Router(**STANDARD.how), capacity=capacity, axis_name=AXIS)
     after, gradients = jax.device_get(over_ranks(run)(*jax_ranks.layer_arguments(STANDARD)))
     for rows in (after.grouped.x_BCD, after.y_SD, after.rank_major_BCD, after.returned_BCD):
         assert np.isnan(rows).any()
@@ -282,9 +283,9 @@ def test_padding_reaches_nothing(monkeypatch, capacity):
 
 def rounded_dense(problem: Problem, dtype: str):
     """The dense computation in float64, on inputs that were rounded to `dtype`."""
-    x, router, weights, dout, how, ids = layer_arguments(problem, 0, 1, getattr(torch, dtype))
+    x, router, weights, dout, _, ids = layer_arguments(problem, 0, 1, getattr(torch, dtype))
     gate, up, down = (w.double() for w in weights)
-    return dense(x.double(), router.double(), (gate, up, down), dout.double(), how, ids)
+    return dense(x.double(), router.double(), (gate, up, down), dout.double(), problem.how, ids)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
@@ -318,7 +319,9 @@ def test_no_hidden_promotion(monkeypatch, per, T, through_kernels):
     monkeypatch.setattr(kernels, "use_kernels", lambda x: through_kernels)
     problem = draw(P=1, T=T, D=4, F=4, E=4, K=2)
     arguments = jax.tree.map(lambda a: a[0], jax_ranks.layer_arguments(problem, "bfloat16"))
-    run = partial(jax_ranks.run_layer, how=problem.how, capacity=capacity_of(problem, "1/2", per, "score"))
+    run = partial(
+        jax_ranks.run_layer, router=jax_impl.Router(**problem.how), capacity=capacity_of(problem, "1/2", per, "score")
+    )
     with jax.numpy_dtype_promotion("strict"):
         jax.eval_shape(run, *arguments)
 
@@ -339,14 +342,16 @@ def test_own_routing_torch(layer):
     x, router, gate, up, down = leaves = [a.clone().requires_grad_() for a in tensors[:-1]]
     dout = tensors[-1].clone()
     if layer == "dynamic":
-        out = torch_impl.layer.moe_layer(x, router, gate, up, down, **TRAINED.how).out_TD
+        out = torch_impl.layer.moe_layer(x, router, gate, up, down, torch_impl.Router(**TRAINED.how)).out_TD
     else:
         capacity = static.plan_capacity(None, 6, 3, 8, 1)
-        out = static.moe_layer(x, router, gate, up, down, **TRAINED.how, capacity=capacity).out_TD
+        out = static.moe_layer(x, router, gate, up, down, torch_impl.Router(**TRAINED.how), capacity=capacity).out_TD
     first, again = (torch.autograd.grad(out, leaves, dout, retain_graph=True) for _ in range(2))
     assert bits(list(first)) == bits(list(again))
     assert bits([a.detach() for a in (*leaves, dout)]) == bits(list(tensors))
-    expected = expected_of_own_choice(torch_impl.routing.route(x, router, **TRAINED.how).expert_id_TK)
+    expected = expected_of_own_choice(
+        torch_impl.routing.route(x, router, torch_impl.Router(**TRAINED.how)).expert_id_TK
+    )
     close(out.detach(), expected.out_TD)
     for name, gradient in zip(("x", "router", "w_gate", "w_up", "w_down"), first, strict=True):
         close(gradient, expected.gradients[name])
@@ -359,12 +364,12 @@ def test_own_routing_jax(layer):
 
     def run(*leaves):
         if layer == "dynamic":
-            return jax_impl.dynamic.moe_layer(*leaves, **TRAINED.how).out_TD
+            return jax_impl.dynamic.moe_layer(*leaves, router=jax_impl.Router(**TRAINED.how)).out_TD
         capacity = jax_impl.grouping.plan_capacity(None, 6, 3, 8, 1, per=layer)
-        return jax_impl.layer.moe_layer(*leaves, **TRAINED.how, capacity=capacity).out_TD
+        return jax_impl.layer.moe_layer(*leaves, router=jax_impl.Router(**TRAINED.how), capacity=capacity).out_TD
 
     out, vjp = jax.vjp(run, *leaves)
-    ids = jax_impl.routing.route(leaves[0], leaves[1], **TRAINED.how).expert_id_TK
+    ids = jax_impl.routing.route(leaves[0], leaves[1], jax_impl.Router(**TRAINED.how)).expert_id_TK
     expected = expected_of_own_choice(torch.from_numpy(np.array(ids, np.int64)))
     close(out, expected.out_TD, "float32")
     for name, gradient in zip(("x", "router", "w_gate", "w_up", "w_down"), vjp(dout), strict=True):
@@ -421,7 +426,8 @@ def test_weights_that_grouped_mm_does_not_take(dtype):
     def of(*weights):
         leaves = [a.detach().requires_grad_() for a in (x, *weights)]
         assert [a.stride() for a in leaves[1:]] == [a.stride() for a in weights]
-        y = torch_impl.experts.apply_experts(leaves[0], counts, *leaves[1:])
+        rows, gate, up, down = leaves
+        y = torch_impl.experts.apply_experts(rows, counts, gate, up, down)
         return y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))
 
     strided = fused[..., ::2], fused[..., 1::2], wide[..., :-1]
@@ -433,18 +439,18 @@ def test_weights_that_grouped_mm_does_not_take(dtype):
 def test_input_that_is_not_contiguous(dtype):
     """x, ids and the gradient as slices, the router transposed, the weights chunks of a fused one, and transposed."""
     problem = draw(P=1, T=6, D=8, F=8, E=4, K=2)
-    x, router, (gate, up, down), dout, how, ids = layer_arguments(problem, 0, 1, getattr(torch, dtype))
+    x, router, (gate, up, down), dout, chosen_by, ids = layer_arguments(problem, 0, 1, getattr(torch, dtype))
     strided_gate, strided_up = torch.cat([gate, up], dim=-1).chunk(2, dim=-1)
     strided_down = down.mT.contiguous().mT
     strided = [every_second(x), router.T.contiguous().T, strided_gate, strided_up, strided_down]
     assert not any(a.is_contiguous() for a in strided)
 
     leaves = [a.detach().requires_grad_() for a in strided]
-    routing = torch_impl.routing.route(leaves[0], leaves[1], 2, expert_id_TK=every_second(ids))
+    routing = torch_impl.routing.route(leaves[0], leaves[1], chosen_by, expert_id_TK=every_second(ids))
     x_TD, router_DE, *weights = leaves
-    out = torch_impl.layer.moe_layer(x_TD, router_DE, *weights, top_k=2, routing=routing).out_TD
+    out = torch_impl.layer.moe_layer(x_TD, router_DE, *weights, router=chosen_by, routing=routing).out_TD
     gradients = torch.autograd.grad(out, leaves, every_second(dout))
-    expected, expected_gradients = torch_ranks.run_layer(x, router, (gate, up, down), dout, how, ids)
+    expected, expected_gradients = torch_ranks.run_layer(x, router, (gate, up, down), dout, chosen_by, ids)
     close(out.detach(), expected.out_TD, dtype)
     for name, gradient in zip(("x", "router", "w_gate", "w_up", "w_down"), gradients, strict=True):
         close(gradient, expected_gradients[name], dtype)

@@ -69,7 +69,7 @@ ROUTE_CASES = pytest.mark.parametrize(
 
 @ROUTE_CASES
 def test_route_torch(how, scores):
-    routing = torch_impl.routing.route(torch.eye(2), torch.from_numpy(ROUTER), 2, **how)
+    routing = torch_impl.routing.route(torch.eye(2), torch.from_numpy(ROUTER), torch_impl.Router(2, **how))
     same(routing.expert_id_TK, [[1, 2], [0, 1]])
     same(routing.counts_E, [1, 2, 1, 0])
     close(routing.score_TK, scores)
@@ -77,7 +77,7 @@ def test_route_torch(how, scores):
 
 @ROUTE_CASES
 def test_route_jax(how, scores):
-    routing = jax.jit(partial(jax_impl.routing.route, top_k=2, **how))(jnp.eye(2), ROUTER)
+    routing = jax.jit(partial(jax_impl.routing.route, router=jax_impl.Router(2, **how)))(jnp.eye(2), ROUTER)
     same(routing.expert_id_TK, [[1, 2], [0, 1]])
     same(routing.counts_E, [1, 2, 1, 0])
     close(routing.score_TK, scores)
@@ -94,7 +94,7 @@ DX_T0 = [-6 / 64 * np.log(3), 0]  # dlogits @ router.T
 
 def test_route_replayed_torch():
     x, router = torch.eye(2, requires_grad=True), torch.from_numpy(ROUTER.copy()).requires_grad_()
-    routing = torch_impl.routing.route(x, router, 2, expert_id_TK=torch.tensor(REPLAYED_IDS))
+    routing = torch_impl.routing.route(x, router, torch_impl.Router(2), expert_id_TK=torch.tensor(REPLAYED_IDS))
     same(routing.expert_id_TK, REPLAYED_IDS)
     same(routing.counts_E, REPLAYED_COUNTS)
     close(routing.score_TK.detach(), REPLAYED_SCORES)
@@ -105,7 +105,7 @@ def test_route_replayed_torch():
 
 def test_route_replayed_jax():
     def scores(x, router):
-        routing = jax_impl.routing.route(x, router, 2, expert_id_TK=jnp.array(REPLAYED_IDS))
+        routing = jax_impl.routing.route(x, router, jax_impl.Router(2), expert_id_TK=jnp.array(REPLAYED_IDS))
         return routing.score_TK, routing
 
     score_TK, vjp, routing = jax.vjp(jax.jit(scores), jnp.eye(2), jnp.asarray(ROUTER), has_aux=True)
@@ -125,12 +125,12 @@ def integer_ties() -> tuple[np.ndarray, list[list[int]]]:
 
 def test_route_ties_torch():
     logits, order = integer_ties()
-    same(torch_impl.routing.route(torch.eye(4), torch.from_numpy(logits), 5).expert_id_TK, order)
+    same(torch_impl.routing.route(torch.eye(4), torch.from_numpy(logits), torch_impl.Router(5)).expert_id_TK, order)
 
 
 def test_route_ties_jax():
     logits, order = integer_ties()
-    same(jax.jit(partial(jax_impl.routing.route, top_k=5))(jnp.eye(4), logits).expert_id_TK, order)
+    same(jax.jit(partial(jax_impl.routing.route, router=jax_impl.Router(5)))(jnp.eye(4), logits).expert_id_TK, order)
 
 
 # 2. group_by_expert. On rank 0, with t0 = [1, 2] and t1 = [3, 4]:
@@ -400,8 +400,8 @@ DGATE, DUP, DDOWN = ([[[54]], [[0]], [[280]]], [[[576]], [[0]], [[0]]], [[[3456]
 
 def test_apply_experts_torch():
     x = torch.tensor([[2.0], [4], [4]], requires_grad=True)
-    weights = [torch.tensor(w, requires_grad=True) for w in (GATE, UP, DOWN)]
-    y = torch_impl.experts.apply_experts(x, torch.tensor([2, 0, 1]), *weights)
+    gate, up, down = weights = [torch.tensor(w, requires_grad=True) for w in (GATE, UP, DOWN)]
+    y = torch_impl.experts.apply_experts(x, torch.tensor([2, 0, 1]), gate, up, down)
     same(y, [[192], [768], [0]])
     dx, *dweights = torch.autograd.grad(y, [x, *weights], torch.tensor([[1.0], [2], [1]]))
     same(dx, [[192], [768], [0]])

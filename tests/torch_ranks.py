@@ -16,7 +16,7 @@ import torch.distributed as dist
 from problems import Problem
 from torch import Tensor
 
-from torch_impl import Stages, moe_layer, route, static
+from torch_impl import Router, Stages, moe_layer, route, static
 from torch_impl.exchange import Splits, exchange_counts, return_tokens, send_tokens
 
 SECONDS = 60  # until a rank counts as stuck
@@ -118,7 +118,7 @@ def layer_arguments(problem: Problem, rank: int, n_ranks: int, dtype: torch.dtyp
     """One rank's arguments of `run_layer`, less the group."""
     weights = tuple(w.to(dtype) for w in problem.weights_of(rank, n_ranks))
     x_TD, router_DE, dout_TD = (a.to(dtype) for a in (problem.x_PTD[rank], problem.router_DE, problem.dout_PTD[rank]))
-    return [x_TD, router_DE, weights, dout_TD, problem.how, problem.expert_id_PTK[rank]]
+    return [x_TD, router_DE, weights, dout_TD, Router(**problem.how), problem.expert_id_PTK[rank]]
 
 
 def run_layer(
@@ -126,15 +126,15 @@ def run_layer(
     router_DE: Tensor,
     weights: tuple[Tensor, Tensor, Tensor],
     dout_TD: Tensor,
-    how: dict[str, Any],
+    router: Router,
     expert_id_TK: Tensor,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Stages, dict[str, Tensor]]:
-    """The layer forward and backward; `how` is what `route` takes. The router's gradient is this rank's part of it."""
+    """The layer forward and backward. The router's gradient is this rank's part of it."""
     x_TD, router_DE, *weights_ = (a.detach().clone().requires_grad_() for a in (x_TD, router_DE, *weights))
-    routing = route(x_TD, router_DE, **how, expert_id_TK=expert_id_TK)
+    routing = route(x_TD, router_DE, router, expert_id_TK=expert_id_TK)
     routing.score_TK.retain_grad()
-    stages = moe_layer(x_TD, router_DE, *weights_, top_k=how["top_k"], routing=routing, group=group)
+    stages = moe_layer(x_TD, router_DE, *weights_, router=router, routing=routing, group=group)
     stages.out_TD.backward(dout_TD)
     of = {"x": x_TD, "router": router_DE, "score": routing.score_TK}
     of |= dict(zip(("w_gate", "w_up", "w_down"), weights_, strict=True))
@@ -148,15 +148,15 @@ def second_gradients(
     router_DE: Tensor,
     weights: tuple[Tensor, Tensor, Tensor],
     dout_TD: Tensor,
-    how: dict[str, Any],
+    router: Router,
     expert_id_TK: Tensor,
     capacity: static.Capacity | None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of tokens and weights, of the squares of the tokens' gradient. Static, if there is a capacity."""
     x_TD, gate, up, down = leaves = [a.detach().clone().requires_grad_() for a in (x_TD, *weights)]
-    routing = route(x_TD, router_DE, **how, expert_id_TK=expert_id_TK)
-    arguments: dict[str, Any] = {"top_k": how["top_k"], "routing": routing, "group": group}
+    routing = route(x_TD, router_DE, router, expert_id_TK=expert_id_TK)
+    arguments: dict[str, Any] = {"router": router, "routing": routing, "group": group}
     if capacity is None:
         out_TD = moe_layer(x_TD, router_DE, gate, up, down, **arguments).out_TD
     else:

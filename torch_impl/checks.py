@@ -2,21 +2,21 @@
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
+if TYPE_CHECKING:  # they import what is here
+    import torch_impl.experts
+    import torch_impl.routing
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_router(
-    x_TD: Tensor,
-    router_DE: Tensor,
-    top_k: int,
-    score_function: str,
-    scale: float,
-    expert_id_TK: Tensor | None,
+    x_TD: Tensor, router_DE: Tensor, router: "torch_impl.routing.Router", expert_id_TK: Tensor | None
 ) -> None:
     """Raises ValueError unless these make a router: shapes, dtypes, devices, K <= E, known score function."""
     check_autocast(x_TD)
@@ -32,16 +32,16 @@ def check_router(
         )
     if x_TD.device != router_DE.device:
         raise ValueError(f"x is on {x_TD.device} and router on {router_DE.device}: move one to the other's device")
-    if not 1 <= top_k <= router_DE.shape[1]:
-        raise ValueError(f"top_k is {top_k} with {router_DE.shape[1]} experts: it must be between 1 and E")
-    if score_function not in ("softmax", "sigmoid"):
-        raise ValueError(f"score_function is {score_function!r}: it must be 'softmax' or 'sigmoid'")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}: it must be finite")
+    if not 1 <= router.top_k <= router_DE.shape[1]:
+        raise ValueError(f"top_k is {router.top_k} with {router_DE.shape[1]} experts: it must be between 1 and E")
+    if router.score_function not in ("softmax", "sigmoid"):
+        raise ValueError(f"score_function is {router.score_function!r}: it must be 'softmax' or 'sigmoid'")
+    if not math.isfinite(router.scale):
+        raise ValueError(f"scale is {router.scale}: it must be finite")
     if expert_id_TK is not None:
-        if expert_id_TK.shape != (x_TD.shape[0], top_k):
+        if expert_id_TK.shape != (x_TD.shape[0], router.top_k):
             raise ValueError(
-                f"expert ids have shape {tuple(expert_id_TK.shape)}, scores will have {(x_TD.shape[0], top_k)}: "
+                f"expert ids have shape {tuple(expert_id_TK.shape)}, scores will have {(x_TD.shape[0], router.top_k)}: "
                 "replay the ids of the same tokens and the same top_k"
             )
         check_expert_ids(expert_id_TK, router_DE.shape[1])
@@ -104,7 +104,13 @@ def check_expert_ids(expert_id_TK: Tensor, n_experts: int, counts_E: Tensor | No
 
 
 def check_experts(
-    x_TD: Tensor, n_experts: int, n_ranks: int, w_gate_eDF: Tensor, w_up_eDF: Tensor, w_down_eFD: Tensor
+    x_TD: Tensor,
+    n_experts: int,
+    n_ranks: int,
+    w_gate_eDF: Tensor,
+    w_up_eDF: Tensor,
+    w_down_eFD: Tensor,
+    experts: "torch_impl.experts.Experts",
 ) -> None:
     """Raises ValueError unless the weights are this rank's E // P experts, in x's dtype and on x's device."""
     check_experts_per_rank(n_experts, n_ranks)
@@ -123,6 +129,8 @@ def check_experts(
             raise ValueError(
                 f"{name} is {w.dtype} on {w.device} and x is {x_TD.dtype} on {x_TD.device}: convert one to the other"
             )
+    if experts.activation not in ("silu", "gelu_tanh"):
+        raise ValueError(f"activation is {experts.activation!r}: it must be 'silu' or 'gelu_tanh'")
 
 
 def check_autocast(x_TD: Tensor) -> None:

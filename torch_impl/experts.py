@@ -1,4 +1,6 @@
-"""Stage 6: every local expert's SwiGLU on its own rows."""
+"""Stage 6: every local expert's gated layer on its own rows."""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,30 +11,42 @@ from torch_impl import kernels
 from torch_impl.checks import is_captured
 
 
+class Experts(NamedTuple):
+    """How an expert computes."""
+
+    activation: str = "silu"  # of the gate; or "gelu_tanh"
+
+
 def apply_experts(
     x_RD: Float[Tensor, "R D"],
     counts_e: Integer[Tensor, " e"],
     w_gate_eDF: Float[Tensor, "e D F"],
     w_up_eDF: Float[Tensor, "e D F"],
     w_down_eFD: Float[Tensor, "e F D"],
+    experts: Experts = Experts(),
 ) -> Float[Tensor, "R D"]:
-    """y = (silu(x @ w_gate) * (x @ w_up)) @ w_down, each row by its own expert.
+    """y = (activation(x @ w_gate) * (x @ w_up)) @ w_down, each row by its own expert.
 
     The first counts_e[0] rows are expert 0's, and so on, to the last row; of rows that the counts leave out nothing is
-    known. Every matmul accumulates in float32 and rounds once to x's
-    dtype; silu and the product are float32, rounded once. SwiGLU: Shazeer 2020, "GLU Variants Improve Transformer".
+    known. Every matmul accumulates in float32 and rounds once to x's dtype.
     """
     gate_RF = grouped_matmul(x_RD, w_gate_eDF, counts_e)
     up_RF = grouped_matmul(x_RD, w_up_eDF, counts_e)
-    return grouped_matmul(swiglu(gate_RF, up_RF), w_down_eFD, counts_e)
+    return grouped_matmul(glu(gate_RF, up_RF, experts.activation), w_down_eFD, counts_e)
 
 
-def swiglu(gate_RF: Float[Tensor, "*R F"], up_RF: Float[Tensor, "*R F"]) -> Float[Tensor, "*R F"]:
-    """silu(gate) * up = gate * sigmoid(gate) * up in float32, rounded once."""
-    if kernels.use_swiglu_kernels(gate_RF):
+def glu(gate_RF: Float[Tensor, "*R F"], up_RF: Float[Tensor, "*R F"], activation: str) -> Float[Tensor, "*R F"]:
+    """activation(gate) * up in float32, rounded once.
+
+    silu       g * sigmoid(g): SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer")
+    gelu_tanh  g/2 * (1 + tanh(sqrt(2/pi) * (g + 0.044715 * g**3))): GEGLU as Gemma computes it
+    """
+    if activation == "silu" and kernels.use_swiglu_kernels(gate_RF):
         return _SwiGLU.apply(gate_RF, up_RF)  # type: ignore[no-any-return]
     wide = torch.promote_types(gate_RF.dtype, torch.float32)
-    return (F.silu(gate_RF.to(wide)) * up_RF.to(wide)).to(gate_RF.dtype)
+    gate = gate_RF.to(wide)
+    active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return (active * up_RF.to(wide)).to(gate_RF.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from torch_impl.checks import check_experts, check_received, check_routing
 from torch_impl.exchange import Splits, exchange_counts, n_ranks, return_tokens, send_tokens
-from torch_impl.experts import apply_experts
+from torch_impl.experts import Experts, apply_experts
 from torch_impl.grouping import Grouped, combine, group_by_expert
 from torch_impl.layout import ExpertMajor, to_expert_major, to_rank_major
-from torch_impl.routing import Routing, route
+from torch_impl.routing import Router, Routing, route
 
 
 class Stages(NamedTuple):
@@ -35,10 +35,8 @@ def moe_layer(
     w_gate_eDF: Float[Tensor, "e D F"],
     w_up_eDF: Float[Tensor, "e D F"],
     w_down_eFD: Float[Tensor, "e F D"],
-    top_k: int,
-    score_function: str = "softmax",
-    renormalize: bool = False,
-    scale: float = 1.0,
+    router: Router,
+    experts: Experts = Experts(),
     routing: Routing | None = None,
     max_tokens: int | None = None,
     group: dist.ProcessGroup | None = None,
@@ -54,10 +52,10 @@ def moe_layer(
     wait until the group's timeout. On a GPU an id out of range is found after the counts were exchanged, and an expert
     that a token chose twice is not found.
     """
-    routing = route(x_TD, router_DE, top_k, score_function, renormalize, scale) if routing is None else routing
+    routing = route(x_TD, router_DE, router) if routing is None else routing
     score_TK, expert_id_TK, counts_E = routing
     check_routing(x_TD, score_TK, expert_id_TK, counts_E)
-    check_experts(x_TD, counts_E.shape[0], n_ranks(group), w_gate_eDF, w_up_eDF, w_down_eFD)
+    check_experts(x_TD, counts_E.shape[0], n_ranks(group), w_gate_eDF, w_up_eDF, w_down_eFD, experts)
 
     grouped = group_by_expert(x_TD, expert_id_TK, counts_E)
     counts_Pe, splits = exchange_counts(counts_E, group)
@@ -65,7 +63,7 @@ def moe_layer(
     check_received(splits.total, counts_Pe.shape[0] * T * min(expert_id_TK.shape[1], counts_Pe.shape[1]))
     received_RD = send_tokens(grouped.x_ND, splits, group)
     expert_major = to_expert_major(received_RD, counts_Pe, splits.total)
-    y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(dim=0), w_gate_eDF, w_up_eDF, w_down_eFD)
+    y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(dim=0), w_gate_eDF, w_up_eDF, w_down_eFD, experts)
     rank_major_RD = to_rank_major(y_RD, expert_major.source_R, expert_major.target_R)
     returned_ND = return_tokens(rank_major_RD, splits, group)
     out_TD = combine(returned_ND, score_TK, grouped.slot_TK, grouped.assignment_N)

@@ -9,6 +9,15 @@ from torch import Tensor
 from torch_impl.checks import check_router
 
 
+class Router(NamedTuple):
+    """How many experts a token chooses, and how its scores come out of the logits."""
+
+    top_k: int
+    score_function: str = "softmax"  # or "sigmoid"
+    renormalize: bool = False  # divide a token's K scores by their sum
+    scale: float = 1.0  # and multiply them
+
+
 class Routing(NamedTuple):
     score_TK: Float[Tensor, "T K"]
     expert_id_TK: Integer[Tensor, "T K"]
@@ -18,10 +27,7 @@ class Routing(NamedTuple):
 def route(
     x_TD: Float[Tensor, "T D"],
     router_DE: Float[Tensor, "D E"],
-    top_k: int,
-    score_function: str = "softmax",
-    renormalize: bool = False,
-    scale: float = 1.0,
+    router: Router,
     expert_id_TK: Integer[Tensor, "T K"] | None = None,
 ) -> Routing:
     """Scores, expert ids and counts per expert, in float32 (float64 for float64 input).
@@ -37,16 +43,16 @@ def route(
     Raises ValueError on a wrong shape, dtype, device, `top_k` or `score_function`, under autocast, and on replayed ids
     out of range where their values are at hand: on a CPU, not captured.
     """
-    check_router(x_TD, router_DE, top_k, score_function, scale, expert_id_TK)
+    check_router(x_TD, router_DE, router, expert_id_TK)
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     logits_TE = x_TD.to(wide) @ router_DE.to(wide)
     if expert_id_TK is None:
-        expert_id_TK = logits_TE.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
-    score_TE = logits_TE.softmax(dim=-1) if score_function == "softmax" else logits_TE.sigmoid()
+        expert_id_TK = logits_TE.argsort(dim=-1, descending=True, stable=True)[:, : router.top_k]
+    score_TE = logits_TE.softmax(dim=-1) if router.score_function == "softmax" else logits_TE.sigmoid()
     score_TK = score_TE.gather(1, expert_id_TK.long().clamp(0, router_DE.shape[1] - 1))
-    if renormalize:
+    if router.renormalize:
         score_TK = score_TK / (score_TK.sum(dim=-1, keepdim=True) + 1e-20)
-    return Routing(score_TK * scale, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
+    return Routing(score_TK * router.scale, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
 
 
 def count_per_expert(expert_id_TK: Integer[Tensor, "T K"], n_experts: int) -> Integer[Tensor, " E"]:

@@ -9,8 +9,8 @@ from jax_impl.checks import check_experts, check_routing
 from jax_impl.dynamic.exchange import Splits, exchange_counts, n_ranks, return_tokens, send_tokens
 from jax_impl.dynamic.grouping import Grouped, combine, group_by_expert
 from jax_impl.dynamic.layout import ExpertMajor, to_expert_major, to_rank_major
-from jax_impl.experts import apply_experts
-from jax_impl.routing import Routing, route
+from jax_impl.experts import Experts, apply_experts
+from jax_impl.routing import Router, Routing, route
 
 
 class Stages(NamedTuple):
@@ -35,10 +35,8 @@ def moe_layer(
     w_gate_eDF: Float[Array, "e D F"],
     w_up_eDF: Float[Array, "e D F"],
     w_down_eFD: Float[Array, "e F D"],
-    top_k: int,
-    score_function: str = "softmax",
-    renormalize: bool = False,
-    scale: float = 1.0,
+    router: Router,
+    experts: Experts = Experts(),
     routing: Routing | None = None,
     axis_name: str | None = None,
 ) -> Stages:
@@ -49,17 +47,17 @@ def moe_layer(
 
     Raises ValueError on wrong input and, with an axis, on a CPU or under `vmap`, before anything is sent.
     """
-    routing = route(x_TD, router_DE, top_k, score_function, renormalize, scale) if routing is None else routing
+    routing = route(x_TD, router_DE, router) if routing is None else routing
     score_TK, expert_id_TK, counts_E = routing
     check_routing(x_TD, score_TK, expert_id_TK, counts_E)
-    check_experts(x_TD, counts_E.shape[0], n_ranks(axis_name), w_gate_eDF, w_up_eDF, w_down_eFD)
+    check_experts(x_TD, counts_E.shape[0], n_ranks(axis_name), w_gate_eDF, w_up_eDF, w_down_eFD, experts)
 
     (T, K), e, P = expert_id_TK.shape, w_gate_eDF.shape[0], n_ranks(axis_name)
     grouped = group_by_expert(x_TD, expert_id_TK, counts_E)
     counts_Pe, splits = exchange_counts(grouped.kept_E, axis_name)
     received_RD = send_tokens(grouped.x_ND, splits, P * T * min(K, e), axis_name)
     expert_major = to_expert_major(received_RD, counts_Pe)
-    y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(axis=0), w_gate_eDF, w_up_eDF, w_down_eFD)
+    y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(axis=0), w_gate_eDF, w_up_eDF, w_down_eFD, experts)
     rank_major_RD = to_rank_major(y_RD, expert_major.source_R, expert_major.target_R)
     returned_ND = return_tokens(rank_major_RD, splits, T * K, axis_name)
     out_TD = combine(returned_ND, score_TK, grouped.slot_TK, grouped.assignment_N)

@@ -66,8 +66,8 @@ def find(name: str) -> Fault:
 NO_KERNELS = "on a CPU the plain versions run"
 _TORCH = [
     ("tie-to-higher-id", "route", "Equal logits go to the higher expert id.", "routing.py",
-     "logits_TE.argsort(dim=-1, descending=True, stable=True)[:, :top_k]",
-     "logits_TE.shape[1] - 1 - logits_TE.flip(1).argsort(dim=-1, descending=True, stable=True)[:, :top_k]", "ties"),
+     "logits_TE.argsort(dim=-1, descending=True, stable=True)[:, : router.top_k]",
+     "logits_TE.shape[1] - 1 - logits_TE.flip(1).argsort(dim=-1, descending=True, stable=True)[:, : router.top_k]", "ties"),
     ("replay-ignored", "route", "A recomputation chooses experts anew instead of replaying the forward's.", "routing.py",
      "if expert_id_TK is None:", "if True:", "zipf"),
     ("router-gradient-wrong", "route", "The renormalising sum is cut from the graph: the loss is right, the router's "
@@ -121,17 +121,17 @@ _TORCH = [
      "return (counts_e.cumsum(dim=0) - (torch.arange(len(counts_e)) < len(counts_e) - 1).long()).clamp(min=0)"
      ".to(torch.int32)", "zipf"),
     ("silu-on-the-wrong-half", "apply_experts", "silu goes to the up projection instead of the gate.", "experts.py",
-     "swiglu(gate_RF, up_RF), w_down", "swiglu(up_RF, gate_RF), w_down", "zipf"),
+     "glu(gate_RF, up_RF, experts.activation), w_down", "glu(up_RF, gate_RF, experts.activation), w_down", "zipf"),
     ("expert-gradient-times-ranks", "apply_experts", "Expert gradients are scaled by the number of ranks, as if they were "
      "replicated.", "experts.py",
      "    gate_RF = grouped_matmul(",
      "    w_down_eFD = w_down_eFD * 4 - w_down_eFD.detach() * 3\n    gate_RF = grouped_matmul(", "zipf"),
     ("empty-expert-gradient-uninitialised", "apply_experts", "The weight gradient of an expert without rows is never "
      "written.", "experts.py",
-     "    return grouped_matmul(swiglu(gate_RF, up_RF), w_down_eFD, counts_e)\n",
+     "    return grouped_matmul(glu(gate_RF, up_RF, experts.activation), w_down_eFD, counts_e)\n",
      "    w_down_eFD.requires_grad and w_down_eFD.register_hook(\n"
      "        lambda dw: torch.where((counts_e > 0)[:, None, None], dw, torch.empty_like(dw))\n"
-     "    )\n    return grouped_matmul(swiglu(gate_RF, up_RF), w_down_eFD, counts_e)\n", "empty-expert"),
+     "    )\n    return grouped_matmul(glu(gate_RF, up_RF, experts.activation), w_down_eFD, counts_e)\n", "empty-expert"),
     ("stale-weight-gradient", "apply_experts", "The weights' gradient uses the rows of the step before.", "experts.py",
      "    gate_RF = grouped_matmul(x_RD, w_gate_eDF, counts_e)\n",
      "    kept = globals().setdefault('_KEPT', {})\n    before = kept.get(x_RD.shape, x_RD).detach()\n"
@@ -140,8 +140,8 @@ _TORCH = [
      "    gate_RF = grouped_matmul(x_RD, w_gate_eDF.detach(), counts_e) + stale - stale.detach()\n", "one-expert"),
     ("other-tokens-matter", "apply_experts", "Rows are scaled by the largest row that happens to be beside them.",
      "experts.py",
-     "    return grouped_matmul(swiglu(gate_RF, up_RF), w_down_eFD, counts_e)\n",
-     "    hidden_RF = swiglu(gate_RF, up_RF)\n"
+     "    return grouped_matmul(glu(gate_RF, up_RF, experts.activation), w_down_eFD, counts_e)\n",
+     "    hidden_RF = glu(gate_RF, up_RF, experts.activation)\n"
      "    hidden_RF = hidden_RF / (1 + 1e-3 * hidden_RF.detach().abs().sum())\n"
      "    return grouped_matmul(hidden_RF, w_down_eFD, counts_e)\n", "zipf"),
     ("inverse-applied-twice", "to_rank_major", "The permutation is applied again instead of undone.", "layout.py",

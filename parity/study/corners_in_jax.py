@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from jax import Array
 
-from jax_impl import dynamic, moe_layer, plan_capacity
+from jax_impl import Router, dynamic, moe_layer, plan_capacity
 from jax_impl.routing import Routing, count_per_expert
 from parity.bench.in_jax import measure as timed
 from parity.bench.in_jax import program
@@ -44,7 +44,7 @@ def main(plan: Plan) -> None:
     def layer(x: Array, score: Array, gate: Array, up: Array, down: Array, ids: Array) -> Array:
         chosen = Routing(score, ids, count_per_expert(ids, case.experts))
         router = jnp.zeros((D, case.experts))
-        how: dict[str, Any] = {"top_k": case.top_k, "routing": chosen, "axis_name": axis}
+        how: dict[str, Any] = {"router": Router(case.top_k), "routing": chosen, "axis_name": axis}
         if plan.corner == "jax-dynamic":
             return dynamic.moe_layer(x, router, gate, up, down, **how).out_TD
         return moe_layer(x, router, gate, up, down, capacity=capacity, **how).out_TD

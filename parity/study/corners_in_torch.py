@@ -12,7 +12,7 @@ from parity.bench.in_torch import measure as timed
 from parity.bench.plan import Plan as Timing
 from parity.bench.plan import emit
 from parity.study.corners import Plan, routing_of
-from torch_impl import moe_layer, static
+from torch_impl import Router, moe_layer, static
 from torch_impl.routing import Routing, count_per_expert
 
 
@@ -42,9 +42,11 @@ def one_rank(rank: int, plan: Plan, address: str) -> None:
 
     def run(_: int) -> Any:
         if plan.factor is None:
-            out = moe_layer(x, router, *weights, top_k=case.top_k, routing=chosen).out_TD
+            out = moe_layer(x, router, *weights, router=Router(case.top_k), routing=chosen).out_TD
         else:
-            out = static.moe_layer(x, router, *weights, top_k=case.top_k, routing=chosen, capacity=capacity).out_TD
+            out = static.moe_layer(
+                x, router, *weights, router=Router(case.top_k), routing=chosen, capacity=capacity
+            ).out_TD
         return torch.autograd.grad(out, leaves, dout)
 
     figure = timed(Timing(seconds=plan.seconds), device, run, RUNS_TOGETHER if case.ranks > 1 else None)

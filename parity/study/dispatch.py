@@ -64,7 +64,7 @@ def in_torch(rank: int, store: Path, routings: Sequence[Routing]) -> list[dict[s
     import torch
     import torch.distributed as dist
 
-    from torch_impl import moe_layer
+    from torch_impl import Router, moe_layer
     from torch_impl.routing import Routing as Chosen
     from torch_impl.routing import count_per_expert
 
@@ -77,7 +77,7 @@ def in_torch(rank: int, store: Path, routings: Sequence[Routing]) -> list[dict[s
     for routing in routings:
         ids, score = (torch.from_numpy(a[0, rank]) for a in (routing.expert_id, routing.score))
         chosen = Chosen(score, ids, count_per_expert(ids, case.experts))
-        stages = moe_layer(x, torch.zeros(case.width, case.experts), *mine, top_k=case.top_k, routing=chosen)
+        stages = moe_layer(x, torch.zeros(case.width, case.experts), *mine, router=Router(case.top_k), routing=chosen)
         found.append(
             {
                 "grouped": stages.grouped.x_ND.numpy(),
@@ -95,7 +95,7 @@ def in_jax(case: Case, routings: Sequence[Routing]) -> list[dict[str, Array]]:
     import jax
     import jax.numpy as jnp
 
-    from jax_impl import moe_layer, plan_capacity
+    from jax_impl import Router, moe_layer, plan_capacity
     from jax_impl.routing import Routing as Chosen
     from jax_impl.routing import count_per_expert
 
@@ -109,7 +109,9 @@ def in_jax(case: Case, routings: Sequence[Routing]) -> list[dict[str, Array]]:
     def layer(x, ids, score, *mine):
         chosen = Chosen(score, ids, count_per_expert(ids, case.experts))
         router = jnp.zeros((case.width, case.experts))
-        stages = moe_layer(x, router, *mine, top_k=case.top_k, capacity=capacity, routing=chosen, axis_name="ranks")
+        stages = moe_layer(
+            x, router, *mine, router=Router(case.top_k), capacity=capacity, routing=chosen, axis_name="ranks"
+        )
         return {
             "grouped": stages.grouped.x_BCD,
             "received": stages.received_BCD,

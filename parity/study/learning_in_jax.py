@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_impl import moe_layer, plan_capacity
+from jax_impl import Router, moe_layer, plan_capacity
 from parity.study import pydoc
 from parity.study.pydoc import BALANCE, BLOCKS, D, E, H, K
 
@@ -23,7 +23,7 @@ def forward(p: dict[str, Array], byte_BS: Array) -> tuple[Array, list[tuple[Arra
         h_BSD = h_BSD + mixed_BSD @ p[f"{i}.mix_DD"]
         x_TD = rms_norm(h_BSD).reshape(-1, D)
         weights = (p[f"{i}.{name}"] for name in ("router_DE", "w_gate_EDF", "w_up_EDF", "w_down_EFD"))
-        stages = moe_layer(x_TD, *weights, top_k=K, capacity=capacity, renormalize=True)
+        stages = moe_layer(x_TD, *weights, router=Router(K, renormalize=True), capacity=capacity)
         h_BSD = h_BSD + stages.out_TD.reshape(B, S, D)
         moe.append((x_TD, stages.routing.counts_E, stages.dropped))
     return rms_norm(h_BSD) @ p["unembed_DV"], moe

@@ -28,9 +28,10 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, embedding, rms_norm, scaled_dot_product_attention
 
-from torch_impl import moe_layer, route
+from torch_impl import Router, moe_layer, route
 
 V, S, D, F, E, K, H, BLOCKS = 256, 128, 64, 64, 16, 2, 4, 2
+ROUTER = Router(K, renormalize=True)
 B = 32
 M = 512
 BALANCE = 0.001  # weight of the auxiliary loss: enough that no expert dies, too little to even out the load
@@ -100,7 +101,7 @@ def forward(
         h_BSD = h_BSD + mixed_BSD @ p[f"{i}.mix_DD"]
         x_TD = rms_norm(h_BSD, (D,), eps=1e-6).view(-1, D)
         weights = (p[f"{i}.{name}"] for name in ("router_DE", "w_gate_EDF", "w_up_EDF", "w_down_EFD"))
-        stages = layer(x_TD, *weights, top_k=K, renormalize=True)
+        stages = layer(x_TD, *weights, router=ROUTER)
         h_BSD = h_BSD + stages.out_TD.view(B, S, D)
         moe.append((x_TD, stages))
     return rms_norm(h_BSD, (D,), eps=1e-6) @ p["unembed_DV"], moe
@@ -185,7 +186,7 @@ def record(p: dict[str, Tensor], text_n: UInt8[np.ndarray, " n"]) -> tuple[dict[
         raise ValueError(
             f"every {M} bytes in a row hold a choice closer than {MIN_GAP}: take more steps or another seed"
         )
-    assert torch.equal(expert_id_MK, route(x_MD, router_DE, K, renormalize=True).expert_id_TK)
+    assert torch.equal(expert_id_MK, route(x_MD, router_DE, ROUTER).expert_id_TK)
     tensors = {"expert_id": expert_id_MK.int(), "x": x_MD, "router": router_DE}
     tensors |= {w: p[f"{last}.{w}_{s}"] for w, s in (("w_gate", "EDF"), ("w_up", "EDF"), ("w_down", "EFD"))}
     metadata = {

@@ -1,11 +1,11 @@
-"""Stage 6: every local expert's SwiGLU on its own rows."""
+"""Stage 6: every local expert's gated layer on its own rows."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from torch_impl.experts import fits_grouped_mm, group_ends, swiglu
+from torch_impl.experts import Experts, fits_grouped_mm, glu, group_ends
 
 
 def apply_experts(
@@ -14,18 +14,18 @@ def apply_experts(
     w_gate_eDF: Float[Tensor, "e D F"],
     w_up_eDF: Float[Tensor, "e D F"],
     w_down_eFD: Float[Tensor, "e F D"],
+    experts: Experts = Experts(),
 ) -> Float[Tensor, "*S D"]:
-    """y = (silu(x @ w_gate) * (x @ w_up)) @ w_down, each row by its own expert.
+    """y = (activation(x @ w_gate) * (x @ w_up)) @ w_down, each row by its own expert.
 
     The first counts_e[0] rows are expert 0's, and so on; rows past them are padding, whose values are not read, and
     which come out as zero. For [e, P*C, D], each expert has a bin of its own, in which zero rows stay zero. Every
-    matmul accumulates in float32 and rounds once to x's dtype; silu and the product are float32, rounded once. SwiGLU:
-    Shazeer 2020, "GLU Variants Improve Transformer".
+    matmul accumulates in float32 and rounds once to x's dtype.
     """
     x_SD = _zero_padding(x_SD, counts_e)
     gate_SF = grouped_matmul(x_SD, w_gate_eDF, counts_e)
     up_SF = grouped_matmul(x_SD, w_up_eDF, counts_e)
-    return _zero_padding(grouped_matmul(swiglu(gate_SF, up_SF), w_down_eFD, counts_e), counts_e)
+    return _zero_padding(grouped_matmul(glu(gate_SF, up_SF, experts.activation), w_down_eFD, counts_e), counts_e)
 
 
 def grouped_matmul(

@@ -7,7 +7,8 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from torch_impl.checks import check_experts, check_routing
-from torch_impl.routing import Routing, route
+from torch_impl.experts import Experts
+from torch_impl.routing import Router, Routing, route
 from torch_impl.static.checks import check_bins
 from torch_impl.static.exchange import exchange_counts, n_ranks, return_tokens, send_tokens
 from torch_impl.static.experts import apply_experts
@@ -37,11 +38,9 @@ def moe_layer(
     w_gate_eDF: Float[Tensor, "e D F"],
     w_up_eDF: Float[Tensor, "e D F"],
     w_down_eFD: Float[Tensor, "e F D"],
-    top_k: int,
+    router: Router,
     capacity: Capacity,
-    score_function: str = "softmax",
-    renormalize: bool = False,
-    scale: float = 1.0,
+    experts: Experts = Experts(),
     routing: Routing | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Stages:
@@ -52,17 +51,17 @@ def moe_layer(
 
     Raises ValueError on wrong input, before anything is sent to another rank.
     """
-    routing = route(x_TD, router_DE, top_k, score_function, renormalize, scale) if routing is None else routing
+    routing = route(x_TD, router_DE, router) if routing is None else routing
     score_TK, expert_id_TK, counts_E = routing
     check_routing(x_TD, score_TK, expert_id_TK, counts_E)
-    check_experts(x_TD, counts_E.shape[0], n_ranks(group), w_gate_eDF, w_up_eDF, w_down_eFD)
+    check_experts(x_TD, counts_E.shape[0], n_ranks(group), w_gate_eDF, w_up_eDF, w_down_eFD, experts)
     check_bins(capacity.n_bins, n_ranks(group), counts_E.shape[0])
 
     grouped = group_by_expert(x_TD, expert_id_TK, score_TK, counts_E, capacity)
     counts_Pe = exchange_counts(grouped.kept_E, group)
     received_BCD = send_tokens(grouped.x_BCD, group)
     expert_major = to_expert_major(received_BCD, counts_Pe)
-    y_SD = apply_experts(expert_major.x_SD, counts_Pe.sum(dim=0), w_gate_eDF, w_up_eDF, w_down_eFD)
+    y_SD = apply_experts(expert_major.x_SD, counts_Pe.sum(dim=0), w_gate_eDF, w_up_eDF, w_down_eFD, experts)
     rank_major_BCD = to_rank_major(y_SD, expert_major.source_S, expert_major.target_BC)
     returned_BCD = return_tokens(rank_major_BCD, group)
     out_TD = combine(returned_BCD, score_TK, grouped.slot_TK, grouped.assignment_BC)
