@@ -20,7 +20,8 @@ import numpy as np
 
 from parity.cases.case import Case
 from parity.cases.presets import MODELS
-from parity.run.backend import SIDES, BackendError
+from parity.run.backend import BackendError
+from parity.run.ours import FRAMEWORKS as SIDES
 
 # In this order they are one layer's data movement on one rank; the exchange, and the experts, go in between.
 STAGES = ("group_by_expert", "to_expert_major", "to_rank_major", "combine")

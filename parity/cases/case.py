@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 
@@ -14,6 +14,21 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Pattern = Literal["random", "balanced", "zipf", "one_expert", "empty_expert", "idle_rank", "stay_home", "ties"]
+
+
+class Router(NamedTuple):
+    """How scores come out of logits: the fields of a case that say so, as the layers name them."""
+
+    top_k: int
+    score_function: str
+    renormalize: bool
+    scale: float
+
+
+class Experts(NamedTuple):
+    """How an expert computes, likewise."""
+
+    activation: str
 
 
 def _field(default: Any, help: str) -> Any:
@@ -67,6 +82,10 @@ class Case:
     scale: float = _field(
         1.0,
         "Multiply the scores (DeepSeek-V3's routed scaling factor).",
+    )
+    activation: Literal["silu", "gelu_tanh"] = _field(
+        "silu",
+        "Of the experts' gate; gelu_tanh: gelu by its tanh approximation (Gemma).",
     )
     pattern: Pattern = _field(
         "random",
@@ -138,6 +157,16 @@ class Case:
                 f"--capacity-factor is {self.capacity_factor!r}: it must be finite and positive, a decimal (1.25) or "
                 "a fraction (5/4); leave it out for the bound at which nothing drops"
             )
+
+    @property
+    def router(self) -> Router:
+        """How scores are computed."""
+        return Router(*(getattr(self, name) for name in Router._fields))
+
+    @property
+    def expert(self) -> Experts:
+        """How an expert computes."""
+        return Experts(*(getattr(self, name) for name in Experts._fields))
 
     @property
     def assignments(self) -> int:

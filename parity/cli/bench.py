@@ -12,7 +12,8 @@ from parity.bench.plan import ACROSS_RANKS, PARTS, SHAPES, Figure, Plan, choose_
 from parity.bench.report import plot_bench, print_bench
 from parity.cli.shared import BACKEND, MATCH, Page, check_writable, say
 from parity.judge.engine import progress
-from parity.run.backend import SIDES, gpus
+from parity.run.ours import FRAMEWORKS as SIDES
+from parity.run.supervisor import gpus
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -15,8 +16,9 @@ from parity.cases.recording import case_of_recording
 from parity.cli.report import publish
 from parity.cli.shared import MATCH, check_writable, not_a_terminal
 from parity.judge.engine import run_cases
-from parity.run import faults
-from parity.run.backend import BACKENDS, SIDES, framework, gpus
+from parity.run import faults, ours
+from parity.run.backend import Backend, Setting
+from parity.run.supervisor import gpus
 
 
 def _flag(f: Field) -> tuple[str, Any, Any]:
@@ -33,6 +35,12 @@ Flags = make_dataclass("Flags", [_flag(f) for f in fields(Case)])
 
 PRESETS_HELP = f"""Presets to run; all of them when no preset and no field is given. `all` means all. There are:
 {", ".join(PRESETS)}."""
+
+
+BACKEND_HELP = f"""What to run, once for each; default: {" and ".join(b.name for b in ours.DEFAULT)}. One alone, with
+--save: the other can run on another machine. There are {
+    ", ".join(f"{b.name} ({b.framework}, {b.layout})" for b in ours.BACKENDS.values())
+}; or package.module:name of a record of your own."""
 
 
 @dataclass
@@ -58,9 +66,7 @@ class Command:
     random: int = 0
     """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all. Five in
     a row have the same shapes, which JAX compiles once, and differ in routing."""
-    backend: tyro.conf.UseAppendAction[tuple[Literal["both", "torch", "jax", "torch-static", "jax-dynamic"], ...]] = ()
-    """What to run, once for each; default: both, torch and jax. One alone, with --save: the other can run on another
-    machine. torch-static: static capacity in PyTorch. jax-dynamic: uneven exchange in JAX, which needs GPUs."""
+    backend: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help=BACKEND_HELP)] = ()
     model: tuple[str, ...] = ()
     """Check the layer of real models at full width: deepseek-v3, mixtral-8x7b, qwen3-30b-a3b, gpt-oss-120b or
     olmoe-1b-7b."""
@@ -90,30 +96,35 @@ def run(command: Command) -> int:
         command.save.mkdir(parents=True, exist_ok=True)
     if command.device == "cuda" and not gpus():
         raise ValueError("--device cuda: there is no NVIDIA GPU here; `python -m parity doctor` says what there is")
-    asked = {*command.backend, *(SIDES if "both" in command.backend or not command.backend else ())}
-    backends = tuple(backend for backend in BACKENDS if backend in asked)
-    if "jax-dynamic" in backends and command.device == "cpu":
-        raise ValueError("--backend jax-dynamic: ragged_all_to_all is not implemented on XLA:CPU; use --device cuda")
+    backends = chosen_backends(command.backend)
     fault = faults.find(command.fault) if command.fault else None
-    if fault and fault.side not in backends:
-        raise ValueError(f"{fault.name} is a fault of {fault.side}, which --backend {' '.join(backends)} does not run")
-    group_size = torchrun_size() if any(framework(backend) == "torch" for backend in backends) else None
+    names = [backend.name for backend in backends]
+    if fault and fault.backend not in names:
+        raise ValueError(f"{fault.name} is a fault of {fault.backend}, which --backend {' '.join(names)} does not run")
+    group_size = torchrun_size() if any(backend.framework == "torch" for backend in backends) else None
     if group_size is not None:
-        if fault and framework(fault.side) == "torch":
+        if fault and ours.BACKENDS[fault.backend].framework == "torch":
             raise ValueError(f"{fault.name} cannot be planted under torchrun: start without it")
         cases = of_group(cases, group_size, picked=bool(command.presets))
-    jax_ranks = ranks_of_jax(command.jax_ranks, command.device, most := max(case.ranks for case in cases))
-    if "jax-dynamic" in backends and jax_ranks == "vmap" and most > 1:
-        raise ValueError(
-            f"--backend jax-dynamic: ragged_all_to_all has no vmap rule, so --ranks {most} need {most} GPUs, and "
-            f"there are {gpus()}: use --ranks {max(gpus(), 1)}"
-        )
-    report = run_cases(
-        cases, backends, device=command.device, timeout=command.timeout, fault=fault, save=command.save,
-        jax_ranks=jax_ranks,
-        in_torchrun=group_size is not None,
-    )  # fmt: skip
+    jax_ranks = ranks_of_jax(command.jax_ranks, command.device, max(case.ranks for case in cases))
+    setting = Setting(command.device, jax_ranks, command.timeout)
+    for backend in backends:
+        for reason in filter(None, (backend.refusal(case, setting) for case in cases)):
+            raise ValueError(f"--backend {backend.name}: {reason}")
+    report = run_cases(cases, backends, setting, fault=fault, save=command.save, in_torchrun=group_size is not None)
     return MATCH if report is None else publish(report, command.json, command.html)
+
+
+def chosen_backends(asked: Sequence[str]) -> list[Backend]:
+    """The backends named, each once, in the order of this project's and then as asked.
+
+    Raises ValueError on a name that is none.
+    """
+    asked = asked or ("both",)
+    found = [b for name in asked for b in (ours.DEFAULT if name == "both" else [ours.find(name)])]
+    order = {name: i for i, name in enumerate(ours.BACKENDS)}
+    by_name = {backend.name: backend for backend in sorted(found, key=lambda b: order.get(b.name, len(order)))}
+    return list(by_name.values())
 
 
 def chosen_cases(command: Command) -> list[Case]:

@@ -51,12 +51,13 @@ def run(command: Command) -> int:
                 if len({getattr(t.case, f.name) for t in found}) > 1
             ]
             raise ValueError(f"{name} is not the same case in every folder: {', '.join(differ)}")
-        sides = [trace.backend for trace in found]
-        if len(set(sides)) < len(sides):
-            raise ValueError(f"{name} has traces of {sides}: give one of each side")
-        if len(sides) < 2:
-            raise ValueError(f"{name} has traces of {sides} only: give a folder of the other side too")
-    head, start = records.header(), time.perf_counter()
+        names = [trace.backend.name for trace in found]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{name} has traces of {names}: give one of each backend")
+        if len(names) < 2:
+            raise ValueError(f"{name} has traces of {names} only: give a folder of another backend too")
+    backends = {trace.backend.name: trace.backend for found in traces.values() for trace in found}
+    head, start = records.header(backends.values()), time.perf_counter()
     with progress() as bar:
         judged = {
             name: judge(draw(found[0].case), found) for name, found in bar.track(traces.items(), description="compare")

@@ -11,11 +11,10 @@ import tyro
 from parity.cases.presets import PRESETS
 from parity.cli.check import ranks_of_jax
 from parity.cli.shared import MATCH, MISMATCH, Page
-from parity.judge.blame import blame
 from parity.judge.engine import progress, run_cases
 from parity.report.terminal import Found, describe, fault_table
-from parity.run import faults
-from parity.run.backend import BackendError, MissingError
+from parity.run import faults, ours
+from parity.run.backend import BackendError, MissingError, Setting
 
 
 @dataclass
@@ -55,7 +54,7 @@ def run(command: Command) -> int:
         if fault not in ready:
             console.print(f"{fault.name}: not run, and not counted: {fault.gpu_only}")
     caught = sum(result.caught for _, result in tried)
-    blamed = sum((result.side, result.stage) == (fault.side, fault.stage) for fault, result in tried)
+    blamed = sum((result.backend, result.stage) == (fault.backend, fault.stage) for fault, result in tried)
     console.print(f"caught {caught} of {len(tried)}, blamed {blamed} of {len(tried)}")
     return MATCH if caught == blamed == len(tried) else MISMATCH
 
@@ -67,21 +66,14 @@ def try_fault(fault: faults.Fault, device: str = "cpu") -> Found:
     """
     try:
         cases, ranks = [PRESETS[fault.preset]], ranks_of_jax("auto", device, PRESETS[fault.preset].ranks)
-        report = run_cases(
-            cases,
-            (fault.side,),
-            device=device,
-            jax_ranks=ranks,
-            fault=fault,
-            timeout=10 if device == "cpu" else 60,
-            show_progress=False,
-        )
+        setting = Setting(device, ranks, timeout=10 if device == "cpu" else 60)
+        report = run_cases(cases, [ours.BACKENDS[fault.backend]], setting, fault=fault, show_progress=False)
     except MissingError:
         raise
     except BackendError as error:
         return Found(fault.name in faults.END_THE_RUN, error.backend, error.stage, "the run ended: " + str(error))
     assert report is not None
-    verdict = blame(report.checks[fault.preset])
+    verdict = report.blamed(fault.preset)
     if verdict is None:
         return Found(False, "", "", "")
-    return Found(True, " and ".join(verdict.sides), verdict.stage, describe(verdict.check))
+    return Found(True, " and ".join(verdict.backends), verdict.stage, describe(verdict.check))

@@ -1,30 +1,19 @@
 """Who is wrong, where first, and what to look at."""
 
+from collections.abc import Mapping
+
 import msgspec
 
 from parity.judge.compare import Check
-from parity.run.backend import BACKENDS
-from parity.run.trace import STAGES
-
-# Where each stage is written, the same in both packages.
-FILES = {
-    "route": "routing.py",
-    "group_by_expert": "grouping.py",
-    "exchange_counts": "exchange.py",
-    "send_tokens": "exchange.py",
-    "to_expert_major": "layout.py",
-    "apply_experts": "experts.py",
-    "to_rank_major": "layout.py",
-    "return_tokens": "exchange.py",
-    "combine": "grouping.py",
-}
+from parity.oracle.quantities import QUANTITIES, STAGES
+from parity.run.backend import Backend
 
 
 class Blame(msgspec.Struct, omit_defaults=True):
-    """One case's verdict: side(s) and stage that differ first, and the check that shows it."""
+    """One case's verdict: backend(s) and stage that differ first, and the check that shows it."""
 
     case: str
-    sides: list[str]
+    backends: list[str]
     stage: str
     direction: str  # forward or backward
     function: str
@@ -34,10 +23,10 @@ class Blame(msgspec.Struct, omit_defaults=True):
 
 def is_backward(check: Check) -> bool:
     """Whether the array is a gradient."""
-    return check.value.startswith("d") and not check.value.startswith("dropped")
+    return QUANTITIES[f"{check.stage}/{check.value}"].backward
 
 
-def blame(checks: list[Check]) -> Blame | None:
+def blame(checks: list[Check], backends: Mapping[str, Backend]) -> Blame | None:
     """The first divergence of one case, or None when all match.
 
     A stage fed the oracle's input is judged alone, so the first such stage to fail, in order, is where the
@@ -57,17 +46,8 @@ def blame(checks: list[Check]) -> Blame | None:
         return phase, stage, check.right != "oracle" or backward, -check.worst
 
     first = min(bad, key=order)
-    same_place = [c for c in bad if (c.mode, c.stage) == (first.mode, first.stage) and c.right not in BACKENDS]
-    sides = sorted({c.left for c in same_place}) or [first.left, first.right]
-    return Blame(
-        first.case, sides, first.stage, "backward" if is_backward(first) else "forward",
-        " and ".join(f"{folder(side, first.stage)}/{FILES[first.stage]}: {first.stage}" for side in sides), first,
-        len(bad),
-    )  # fmt: skip
-
-
-def folder(side: str, stage: str) -> str:
-    """Where a side keeps a stage: what a corner does as its framework's other one does is written there."""
-    framework, _, corner = side.partition("-")
-    shared = not corner or stage == "route" or (side, stage) == ("jax-dynamic", "apply_experts")
-    return f"{framework}_impl" if shared else f"{framework}_impl/{corner}"
+    same_place = [c for c in bad if (c.mode, c.stage) == (first.mode, first.stage) and c.right not in backends]
+    wrong = sorted({c.left for c in same_place}) or [first.left, first.right]
+    written = " and ".join(backends[name].written(first.stage) for name in wrong)
+    direction = "backward" if is_backward(first) else "forward"
+    return Blame(first.case, wrong, first.stage, direction, written, first, len(bad))

@@ -1,4 +1,4 @@
-"""Run cases through both frameworks and compare: the engine behind `check` and `faults --run`."""
+"""Run cases through backends and compare: the engine behind `check` and `faults --run`."""
 
 import shutil
 import tempfile
@@ -17,18 +17,17 @@ from parity.judge.compare import Check, compare
 from parity.judge.picture import blank
 from parity.judge.records import CaseRecord, Header, Report, footer, header
 from parity.oracle.problem import Problem, draw
-from parity.run.backend import BACKENDS, framework, run
+from parity.run import supervisor
+from parity.run.backend import Backend, Setting
 from parity.run.faults import Fault, plant
 from parity.run.trace import Trace
 
 
 def run_cases(
     cases: Sequence[Case],
-    backends: tuple[str, ...],
+    backends: Sequence[Backend],
+    setting: Setting,
     *,
-    device: str = "cpu",
-    jax_ranks: str = "shard_map",
-    timeout: float = 60,
     fault: Fault | None = None,
     in_torchrun: bool = False,
     save: Path | None = None,
@@ -38,13 +37,15 @@ def run_cases(
 
     None on every rank but 0 of a torchrun group, which then has nothing left to do.
 
-    Raises BackendError when a framework is missing or its run ends in error.
+    Raises BackendError when a package is missing or a run ends in error.
     """
-    head, begin, seconds = header(fault.name if fault else ""), time.perf_counter(), {"oracle": 0.0, "compare": 0.0}
-    of_torch = [backend for backend in backends if in_torchrun and framework(backend) == "torch"]
+    head = header(backends, fault.name if fault else "")
+    begin, seconds = time.perf_counter(), {"oracle": 0.0, "compare": 0.0}
+    joined = [backend for backend in backends if in_torchrun and backend.framework == "torch"]
+    started = [backend for backend in backends if backend not in joined]
     traces: dict[str, list[Trace]] = {case.name: [] for case in cases}
     judged: dict[str, tuple[CaseRecord, list[Check]]] = {}
-    flags = "" if device == "cpu" else f" --device {device}"
+    flags = "" if setting.device == "cpu" else f" --device {setting.device}"
     with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress(show_progress) as bar:
         folder = Path(temporary)
         problems = {case.name: draw(case) for case in bar.track(cases, description="oracle")}
@@ -52,22 +53,23 @@ def run_cases(
             problem.save(folder / f"{name}.problem")
         seconds["oracle"] = time.perf_counter() - begin
         if in_torchrun:
-            from parity.run.in_torch import join_torchrun
+            from parity.run.torch_stages import join_torchrun
 
-            if join_torchrun(folder, list(problems.values()), device, of_torch) != 0:
+            if join_torchrun(folder, list(problems.values()), setting.device, joined) != 0:
                 return None
-        joined = [(backend, case.name) for case in cases for backend in of_torch]
-        homes = {backend: Path.cwd() for backend in backends if backend not in of_torch}
+        done = [(backend.name, case.name) for case in cases for backend in joined]
+        homes = {backend.name: Path.cwd() for backend in started}
         if fault:
-            homes[fault.side] = plant(fault, folder / "planted")
-        tasks = {backend: bar.add_task(backend, total=len(cases)) for backend in backends}
-        with closing(run(folder, homes, cases, device, jax_ranks, timeout, seconds)) as running:
-            for backend, name in chain(joined, running):
+            homes[fault.backend] = plant(fault, folder / "planted")
+        tasks = {backend.name: bar.add_task(backend.name, total=len(cases)) for backend in backends}
+        with closing(supervisor.run(folder, homes, started, cases, setting, seconds)) as running:
+            for backend, name in chain(done, running):
                 bar.advance(tasks[backend])
                 traces[name].append(Trace.load(folder / f"{name}.{backend}.safetensors"))
                 if len(traces[name]) == len(backends):
                     start = time.perf_counter()
-                    judged[name] = judge(problems[name], traces.pop(name), flags)
+                    found = {trace.backend.name: trace for trace in traces.pop(name)}
+                    judged[name] = judge(problems[name], [found[backend.name] for backend in backends], flags)
                     seconds["compare"] += time.perf_counter() - start
         if save:
             save.mkdir(parents=True, exist_ok=True)
@@ -80,10 +82,9 @@ def run_cases(
 def judge(problem: Problem, traces: list[Trace], flags: str = "") -> tuple[CaseRecord, list[Check]]:
     """Every comparison of one case, and what it looked like; `flags` are those that repeating it needs besides."""
     case, picture = problem.case, blank(problem)
-    traces.sort(key=lambda trace: BACKENDS.index(trace.backend))
     checks = list(compare(problem, traces, picture))
-    seconds = {trace.backend: trace.seconds for trace in traces}
-    environment = {trace.backend: trace.environment for trace in traces}
+    seconds = {trace.backend.name: trace.seconds for trace in traces}
+    environment = {trace.backend.name: trace.environment for trace in traces}
     return CaseRecord(case, command(case) + flags, seconds, environment, picture), checks
 
 

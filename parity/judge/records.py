@@ -6,6 +6,7 @@ A report without its footer is of a run that did not end, and is refused.
 import lzma
 import platform
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +15,11 @@ from typing import Any, Literal
 import msgspec
 
 from parity.cases.case import Case
+from parity.judge.blame import Blame, blame
 from parity.judge.compare import Check
 from parity.judge.picture import Picture
+from parity.run.backend import Backend
+from parity.run.ours import BACKENDS
 
 SCHEMA = 2
 
@@ -28,6 +32,7 @@ class Header(msgspec.Struct, tag_field="kind", tag="header"):
     began: str
     machine: dict[str, str]
     planted: str = ""  # the fault, if one was planted
+    backends: list[Backend] = []
 
 
 class CaseRecord(msgspec.Struct, tag_field="kind", tag="case"):
@@ -64,15 +69,24 @@ class Report(msgspec.Struct):
     checks: dict[str, list[Check]]
     footer: Footer
 
+    @property
+    def backends(self) -> dict[str, Backend]:
+        """Those that ran, by name."""
+        return {backend.name: backend for backend in self.header.backends}
 
-def header(planted: str = "") -> Header:
+    def blamed(self, case: str) -> Blame | None:
+        """The first divergence of a case, or None when all of it matches."""
+        return blame(self.checks[case], self.backends)
+
+
+def header(backends: Iterable[Backend], planted: str = "") -> Header:
     """Of a run that begins now."""
     packages = ("moe-parity", "torch", "jax", "jaxlib", "numpy")
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
     machine = {name: installed[name] for name in packages if name in installed}
     machine |= {"python": platform.python_version(), "platform": platform.platform()}
     command = " ".join(["python -m parity", *sys.argv[1:]])
-    return Header(SCHEMA, command, datetime.now(UTC).isoformat(timespec="seconds"), machine, planted)
+    return Header(SCHEMA, command, datetime.now(UTC).isoformat(timespec="seconds"), machine, planted, list(backends))
 
 
 def footer(checks: dict[str, list[Check]], cases: int, seconds: dict[str, float]) -> Footer:
@@ -143,9 +157,9 @@ def read(path: Path) -> Report:
 
 
 def upgraded(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of an earlier schema as one of this: 1 called a case's recording its trace."""
+    """A line of an earlier schema as one of this: 1 knew only our own backends, and called a recording a trace."""
     if line.get("kind") == "header" and line.get("schema") == 1:
-        line["schema"] = SCHEMA
+        line |= {"schema": SCHEMA, "backends": msgspec.to_builtins(list(BACKENDS.values()))}
     if line.get("kind") == "case" and "trace" in line["case"]:
         line["case"]["recording"] = line["case"].pop("trace")
     return line

@@ -69,7 +69,7 @@ def route(case: Case, x_PTD: Array, router_DE: Array, numbers: Numbers) -> tuple
 
 def scores(case: Case, logits_PTE: Array, numbers: Numbers) -> Array:
     """Softmax or sigmoid of the logits: [P, T, E]."""
-    if case.score_function == "sigmoid":
+    if case.router.score_function == "sigmoid":
         return numbers.round(1 / (1 + np.exp(-logits_PTE)), case.wide)
     power_PTE = numbers.round(np.exp(logits_PTE - logits_PTE.max(-1, keepdims=True)), case.wide)
     total_PT1 = numbers.summand(power_PTE, case.experts, case.wide).sum(-1, keepdims=True)
@@ -88,10 +88,10 @@ def select(case: Case, logits_PTE: Array) -> Array:
 def chosen_scores(case: Case, score_PTE: Array, id_PTK: Array, numbers: Numbers) -> Array:
     """The scores of the chosen experts, renormalised and scaled as the case says: [P, T, K]."""
     score_PTK = np.take_along_axis(score_PTE, id_PTK, axis=2)
-    if case.renormalize:
+    if case.router.renormalize:
         total_PT1 = numbers.summand(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
         score_PTK = numbers.round(score_PTK / total_PT1, case.wide)
-    return score_PTK * case.scale
+    return score_PTK * case.router.scale
 
 
 def route_backward(
@@ -103,14 +103,14 @@ def route_backward(
     n = x_PTD.shape[0] * x_PTD.shape[1]
     for p, t in np.ndindex(*x_PTD.shape[:2]):
         score_E, id_K = score_PTE[p, t], id_PTK[p, t]
-        score_K, d_K = score_E[id_K], case.scale * dscore_PTK[p, t]
-        if case.renormalize:
+        score_K, d_K = score_E[id_K], case.router.scale * dscore_PTK[p, t]
+        if case.router.renormalize:
             total = numbers.summand(score_K, case.top_k, case.wide).sum() + 1e-20
             mean = numbers.summand(d_K * score_K, case.top_k, case.wide).sum() / total
             d_K = numbers.round(numbers.round(d_K, case.wide) - numbers.round(mean, case.wide), case.wide) / total
         d_E = np.zeros(case.experts)
         d_E[id_K] = numbers.round(d_K, case.wide)
-        if case.score_function == "sigmoid":
+        if case.router.score_function == "sigmoid":
             dlogits_E = d_E * score_E * numbers.round(1 - score_E, case.wide)
         else:
             mean = numbers.round(numbers.summand(d_E, case.top_k, case.wide) @ score_E, case.wide)
@@ -148,9 +148,9 @@ def count(case: Case, id_PTK: Array, keep_PTK: Array) -> Array:
     return counts_PE
 
 
-def sent(case: Case, id_PTK: Array, keep_PTK: Array, strategy: str) -> Array:
+def sent(case: Case, id_PTK: Array, keep_PTK: Array, layout: str) -> Array:
     """Rows that each rank sends to each expert, [P, E]: all of them, or what a static capacity keeps."""
-    return count(case, id_PTK, keep_PTK if strategy == "static" else np.ones_like(keep_PTK))
+    return count(case, id_PTK, keep_PTK if layout == "static" else np.ones_like(keep_PTK))
 
 
 def received(case: Case, sent_PE: Array) -> Array:
@@ -158,26 +158,40 @@ def received(case: Case, sent_PE: Array) -> Array:
     return sent_PE.reshape(case.ranks, case.ranks, -1).transpose(1, 0, 2)
 
 
-def silu(a: Array) -> Array:
-    """a * sigmoid(a)."""
-    return a / (1 + np.exp(-a))
+def activated(case: Case, gate: Array, numbers: Numbers) -> tuple[Array, Array]:
+    """The activation of a gate and its derivative, in the wide dtype.
+
+    silu(g) = g * sigmoid(g). gelu_tanh(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g**3))): Hendrycks and
+    Gimpel 2016, "Gaussian Error Linear Units".
+    """
+    if case.expert.activation == "silu":
+        sigmoid = numbers.round(1 / (1 + np.exp(-gate)), case.wide)
+        slope = sigmoid * (1 + gate * numbers.round(1 - sigmoid, case.wide))
+        return numbers.round(gate * sigmoid, case.wide), numbers.round(slope, case.wide)
+    inner = numbers.round(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3), case.wide)
+    tanh = numbers.round(np.tanh(inner), case.wide)
+    half = numbers.round((1 + tanh) / 2, case.wide)
+    bend = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * gate**2)
+    slope = half + numbers.round(gate / 2 * numbers.round(1 - tanh**2, case.wide) * bend, case.wide)
+    return numbers.round(gate * half, case.wide), numbers.round(slope, case.wide)
 
 
 def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Weights, numbers: Numbers) -> Array:
-    """Each chosen expert's SwiGLU of each token: [P, T, K, D]."""
+    """Each chosen expert's gated layer of each token: [P, T, K, D]."""
     y_PTKD = np.zeros((*id_PTK.shape, case.width))
     for p, t, k in np.ndindex(*id_PTK.shape):
         g = int(id_PTK[p, t, k])
-        _, _, hidden_F = _hidden(case, x_PTD[p, t], w, g, numbers)
+        *_, hidden_F = _hidden(case, x_PTD[p, t], w, g, numbers)
         y_PTKD[p, t, k] = numbers.summand(hidden_F, case.hidden, case.wide) @ w.w_down[g]
     return y_PTKD
 
 
-def _hidden(case: Case, x_D: Array, w: Weights, g: int, numbers: Numbers) -> tuple[Array, Array, Array]:
+def _hidden(case: Case, x_D: Array, w: Weights, g: int, numbers: Numbers) -> tuple[Array, Array, Array, Array]:
+    """Activated gate, its derivative, up, and their product."""
     gate_F = numbers.round(numbers.summand(x_D, case.width, case.wide) @ w.w_gate[g], case.dtype)
     up_F = numbers.round(numbers.summand(x_D, case.width, case.wide) @ w.w_up[g], case.dtype)
-    act_F = numbers.round(silu(gate_F), case.wide)
-    return gate_F, up_F, numbers.round(act_F * up_F, case.dtype)
+    act_F, slope_F = activated(case, gate_F, numbers)
+    return act_F, slope_F, up_F, numbers.round(act_F * up_F, case.dtype)
 
 
 def experts_backward(
@@ -189,12 +203,10 @@ def experts_backward(
     rows_E = np.bincount(id_PTK.reshape(-1), minlength=case.experts).tolist()
     for p, t, k in np.ndindex(*id_PTK.shape):
         g, x_D, dy_D = int(id_PTK[p, t, k]), x_PTD[p, t], dy_PTKD[p, t, k]
-        gate_F, up_F, hidden_F = _hidden(case, x_D, w, g, numbers)
+        act_F, slope_F, up_F, hidden_F = _hidden(case, x_D, w, g, numbers)
         dhidden_F = numbers.round(w.w_down[g] @ numbers.summand(dy_D, case.width, case.wide), case.dtype)
-        sigmoid_F = numbers.round(1 / (1 + np.exp(-gate_F)), case.wide)
-        slope_F = numbers.round(sigmoid_F * (1 + gate_F * numbers.round(1 - sigmoid_F, case.wide)), case.wide)
         dgate_F = numbers.round(numbers.round(dhidden_F * up_F, case.wide) * slope_F, case.dtype)
-        dup_F = numbers.round(dhidden_F * numbers.round(gate_F * sigmoid_F, case.wide), case.dtype)
+        dup_F = numbers.round(dhidden_F * act_F, case.dtype)
         through_gate_D = w.w_gate[g] @ numbers.summand(dgate_F, case.hidden, case.wide)
         through_up_D = w.w_up[g] @ numbers.summand(dup_F, case.hidden, case.wide)
         dx_PTKD[p, t, k] = numbers.round(through_gate_D, case.dtype) + numbers.round(through_up_D, case.dtype)

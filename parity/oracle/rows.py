@@ -12,12 +12,14 @@ import numpy as np
 from parity.cases.case import Case
 
 Array = np.ndarray
-Strategy = Literal["dynamic", "static", "ragged"]
+# How a backend lays out its rows: as many as there are; padded to a capacity; as many as there are, in a buffer of the
+# most there can be; or nothing is seen but the output and gradients.
+Layout = Literal["dynamic", "static", "ragged", "opaque"]
 Table = dict[str, list[Array]]
 PADDING = -1
 
 
-def row_tables(case: Case, expert_id: Array, keep: Array, strategy: Strategy) -> Table:
+def row_tables(case: Case, expert_id: Array, keep: Array, layout: Layout) -> Table:
     """Rows as they are grouped on the sender, as received, and expert-major, on each rank.
 
     Dynamic arrays hold every assignment and no padding. Ragged ones are the same in buffers of the most rows that a
@@ -25,9 +27,9 @@ def row_tables(case: Case, expert_id: Array, keep: Array, strategy: Strategy) ->
     last, after expert bins each (expert, source) keeps its bin.
     """
     P, C, e = case.ranks, case.capacity, case.experts // case.ranks
-    bin_per_expert = strategy == "static" and case.bins != P  # with an expert a rank, both kinds of bin are the same
+    bin_per_expert = layout == "static" and case.bins != P  # with an expert a rank, both kinds of bin are the same
     expert_of = expert_id.reshape(-1)
-    kept = keep.reshape(-1) if strategy == "static" else np.ones(expert_of.size, bool)
+    kept = keep.reshape(-1) if layout == "static" else np.ones(expert_of.size, bool)
     by_expert = {
         (p, g): [a for a in range(p * case.tokens * case.top_k, (p + 1) * case.tokens * case.top_k)
                  if kept[a] and expert_of[a] == g]
@@ -38,17 +40,17 @@ def row_tables(case: Case, expert_id: Array, keep: Array, strategy: Strategy) ->
         segments = [by_expert[source, g] for g in range(target * e, (target + 1) * e)]
         if bin_per_expert:
             return joined(padded(segment, C) for segment in segments)
-        return padded(joined(segments), C) if strategy == "static" else joined(segments)
+        return padded(joined(segments), C) if layout == "static" else joined(segments)
 
     def received(target: int) -> list[int]:
         rows = joined(sent(p, target) for p in range(P))
-        return padded(rows, case.most_received) if strategy == "ragged" else rows
+        return padded(rows, case.most_received) if layout == "ragged" else rows
 
     def expert_major(target: int) -> list[int]:
         segments = [by_expert[p, g] for g in range(target * e, (target + 1) * e) for p in range(P)]
         if bin_per_expert:
             return joined(padded(segment, C) for segment in segments)
-        most = {"dynamic": 0, "ragged": case.most_received, "static": P * C}[strategy]
+        most = {"dynamic": 0, "ragged": case.most_received, "static": P * C}[layout]
         return padded(joined(segments), most)
 
     return {
@@ -81,6 +83,15 @@ def positions(rows: Array, among: Array) -> Array:
     """Where each row lies among others; their number for padding."""
     place = {int(row): slot for slot, row in enumerate(among) if row != PADDING}
     return np.array([place.get(int(row), among.size) for row in rows], np.int64)
+
+
+def positions_by_row(case: Case, table: list[Array]) -> Array:
+    """Where each row lies on the rank that holds it, by row number; PADDING for those that no rank holds."""
+    place = np.full(case.ranks * case.assignments, PADDING)
+    for rows in table:
+        real = np.flatnonzero(rows != PADDING)
+        place[rows[real]] = real
+    return place
 
 
 def joined(segments: Iterable[list[int]]) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from parity.cases.case import Case
 from parity.oracle import reference
-from parity.oracle.reference import Layer, Numbers, Weights, silu
+from parity.oracle.reference import Layer, Numbers, Weights, activated
 
 Array = np.ndarray
 
@@ -40,15 +40,15 @@ def route_backward(
 ) -> tuple[Array, Array]:
     """See `reference.route_backward`."""
     _, score_PTE = route(case, x_PTD, router_DE, numbers)
-    score_PTK, d_PTK = np.take_along_axis(score_PTE, id_PTK, axis=2), case.scale * dscore_PTK
-    if case.renormalize:
+    score_PTK, d_PTK = np.take_along_axis(score_PTE, id_PTK, axis=2), case.router.scale * dscore_PTK
+    if case.router.renormalize:
         total_PT1 = numbers.summand(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
         mean_PT1 = numbers.summand(d_PTK * score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) / total_PT1
         d_PTK = numbers.round(numbers.round(d_PTK, case.wide) - numbers.round(mean_PT1, case.wide), case.wide)
         d_PTK = d_PTK / total_PT1
     d_PTE = np.zeros_like(score_PTE)
     np.put_along_axis(d_PTE, id_PTK, numbers.round(d_PTK, case.wide), axis=2)
-    if case.score_function == "sigmoid":
+    if case.router.score_function == "sigmoid":
         dlogits_PTE = d_PTE * score_PTE * numbers.round(1 - score_PTE, case.wide)
     else:
         mean_PT1 = (numbers.summand(d_PTE, case.top_k, case.wide) * score_PTE).sum(-1, keepdims=True)
@@ -65,16 +65,16 @@ def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Weights, numbers: Number
     y_PTKD = np.zeros((*id_PTK.shape, case.width))
     for g in np.unique(id_PTK):
         p, t, k = np.nonzero(id_PTK == g)
-        _, _, hidden_nF = _hidden(case, x_PTD[p, t], w, g, numbers)
+        *_, hidden_nF = _hidden(case, x_PTD[p, t], w, g, numbers)
         y_PTKD[p, t, k] = numbers.summand(hidden_nF, case.hidden, case.wide) @ w.w_down[g]
     return y_PTKD
 
 
-def _hidden(case: Case, x_nD: Array, w: Weights, g: int, numbers: Numbers) -> tuple[Array, Array, Array]:
+def _hidden(case: Case, x_nD: Array, w: Weights, g: int, numbers: Numbers) -> tuple[Array, Array, Array, Array]:
     gate_nF = numbers.round(numbers.summand(x_nD, case.width, case.wide) @ w.w_gate[g], case.dtype)
     up_nF = numbers.round(numbers.summand(x_nD, case.width, case.wide) @ w.w_up[g], case.dtype)
-    act_nF = numbers.round(silu(gate_nF), case.wide)
-    return gate_nF, up_nF, numbers.round(act_nF * up_nF, case.dtype)
+    act_nF, slope_nF = activated(case, gate_nF, numbers)
+    return act_nF, slope_nF, up_nF, numbers.round(act_nF * up_nF, case.dtype)
 
 
 def experts_backward(
@@ -88,12 +88,10 @@ def experts_backward(
     for g in np.unique(id_PTK):
         p, t, k = np.nonzero(id_PTK == g)
         x_nD, dy_nD, n = x_PTD[p, t], dy_PTKD[p, t, k], p.size
-        gate_nF, up_nF, hidden_nF = _hidden(case, x_nD, w, g, numbers)
+        act_nF, slope_nF, up_nF, hidden_nF = _hidden(case, x_nD, w, g, numbers)
         dhidden_nF = numbers.round(numbers.summand(dy_nD, case.width, case.wide) @ w.w_down[g].T, case.dtype)
-        sigmoid_nF = numbers.round(1 / (1 + np.exp(-gate_nF)), case.wide)
-        slope_nF = numbers.round(sigmoid_nF * (1 + gate_nF * numbers.round(1 - sigmoid_nF, case.wide)), case.wide)
         dgate_nF = numbers.round(numbers.round(dhidden_nF * up_nF, case.wide) * slope_nF, case.dtype)
-        dup_nF = numbers.round(dhidden_nF * numbers.round(gate_nF * sigmoid_nF, case.wide), case.dtype)
+        dup_nF = numbers.round(dhidden_nF * act_nF, case.dtype)
         through_gate_nD = numbers.summand(dgate_nF, case.hidden, case.wide) @ w.w_gate[g].T
         through_up_nD = numbers.summand(dup_nF, case.hidden, case.wide) @ w.w_up[g].T
         dx_PTKD[p, t, k] = numbers.round(through_gate_nD, case.dtype) + numbers.round(through_up_nD, case.dtype)

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from parity.judge.blame import Blame, blame
+from parity.judge.blame import Blame
 from parity.judge.compare import LISTED, Check, Row, Where
 from parity.judge.picture import Magnitude
 from parity.judge.records import CaseRecord, Report
 from parity.report.terminal import SHORT, describe, headline, place, repeat
 from parity.run.faults import FAULTS
-from parity.run.trace import STAGES
+from parity.oracle.quantities import STAGES
 
 DRAWN = 40  # cases with charts, those that fail first: one takes some 80 kB, and a browser has to hold them all
 MODES = {"isolated": "alone", "e2e": "in the layer", "repeat": "run twice"}
@@ -138,7 +138,7 @@ def page(report: Report) -> str:
 
 def _view(report: Report, id: str, name: str) -> View:
     record, checks = report.cases[name], report.checks[name]
-    verdict = blame(checks)
+    verdict = report.blamed(name)
     return View(
         id, name, record, checks,
         False if verdict else True if any(check.rows for check in checks) else None,

@@ -8,12 +8,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from parity.judge.blame import Blame, blame
+from parity.judge.blame import Blame
 from parity.judge.compare import Check, Where
 from parity.judge.records import CaseRecord, Report
-from parity.run.backend import BACKENDS
+from parity.oracle.quantities import STAGES
 from parity.run.faults import Fault
-from parity.run.trace import STAGES
 
 SHORT = {
     "route": "1 route",
@@ -42,7 +41,7 @@ def table(report: Report) -> Table:
         case, found = record.case, report.checks[name]
         strip = Text.assemble(*(_mark(c for c in found if c.mode == "isolated" and c.stage == s) for s in STAGES))
         end_to_end = _mark(c for c in found if c.mode != "isolated")
-        dropped = sum(map(sum, record.picture.dropped)) if {"jax", "torch-static"} & record.seconds.keys() else "-"
+        dropped = sum(map(sum, record.picture.dropped)) if drops(report, record) else "-"
         closest = max((c.worst for c in found if not c.bitwise), default=math.nan)
         shown = f"{closest:.2f}" if closest < 1000 else ">999"
         result.add_row(
@@ -50,6 +49,11 @@ def table(report: Report) -> Table:
             str(dropped), strip, Text.assemble(end_to_end), shown, f"{sum(record.seconds.values()):.1f}",
         )  # fmt: skip
     return result
+
+
+def drops(report: Report, record: CaseRecord) -> bool:
+    """Whether some backend of the case has a capacity, so that rows could be dropped."""
+    return any(report.backends[name].layout == "static" for name in record.seconds)
 
 
 def _failed(report: Report, name: str) -> bool:
@@ -67,7 +71,7 @@ def failures(report: Report) -> Group:
     """For each case that failed: who is wrong, at which stage first, the worst row, and the command that repeats it."""
     lines: list[Text] = []
     for name, record in report.cases.items():
-        verdict = blame(report.checks[name])
+        verdict = report.blamed(name)
         if verdict is None:
             continue
         check = verdict.check
@@ -82,16 +86,16 @@ def failures(report: Report) -> Group:
 
 def headline(verdict: Blame) -> str:
     """Who is wrong, at which stage first, and how that was seen."""
-    who = "both sides differ from the oracle" if len(verdict.sides) > 1 else f"{verdict.sides[0]} is wrong"
+    who = "both differ from the oracle" if len(verdict.backends) > 1 else f"{verdict.backends[0]} is wrong"
     how = "fed the oracle's input" if verdict.check.mode == "isolated" else "in the whole layer"
     return f"{who} at stage {SHORT[verdict.stage]}, {verdict.direction}, {how}"
 
 
 def repeat(report: Report, record: CaseRecord, verdict: Blame) -> str:
-    """The command that repeats just this failure: its case, the side that is wrong, the fault if one was planted."""
-    side = f" --backend {verdict.sides[0]}" if len(verdict.sides) == 1 else ""
+    """The command that repeats just this failure: its case, the backend that is wrong, the fault if one was planted."""
+    only = f" --backend {verdict.backends[0]}" if len(verdict.backends) == 1 else ""
     fault = f" --fault {report.header.planted}" if report.header.planted else ""
-    return f"{record.command}{side}{fault}"
+    return f"{record.command}{only}{fault}"
 
 
 def describe(check: Check) -> str:
@@ -160,8 +164,8 @@ def summary(reports: Mapping[str, Report]) -> Table:
         foot, about = report.footer, [record.environment for record in report.cases.values()]
         closest = max((c.worst for found in report.checks.values() for c in found if not c.bitwise), default=math.nan)
 
-        def stated(what: str, about: list = about) -> str:
-            found = [one.get(backend, {}).get(what, "") for backend in BACKENDS for one in about]
+        def stated(what: str, about: list = about, names: list = [*report.backends]) -> str:  # noqa: B006
+            found = [one.get(backend, {}).get(what, "") for backend in names for one in about]
             return ", ".join(dict.fromkeys(filter(None, found))) or "-"
 
         result.add_row(
@@ -176,13 +180,13 @@ class Found(NamedTuple):
     """What came of planting a fault."""
 
     caught: bool
-    side: str
+    backend: str
     stage: str
     how: str
 
 
 def fault_table(faults: Sequence[tuple[Fault, Found | None]]) -> Table:
-    """The planted faults, and where they were run: caught, and blamed on the right side and stage?"""
+    """The planted faults, and where they were run: caught, and blamed on the right backend and stage?"""
     ran = any(found for _, found in faults)
     result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("fault", "stage", "preset", *(("caught", "blamed") if ran else ("what it does",))):
@@ -191,8 +195,8 @@ def fault_table(faults: Sequence[tuple[Fault, Found | None]]) -> Table:
         if found is None:
             result.add_row(fault.name, SHORT[fault.stage], fault.preset, fault.sentence)
             continue
-        right = (found.side, found.stage) == (fault.side, fault.stage)
-        blamed = Text("right", "green") if right else Text(f"WRONG: {found.side} {found.stage}", "bold red")
+        right = (found.backend, found.stage) == (fault.backend, fault.stage)
+        blamed = Text("right", "green") if right else Text(f"WRONG: {found.backend} {found.stage}", "bold red")
         result.add_row(
             fault.name, SHORT[fault.stage], fault.preset,
             Text("yes", "green") if found.caught else Text("NO", "bold red"), blamed,

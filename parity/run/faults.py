@@ -8,9 +8,8 @@ import shutil
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
 
-from parity.run.trace import STAGES
+from parity.oracle.quantities import STAGES
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ("torch_impl", "jax_impl", "parity")
@@ -21,7 +20,7 @@ class Fault:
     """One planted fault: where, what, and a preset that shows it."""
 
     name: str
-    side: Literal["torch", "jax", "torch-static"]
+    backend: str
     stage: str
     sentence: str
     file: str
@@ -74,7 +73,7 @@ _TORCH = [
      "gradient is not.", "routing.py",
      "(score_TK.sum(dim=-1, keepdim=True) + 1e-20)", "(score_TK.sum(dim=-1, keepdim=True).detach() + 1e-20)", "sigmoid"),
     ("partial-gradients-not-summed", "route", "Each rank keeps its own part of the router's gradient.",
-     "../parity/run/in_torch.py", "        dist.all_reduce(a)\n", "        pass\n", "zipf"),
+     "../parity/run/torch_ranks.py", "        dist.all_reduce(a)\n", "        pass\n", "zipf"),
     ("unstable-sort", "group_by_expert", "Assignments with the same expert come in another order.", "layout.py",
      "key_N.argsort(stable=True)",
      "(key_N * 10**6 - torch.arange(key_N.numel(), device=key_N.device)).argsort()", "zipf"),
@@ -265,16 +264,16 @@ _TORCH_STATIC = [
      "return _AllToAll.apply(y_BCD, group)", "return _AllToAll.apply(y_BCD, group).roll(1, 0)", "zipf"),
 ]  # fmt: skip
 
-_SIDES: tuple[tuple[Literal["torch", "jax", "torch-static"], str, list], ...] = (
+_PLANTED = (
     ("torch", "torch_impl", _TORCH),
     ("jax", "jax_impl", _JAX),
     ("torch-static", "torch_impl/static", _TORCH_STATIC),
 )
 FAULTS = {
-    f"{side}-{name}": Fault(
-        f"{side}-{name}", side, stage, sentence, file.removeprefix("../") if "/" in file else f"{folder}/{file}", *more
+    f"{backend}-{name}": Fault(
+        f"{backend}-{name}", backend, stage, sentence, file.removeprefix("../") if "/" in file else f"{folder}/{file}", *more
     )
-    for side, folder, faults in _SIDES
+    for backend, folder, faults in _PLANTED
     for name, stage, sentence, file, *more in faults
 }  # fmt: skip
 

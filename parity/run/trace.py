@@ -1,4 +1,4 @@
-"""What a runner returns: every array of a run, by name, and where it came from."""
+"""What a run returns: every array of it, by name, and where it came from."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,34 +9,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from parity.cases.case import Case
-from parity.oracle.rows import Strategy
+from parity.oracle.rows import Layout
+from parity.run.backend import Backend
+from parity.run.ours import BACKENDS
 
 Array = np.ndarray
-
-# The nine stages, in order.
-STAGES = (
-    "route",
-    "group_by_expert",
-    "exchange_counts",
-    "send_tokens",
-    "to_expert_major",
-    "apply_experts",
-    "to_rank_major",
-    "return_tokens",
-    "combine",
-)
 
 
 @dataclass
 class Trace:
-    """One runner's arrays of one case: name -> one array per rank (one in all, for what is summed over ranks).
+    """One run's arrays of one case: name -> one array per rank (one in all, for what is summed over ranks).
 
-    A name is `mode/stage/value`: mode `e2e` or `isolated`, value as in `compare.QUANTITIES`.
+    A name is mode/stage/value: mode isolated, e2e or repeat, and the rest a name of `oracle.quantities.QUANTITIES`.
     """
 
     case: Case
-    backend: str
-    strategy: Strategy
+    backend: Backend
     environment: dict[str, str]
     seconds: float = 0.0
     arrays: dict[str, list[Array]] = field(default_factory=dict)
@@ -49,16 +37,20 @@ class Trace:
         }
         about = {
             "case": msgspec.json.encode(self.case).decode(),
-            "backend": self.backend,
-            "strategy": self.strategy,
+            "backend": msgspec.json.encode(self.backend).decode(),
             "environment": msgspec.json.encode(self.environment).decode(),
             "seconds": str(self.seconds),
         }
-        save_file(tensors, folder / f"{self.case.name}.{self.backend}.safetensors", metadata=about)
+        save_file(tensors, folder / f"{self.case.name}.{self.backend.name}.safetensors", metadata=about)
 
     @staticmethod
     def load(path: Path) -> "Trace":
-        """Read what `save` wrote. Raises ValueError on anything else."""
+        """Read what `save` wrote, or another program: its metadata need `case` and `backend`, which may be a name.
+
+        Of a backend known by name only, what the file holds is what it provides, and `layout` says how rows lie.
+
+        Raises ValueError on anything else.
+        """
         try:
             return Trace._load(path)
         except SafetensorError as error:
@@ -66,20 +58,32 @@ class Trace:
 
     @staticmethod
     def _load(path: Path) -> "Trace":
+        arrays: dict[str, list[Array]] = {}
         with safe_open(path, framework="numpy") as f:
             about = f.metadata() or {}
-            if "backend" not in about:
+            if not {"backend", "case"} <= about.keys():
                 raise ValueError(f"{path} is not a trace written by `python -m parity check --save`")
-            trace = Trace(
-                msgspec.json.decode(about["case"], type=Case),
-                about["backend"],
-                msgspec.convert(about["strategy"], Strategy),
-                msgspec.json.decode(about["environment"], type=dict[str, str]),
-                float(about["seconds"]),
-            )
             for key in sorted(f.keys(), key=lambda key: (key.rsplit("/", 1)[0], int(key.rsplit("/", 1)[1]))):
-                trace.arrays.setdefault(key.rsplit("/", 1)[0], []).append(f.get_tensor(key))
-        return trace
+                arrays.setdefault(key.rsplit("/", 1)[0], []).append(f.get_tensor(key))
+        try:
+            return Trace(
+                msgspec.json.decode(about["case"], type=Case),
+                _backend(about, arrays),
+                msgspec.json.decode(about.get("environment", "{}"), type=dict[str, str]),
+                float(about.get("seconds", 0)),
+                arrays,
+            )
+        except ValueError as error:  # msgspec's are, too
+            raise ValueError(f"{path} is no trace: {error}") from error
+
+
+def _backend(about: dict[str, str], arrays: dict[str, list[Array]]) -> Backend:
+    if about["backend"].startswith("{"):
+        return msgspec.json.decode(about["backend"], type=Backend)
+    if about["backend"] in BACKENDS:
+        return BACKENDS[about["backend"]]
+    layout = msgspec.convert(about.get("layout", "opaque"), Layout)
+    return Backend(about["backend"], about.get("framework", ""), layout, tuple(arrays))
 
 
 def differing_bits(a: np.ndarray, b: np.ndarray) -> np.ndarray:

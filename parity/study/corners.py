@@ -25,7 +25,8 @@ from rich.table import Table
 from parity.bench.plan import Figure
 from parity.cases.case import Case
 from parity.cases.presets import MODELS
-from parity.run.backend import BACKENDS, framework, gpus
+from parity.run.ours import BACKENDS
+from parity.run.supervisor import gpus
 from parity.study.sweep import Routing, counts, measure, zipf_routing
 
 # XLA's for its exchanges on GPUs (jaxlib 0.10.2 and 0.11.2), each against none of them. Of a flag that the jaxlib at
@@ -79,17 +80,17 @@ def run(plan: Plan, flags: str = "", cpu: bool = True) -> Figure:
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
     if cpu:
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    module = f"parity.study.corners_in_{framework(plan.corner)}"
+    module = f"parity.study.corners_in_{BACKENDS[plan.corner].framework}"
     command = [sys.executable, "-m", module, msgspec.json.encode(plan).decode()]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     except subprocess.TimeoutExpired:
-        return Figure("", framework(plan.corner), "", "", "", 0, 0, 0, 0, error="no figure in 120 s")
+        return Figure("", BACKENDS[plan.corner].framework, "", "", "", 0, 0, 0, 0, error="no figure in 120 s")
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         said = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*Error: ", line)]
         last = (said or done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Figure("", framework(plan.corner), "", "", "", 0, 0, 0, 0, error=last[:500])
+        return Figure("", BACKENDS[plan.corner].framework, "", "", "", 0, 0, 0, 0, error=last[:500])
     return msgspec.json.decode(lines[-1], type=Figure)
 
 
@@ -97,7 +98,7 @@ def corners(plan: Plan, factors: tuple[str, ...], flags: bool, cpu: bool) -> Ite
     """Each corner's figure, and the rate of assignments that it drops."""
     routing = routing_of(plan)
     for corner in BACKENDS:
-        static = corner in ("jax", "torch-static")
+        static = BACKENDS[corner].layout == "static"
         for factor in dict.fromkeys([no_drop_factor(routing), *factors]) if static else [None]:
             one = msgspec.structs.replace(plan, corner=corner, factor=factor)
             dropped = measure(routing, factor, "rank", "token").dropped if static else 0.0

@@ -15,7 +15,7 @@ from parity.bench.in_jax import measure as timed
 from parity.bench.in_jax import program
 from parity.bench.plan import Plan as Timing
 from parity.bench.plan import emit
-from parity.run.in_jax import AXIS, over_ranks, put
+from parity.run.jax_ranks import AXIS, over_ranks, put
 from parity.study.corners import Plan, routing_of
 
 

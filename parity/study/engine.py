@@ -57,7 +57,7 @@ class Study(msgspec.Struct):
 
 def run_study(asked: Asked, bar: Progress) -> Study:
     """Sweep, simulate, run the small dispatch and, where asked, train. Whatever happens, no process is left."""
-    study = Study(header())
+    study = Study(header([]))
     workers = min(os.cpu_count() or 1, 8)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         jobs: dict[Future, tuple[str, int]] = {}

@@ -1,0 +1,84 @@
+"""What each array of a run should hold, and how far off each number may be."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity.cases.case import Case
+from parity.oracle.evaluation import Evaluation
+from parity.oracle.problem import Problem
+from parity.oracle.quantities import Quantity, quantity_of
+from parity.oracle.rows import Layout
+from parity.oracle.tolerances import DRAWS, allowance
+
+Array = np.ndarray
+
+# NumPy lets go of the interpreter's lock on large arrays.
+THREADS = ThreadPoolExecutor()
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an array should hold, in a form that no layout touches: the axes of its quantity, rows by row number."""
+
+    name: str  # mode/stage/value
+    quantity: Quantity
+    values: Array
+    allowed: Array | None  # None: bitwise
+    dtype: str
+    case: Case
+
+    @property
+    def mode(self) -> str:
+        """isolated, e2e or repeat."""
+        return self.name.split("/")[0]
+
+    @property
+    def axes(self) -> str:
+        """Of the values; of a repetition, one number."""
+        return "" if self.mode == "repeat" else self.quantity.axes
+
+
+class Oracle:
+    """The exact evaluation of a problem and its draws, kept for every array that is asked for."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.exact, self.draws = Evaluation(problem), [Evaluation(problem, i) for i in range(DRAWS)]
+
+    def expected(self, names: Iterable[str], layout: Layout) -> dict[str, Expected]:
+        """What the arrays of these names should hold, but for those of which the case has nothing to compare.
+
+        Raises ValueError on a name that is no quantity's.
+        """
+        asked = {name: quantity for name in names if (quantity := quantity_of(name)).asks(self.problem.case)}
+        arithmetic = [name for name, quantity in asked.items() if not _bitwise(name, quantity)]
+
+        def evaluated(one: Evaluation) -> dict[str, Array]:
+            return {name: _value(one, name, asked[name], layout) for name in arithmetic}
+
+        drawn = list(THREADS.map(evaluated, self.draws))
+        return {
+            name: self._expected(name, quantity, layout, [draw[name] for draw in drawn if name in draw])
+            for name, quantity in asked.items()
+        }
+
+    def _expected(self, name: str, quantity: Quantity, layout: Layout, drawn: list[Array]) -> Expected:
+        if name.startswith("repeat"):
+            return Expected(name, quantity, np.zeros(1), None, "int", self.problem.case)
+        case, exact = self.problem.case, _value(self.exact, name, quantity, layout)
+        dtype = {"case": case.dtype, "wide": case.wide, "int": "int"}[quantity.dtype]
+        return Expected(name, quantity, exact, allowance(exact, drawn, dtype) if drawn else None, dtype, case)
+
+
+def _bitwise(name: str, quantity: Quantity) -> bool:
+    return name.startswith("repeat") or quantity.bitwise(name.split("/")[0])
+
+
+def _value(one: Evaluation, name: str, quantity: Quantity, layout: Layout) -> Array:
+    values = getattr(quantity, name.split("/")[0])(one, layout)
+    if quantity.axes[0] == "A":
+        return values.reshape(-1, *values.shape[values.ndim - quantity.axes.count("D") :])
+    return values

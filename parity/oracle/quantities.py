@@ -1,0 +1,219 @@
+"""The one table of what can be compared. What a run must hold, how it is judged, where a number lies: all from here.
+
+A value is what a stage returns or a gradient of what it takes, under the name that the implementations give it: `slot`
+of `group_by_expert` is `Grouped.slot_TK`. To compare one more, add its row here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+
+from parity.cases.case import Case
+from parity.oracle.evaluation import Evaluation, Value
+from parity.oracle.rows import Layout, indices, positions_by_row
+
+Array = np.ndarray
+
+# The nine stages, in order.
+STAGES = (
+    "route",
+    "group_by_expert",
+    "exchange_counts",
+    "send_tokens",
+    "to_expert_major",
+    "apply_experts",
+    "to_rank_major",
+    "return_tokens",
+    "combine",
+)
+
+# isolated: a stage fed the oracle's values. e2e: the whole layer. repeat: how many numbers of the whole layer differ
+# when it runs on the same inputs again.
+Mode = Literal["isolated", "e2e", "repeat"]
+WEIGHTS = ("gate", "up", "down")
+SEEN: tuple[Layout, ...] = tuple(layout for layout in get_args(Layout) if layout != "opaque")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One row: what it is, its axes, how it is judged, and the oracle's value in each mode that has it."""
+
+    name: str  # stage/value
+    axes: str  # letters; A: assignments of all ranks, known by (source rank, token, k) wherever their row lies
+    dtype: Literal["case", "wide", "int"]
+    judged: Literal["bits", "allowance", "choice"]
+    isolated: Value | None = None
+    e2e: Value | None = None
+    backward: bool = False
+    order: str = ""  # of rows: the table in `rows` that says where each lies
+    zero_padding: tuple[Mode, ...] = ()  # modes in which the rows between are promised to be zero
+    past_the_end: Callable[[Case, int], int] | None = None  # of an index: what stands in padding, given the rows there
+    layouts: tuple[Layout, ...] = field(default=SEEN)
+    computed_e2e: bool = False  # bits that are moved on their own, but numbers that were computed in the whole layer
+    asks: Callable[[Case], bool] = lambda case: True  # noqa: ARG005  cases in which there is something to compare
+
+    @property
+    def stage(self) -> str:
+        """The stage that makes it."""
+        return self.name.split("/")[0]
+
+    @property
+    def value(self) -> str:
+        """Its name within the stage."""
+        return self.name.split("/")[1]
+
+    def bitwise(self, mode: str) -> bool:
+        """Whether it must be equal bit for bit in this mode."""
+        return self.judged != "allowance" and not (mode == "e2e" and self.computed_e2e)
+
+    def padding(self, mode: str, case: Case, rows: int) -> int | None:
+        """What stands between the rows of an array of so many, or None where nothing is promised."""
+        if self.past_the_end:
+            return self.past_the_end(case, rows)
+        return 0 if mode in self.zero_padding else None
+
+    @property
+    def summed(self) -> bool:
+        """Whether it is the same on all ranks, as a sum over them: one array may stand for all."""
+        return self.axes[0] not in "PEA"
+
+    def names(self) -> list[str]:
+        """mode/stage/value, for each mode that has it."""
+        modes = [*["isolated"] * (self.isolated is not None), *["e2e", "repeat"] * (self.e2e is not None)]
+        return [f"{mode}/{self.name}" for mode in modes]
+
+
+def _layer(field: str) -> Value:
+    return lambda o, _: getattr(o.layer, field)
+
+
+def _slot(o: Evaluation, layout: Layout) -> Array:
+    table = o.table(layout)
+    return np.stack([indices(o.case, table, rank)["slot"] for rank in range(o.case.ranks)])
+
+
+_x: Value = lambda o, _: o.x_rows  # noqa: E731
+_y: Value = lambda o, _: o.y  # noqa: E731
+_dx: Value = lambda o, _: o.dx_rows  # noqa: E731
+_dy: Value = lambda o, _: o.dy  # noqa: E731
+_order: Value = lambda o, _: o.problem.order_probe()[1]  # noqa: E731
+_counts: Value = lambda o, layout: o.received(layout)  # noqa: E731
+_dropped: Value = lambda o, _: o.sent("dynamic") - o.sent("static")  # noqa: E731
+_BOTH: tuple[Mode, ...] = ("isolated", "e2e")
+_ALONE: tuple[Mode, ...] = ("isolated",)
+_WHOLE: tuple[Mode, ...] = ("e2e",)
+
+
+def _assignment(o: Evaluation, _: Layout) -> Array:
+    return np.tile(np.arange(o.case.assignments), o.case.ranks)
+
+
+def _weight(name: str, axes: str, i: int) -> Quantity:
+    alone: Value = lambda o, _: o.experts_backward[1][i]  # noqa: E731
+    return Quantity(f"apply_experts/{name}", axes, "case", "allowance", alone, _layer(name), backward=True)
+
+
+_TABLE = [
+    Quantity("route/expert_id", "P T K", "int", "choice", lambda o, _: o.problem.expert_id),
+    Quantity("route/score", "P T K", "wide", "allowance", lambda o, _: o.score_of_others, _layer("score")),
+    Quantity("route/counts", "P E", "int", "bits", lambda o, _: o.counts_of_others, lambda o, _: o.sent("dynamic")),
+    Quantity("route/dx", "P T D", "case", "allowance", lambda o, _: o.route_backward[0], _layer("dx"), backward=True),
+    Quantity(
+        "route/drouter", "D E", "wide", "allowance", lambda o, _: o.route_backward[1], _layer("drouter"), backward=True
+    ),
+    Quantity("group_by_expert/x", "A D", "case", "bits", _x, _x, order="grouped", zero_padding=_BOTH),
+    Quantity("group_by_expert/slot", "P T K", "int", "bits", _slot, _slot),
+    Quantity(
+        "group_by_expert/assignment", "A", "int", "bits",
+        _assignment, _assignment,
+        order="grouped", past_the_end=lambda case, _: case.assignments,
+    ),
+    Quantity("group_by_expert/dx", "P T D", "case", "allowance", lambda o, _: o.dx_of_group, backward=True),
+    Quantity(
+        "group_by_expert/dx_order", "P T D", "case", "bits", _order, backward=True, asks=lambda case: case.top_k >= 3
+    ),
+    Quantity(
+        "group_by_expert/capacity", "P", "int", "bits", lambda o, _: np.full(o.case.ranks, o.case.capacity),
+        layouts=("static",),
+    ),
+    Quantity("group_by_expert/dropped", "P E", "int", "bits", e2e=_dropped, layouts=("static",)),
+    Quantity(
+        "group_by_expert/dropped_in_all", "P", "int", "bits", e2e=lambda o, _: _dropped(o, "static").sum(axis=1),
+        layouts=("static",),
+    ),
+    Quantity("exchange_counts/counts", "P P e", "int", "bits", _counts, _counts),
+    *(
+        Quantity(f"exchange_counts/{name}", "P P", "int", "bits", value, value, layouts=("dynamic", "ragged"))
+        for name, value in (
+            ("send", lambda o, layout: o.sent(layout).reshape(o.case.ranks, o.case.ranks, -1).sum(axis=2)),
+            ("receive", lambda o, layout: o.received(layout).sum(axis=2)),
+        )
+    ),
+    Quantity("send_tokens/x", "A D", "case", "bits", _x, _x, order="received", zero_padding=_WHOLE),
+    Quantity("send_tokens/dx", "A D", "case", "bits", _dx, order="grouped", backward=True),
+    Quantity("to_expert_major/x", "A D", "case", "bits", _x, _x, order="expert_major", zero_padding=_BOTH),
+    *(
+        Quantity(
+            f"to_expert_major/{name}", "A", "int", "bits", value, value,
+            order=order, past_the_end=lambda _, rows: rows,
+        )
+        for name, order, value in (
+            ("source", "expert_major", lambda o, layout: positions_by_row(o.case, o.table(layout)["received"])),
+            ("target", "received", lambda o, layout: positions_by_row(o.case, o.table(layout)["expert_major"])),
+        )
+    ),
+    Quantity(
+        "to_expert_major/dx", "A D", "case", "bits", _dx, order="received", backward=True, zero_padding=_ALONE
+    ),
+    Quantity("apply_experts/y", "A D", "case", "allowance", _layer("y"), _layer("y"), order="expert_major"),
+    Quantity(
+        "apply_experts/dx", "A D", "case", "allowance", lambda o, _: o.experts_backward[0],
+        order="expert_major", backward=True,
+    ),
+    _weight("dw_gate", "E D F", 0),
+    _weight("dw_up", "E D F", 1),
+    _weight("dw_down", "E F D", 2),
+    Quantity(
+        "to_rank_major/y", "A D", "case", "bits", _y, _layer("y"),
+        order="received", zero_padding=_BOTH, computed_e2e=True,
+    ),
+    Quantity("to_rank_major/dy", "A D", "case", "bits", _dy, order="expert_major", backward=True, zero_padding=_ALONE),
+    Quantity(
+        "return_tokens/y", "A D", "case", "bits", _y, _layer("y"),
+        order="grouped", zero_padding=_WHOLE, computed_e2e=True,
+    ),
+    Quantity("return_tokens/dy", "A D", "case", "bits", _dy, order="received", backward=True),
+    Quantity("combine/out", "P T D", "case", "allowance", lambda o, _: o.out_of_combine, _layer("out")),
+    Quantity(
+        "combine/dy", "A D", "case", "allowance", lambda o, _: o.combine_backward[0],
+        order="grouped", backward=True, zero_padding=_ALONE,
+    ),
+    Quantity(
+        "combine/dscore", "P T K", "wide", "allowance", lambda o, _: o.combine_backward[1], _layer("dscore"),
+        backward=True,
+    ),
+    Quantity("combine/order", "P T D", "case", "bits", _order, asks=lambda case: case.top_k >= 3),
+]  # fmt: skip
+
+QUANTITIES = {quantity.name: quantity for quantity in _TABLE}
+
+
+def names(layout: Layout) -> tuple[str, ...]:
+    """mode/stage/value of all that a backend of this layout has which returns every intermediate."""
+    return tuple(name for quantity in _TABLE if layout in quantity.layouts for name in quantity.names())
+
+
+# What a layer gives that shows nothing of its inside: the output and five gradients.
+OUTSIDE = ("e2e/combine/out", "e2e/route/dx", "e2e/route/drouter", *(f"e2e/apply_experts/dw_{w}" for w in WEIGHTS))
+
+
+def quantity_of(name: str) -> Quantity:
+    """The row of a name mode/stage/value. Raises ValueError where there is none."""
+    rest = name.partition("/")[2]
+    if rest not in QUANTITIES or name not in QUANTITIES[rest].names():
+        raise ValueError(
+            f"{name} is no quantity: there are {', '.join(QUANTITIES)}, each as isolated/, e2e/ or repeat/"
+        )
+    return QUANTITIES[rest]

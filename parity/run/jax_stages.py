@@ -1,0 +1,405 @@
+"""The stages of a case in JAX, each on its own and all of them as the layer, and their compiled programs."""
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_impl import dynamic, exchange, experts, grouping, layer, layout, routing
+from jax_impl.dynamic import exchange as dynamic_exchange
+from jax_impl.dynamic import grouping as dynamic_grouping
+from jax_impl.dynamic import layout as dynamic_layout
+from jax_impl.grouping import Capacity, plan_capacity
+from parity.cases.case import Case
+from parity.oracle import reference
+from parity.oracle.problem import Problem
+from parity.oracle.rows import Layout, indices, lay_out, row_tables
+from parity.oracle.windows import STRIDE, Windows
+from parity.run import jax_ranks
+from parity.run.backend import Backend, Setting, resolve
+from parity.run.jax_ranks import AXIS, fetch, over_ranks, put
+from parity.run.naming import MAIN, named, named_stages
+from parity.run.trace import Trace, differing_bits
+
+Arrays = dict[str, jax.Array]
+
+
+def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
+    """Run this process's share of the problems in `folder` and save the traces there.
+
+    Cases that share a compilation go to the same share, one after the other.
+    """
+    cases = {path: Problem.load(path).case for path in sorted(folder.glob("*.problem"))}
+    by_program: dict[tuple[Case, Capacity], list[Path]] = {}
+    for path, case in cases.items():
+        by_program.setdefault((_static(case), _capacity(case)), []).append(path)
+    paths = [path for same in list(by_program.values())[setting.share :: setting.shares] for path in same]
+    jax_ranks.run_all(backend, folder, setting, {path: cases[path].ranks for path in paths}, run)
+
+
+def run(problem: Problem, backend: Backend, how: str) -> Trace:
+    """All ranks of a problem: on these inputs, on others, and on these again, which must give the same bits."""
+    case = problem.case
+    stages_of: type[Static] | type[Ragged] = resolve(backend.stages)
+    trace = Trace(case, backend, environment())
+    with jax.enable_x64(case.dtype == "float64"):
+        wanted = frozenset(backend.provides)
+        end_to_end, isolated = programs(stages_of, _static(case), _capacity(case), case.capacity, how, wanted)
+        weights = _weights(problem, how)
+
+        def whole(problem: Problem) -> dict[str, np.ndarray]:
+            inputs = put(stages_of.inputs(problem), case.ranks, how)
+            with jax.transfer_guard_device_to_host("disallow"):
+                arrays = jax.block_until_ready(end_to_end(weights, inputs))
+            return fetch(arrays, how)
+
+        first = whole(problem)
+        for other in problem.steps_between():
+            whole(other)
+        again = whole(problem)
+        arrays = again | fetch(isolated(weights, put(_feeds(problem, stages_of), case.ranks, how)), how)
+    trace.arrays = {name: _per_rank(name, a) for name, a in arrays.items()}
+    for name, before in first.items():
+        repeat = [differing_bits(a, b) for a, b in zip(_per_rank(name, before), trace.arrays[name], strict=True)]
+        trace.arrays[name.replace("e2e", "repeat", 1)] = repeat
+    return trace
+
+
+def _weights(problem: Problem, how: str) -> Arrays:
+    """[P, e, ...]; those of real size are put together from their bank where they are needed."""
+    P, e = problem.case.ranks, problem.case.experts // problem.case.ranks
+    split = None if how == "vmap" or P == 1 else jax_ranks.sharding(P, True)
+
+    def on_devices(w: np.ndarray | Windows) -> jax.Array:
+        if not isinstance(w, Windows):
+            return put({"w": w.reshape(P, e, *w.shape[1:])}, P, how)["w"]
+        _, rows, columns = w.shape
+
+        def windows(bank):
+            starts = jnp.arange(P * e) * STRIDE
+            flat = jax.vmap(lambda start: jax.lax.dynamic_slice(bank, (start,), (rows * columns,)))(starts)
+            return flat.reshape(P, e, rows, columns)
+
+        bank = put({"router": w.bank}, P, how)["router"]
+        return jax.jit(windows, out_shardings=split)(bank)
+
+    return {name: on_devices(w) for name, w in problem.weights._asdict().items()}
+
+
+def _per_rank(name: str, a: np.ndarray) -> list[np.ndarray]:
+    """One array per rank; the end-to-end router gradient, of a replicated argument, is one for all."""
+    return [np.asarray(a)] if name == "e2e/route/drouter" else list(np.asarray(a))
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices, for the report."""
+    about = {"jax": jax.__version__, "python": platform.python_version(), "platform": platform.platform()}
+    waits = {} if jax.default_backend() == "cpu" else {"host waits": "0 a step"}  # more raise, see `run`
+    return about | {"devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"} | waits
+
+
+def _static(case: Case) -> Case:
+    """The case less what does not change the program: cases that differ in these share one compilation."""
+    irrelevant = ("name", "pattern", "seed", "recording", "capacity_factor", "capacity_per", "priority", "align")
+    return replace(case, **{field: getattr(Case(), field) for field in irrelevant})
+
+
+# Compiling is most of what a check costs on a CPU, and the code for stages on their own runs once. The whole layer is
+# compiled as users compile it.
+_COMPILED_QUICKLY = {"cpu": {"xla_backend_optimization_level": 0}}
+
+
+class Static:
+    """`jax_impl`'s stages of a case, called as those of `Ragged`; rows come and go as [rows, D], whatever their bins.
+
+    The whole layer runs with its own capacity; a stage on its own is fed bins of the oracle's.
+    """
+
+    layout: Layout = "static"
+
+    def __init__(self, case: Case, planned: Capacity, oracle_rows: int, axis: str | None, feeds: Arrays) -> None:
+        self.planned, self.capacity, self.axis = planned, planned._replace(rows=oracle_rows), axis
+        self.how = experts.Experts(*case.expert)
+        per_rank = planned.n_bins == case.ranks
+        self.major = (case.ranks * oracle_rows,) if per_rank else (case.experts // case.ranks, -1)
+        self.counts_Pe = feeds["counts_Pe"]
+
+    @staticmethod
+    def inputs(problem: Problem) -> dict[str, np.ndarray]:
+        return {name: getattr(problem, name) for name in ("x", "router", "expert_id", "dout")}
+
+    def in_bins(self, rows: jax.Array) -> jax.Array:
+        return rows.reshape(self.capacity.n_bins, self.capacity.rows, *rows.shape[1:])
+
+    def group_by_expert(self, x, ids, score, counts):
+        return grouping.group_by_expert(x, ids, score, counts, self.capacity)
+
+    def exchange_counts(self, counts):
+        return exchange.exchange_counts(counts, self.axis)
+
+    def send_tokens(self, x):
+        return exchange.send_tokens(self.in_bins(x), self.axis)
+
+    def to_expert_major(self, x):
+        return layout.to_expert_major(self.in_bins(x), self.counts_Pe)
+
+    def apply_experts(self, x, *weights):
+        major = x.reshape(*self.major, x.shape[1])
+        return experts.apply_experts(major, self.counts_Pe.sum(axis=0), *weights, experts=self.how)
+
+    def to_rank_major(self, y, source, target):
+        major = y.reshape(*self.major, y.shape[1])
+        return layout.to_rank_major(major, source.reshape(major.shape[:-1]), self.in_bins(target))
+
+    def return_tokens(self, y):
+        return exchange.return_tokens(self.in_bins(y), self.axis)
+
+    def combine(self, y, score, keep, slot, assignment):  # noqa: ARG002
+        return grouping.combine(self.in_bins(y), score, slot, self.in_bins(assignment))
+
+    def planned_rows(self) -> Arrays:
+        return {"capacity": jnp.array(self.planned.rows)}
+
+    @staticmethod
+    def layer(case, capacity, axis, x, router, weights, chosen, keep) -> tuple[Any, tuple]:  # noqa: ARG004
+        """The whole layer, and what the gradient of the scores needs."""
+        how = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
+        stages = layer.moe_layer(x, router, *weights, **how, capacity=capacity, routing=chosen, axis_name=axis)
+        grouped = stages.grouped
+        return stages, (stages.returned_BCD, chosen.score_TK, grouped.slot_TK, grouped.assignment_BC)
+
+    @staticmethod
+    def weigh(y, score, slot, assignment, keep):  # noqa: ARG004
+        return grouping.combine(y, score, slot, assignment)
+
+
+class Ragged:
+    """`jax_impl.dynamic`'s stages of a case, in buffers of the most rows that a rank can receive."""
+
+    layout: Layout = "ragged"
+
+    def __init__(self, case: Case, planned: Capacity, oracle_rows: int, axis: str | None, feeds: Arrays) -> None:  # noqa: ARG002
+        self.case, self.axis, self.counts_Pe = case, axis, feeds["counts_Pe"]
+        self.how = experts.Experts(*case.expert)
+        _, self.splits = dynamic_exchange.exchange_counts(feeds["sent_E"], axis)
+
+    @staticmethod
+    def inputs(problem: Problem) -> dict[str, np.ndarray]:
+        return Static.inputs(problem) | {"keep": problem.keep}
+
+    def group_by_expert(self, x, ids, score, counts):  # noqa: ARG002
+        return dynamic_grouping.group_by_expert(x, ids, counts)
+
+    def exchange_counts(self, counts):
+        return dynamic_exchange.exchange_counts(counts, self.axis)
+
+    def send_tokens(self, x):
+        return dynamic_exchange.send_tokens(x, self.splits, self.case.most_received, self.axis)
+
+    def to_expert_major(self, x):
+        return dynamic_layout.to_expert_major(x, self.counts_Pe)
+
+    def apply_experts(self, x, *weights):
+        return experts.apply_experts(x, self.counts_Pe.sum(axis=0), *weights, experts=self.how)
+
+    def to_rank_major(self, y, source, target):
+        return dynamic_layout.to_rank_major(y, source, target)
+
+    def return_tokens(self, y):
+        return dynamic_exchange.return_tokens(y, self.splits, self.case.assignments, self.axis)
+
+    def combine(self, y, score, keep, slot, assignment):
+        return dynamic_grouping.combine(y, score * keep, slot, assignment)
+
+    def planned_rows(self) -> Arrays:
+        return {}
+
+    @staticmethod
+    def layer(case, capacity, axis, x, router, weights, chosen, keep) -> tuple[Any, tuple]:  # noqa: ARG004
+        """As `Static.layer`; what a capacity would drop has its score masked."""
+        how = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
+        masked = chosen._replace(score_TK=chosen.score_TK * keep)
+        stages = dynamic.moe_layer(x, router, *weights, **how, routing=masked, axis_name=axis)
+        grouped = stages.grouped
+        return stages, (stages.returned_ND, chosen.score_TK, grouped.slot_TK, grouped.assignment_N)
+
+    @staticmethod
+    def weigh(y, score, slot, assignment, keep):
+        return dynamic_grouping.combine(y, score * keep, slot, assignment)
+
+
+Stages = type[Static] | type[Ragged]
+
+
+@lru_cache(maxsize=4)  # cases with the same program come one after the other; more would only fill memory
+def programs(
+    stages_of: Stages, case: Case, capacity: Capacity, oracle_rows: int, how: str, wanted: frozenset[str]
+) -> tuple[Callable, Callable]:
+    """The whole layer and the stages on their own, each compiled once for all cases of these shapes."""
+    axis = AXIS if case.ranks > 1 else None
+    each = partial(over_ranks, P=case.ranks, how=how)
+
+    def provided(arrays: Arrays) -> Arrays:
+        return {name: a for name, a in arrays.items() if name in wanted}
+
+    def end_to_end(weights: Arrays, inputs: Arrays) -> Arrays:
+        return provided(_end_to_end(stages_of, case, capacity, axis, each, weights | inputs))
+
+    def isolated(weights: Arrays, feeds: Arrays) -> Arrays:
+        return provided(each(partial(_isolated, stages_of, case, capacity, oracle_rows, axis))(weights | feeds))
+
+    return jax.jit(end_to_end), jax.jit(isolated, compiler_options=_COMPILED_QUICKLY.get(jax.default_backend()))
+
+
+def _capacity(case: Case) -> Capacity:
+    return plan_capacity(
+        case.capacity_factor, case.tokens, case.top_k, case.experts, case.ranks,
+        case.capacity_per, case.priority, case.align,
+    )  # fmt: skip
+
+
+def _end_to_end(
+    stages_of: Stages, case: Case, capacity: Capacity, axis: str | None, each: Callable, whole: Arrays
+) -> Arrays:
+    """The whole layer and its gradients, with the oracle's expert ids."""
+    keep = whole.get("keep", whole["expert_id"])  # of use to the layout that asks for it
+
+    def forward(x, router, ids, keep, *weights):
+        chosen = routing.route(x, router, routing.Router(*case.router), expert_id_TK=ids)
+        stages, combined = stages_of.layer(case, capacity, axis, x, router, weights, chosen, keep)
+        return stages.out_TD, (named_stages(stages) | {"route/score": chosen.score_TK}, combined)
+
+    def differentiable(x, router, *weights):
+        return each(forward, replicated=(1,))(x, router, whole["expert_id"], keep, *weights)
+
+    inputs = tuple(whole[n] for n in ("x", "router", "w_gate", "w_up", "w_down"))
+    _, vjp, (values, combined) = jax.vjp(differentiable, *inputs, has_aux=True)
+    dx, drouter, *dw = vjp(whole["dout"])
+
+    def score_gradient(y, score, slot, assignment, keep, dout):
+        return jax.vjp(lambda score: stages_of.weigh(y, score, slot, assignment, keep), score)[1](dout)[0]
+
+    values |= {
+        "combine/dscore": each(score_gradient)(*combined, keep, whole["dout"]),
+        **{f"apply_experts/{name}": a for name, a in compared(case, dw).items()},
+        "route/drouter": drouter,
+        "route/dx": dx,
+    }
+    return {f"e2e/{name}": value for name, value in values.items()}
+
+
+def compared(case: Case, dw: Sequence[jax.Array]) -> Arrays:
+    """Of the weights' gradients, the rows that are compared."""
+    names = ("dw_gate", "dw_up", "dw_down")
+    rows = [case.compared_rows(a.shape[-2]) for a in dw]
+    return {n: a[..., r if isinstance(r, slice) else np.array(r), :] for n, a, r in zip(names, dw, rows, strict=True)}
+
+
+# What each isolated stage is fed: the oracle's value, and the row order it comes in. Padding is NaN where the stage
+# must not let it through, and zero where the stage before has promised that.
+_FEEDS = {
+    "x_grouped": ("x", "grouped", np.nan),
+    "x_received": ("x", "received", np.nan),
+    "x_expert_major": ("x", "expert_major", 0),
+    "y_expert_major": ("y", "expert_major", np.nan),
+    "y_received": ("y", "received", np.nan),
+    "y_grouped": ("y", "grouped", np.nan),
+    "dx_grouped": ("dx_rows", "grouped", np.nan),
+    "dx_received": ("dx_rows", "received", np.nan),
+    "dx_expert_major": ("dx_rows", "expert_major", np.nan),
+    "dy_expert_major": ("dy", "expert_major", 0),
+    "dy_received": ("dy", "received", np.nan),
+    "dy_grouped": ("dy", "grouped", np.nan),
+    "order_grouped": ("order", "grouped", np.nan),
+}
+
+
+def _feeds(problem: Problem, stages_of: Stages) -> dict[str, np.ndarray]:
+    case, P = problem.case, problem.case.ranks
+    table = row_tables(case, problem.expert_id, problem.keep, stages_of.layout)
+    rows = {"x": np.repeat(problem.x.reshape(-1, case.width), case.top_k, axis=0)}
+    rows |= {n: getattr(problem, n).reshape(-1, case.width) for n in ("y", "dy", "dx_rows")}
+    rows["order"] = np.where(problem.keep[..., None], problem.order_probe()[0], 0).reshape(-1, case.width)
+    feeds = {n: np.stack(lay_out(rows[of], table[where], fill)) for n, (of, where, fill) in _FEEDS.items()}
+    if case.bins == P or stages_of is Ragged:  # rows past the groups, which no expert may read
+        feeds["x_expert_major"] = np.stack(lay_out(rows["x"], table["expert_major"], np.nan))
+    feeds |= {n: getattr(problem, n) for n in ("x", "expert_id", "other_experts", "score", "dscore", "dout", "keep")}
+    sent_PE = reference.sent(case, problem.expert_id, problem.keep, stages_of.layout)
+    feeds |= {"sent_E": sent_PE.astype(np.int32), "counts_Pe": reference.received(case, sent_PE).astype(np.int32)}
+    index = [indices(case, table, rank) for rank in range(P)]
+    feeds |= {name: np.stack([i[name] for i in index]).astype(np.int32) for name in index[0]}
+    return feeds | {"router_of_rank": np.broadcast_to(problem.router, (P, *problem.router.shape))}
+
+
+def _isolated(
+    stages_of: Stages, case: Case, planned: Capacity, oracle_rows: int, axis: str | None, feeds: Arrays
+) -> Arrays:
+    """Every stage of one rank fed the oracle's input, forward and backward."""
+    out: Arrays = {}
+    stages = stages_of(case, planned, oracle_rows, axis, feeds)
+
+    def keep_values(stage: str, values: Arrays) -> None:
+        out.update({f"isolated/{stage}/{key}": value for key, value in values.items()})
+
+    def alone(stage: str, f: Callable[..., Any], inputs: Arrays, cotangent: jax.Array) -> Arrays:
+        """What the stage returns, and the gradient of each input from the cotangent of what the next stage takes."""
+
+        def named_result(*leaves: jax.Array) -> tuple[jax.Array, Arrays]:
+            values = named(stage, f(*leaves))
+            return values[MAIN[stage]], values
+
+        _, vjp, values = jax.vjp(named_result, *inputs.values(), has_aux=True)
+        found = values | {f"d{name}": g for name, g in zip(inputs, vjp(cotangent), strict=True)}
+        keep_values(stage, found)
+        return found
+
+    ids, score, keep = (feeds[n] for n in ("expert_id", "score", "keep"))
+    router = routing.Router(*case.router)
+
+    def replay(x: jax.Array, router_DE: jax.Array) -> Any:
+        return routing.route(x, router_DE, router, expert_id_TK=feeds["other_experts"])
+
+    replayed = alone("route", replay, {"x": feeds["x"], "router": feeds["router_of_rank"]}, feeds["dscore"])
+    own = routing.route(feeds["x"], feeds["router_of_rank"], router)
+    summed = replayed["drouter"] if axis is None else jax.lax.psum(replayed["drouter"], axis)
+    keep_values("route", {"expert_id": own.expert_id_TK, "drouter": summed})
+    counts = routing.count_per_expert(ids, case.experts)
+
+    def group(x: jax.Array) -> Any:
+        return stages.group_by_expert(x, ids, score, counts)
+
+    alone("group_by_expert", group, {"x": feeds["x"]}, feeds["dx_grouped"])
+    keep_values("group_by_expert", stages.planned_rows())
+
+    keep_values("exchange_counts", named("exchange_counts", stages.exchange_counts(feeds["sent_E"])))
+
+    alone("send_tokens", stages.send_tokens, {"x": feeds["x_grouped"]}, feeds["dx_received"])
+    alone("to_expert_major", stages.to_expert_major, {"x": feeds["x_received"]}, feeds["dx_expert_major"])
+
+    weights = {n: feeds[n] for n in ("w_gate", "w_up", "w_down")}
+    inputs = {"x": feeds["x_expert_major"]} | weights
+    found = alone("apply_experts", stages.apply_experts, inputs, feeds["dy_expert_major"])
+    keep_values("apply_experts", compared(case, [found[f"d{name}"] for name in weights]))
+
+    def back(y: jax.Array) -> Any:
+        return stages.to_rank_major(y, feeds["source"], feeds["target"])
+
+    alone("to_rank_major", back, {"y": feeds["y_expert_major"]}, feeds["dy_received"])
+    alone("return_tokens", stages.return_tokens, {"y": feeds["y_received"]}, feeds["dy_grouped"])
+
+    def combine(y: jax.Array, score: jax.Array) -> Any:
+        return stages.combine(y, score, keep, feeds["slot"], feeds["assignment"])
+
+    alone("combine", combine, {"y": feeds["y_grouped"], "score": score}, feeds["dout"])
+
+    if case.top_k >= 3:
+        keep_values("combine", {"order": combine(feeds["order_grouped"], keep.astype(score.dtype))})
+        _, vjp = jax.vjp(lambda x: named("group_by_expert", group(x))["x"], feeds["x"])
+        keep_values("group_by_expert", {"dx_order": vjp(feeds["order_grouped"])[0]})
+    return out

@@ -1,0 +1,68 @@
+"""What a stage returns, as arrays named like quantities: `Grouped.slot_TK` of `group_by_expert` is its `slot`."""
+
+import re
+from typing import Any
+
+from parity.oracle.quantities import QUANTITIES
+
+# What a stage that returns one array returns, and of several the one that the next stage takes.
+MAIN = {
+    "route": "score",
+    "group_by_expert": "x",
+    "exchange_counts": "counts",
+    "send_tokens": "x",
+    "to_expert_major": "x",
+    "apply_experts": "y",
+    "to_rank_major": "y",
+    "return_tokens": "y",
+    "combine": "out",
+}
+
+# The stage that made each field of `Stages`, and the name of those that are no stage's own result.
+MADE_BY = {
+    "routing": "route",
+    "grouped": "group_by_expert",
+    "counts_Pe": "exchange_counts",
+    "splits": "exchange_counts",
+    "received": "send_tokens",
+    "expert_major": "to_expert_major",
+    "y": "apply_experts",
+    "rank_major": "to_rank_major",
+    "returned": "return_tokens",
+    "out": "combine",
+    "dropped_E": "group_by_expert/dropped",
+    "dropped": "group_by_expert/dropped_in_all",
+}
+
+
+def stem(field: str) -> str:
+    """A name without its shape suffix: x_ND -> x, counts_Pe -> counts, expert_id_TK -> expert_id."""
+    return re.sub(r"_(?=\w*[A-Z])[A-Za-z]+$", "", field)
+
+
+def named(stage: str, result: Any) -> dict[str, Any]:
+    """The arrays of a stage's result by name, rows as [rows, D] whatever their bins."""
+    if not isinstance(result, tuple):
+        return {MAIN[stage]: _rows(f"{stage}/{MAIN[stage]}", result)}
+    found: dict[str, Any] = {}
+    for field, part in zip(getattr(result, "_fields", [MAIN[stage]] * len(result)), result, strict=True):
+        if isinstance(part, tuple):
+            found |= named(stage, part)
+        else:
+            found[stem(field)] = _rows(f"{stage}/{stem(field)}", part)
+    return found
+
+
+def named_stages(stages: Any) -> dict[str, Any]:
+    """The arrays of a whole layer's `Stages`, as stage/value."""
+    found: dict[str, Any] = {}
+    for field, part in stages._asdict().items():
+        made = MADE_BY.get(field) or MADE_BY[stem(field)]
+        stage, _, value = made.partition("/")
+        found |= {made: part} if value else {f"{stage}/{key}": a for key, a in named(stage, part).items()}
+    return found
+
+
+def _rows(name: str, a: Any) -> Any:
+    axes = QUANTITIES[name].axes if name in QUANTITIES else ""
+    return a.reshape(-1, *a.shape[a.ndim - axes.count("D") :]) if axes.startswith("A") else a

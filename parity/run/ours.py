@@ -1,0 +1,73 @@
+"""This project's backends: each implementation in each framework, as a record."""
+
+from parity.cases.case import Case
+from parity.oracle.quantities import names
+from parity.oracle.rows import Layout
+from parity.run.backend import Backend, Setting, resolve
+
+# Where each stage is written, the same in all four.
+FILES = {
+    "route": "routing.py",
+    "group_by_expert": "grouping.py",
+    "exchange_counts": "exchange.py",
+    "send_tokens": "exchange.py",
+    "to_expert_major": "layout.py",
+    "apply_experts": "experts.py",
+    "to_rank_major": "layout.py",
+    "return_tokens": "exchange.py",
+    "combine": "grouping.py",
+}
+
+
+def _ours(name: str, framework: str, layout: Layout, stages: str, folder: str = "", **own: str) -> Backend:
+    """A backend of this project; `own`: stages that its folder shares with the package above it."""
+    package = f"{framework}_impl"
+    files = {stage: f"{own.get(stage, folder or package)}/{file}" for stage, file in FILES.items()}
+    run = f"parity.run.{framework}_stages"
+    return Backend(
+        name, framework, layout, names(layout), files, needs=(framework,),
+        run=f"{run}:run_all", stages=f"{run}:{stages}",
+        refuses="parity.run.ours:refuses_ragged" if layout == "ragged" else "",
+    )  # fmt: skip
+
+
+def refuses_ragged(case: Case, setting: Setting) -> str:
+    """Why JAX's uneven exchange cannot run a case: where XLA has none."""
+    if setting.device == "cpu":
+        return "ragged_all_to_all is not implemented on XLA:CPU; use --device cuda"
+    if case.ranks > 1 and setting.jax_ranks == "vmap":
+        return f"ragged_all_to_all has no vmap rule, so --ranks {case.ranks} need a GPU each: use fewer, or --ranks 1"
+    return ""
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        _ours("torch", "torch", "dynamic", "Dynamic"),
+        _ours("jax", "jax", "static", "Static"),
+        _ours("torch-static", "torch", "static", "Static", "torch_impl/static", route="torch_impl"),
+        _ours("jax-dynamic", "jax", "ragged", "Ragged", "jax_impl/dynamic", route="jax_impl", apply_experts="jax_impl"),
+    )
+}
+FRAMEWORKS = tuple(dict.fromkeys(backend.framework for backend in BACKENDS.values()))
+
+# What `check` runs unless told otherwise: of each framework the first.
+DEFAULT = tuple(next(b for b in BACKENDS.values() if b.framework == framework) for framework in FRAMEWORKS)
+
+
+def find(name: str) -> Backend:
+    """The backend of that name, or the record that `package.module:name` names.
+
+    Raises ValueError when there is none.
+    """
+    if name in BACKENDS:
+        return BACKENDS[name]
+    try:
+        found = resolve(name) if ":" in name else None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--backend {name}: {error}") from error
+    if not isinstance(found, Backend):
+        raise ValueError(
+            f"no backend is called {name}. There are: {', '.join(BACKENDS)}; or name a record as package.module:name"
+        )
+    return found

@@ -1,0 +1,381 @@
+"""The stages of a case in PyTorch, each on its own and all of them as the layer: what one rank computes."""
+
+import platform
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parity.cases.case import Case
+from parity.oracle import reference
+from parity.oracle.problem import Problem
+from parity.oracle.rows import Layout, indices, lay_out, row_tables
+from parity.oracle.windows import STRIDE, Windows
+from parity.run import torch_ranks
+from parity.run.backend import Backend, Setting, resolve
+from parity.run.naming import MAIN, named, named_stages
+from parity.run.torch_ranks import At
+from parity.run.trace import Trace, differing_bits
+from torch_impl import exchange, experts, grouping, layer, layout, routing, static
+from torch_impl.static import exchange as static_exchange
+from torch_impl.static import experts as static_experts
+from torch_impl.static import grouping as static_grouping
+from torch_impl.static import layout as static_layout
+
+Arrays = dict[str, np.ndarray]
+
+
+def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
+    """Run every problem in `folder`, as many processes as each has ranks, and save the traces there."""
+    torch_ranks.run_all(backend, folder, setting, run)
+
+
+def join_torchrun(folder: Path, problems: list[Problem], on: str, backends: Iterable[Backend]) -> int:
+    """Run problems in the group that torchrun gave; rank 0 saves the traces. This process's rank."""
+    return torch_ranks.join_torchrun(folder, problems, on, backends, run)
+
+
+def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at: At) -> Trace | None:
+    """This rank's part of a problem; rank 0 gets everybody's and returns the trace.
+
+    The layer runs on these inputs, on others, and on these again, with fresh memory full of NaN: what it keeps from a
+    step, or reads before writing, shows as a difference between the first run and the last.
+    """
+    stages: type[Dynamic] | type[Static] = resolve(backend.stages)
+    with poisoned_memory():
+        mine = _isolated(problem, stages, rank, device, at)
+    at("the first step")
+    first = _end_to_end(problem, stages, rank, device, waits := HostWaits(device))
+    at("steps on other inputs")
+    for other in problem.steps_between():
+        _end_to_end(other, stages, rank, device, HostWaits(device))
+    at("the first step, repeated")
+    with poisoned_memory():
+        again = _end_to_end(problem, stages, rank, device, HostWaits(device))
+    mine |= again | {name.replace("e2e", "repeat", 1): differing_bits(a, again[name]) for name, a in first.items()}
+    at("gathering")
+    mine = {name: mine[name] for name in backend.provides if name in mine}
+    everybody = torch_ranks.gathered(mine, problem.case.ranks, rank)
+    if rank:
+        return None
+    trace = Trace(problem.case, backend, environment(device) | waits.found())
+    trace.arrays = {name: [arrays[name] for arrays in everybody] for name in mine}
+    return trace
+
+
+@dataclass
+class HostWaits:
+    """How often one forward and backward pass made the host wait for the GPU, as PyTorch's own debug mode has it."""
+
+    device: torch.device
+    count: int = 0
+
+    def found(self) -> dict[str, str]:
+        """For the report; a CPU has nothing to wait for."""
+        return {"host waits": f"{self.count} a step"} if self.device.type == "cuda" else {}
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count those of this block."""
+        if self.device.type != "cuda":
+            yield
+            return
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        self.count += sum("called a synchronizing" in str(warning.message) for warning in caught)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors are full of NaN, as PyTorch's deterministic mode fills them."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield  # torch.utils.deterministic.fill_uninitialized_memory is on by default
+    torch.use_deterministic_algorithms(before)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and devices, for the report."""
+    about = {"torch": str(torch.__version__), "python": platform.python_version(), "platform": platform.platform()}
+    if dist.is_initialized():
+        about["collectives"] = dist.get_backend_config()
+    if device.type == "cuda":
+        about["devices"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+    return about
+
+
+class Dynamic:
+    """`torch_impl`'s stages of a case, called as those of `Static`."""
+
+    layout: Layout = "dynamic"
+    padding = np.nan  # what stage 6 is fed where it has no row
+
+    def __init__(self, case: Case, send_P: Sequence[int], receive_P: Sequence[int]) -> None:
+        self.how = experts.Experts(*case.expert)
+        self.splits = exchange.Splits(torch.tensor(send_P), torch.tensor(receive_P), sum(send_P), sum(receive_P))
+
+    def group_by_expert(self, x: Tensor, ids: Tensor, score: Tensor, counts: Tensor) -> Any:  # noqa: ARG002
+        return grouping.group_by_expert(x, ids, counts)
+
+    def exchange_counts(self, counts: Tensor) -> Any:
+        return exchange.exchange_counts(counts)
+
+    def send_tokens(self, x: Tensor) -> Any:
+        return exchange.send_tokens(x, self.splits)
+
+    def to_expert_major(self, x: Tensor, counts_Pe: Tensor) -> Any:
+        return layout.to_expert_major(x, counts_Pe, self.splits.total)
+
+    def apply_experts(self, x: Tensor, counts_e: Tensor, *weights: Tensor) -> Any:
+        return experts.apply_experts(x, counts_e, *weights, experts=self.how)
+
+    def to_rank_major(self, y: Tensor, source: Tensor, target: Tensor) -> Any:
+        return layout.to_rank_major(y, source, target)
+
+    def return_tokens(self, y: Tensor) -> Any:
+        return exchange.return_tokens(y, self.splits)
+
+    def combine(self, y: Tensor, score: Tensor, keep: Tensor, slot: Tensor, assignment: Tensor) -> Any:
+        return grouping.combine(y, score * keep, slot, assignment)
+
+    def planned(self) -> dict[str, Tensor]:
+        return {}
+
+    @staticmethod
+    def layer(
+        case: Case, x: Tensor, router: Tensor, weights: Sequence[Tensor], chosen: routing.Routing, keep: Tensor
+    ) -> layer.Stages:
+        """The whole layer; what a capacity would drop has its score masked."""
+        masked = chosen._replace(score_TK=chosen.score_TK * keep)
+        how = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
+        return layer.moe_layer(x, router, *weights, **how, routing=masked)  # type: ignore[arg-type]
+
+
+class Static:
+    """`torch_impl.static`'s stages of a case, with bins of the oracle's capacity; rows come and go as [rows, D]."""
+
+    layout: Layout = "static"
+
+    def __init__(self, case: Case, *_: object) -> None:
+        self.case, self.capacity = case, plan(case)._replace(rows=case.capacity)
+        self.how = experts.Experts(*case.expert)
+        self.bins = (case.bins, case.capacity)
+        per_rank = case.bins == case.ranks
+        self.major = (case.bins * case.capacity,) if per_rank else (case.experts // case.ranks, -1)
+        self.padding = np.nan if per_rank else 0  # an expert's bin is multiplied whole: stage 5 has promised zeros
+
+    def in_bins(self, rows: Tensor) -> Tensor:
+        return rows.reshape(*self.bins, *rows.shape[1:])
+
+    def group_by_expert(self, x: Tensor, ids: Tensor, score: Tensor, counts: Tensor) -> Any:
+        return static_grouping.group_by_expert(x, ids, score, counts, self.capacity)
+
+    def exchange_counts(self, counts: Tensor) -> Any:
+        return static_exchange.exchange_counts(counts)
+
+    def send_tokens(self, x: Tensor) -> Any:
+        return static_exchange.send_tokens(self.in_bins(x))
+
+    def to_expert_major(self, x: Tensor, counts_Pe: Tensor) -> Any:
+        return static_layout.to_expert_major(self.in_bins(x), counts_Pe)
+
+    def apply_experts(self, x: Tensor, counts_e: Tensor, *weights: Tensor) -> Any:
+        return static_experts.apply_experts(x.reshape(*self.major, x.shape[1]), counts_e, *weights, experts=self.how)
+
+    def to_rank_major(self, y: Tensor, source: Tensor, target: Tensor) -> Any:
+        major = y.reshape(*self.major, y.shape[1])
+        return static_layout.to_rank_major(major, source.reshape(major.shape[:-1]), self.in_bins(target))
+
+    def return_tokens(self, y: Tensor) -> Any:
+        return static_exchange.return_tokens(self.in_bins(y))
+
+    def combine(self, y: Tensor, score: Tensor, keep: Tensor, slot: Tensor, assignment: Tensor) -> Any:  # noqa: ARG002
+        return static_grouping.combine(self.in_bins(y), score, slot, self.in_bins(assignment))
+
+    def planned(self) -> dict[str, Tensor]:
+        return {"capacity": torch.tensor(plan(self.case).rows)}
+
+    @staticmethod
+    def layer(
+        case: Case,
+        x: Tensor,
+        router: Tensor,
+        weights: Sequence[Tensor],
+        chosen: routing.Routing,
+        keep: Tensor,  # noqa: ARG004
+    ) -> static.Stages:
+        """The whole layer; its own capacity drops."""
+        how = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
+        return static.moe_layer(x, router, *weights, **how, capacity=plan(case), routing=chosen)  # type: ignore[arg-type]
+
+
+def plan(case: Case) -> static.Capacity:
+    """The capacity that the implementation itself computes."""
+    return static.plan_capacity(
+        case.capacity_factor, case.tokens, case.top_k, case.experts, case.ranks,
+        case.capacity_per, case.priority, case.align,
+    )  # fmt: skip
+
+
+def _isolated(
+    problem: Problem, stages_of: type[Dynamic] | type[Static], rank: int, device: torch.device, at: At
+) -> Arrays:
+    """Every stage fed the oracle's input, forward and backward."""
+    case, out = problem.case, {}
+    e = case.experts // case.ranks
+    mine = slice(rank * e, (rank + 1) * e)
+    table = row_tables(case, problem.expert_id, problem.keep, stages_of.layout)
+    sent_PE = reference.sent(case, problem.expert_id, problem.keep, stages_of.layout)
+    received_Pe = reference.received(case, sent_PE)[rank]
+
+    def put(a: np.ndarray) -> Tensor:
+        return to_torch(a).to(device)
+
+    def rows(values: np.ndarray, where: str, fill: float = np.nan) -> Tensor:
+        return put(lay_out(values.reshape(-1, case.width), table[where], fill)[rank])
+
+    def keep_values(stage: str, values: dict[str, Tensor]) -> None:
+        out.update({f"isolated/{stage}/{k}": to_numpy(a) for k, a in values.items() if isinstance(a, Tensor)})
+
+    def alone(stage: str, f: Callable[..., Any], inputs: dict[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
+        """What the stage returns, and the gradient of each input from the cotangent of what the next stage takes."""
+        at(stage)
+        leaves = {name: a.requires_grad_() for name, a in inputs.items()}
+        values = named(stage, f(*leaves.values()))
+        # A copy now, in the caller's stream: autograd waits at its end for streams that f may have forgotten.
+        copies = {name: a.detach().clone() for name, a in values.items() if isinstance(a, Tensor)}
+        gradients = torch.autograd.grad(values[MAIN[stage]], tuple(leaves.values()), cotangent)
+        found = copies | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+        keep_values(stage, found)
+        return found
+
+    ids, keep = put(problem.expert_id[rank]), put(problem.keep[rank])
+    x_rows = np.repeat(problem.x.reshape(-1, case.width), case.top_k, axis=0)
+    router = routing.Router(*case.router)
+
+    def replay(x: Tensor, router_DE: Tensor) -> routing.Routing:
+        return routing.route(x, router_DE, router, expert_id_TK=put(problem.other_experts[rank]))
+
+    inputs = {"x": put(problem.x[rank]), "router": put(problem.router)}
+    replayed = alone("route", replay, inputs, put(problem.dscore[rank]))
+    own = routing.route(put(problem.x[rank]), put(problem.router), router)
+    keep_values("route", {"expert_id": own.expert_id_TK, "drouter": torch_ranks.all_sum(replayed["drouter"])})
+    counts = routing.count_per_expert(ids, case.experts)
+
+    splits = (sent_PE[rank].reshape(case.ranks, -1).sum(axis=1).tolist(), received_Pe.sum(axis=1).tolist())
+    stages = stages_of(case, *splits)
+    counts_Pe = put(received_Pe)
+
+    def group(x: Tensor) -> Any:
+        return stages.group_by_expert(x, ids, put(problem.score[rank]), counts)
+
+    alone("group_by_expert", group, {"x": put(problem.x[rank])}, rows(problem.dx_rows, "grouped"))
+    keep_values("group_by_expert", stages.planned())
+
+    at("exchange_counts")
+    keep_values("exchange_counts", named("exchange_counts", stages.exchange_counts(put(sent_PE[rank]))))
+
+    alone("send_tokens", stages.send_tokens, {"x": rows(x_rows, "grouped")}, rows(problem.dx_rows, "received"))
+    alone(
+        "to_expert_major", lambda x: stages.to_expert_major(x, counts_Pe), {"x": rows(x_rows, "received")},
+        rows(problem.dx_rows, "expert_major"),
+    )  # fmt: skip
+
+    weights = {n: weights_of(w, mine, device) for n, w in problem.weights._asdict().items()}
+    found = alone(
+        "apply_experts", lambda x, *w: stages.apply_experts(x, counts_Pe.sum(0), *w),
+        {"x": rows(x_rows, "expert_major", stages.padding)} | weights,
+        rows(problem.dy, "expert_major", stages.padding),
+    )  # fmt: skip
+    keep_values("apply_experts", compared(case, [found[f"d{name}"] for name in weights]))
+    del weights, found
+
+    index = {name: put(a) for name, a in indices(case, table, rank).items()}
+    alone(
+        "to_rank_major", lambda y: stages.to_rank_major(y, index["source"], index["target"]),
+        {"y": rows(problem.y, "expert_major")}, rows(problem.dy, "received"),
+    )  # fmt: skip
+    alone("return_tokens", stages.return_tokens, {"y": rows(problem.y, "received")}, rows(problem.dy, "grouped"))
+
+    def combine(y: Tensor, score: Tensor) -> Any:
+        return stages.combine(y, score, keep, index["slot"], index["assignment"])
+
+    inputs = {"y": rows(problem.y, "grouped"), "score": put(problem.score[rank])}
+    alone("combine", combine, inputs, put(problem.dout[rank]))
+
+    if case.top_k >= 3:
+        probe = rows(np.where(problem.keep[..., None], problem.order_probe()[0], 0), "grouped")
+        keep_values("combine", {"order": combine(probe, put(problem.keep[rank].astype(case.wide)))})
+        x = put(problem.x[rank]).requires_grad_()
+        (dx,) = torch.autograd.grad(named("group_by_expert", group(x))["x"], x, probe)
+        keep_values("group_by_expert", {"dx_order": dx})
+    return out
+
+
+def _end_to_end(
+    problem: Problem, stages_of: type[Dynamic] | type[Static], rank: int, device: torch.device, waits: HostWaits
+) -> Arrays:
+    """The whole layer and its gradients, with the oracle's expert ids."""
+    case = problem.case
+    e = case.experts // case.ranks
+    x, router = (to_torch(a).to(device).requires_grad_() for a in (problem.x[rank], problem.router))
+    weights = [weights_of(w, slice(rank * e, (rank + 1) * e), device).requires_grad_() for w in problem.weights]
+    ids, keep = to_torch(problem.expert_id[rank]).to(device), to_torch(problem.keep[rank]).to(device)
+    dout = to_torch(problem.dout[rank]).to(device)
+    with waits.counted():
+        chosen = routing.route(x, router, routing.Router(*case.router), expert_id_TK=ids)
+        stages = stages_of.layer(case, x, router, weights, chosen, keep)
+        dx, dscore, drouter, *dw = torch.autograd.grad(stages.out_TD, (x, chosen.score_TK, router, *weights), dout)
+    values = named_stages(stages) | {
+        "route/score": chosen.score_TK,
+        "combine/dscore": dscore,
+        **{f"apply_experts/{name}": a for name, a in compared(case, dw).items()},
+        "route/drouter": torch_ranks.all_sum(drouter),
+        "route/dx": dx,
+    }
+    return {f"e2e/{name}": to_numpy(value) for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def weights_of(w: np.ndarray | Windows, mine: slice, device: torch.device) -> torch.Tensor:
+    """The weights of a rank's experts."""
+    if isinstance(w, np.ndarray):
+        return to_torch(w[mine]).to(device)
+    bank, (_, rows, columns) = to_torch(w.bank).to(device), w.shape
+    size, strides = (mine.stop - mine.start, rows, columns), (STRIDE, columns, 1)
+    return bank.as_strided(size, strides, (w.first + mine.start) * STRIDE).clone()
+
+
+def compared(case: Case, dw: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of the weights' gradients, the rows that are compared."""
+    names = ("dw_gate", "dw_up", "dw_down")
+    return {name: a[:, case.compared_rows(a.shape[1])] for name, a in zip(names, dw, strict=True)}
+
+
+def to_torch(a: np.ndarray) -> torch.Tensor:
+    """A tensor with the array's bits."""
+    is_bfloat16 = a.dtype == ml_dtypes.bfloat16
+    source = torch.from_numpy(np.array(a.view(np.int16) if is_bfloat16 else a))
+    # copy_, because an empty NumPy array brings strides of zero, which grouped_mm refuses
+    tensor = torch.empty(source.shape, dtype=source.dtype).copy_(source)
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
+
+
+def to_numpy(a: object) -> np.ndarray:
+    """An array with the tensor's bits."""
+    assert isinstance(a, torch.Tensor)
+    a = a.detach().cpu().contiguous()
+    return a.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if a.dtype == torch.bfloat16 else a.numpy()
