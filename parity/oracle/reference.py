@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parity.cases.case import Case
-from parity.oracle.tolerances import noise, smallest_step
+from parity.oracle.tolerances import noise, underflow
 from parity.oracle.windows import Windows
 
 Array = np.ndarray
@@ -26,9 +26,13 @@ class Exact:
         """The value stored in `dtype`: here, itself."""
         return a
 
-    def summand(self, a: Array, n: int, dtype: str) -> Array:  # noqa: ARG002
-        """One factor of a sum of n products accumulated in `dtype`: here, itself."""
+    def terms(self, a: Array, n: int, dtype: str) -> Array:  # noqa: ARG002
+        """Terms of sums of n, accumulated in `dtype`, each term of one sum: here, themselves."""
         return a
+
+    def matmul(self, a: Array, b: Array, n: int, dtype: str) -> Array:  # noqa: ARG002
+        """a @ b, each number a sum of n products accumulated in `dtype`: here, without error."""
+        return a @ b
 
 
 @dataclass
@@ -38,13 +42,22 @@ class Perturbed:
     rng: np.random.Generator
 
     def round(self, a: Array, dtype: str) -> Array:
-        """The value stored in `dtype`, off by up to the unit roundoff, or by half a step below the normal range."""
+        """The value stored in `dtype`, off by up to the unit roundoff, or by what underflow may cost."""
         off = self.rng.uniform(-1, 1, np.shape(a))
-        return a + off * np.maximum(noise(dtype) * np.abs(a), smallest_step(dtype) / 2)
+        return a + off * np.maximum(noise(dtype) * np.abs(a), underflow(dtype))
 
-    def summand(self, a: Array, n: int, dtype: str) -> Array:
-        """One factor of a sum of n products accumulated in `dtype`: n roundings walk randomly, so sqrt(n) of them."""
+    def terms(self, a: Array, n: int, dtype: str) -> Array:
+        """Terms of sums of n, accumulated in `dtype`, each term of one sum: n roundings walk randomly, so sqrt(n)."""
         return a * (1 + np.sqrt(max(n, 1)) * noise(dtype) * self.rng.uniform(-1, 1, np.shape(a)))
+
+    def matmul(self, a: Array, b: Array, n: int, dtype: str) -> Array:
+        """a @ b, each number a sum of n products accumulated in `dtype`, with an error of its own.
+
+        The sum of `terms` of its products: their errors have the variance n * noise**2 / 3 * sum of squared products.
+        Perturbing a factor instead would give all numbers of a row one error, which softmax and differences cancel.
+        """
+        deviation = np.sqrt(max(n, 1) / 3) * noise(dtype) * np.sqrt((a * a) @ (b * b))
+        return a @ b + deviation * self.rng.standard_normal(deviation.shape)
 
 
 Numbers = Exact | Perturbed
@@ -62,7 +75,7 @@ def route(case: Case, x_PTD: Array, router_DE: Array, numbers: Numbers) -> tuple
     """Logits and scores of all experts, [P, T, E] each, before selection."""
     logits_PTE = np.zeros((*x_PTD.shape[:2], case.experts))
     for p, t in np.ndindex(*x_PTD.shape[:2]):
-        logits_PTE[p, t] = numbers.summand(x_PTD[p, t], case.width, case.wide) @ router_DE
+        logits_PTE[p, t] = numbers.matmul(x_PTD[p, t], router_DE, case.width, case.wide)
     logits_PTE = numbers.round(logits_PTE, case.wide)
     return logits_PTE, scores(case, logits_PTE, numbers)
 
@@ -72,7 +85,7 @@ def scores(case: Case, logits_PTE: Array, numbers: Numbers) -> Array:
     if case.router.score_function == "sigmoid":
         return numbers.round(1 / (1 + np.exp(-logits_PTE)), case.wide)
     power_PTE = numbers.round(np.exp(logits_PTE - logits_PTE.max(-1, keepdims=True)), case.wide)
-    total_PT1 = numbers.summand(power_PTE, case.experts, case.wide).sum(-1, keepdims=True)
+    total_PT1 = numbers.terms(power_PTE, case.experts, case.wide).sum(-1, keepdims=True)
     return numbers.round(power_PTE / total_PT1, case.wide)
 
 
@@ -89,7 +102,7 @@ def chosen_scores(case: Case, score_PTE: Array, id_PTK: Array, numbers: Numbers)
     """The scores of the chosen experts, renormalised and scaled as the case says: [P, T, K]."""
     score_PTK = np.take_along_axis(score_PTE, id_PTK, axis=2)
     if case.router.renormalize:
-        total_PT1 = numbers.summand(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
+        total_PT1 = numbers.terms(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
         score_PTK = numbers.round(score_PTK / total_PT1, case.wide)
     return score_PTK * case.router.scale
 
@@ -105,19 +118,19 @@ def route_backward(
         score_E, id_K = score_PTE[p, t], id_PTK[p, t]
         score_K, d_K = score_E[id_K], case.router.scale * dscore_PTK[p, t]
         if case.router.renormalize:
-            total = numbers.summand(score_K, case.top_k, case.wide).sum() + 1e-20
-            mean = numbers.summand(d_K * score_K, case.top_k, case.wide).sum() / total
+            total = numbers.terms(score_K, case.top_k, case.wide).sum() + 1e-20
+            mean = numbers.terms(d_K * score_K, case.top_k, case.wide).sum() / total
             d_K = numbers.round(numbers.round(d_K, case.wide) - numbers.round(mean, case.wide), case.wide) / total
         d_E = np.zeros(case.experts)
         d_E[id_K] = numbers.round(d_K, case.wide)
         if case.router.score_function == "sigmoid":
             dlogits_E = d_E * score_E * numbers.round(1 - score_E, case.wide)
         else:
-            mean = numbers.round(numbers.summand(d_E, case.top_k, case.wide) @ score_E, case.wide)
+            mean = numbers.round(numbers.terms(d_E * score_E, case.top_k, case.wide).sum(), case.wide)
             dlogits_E = score_E * numbers.round(d_E - mean, case.wide)
         dlogits_E = numbers.round(dlogits_E, case.wide)
-        dx_PTD[p, t] = router_DE @ numbers.summand(dlogits_E, case.experts, case.wide)
-        drouter_DE += np.outer(numbers.summand(x_PTD[p, t], n, case.wide), dlogits_E)
+        dx_PTD[p, t] = numbers.matmul(dlogits_E, router_DE.T, case.experts, case.wide)
+        drouter_DE += numbers.terms(np.outer(x_PTD[p, t], dlogits_E), n, case.wide)
     return dx_PTD, drouter_DE
 
 
@@ -182,14 +195,14 @@ def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Weights, numbers: Number
     for p, t, k in np.ndindex(*id_PTK.shape):
         g = int(id_PTK[p, t, k])
         *_, hidden_F = _hidden(case, x_PTD[p, t], w, g, numbers)
-        y_PTKD[p, t, k] = numbers.summand(hidden_F, case.hidden, case.wide) @ w.w_down[g]
+        y_PTKD[p, t, k] = numbers.matmul(hidden_F, w.w_down[g], case.hidden, case.wide)
     return y_PTKD
 
 
 def _hidden(case: Case, x_D: Array, w: Weights, g: int, numbers: Numbers) -> tuple[Array, Array, Array, Array]:
     """Activated gate, its derivative, up, and their product."""
-    gate_F = numbers.round(numbers.summand(x_D, case.width, case.wide) @ w.w_gate[g], case.dtype)
-    up_F = numbers.round(numbers.summand(x_D, case.width, case.wide) @ w.w_up[g], case.dtype)
+    gate_F = numbers.round(numbers.matmul(x_D, w.w_gate[g], case.width, case.wide), case.dtype)
+    up_F = numbers.round(numbers.matmul(x_D, w.w_up[g], case.width, case.wide), case.dtype)
     act_F, slope_F = activated(case, gate_F, numbers)
     return act_F, slope_F, up_F, numbers.round(act_F * up_F, case.dtype)
 
@@ -204,15 +217,15 @@ def experts_backward(
     for p, t, k in np.ndindex(*id_PTK.shape):
         g, x_D, dy_D = int(id_PTK[p, t, k]), x_PTD[p, t], dy_PTKD[p, t, k]
         act_F, slope_F, up_F, hidden_F = _hidden(case, x_D, w, g, numbers)
-        dhidden_F = numbers.round(w.w_down[g] @ numbers.summand(dy_D, case.width, case.wide), case.dtype)
+        dhidden_F = numbers.round(numbers.matmul(dy_D, w.w_down[g].T, case.width, case.wide), case.dtype)
         dgate_F = numbers.round(numbers.round(dhidden_F * up_F, case.wide) * slope_F, case.dtype)
         dup_F = numbers.round(dhidden_F * act_F, case.dtype)
-        through_gate_D = w.w_gate[g] @ numbers.summand(dgate_F, case.hidden, case.wide)
-        through_up_D = w.w_up[g] @ numbers.summand(dup_F, case.hidden, case.wide)
+        through_gate_D = numbers.matmul(dgate_F, w.w_gate[g].T, case.hidden, case.wide)
+        through_up_D = numbers.matmul(dup_F, w.w_up[g].T, case.hidden, case.wide)
         dx_PTKD[p, t, k] = numbers.round(through_gate_D, case.dtype) + numbers.round(through_up_D, case.dtype)
-        dw_gate[g] += np.outer(numbers.summand(x_D, rows_E[g], case.wide), dgate_F)
-        dw_up[g] += np.outer(numbers.summand(x_D, rows_E[g], case.wide), dup_F)
-        dw_down[g] += np.outer(numbers.summand(hidden_F, rows_E[g], case.wide), dy_D)
+        dw_gate[g] += numbers.terms(np.outer(x_D, dgate_F), rows_E[g], case.wide)
+        dw_up[g] += numbers.terms(np.outer(x_D, dup_F), rows_E[g], case.wide)
+        dw_down[g] += numbers.terms(np.outer(hidden_F, dy_D), rows_E[g], case.wide)
     return dx_PTKD, (dw_gate, dw_up, dw_down)
 
 
@@ -221,7 +234,7 @@ def combine(case: Case, y_PTKD: Array, score_PTK: Array, keep_PTK: Array, number
     out_PTD = np.zeros((case.ranks, case.tokens, case.width))
     for p, t, k in np.ndindex(*score_PTK.shape):
         if keep_PTK[p, t, k]:
-            out_PTD[p, t] += score_PTK[p, t, k] * numbers.summand(y_PTKD[p, t, k], case.top_k, case.wide)
+            out_PTD[p, t] += numbers.terms(score_PTK[p, t, k] * y_PTKD[p, t, k], case.top_k, case.wide)
     return out_PTD
 
 
@@ -232,8 +245,8 @@ def combine_backward(
     dy_PTKD, dscore_PTK = np.zeros_like(y_PTKD), np.zeros_like(score_PTK)
     for p, t, k in np.ndindex(*score_PTK.shape):
         if keep_PTK[p, t, k]:
-            dy_PTKD[p, t, k] = score_PTK[p, t, k] * numbers.summand(dout_PTD[p, t], 1, case.wide)
-            dscore_PTK[p, t, k] = numbers.summand(y_PTKD[p, t, k], case.width, case.wide) @ dout_PTD[p, t]
+            dy_PTKD[p, t, k] = numbers.round(score_PTK[p, t, k] * dout_PTD[p, t], case.wide)
+            dscore_PTK[p, t, k] = numbers.terms(y_PTKD[p, t, k] * dout_PTD[p, t], case.width, case.wide).sum()
     return dy_PTKD, dscore_PTK
 
 
@@ -242,7 +255,7 @@ def group_backward(case: Case, dx_PTKD: Array, keep_PTK: Array, numbers: Numbers
     dx_PTD = np.zeros((case.ranks, case.tokens, case.width))
     for p, t, k in np.ndindex(*keep_PTK.shape):
         if keep_PTK[p, t, k]:
-            dx_PTD[p, t] += numbers.summand(dx_PTKD[p, t, k], case.top_k, case.wide)
+            dx_PTD[p, t] += numbers.terms(dx_PTKD[p, t, k], case.top_k, case.wide)
     return dx_PTD
 
 

@@ -26,7 +26,7 @@ def oracle_for(case: Case) -> ModuleType:
 
 def route(case: Case, x_PTD: Array, router_DE: Array, numbers: Numbers) -> tuple[Array, Array]:
     """See `reference.route`."""
-    logits_PTE = numbers.round(numbers.summand(x_PTD, case.width, case.wide) @ router_DE, case.wide)
+    logits_PTE = numbers.round(numbers.matmul(x_PTD, router_DE, case.width, case.wide), case.wide)
     return logits_PTE, reference.scores(case, logits_PTE, numbers)
 
 
@@ -42,8 +42,8 @@ def route_backward(
     _, score_PTE = route(case, x_PTD, router_DE, numbers)
     score_PTK, d_PTK = np.take_along_axis(score_PTE, id_PTK, axis=2), case.router.scale * dscore_PTK
     if case.router.renormalize:
-        total_PT1 = numbers.summand(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
-        mean_PT1 = numbers.summand(d_PTK * score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) / total_PT1
+        total_PT1 = numbers.terms(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
+        mean_PT1 = numbers.terms(d_PTK * score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) / total_PT1
         d_PTK = numbers.round(numbers.round(d_PTK, case.wide) - numbers.round(mean_PT1, case.wide), case.wide)
         d_PTK = d_PTK / total_PT1
     d_PTE = np.zeros_like(score_PTE)
@@ -51,12 +51,12 @@ def route_backward(
     if case.router.score_function == "sigmoid":
         dlogits_PTE = d_PTE * score_PTE * numbers.round(1 - score_PTE, case.wide)
     else:
-        mean_PT1 = (numbers.summand(d_PTE, case.top_k, case.wide) * score_PTE).sum(-1, keepdims=True)
+        mean_PT1 = numbers.terms(d_PTE * score_PTE, case.top_k, case.wide).sum(-1, keepdims=True)
         dlogits_PTE = score_PTE * numbers.round(d_PTE - numbers.round(mean_PT1, case.wide), case.wide)
     dlogits_PTE = numbers.round(dlogits_PTE, case.wide)
-    dx_PTD = numbers.summand(dlogits_PTE, case.experts, case.wide) @ router_DE.T
+    dx_PTD = numbers.matmul(dlogits_PTE, router_DE.T, case.experts, case.wide)
     n, D, E = x_PTD.shape[0] * x_PTD.shape[1], *router_DE.shape
-    drouter_DE = numbers.summand(x_PTD, n, case.wide).reshape(n, D).T @ dlogits_PTE.reshape(n, E)
+    drouter_DE = numbers.matmul(x_PTD.reshape(n, D).T, dlogits_PTE.reshape(n, E), n, case.wide)
     return dx_PTD, drouter_DE
 
 
@@ -66,13 +66,13 @@ def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Weights, numbers: Number
     for g in np.unique(id_PTK):
         p, t, k = np.nonzero(id_PTK == g)
         *_, hidden_nF = _hidden(case, x_PTD[p, t], w, g, numbers)
-        y_PTKD[p, t, k] = numbers.summand(hidden_nF, case.hidden, case.wide) @ w.w_down[g]
+        y_PTKD[p, t, k] = numbers.matmul(hidden_nF, w.w_down[g], case.hidden, case.wide)
     return y_PTKD
 
 
 def _hidden(case: Case, x_nD: Array, w: Weights, g: int, numbers: Numbers) -> tuple[Array, Array, Array, Array]:
-    gate_nF = numbers.round(numbers.summand(x_nD, case.width, case.wide) @ w.w_gate[g], case.dtype)
-    up_nF = numbers.round(numbers.summand(x_nD, case.width, case.wide) @ w.w_up[g], case.dtype)
+    gate_nF = numbers.round(numbers.matmul(x_nD, w.w_gate[g], case.width, case.wide), case.dtype)
+    up_nF = numbers.round(numbers.matmul(x_nD, w.w_up[g], case.width, case.wide), case.dtype)
     act_nF, slope_nF = activated(case, gate_nF, numbers)
     return act_nF, slope_nF, up_nF, numbers.round(act_nF * up_nF, case.dtype)
 
@@ -89,22 +89,22 @@ def experts_backward(
         p, t, k = np.nonzero(id_PTK == g)
         x_nD, dy_nD, n = x_PTD[p, t], dy_PTKD[p, t, k], p.size
         act_nF, slope_nF, up_nF, hidden_nF = _hidden(case, x_nD, w, g, numbers)
-        dhidden_nF = numbers.round(numbers.summand(dy_nD, case.width, case.wide) @ w.w_down[g].T, case.dtype)
+        dhidden_nF = numbers.round(numbers.matmul(dy_nD, w.w_down[g].T, case.width, case.wide), case.dtype)
         dgate_nF = numbers.round(numbers.round(dhidden_nF * up_nF, case.wide) * slope_nF, case.dtype)
         dup_nF = numbers.round(dhidden_nF * act_nF, case.dtype)
-        through_gate_nD = numbers.summand(dgate_nF, case.hidden, case.wide) @ w.w_gate[g].T
-        through_up_nD = numbers.summand(dup_nF, case.hidden, case.wide) @ w.w_up[g].T
+        through_gate_nD = numbers.matmul(dgate_nF, w.w_gate[g].T, case.hidden, case.wide)
+        through_up_nD = numbers.matmul(dup_nF, w.w_up[g].T, case.hidden, case.wide)
         dx_PTKD[p, t, k] = numbers.round(through_gate_nD, case.dtype) + numbers.round(through_up_nD, case.dtype)
-        dw_gate[g] = numbers.summand(x_nD[:, rows[0]], n, case.wide).T @ dgate_nF
-        dw_up[g] = numbers.summand(x_nD[:, rows[1]], n, case.wide).T @ dup_nF
-        dw_down[g] = numbers.summand(hidden_nF[:, rows[2]], n, case.wide).T @ dy_nD
+        dw_gate[g] = numbers.matmul(x_nD[:, rows[0]].T, dgate_nF, n, case.wide)
+        dw_up[g] = numbers.matmul(x_nD[:, rows[1]].T, dup_nF, n, case.wide)
+        dw_down[g] = numbers.matmul(hidden_nF[:, rows[2]].T, dy_nD, n, case.wide)
     return dx_PTKD, (dw_gate, dw_up, dw_down)
 
 
 def combine(case: Case, y_PTKD: Array, score_PTK: Array, keep_PTK: Array, numbers: Numbers) -> Array:
     """See `reference.combine`."""
     weight_PTK = np.where(keep_PTK, score_PTK, 0)
-    return (weight_PTK[..., None] * numbers.summand(y_PTKD, case.top_k, case.wide)).sum(axis=2)
+    return numbers.terms(weight_PTK[..., None] * y_PTKD, case.top_k, case.wide).sum(axis=2)
 
 
 def combine_backward(
@@ -112,14 +112,13 @@ def combine_backward(
 ) -> tuple[Array, Array]:
     """See `reference.combine_backward`."""
     weight_PTK = np.where(keep_PTK, score_PTK, 0)
-    dout_PTKD = np.broadcast_to(dout_PTD[:, :, None], y_PTKD.shape)
-    dy_PTKD = weight_PTK[..., None] * numbers.summand(dout_PTKD, 1, case.wide)
-    return dy_PTKD, keep_PTK * (numbers.summand(y_PTKD, case.width, case.wide) * dout_PTKD).sum(axis=-1)
+    dy_PTKD = numbers.round(weight_PTK[..., None] * dout_PTD[:, :, None], case.wide)
+    return dy_PTKD, keep_PTK * numbers.terms(y_PTKD * dout_PTD[:, :, None], case.width, case.wide).sum(axis=-1)
 
 
 def group_backward(case: Case, dx_PTKD: Array, keep_PTK: Array, numbers: Numbers) -> Array:
     """See `reference.group_backward`."""
-    return (keep_PTK[..., None] * numbers.summand(dx_PTKD, case.top_k, case.wide)).sum(axis=2)
+    return (keep_PTK[..., None] * numbers.terms(dx_PTKD, case.top_k, case.wide)).sum(axis=2)
 
 
 def layer(

@@ -55,6 +55,10 @@ class OnGPU:
         """Transposed."""
         return OnGPU(self.matrix.T)
 
+    def __mul__(self, other: "OnGPU") -> "OnGPU":
+        """Number by number."""
+        return OnGPU(self.matrix * other.matrix)
+
     def __rmatmul__(self, a: Array) -> Array:
         import torch
 

@@ -1,0 +1,55 @@
+"""How small an error is caught: what the allowances leave room for, array by array."""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from rich.table import Table
+
+from parity.cases.case import Case
+from parity.oracle.expected import Oracle
+from parity.oracle.problem import draw
+from parity.oracle.quantities import names
+
+Array = np.ndarray
+
+
+class Power(msgspec.Struct):
+    """Of one array: the smallest relative error that is caught, in one row (median and worst of all rows), and in all."""
+
+    name: str
+    dtype: str
+    one_row: float
+    worst_row: float
+    all_rows: float
+
+
+def power(case: Case) -> list[Power]:
+    """Of every array of a case that is judged within an allowance.
+
+    A row that was right and is multiplied by 1 + e is caught once e exceeds the least ratio of allowance to number in
+    it; an array in which every row is, once e exceeds the least of all.
+    """
+    found = []
+    for name, expected in Oracle(draw(case)).expected(names("dynamic"), "dynamic").items():
+        if expected.allowed is None:
+            continue
+        with np.errstate(divide="ignore"):
+            least = (expected.allowed / np.abs(expected.values)).reshape(-1, expected.values.shape[-1]).min(axis=1)
+        rows = least[np.isfinite(least)]
+        found.append(Power(name, case.dtype, float(np.median(rows)), float(rows.max()), float(rows.min())))
+    return found
+
+
+def power_table(cases: Sequence[Case]) -> Table:
+    """One line an array: for each case, the smallest relative error that is caught."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("array", no_wrap=True)
+    by_case = [power(case) for case in cases]
+    for case in cases:
+        for column in (f"{case.dtype}: one row", "worst row", "all rows"):
+            table.add_column(column, justify="right", no_wrap=True)
+    for line in zip(*by_case, strict=True):
+        figures = [f"{value:.1e}" for one in line for value in (one.one_row, one.worst_row, one.all_rows)]
+        table.add_row(line[0].name, *figures)
+    return table
