@@ -9,9 +9,11 @@ from rich.console import Console
 from parity.cases.presets import PRESETS
 from parity.cli.faults import try_fault
 from parity.judge.engine import run_cases
+from parity.oracle.quantities import STAGES
 from parity.report.terminal import print_report
+from parity.run.backend import Setting
 from parity.run.faults import FAULTS, ROOT, find, plant
-from parity.run.trace import STAGES
+from parity.run.ours import BACKENDS
 
 # One of each stage, of both sides, and of the ways to be caught: a crash, padding, a second step, a hang, a sum.
 QUICK = [
@@ -26,7 +28,7 @@ def assert_blamed(name: str) -> None:
     fault = find(name)
     found = try_fault(fault)
     assert found.caught, fault.sentence
-    assert (found.side, found.stage) == (fault.side, fault.stage), found.how
+    assert (found.backend, found.stage) == (fault.backend, fault.stage), found.how
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -46,7 +48,7 @@ def test_those_that_show_on_a_gpu_only(name):
     fault = find(name)
     found = try_fault(fault, "cuda")
     assert found.caught, fault.sentence
-    assert (found.side, found.stage) == (fault.side, fault.stage), found.how
+    assert (found.backend, found.stage) == (fault.backend, fault.stage), found.how
 
 
 def test_code_that_fails_by_itself_is_not_a_fault_that_was_caught():
@@ -58,7 +60,7 @@ def test_code_that_fails_by_itself_is_not_a_fault_that_was_caught():
 
 def test_there_are_enough_of_them():
     assert len(FAULTS) >= 30
-    assert {(fault.side, fault.stage) for fault in FAULTS.values()} >= {("torch", stage) for stage in STAGES}
+    assert {(fault.backend, fault.stage) for fault in FAULTS.values()} >= {("torch", stage) for stage in STAGES}
     assert {find(name).stage for name in QUICK} == set(STAGES)
     assert all(fault.preset in PRESETS for fault in FAULTS.values())
 
@@ -78,7 +80,7 @@ def test_what_is_said_of_a_fault():
     In a narrow terminal too, each on one line: it gets copied.
     """
     fault = find("torch-gradient-of-last-k-lost")
-    report = run_cases([PRESETS["zipf"]], ("torch",), fault=fault, show_progress=False)
+    report = run_cases([PRESETS["zipf"]], [BACKENDS["torch"]], Setting(), fault=fault, show_progress=False)
     assert report is not None
     print_report(console := Console(width=40, file=StringIO()), report)
     said = console.file.getvalue()  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from problems import bits, draw
 import jax_impl
 import torch_impl
 from jax_impl import plan_capacity
-from parity.run.in_torch import HostWaits
+from parity.run.torch_stages import HostWaits
 
 pytestmark = pytest.mark.gpu
 

@@ -1,7 +1,5 @@
 """Which row lies where: by hand in a tiny case, and what holds of every case."""
 
-from typing import get_args
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +7,8 @@ from hypothesis import strategies as st
 
 from parity.cases.case import Case
 from parity.oracle import reference
-from parity.oracle.rows import PADDING, Strategy, identity, indices, lay_out, positions, row_tables
+from parity.oracle.quantities import SEEN
+from parity.oracle.rows import PADDING, Layout, identity, indices, lay_out, positions, row_tables
 
 # Two ranks, two experts on each, two tokens that choose two: rows 0-3 come from rank 0, rows 4-7 from rank 1.
 #
@@ -23,14 +22,14 @@ PER_RANK = Case(ranks=2, tokens=2, experts=4, capacity_factor="1")
 PER_EXPERT = Case(ranks=2, tokens=2, experts=4, capacity_factor="1", capacity_per="expert")
 
 
-def tables(case: Case, strategy: Strategy) -> dict[str, list[np.ndarray]]:
+def tables(case: Case, layout: Layout) -> dict[str, list[np.ndarray]]:
     keep = np.array(KEEP[case.capacity_per], bool).reshape(2, 2, 2)
     np.testing.assert_array_equal(keep, reference.keep_within_capacity(case, EXPERT_ID, np.zeros((2, 2, 2))))
-    return row_tables(case, EXPERT_ID, keep, strategy)
+    return row_tables(case, EXPERT_ID, keep, layout)
 
 
 @pytest.mark.parametrize(
-    ("case", "strategy", "grouped", "received", "expert_major"),
+    ("case", "layout", "grouped", "received", "expert_major"),
     [
         (PER_RANK, "dynamic",
             [[1, 3, 2, 0], [4, 7, 5, 6]], [[1, 3, 2, 4], [0, 7, 5, 6]], [[1, 3, 4, 2], [0, 7, 5, 6]]),
@@ -44,13 +43,13 @@ def tables(case: Case, strategy: Strategy) -> dict[str, list[np.ndarray]]:
     ],
     ids=["dynamic", "ragged", "rank-bins", "expert-bins"],
 )  # fmt: skip
-def test_tables_by_hand(case, strategy, grouped, received, expert_major):
-    got = {order: [rows.tolist() for rows in per_rank] for order, per_rank in tables(case, strategy).items()}
+def test_tables_by_hand(case, layout, grouped, received, expert_major):
+    got = {order: [rows.tolist() for rows in per_rank] for order, per_rank in tables(case, layout).items()}
     assert got == {"grouped": grouped, "received": received, "expert_major": expert_major}
 
 
 @pytest.mark.parametrize(
-    ("case", "strategy", "rank", "slot", "assignment", "source", "target"),
+    ("case", "layout", "rank", "slot", "assignment", "source", "target"),
     [
         (PER_RANK, "dynamic", 0, [[3, 0], [2, 1]], [1, 3, 2, 0], [0, 1, 3, 2], [0, 1, 3, 2]),
         (PER_RANK, "dynamic", 1, [[0, 2], [3, 1]], [0, 3, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3]),
@@ -60,8 +59,8 @@ def test_tables_by_hand(case, strategy, grouped, received, expert_major):
         (PER_EXPERT, "static", 1, [[0, 3], [4, 2]], [0, 4, 3, 1], [0, 2, 4, 3], [0, 4, 1, 3]),
     ],
 )
-def test_indices_by_hand(case, strategy, rank, slot, assignment, source, target):
-    got = {name: a.tolist() for name, a in indices(case, tables(case, strategy), rank).items()}
+def test_indices_by_hand(case, layout, rank, slot, assignment, source, target):
+    got = {name: a.tolist() for name, a in indices(case, tables(case, layout), rank).items()}
     assert got == {"slot": slot, "assignment": assignment, "source": source, "target": target}
 
 
@@ -108,14 +107,14 @@ def routed(draw: st.DrawFn) -> tuple[Case, np.ndarray, np.ndarray]:
     return case, ids, reference.keep_within_capacity(case, ids, rng.random(ids.shape))
 
 
-strategies = pytest.mark.parametrize("strategy", get_args(Strategy))
+layouts = pytest.mark.parametrize("layout", SEEN)
 
 
-@strategies
+@layouts
 @given(routed())
-def test_every_kept_row_once_in_order_where_it_belongs(strategy, problem):
+def test_every_kept_row_once_in_order_where_it_belongs(layout, problem):
     case, ids, keep = problem
-    there = np.flatnonzero(keep | (strategy != "static")).tolist()
+    there = np.flatnonzero(keep | (layout != "static")).tolist()
     e, N = case.experts // case.ranks, case.tokens * case.top_k
     expert = ids.reshape(-1)
     sorts = {
@@ -123,7 +122,7 @@ def test_every_kept_row_once_in_order_where_it_belongs(strategy, problem):
         "received": lambda row: (expert[row] // e, row // N, expert[row], row),
         "expert_major": lambda row: (expert[row] // e, expert[row], row // N, row),
     }
-    for order, per_rank in row_tables(case, ids, keep, strategy).items():
+    for order, per_rank in row_tables(case, ids, keep, layout).items():
         rows = np.concatenate(per_rank)
         assert rows[rows != PADDING].tolist() == sorted(there, key=sorts[order])
         for rank, mine in enumerate(per_rank):  # the first of the sort's keys is the rank that holds the row
@@ -146,16 +145,16 @@ def test_padding_comes_last_in_every_bin(problem):
         assert (chosen * case.bins // case.experts == b % case.bins).all()
 
 
-@strategies
+@layouts
 @given(routed())
-def test_indices_undo_each_other(strategy, problem):
+def test_indices_undo_each_other(layout, problem):
     case, ids, keep = problem
-    table = row_tables(case, ids, keep, strategy)
+    table = row_tables(case, ids, keep, layout)
     N = case.tokens * case.top_k
     for rank in range(case.ranks):
         grouped, received, major = (table[order][rank] for order in ("grouped", "received", "expert_major"))
         found = indices(case, table, rank)
-        has_slot = (keep | (strategy != "static"))[rank].reshape(-1)
+        has_slot = (keep | (layout != "static"))[rank].reshape(-1)
         slot, assignment = found["slot"].reshape(-1), found["assignment"]
         assert (grouped[slot[has_slot]] == rank * N + np.flatnonzero(has_slot)).all()
         assert (assignment[slot[has_slot]] == np.flatnonzero(has_slot)).all()
@@ -168,15 +167,15 @@ def test_indices_undo_each_other(strategy, problem):
             assert (found[there][~real] == among.size).all()
 
 
-@strategies
+@layouts
 @given(routed())
-def test_what_is_laid_out_is_found_again(strategy, problem):
+def test_what_is_laid_out_is_found_again(layout, problem):
     case, ids, keep = problem
     values = np.random.default_rng(0).standard_normal((ids.size, 2))
-    for per_rank in row_tables(case, ids, keep, strategy).values():
+    for per_rank in row_tables(case, ids, keep, layout).values():
         back = np.zeros(values.shape)
         for rows, laid_out in zip(per_rank, lay_out(values, per_rank, np.nan), strict=True):
             assert np.isnan(laid_out[rows == PADDING]).all()
             back[rows[rows != PADDING]] = laid_out[rows != PADDING]
-        there = (keep | (strategy != "static")).reshape(-1, 1)
+        there = (keep | (layout != "static")).reshape(-1, 1)
         np.testing.assert_array_equal(back, np.where(there, values, 0))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from parity.cases.case import DTYPES, Case
-from parity.judge.compare import Expected, expectations
 from parity.oracle import vectorised
+from parity.oracle.expected import Expected, Oracle
 from parity.oracle.problem import Problem, draw, exact_inputs
+from parity.oracle.quantities import names
 from parity.oracle.reference import Perturbed
 from parity.oracle.tolerances import DRAWS, FACTOR, allowance, numpy_dtype, smallest_step, unit_roundoff
 
@@ -23,7 +24,7 @@ HALVES = ("bfloat16", "float16")
 
 def wanted(problem: Problem) -> dict[str, Expected]:
     """What is expected of every array that is judged by an allowance."""
-    return {name: want for name, want in expectations(problem)["static"].items() if want.allowed is not None}
+    return {name: want for name, want in Oracle(problem).expected(names("static"), "static").items() if want.allowed is not None}
 
 
 def ratio(values: Array, want: Expected, *, rounded: bool = True) -> float:
