@@ -40,9 +40,10 @@ $(VENV)-triton/installed: pyproject.toml constraints.txt
 	$(VENV)-triton/bin/pip install --quiet --no-deps jax-cuda13-plugin==$(JAX) jax-cuda13-pjrt==$(JAX)
 	@touch $@
 
-lint: $(VENV)/installed  ## ruff and pyright
+lint: $(VENV)/installed  ## ruff, who imports whom, and pyright
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(RUN) pyright
 
 format: $(VENV)/installed  ## let ruff rewrite
