@@ -129,7 +129,7 @@ def _canonical_rows(arrays: list[Array], expected: Expected, table: Table) -> Ca
         values[rows[real]], present[rows[real]] = a[real], True
         slots[rows[real]], holders[rows[real]] = real, rank
         promised = quantity.padding(expected.mode, expected.case, rows.size)
-        wrong = np.flatnonzero((rows == PADDING) & (a.reshape(rows.size, -1) != promised).any(axis=1))
+        wrong = np.flatnonzero((rows == PADDING) & (a != promised).any(axis=tuple(range(1, a.ndim))))
         if promised is not None and wrong.size:
             raise MismatchError(
                 f"padding is not {promised or 'zero'}: rank {rank}, slot {wrong[0]} and {wrong.size - 1} more hold "
@@ -204,21 +204,21 @@ def _moves_its_own_rows(
 def choice_of_experts(problem: Problem, want: Expected, backend: str, ids: Array) -> Check:
     """The router's own choice against the oracle's.
 
-    A choice between logits closer than float32 can tell apart counts as right, and is counted. Where the logits are
-    exact in float32 (small integers), nothing is too close, and ties go to the lower id.
+    A choice between scores closer than float32 can tell apart counts as right, and is counted. Where the logits are
+    exact in float32 (small integers), equal ones have equal scores, and must go to the lower id.
     """
     case = problem.case
     x, router, _, _ = exact_inputs(problem)
     draws = [Perturbed(np.random.default_rng([case.seed, 2, i])) for i in range(DRAWS)]
-    logits, _ = vectorised.oracle_for(case).route(case, x, router, Exact())
-    close = 2 * allowance(logits, [vectorised.route(case, x, router, n)[0] for n in draws], case.wide).max(axis=-1)
+    logits, score = vectorised.oracle_for(case).route(case, x, router, Exact())
+    close = 2 * allowance(score, [vectorised.route(case, x, router, n)[1] for n in draws], case.wide).max(axis=-1)
     whole = np.array_equal(x, x.round()) and np.array_equal(router, router.round())
-    if whole and (np.abs(x) @ np.abs(router)).max(initial=0) < 2**24:
-        close[:] = 0
-    expected = vectorised.oracle_for(case).select(case, logits)
+    exact = whole and (np.abs(x) @ np.abs(router)).max(initial=0) < 2**24
+    expected = vectorised.oracle_for(case).select(case, score)
     wrong, near = [], 0
     for p, t in np.argwhere((ids != expected).any(axis=-1)):
-        if close[p, t] > 0 and _defensible(logits[p, t], ids[p, t], close[p, t]):
+        in_order = not exact or _lower_first(logits[p, t], ids[p, t])
+        if in_order and _defensible(score[p, t], ids[p, t], close[p, t]):
             near += 1
         else:
             wrong.append((int(p), int(t)))
@@ -233,13 +233,23 @@ def choice_of_experts(problem: Problem, want: Expected, backend: str, ids: Array
     return check
 
 
-def _defensible(logits_E: Array, id_K: Array, close: float) -> bool:
+def _defensible(score_E: Array, id_K: Array, close: float) -> bool:
     """Whether each choice, in turn, was as good as any left, but for `close`."""
-    left = set(range(logits_E.size))
+    left = set(range(score_E.size))
     for g in id_K.tolist():
-        if g not in left or logits_E[g] < max(logits_E[h] for h in left) - close:
+        if g not in left or score_E[g] < max(score_E[h] for h in left) - close:
             return False
         left.remove(g)
+    return True
+
+
+def _lower_first(logits_E: Array, id_K: Array) -> bool:
+    """Whether no expert was chosen before, or without, a lower one with the same logit."""
+    before: set[int] = set()
+    for g in id_K.tolist():
+        if any(logits_E[h] == logits_E[g] and h not in before for h in range(g)):
+            return False
+        before.add(g)
     return True
 
 
@@ -356,6 +366,8 @@ def _where(problem: Problem, want: Expected, have: Canonical, first: int, at: tu
         where.k, where.expert = at[2], int(problem.expert_id[at])
     if axes == ["P", "E"]:
         where.expert = at[1]
-    if axes == ["P", "P", "e"]:
-        where.source_rank, where.expert = at[1], first * e + at[2]
+    if axes[1:2] == ["P"]:
+        where.source_rank = at[1]
+    if axes[2:] == ["e"]:
+        where.expert = first * e + at[2]
     return where

@@ -41,7 +41,9 @@ class Quantity:
     """One row: what it is, its axes, how it is judged, and the oracle's value in each mode that has it."""
 
     name: str  # stage/value
-    axes: str  # letters; A: assignments of all ranks, known by (source rank, token, k) wherever their row lies
+    # Letters; A: assignments of all ranks, known by (source rank, token, k) wherever their row lies. After the rank
+    # that holds it, P is the rank that rows come from and Q the rank that they go to.
+    axes: str
     dtype: Literal["case", "wide", "int"]
     judged: Literal["bits", "allowance", "choice"]
     isolated: Value | None = None
@@ -145,10 +147,10 @@ _TABLE = [
     ),
     Quantity("exchange_counts/counts", "P P e", "int", "bits", _counts, _counts),
     *(
-        Quantity(f"exchange_counts/{name}", "P P", "int", "bits", value, value, layouts=("dynamic", "ragged"))
-        for name, value in (
-            ("send", lambda o, layout: o.sent(layout).reshape(o.case.ranks, o.case.ranks, -1).sum(axis=2)),
-            ("receive", lambda o, layout: o.received(layout).sum(axis=2)),
+        Quantity(f"exchange_counts/{name}", axes, "int", "bits", value, value, layouts=("dynamic", "ragged"))
+        for name, axes, value in (
+            ("send", "P Q", lambda o, layout: o.sent(layout).reshape(o.case.ranks, o.case.ranks, -1).sum(axis=2)),
+            ("receive", "P P", lambda o, layout: o.received(layout).sum(axis=2)),
         )
     ),
     Quantity("send_tokens/x", "A D", "case", "bits", _x, _x, order="received", zero_padding=_WHOLE),

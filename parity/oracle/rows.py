@@ -50,7 +50,7 @@ def row_tables(case: Case, expert_id: Array, keep: Array, layout: Layout) -> Tab
         segments = [by_expert[p, g] for g in range(target * e, (target + 1) * e) for p in range(P)]
         if bin_per_expert:
             return joined(padded(segment, C) for segment in segments)
-        most = {"dynamic": 0, "ragged": case.most_received, "static": P * C}[layout]
+        most = {"ragged": case.most_received, "static": P * C}.get(layout, 0)
         return padded(joined(segments), most)
 
     return {
