@@ -93,6 +93,19 @@ class Case:
         "empty_expert: one expert gets none. idle_rank: one rank gets none. stay_home: rank 0 keeps to itself. "
         "ties: integer logits, many of them equal.",
     )
+    logit_scale: float = _field(
+        1.0,
+        "Multiplies the drawn logits: at 50, float32 softmax underflows for many experts.",
+    )
+    logit_offset: float = _field(
+        0.0,
+        "Added to all logits of a token, by a feature of x that is 1 and a row of the router: at -46, float32 sigmoid "
+        "comes near the 1e-20 that guards renormalisation.",
+    )
+    outlier: float = _field(
+        1.0,
+        "One feature of x is so many times larger, as hidden states of real models have; the router makes up for it.",
+    )
     capacity_factor: str | None = _field(
         None,
         "JAX rows per bin over the mean load: a decimal or a fraction. None: the bound at which nothing drops.",
@@ -136,8 +149,13 @@ class Case:
             raise ValueError(f"--experts {self.experts} do not divide over --ranks {self.ranks}: use a multiple")
         if self.top_k > self.experts:
             raise ValueError(f"--top-k is {self.top_k} with --experts {self.experts}: a token cannot choose more")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"--scale is {self.scale}: it must be finite")
+        for name in ("scale", "logit_scale", "logit_offset", "outlier"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"--{flag(name)} is {getattr(self, name)}: it must be finite")
+        if self.outlier == 0:
+            raise ValueError("--outlier is 0: it multiplies a feature whose part in the router is divided by it")
+        if self.logit_offset and self.width < 2:
+            raise ValueError(f"--logit-offset takes a feature of its own: --width {self.width} must be at least 2")
         need = {
             "empty_expert": self.top_k + 1,
             "idle_rank": self.top_k + self.experts // self.ranks if self.ranks > 1 else math.inf,

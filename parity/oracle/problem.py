@@ -82,14 +82,12 @@ def draw(case: Case) -> Problem:
     rng = np.random.default_rng([case.seed, 0])
     P, T, D, F, E = case.ranks, case.tokens, case.width, case.hidden, case.experts
     recorded = load_recording(case) if case.recording else {}
-    router = recorded.get("router", _router(case, rng)).astype(case.wide)
-    wanted = recorded.get("expert_id", None)
-    x = recorded.get("x", None)
+    router, wanted, x = _router(case, rng), recorded.get("expert_id"), recorded.get("x")
     if x is None:
         wanted = _wanted_experts(case, rng) if wanted is None else wanted
-        x = tokens_that_choose(case, wanted, router.astype(np.float64), rng)
+        x, router = stretched(case, tokens_that_choose(case, wanted, router, rng), router)
     dtype = numpy_dtype(case.dtype)
-    x = x.astype(dtype)
+    router, x = recorded.get("router", router).astype(case.wide), x.astype(dtype)
     drawn = Weights(*(_weights(case, shape, rng) for shape in [(E, D, F), (E, D, F), (E, F, D)]))
     weights = Weights(*(recorded.get(n, a).astype(dtype) for n, a in zip(Weights._fields, drawn, strict=True)))
     dout = rng.standard_normal((P, T, D)).astype(dtype)
@@ -97,8 +95,8 @@ def draw(case: Case) -> Problem:
     x64, router64, dout64 = (a.astype(np.float64) for a in (x, router, dout))
     weights64 = Weights(*(a.astype(np.float64) for a in weights))
     oracle = oracle_for(case)
-    logits, score = oracle.route(case, x64, router64, Exact())
-    expert_id = recorded["expert_id"] if "expert_id" in recorded else oracle.select(case, logits)
+    _, score = oracle.route(case, x64, router64, Exact())
+    expert_id = recorded["expert_id"] if "expert_id" in recorded else oracle.select(case, score)
     # Priority goes by the scores that are stored, so rounding to the stored dtype comes first.
     stored = reference.chosen_scores(case, score, expert_id, Exact()).astype(case.wide)
     keep = reference.keep_within_capacity(case, expert_id, stored)
@@ -121,7 +119,18 @@ def exact_inputs(problem: Problem) -> tuple[Array, Array, Weights, Array]:
 def _router(case: Case, rng: np.random.Generator) -> Array:
     if case.pattern == "ties":
         return rng.integers(-1, 2, (case.width, case.experts)).astype(np.float64)
-    return rng.standard_normal((case.width, case.experts)) / np.sqrt(case.width)
+    router = rng.standard_normal((case.width, case.experts)) / np.sqrt(case.width)
+    router[0] *= not case.logit_offset  # the feature that will carry the offset
+    return router
+
+
+def stretched(case: Case, x: Array, router: Array) -> tuple[Array, Array]:
+    """Tokens and router with the scale, the offset and the outlier that the case asks for in logits and tokens."""
+    x, router = x.copy(), router * case.logit_scale
+    if case.logit_offset:
+        x[..., 0], router[0] = 1, case.logit_offset
+    x[..., -1], router[-1] = x[..., -1] * case.outlier, router[-1] / case.outlier
+    return x, router
 
 
 def _wanted_experts(case: Case, rng: np.random.Generator) -> Array:

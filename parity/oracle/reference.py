@@ -89,12 +89,12 @@ def scores(case: Case, logits_PTE: Array, numbers: Numbers) -> Array:
     return numbers.round(power_PTE / total_PT1, case.wide)
 
 
-def select(case: Case, logits_PTE: Array) -> Array:
-    """The K largest logits of each token, ties to the lower expert id: [P, T, K]."""
-    id_PTK = np.zeros((*logits_PTE.shape[:2], case.top_k), np.int32)
-    for p, t in np.ndindex(*logits_PTE.shape[:2]):
-        logits_E = logits_PTE[p, t]
-        id_PTK[p, t] = sorted(range(case.experts), key=lambda g: (-logits_E[g], g))[: case.top_k]
+def select(case: Case, score_PTE: Array) -> Array:
+    """The K largest scores of each token as they are stored, ties to the lower expert id: [P, T, K]."""
+    id_PTK = np.zeros((*score_PTE.shape[:2], case.top_k), np.int32)
+    for p, t in np.ndindex(*score_PTE.shape[:2]):
+        score_E = score_PTE[p, t].astype(case.wide)
+        id_PTK[p, t] = sorted(range(case.experts), key=lambda g: (-score_E[g], g))[: case.top_k]
     return id_PTK
 
 

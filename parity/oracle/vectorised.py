@@ -30,9 +30,9 @@ def route(case: Case, x_PTD: Array, router_DE: Array, numbers: Numbers) -> tuple
     return logits_PTE, reference.scores(case, logits_PTE, numbers)
 
 
-def select(case: Case, logits_PTE: Array) -> Array:
+def select(case: Case, score_PTE: Array) -> Array:
     """See `reference.select`."""
-    return np.argsort(-logits_PTE, axis=-1, kind="stable")[..., : case.top_k].astype(np.int32)
+    return np.argsort(-score_PTE.astype(case.wide), axis=-1, kind="stable")[..., : case.top_k].astype(np.int32)
 
 
 def route_backward(
