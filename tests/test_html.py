@@ -12,16 +12,18 @@ import msgspec
 import numpy as np
 import pytest
 from browser import said_by
-from test_compare import SIDES, perfect
+from test_compare import SIDES, expectations, perfect
 
 from parity.cases.case import Case
-from parity.judge.compare import Check, expectations
+from parity.judge.compare import Check
 from parity.judge.engine import judge, make_report
 from parity.judge.records import Report, header
 from parity.oracle.problem import Problem, draw
+from parity.oracle.quantities import STAGES
 from parity.report.html import DRAWN, num, page, ratio_text
 from parity.report.terminal import SHORT, describe, place
-from parity.run.trace import STAGES, Trace
+from parity.run.ours import BACKENDS
+from parity.run.trace import Trace
 
 NASTY = """</title><script>alert("x")</script>&amp;'"""
 DASH = "\N{EN DASH}"  # where there is no value; between the sides of a comparison with each other
@@ -108,7 +110,7 @@ class Tree(HTMLParser):
 
 def judged(problem: Problem, traces: list[Trace]):
     for trace in traces:
-        trace.environment, trace.seconds = {"devices": f"2 x {trace.backend}"}, 0.5
+        trace.environment, trace.seconds = {"devices": f"2 x {trace.backend.name}"}, 0.5
     return judge(problem, traces)
 
 
@@ -122,7 +124,7 @@ def report_of(*cases: Case, spoil=lambda traces: None, backends=tuple(SIDES), pl
         if case is cases[0]:
             spoil(traces)
         results[case.name] = judged(problem, list(traces.values()))
-    return make_report(header(planted), list(results), results, {"in all": 1.0})
+    return make_report(header([BACKENDS[name] for name in backends], planted), list(results), results, {"in all": 1.0})
 
 
 def spoiled(traces: dict[str, Trace]) -> None:
