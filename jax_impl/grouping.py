@@ -7,13 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Integer
 
-from jax_impl import kernels
 from jax_impl.checks import check_capacity, check_capacity_factor, check_priority
-from jax_impl.layout import exclusive_cumsum, invert, rows_or_zero, sort_by_key
+from jax_impl.rows import exclusive_cumsum, expand_rows, invert, rows_or_zero, sort_by_key, weighted_sum
 
 
 class Capacity(NamedTuple):
@@ -130,70 +128,3 @@ def combine(
     A dropped assignment contributes zero, and its score's gradient is zero.
     """
     return weighted_sum(y_BCD, score_TK, slot_TK, assignment_BC)
-
-
-@jax.custom_vjp
-def expand_rows(
-    x_TD: Float[Array, "T D"], slot_TK: Integer[Array, "T K"], assignment_BC: Integer[Array, "B C"]
-) -> Float[Array, "B C D"]:
-    """Row r is the token of assignment r, padding is zero. Backward, a token gathers its K rows: no scatter-add."""
-    if kernels.use_kernels(x_TD):
-        x_SD = kernels.expand_rows(x_TD, slot_TK, assignment_BC.reshape(-1))
-        return x_SD.reshape(*assignment_BC.shape, -1)
-    return rows_or_zero(x_TD, assignment_BC // slot_TK.shape[1])
-
-
-def _expand_rows_forward(x_TD, slot_TK, assignment_BC):
-    return expand_rows(x_TD, slot_TK, assignment_BC), slot_TK
-
-
-def _expand_rows_backward(slot_TK, dx_BCD):
-    wide = np.promote_types(dx_BCD.dtype, np.float32)
-    dx_SD = dx_BCD.reshape(-1, dx_BCD.shape[-1])
-    if kernels.use_kernels(dx_SD):
-        return kernels.sum_rows(dx_SD, slot_TK), None, None
-    dx_TD = jnp.zeros((slot_TK.shape[0], dx_BCD.shape[-1]), wide)
-    for slot_T in slot_TK.T:
-        dx_TD = dx_TD + rows_or_zero(dx_SD, slot_T).astype(wide)
-    return dx_TD.astype(dx_BCD.dtype), None, None
-
-
-expand_rows.defvjp(_expand_rows_forward, _expand_rows_backward)
-
-
-@jax.custom_vjp
-def weighted_sum(
-    y_BCD: Float[Array, "B C D"],
-    score_TK: Float[Array, "T K"],
-    slot_TK: Integer[Array, "T K"],
-    assignment_BC: Integer[Array, "B C"],  # noqa: ARG001  for backward
-) -> Float[Array, "T D"]:
-    """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
-    wide = np.promote_types(y_BCD.dtype, np.float32)
-    y_SD = y_BCD.reshape(-1, y_BCD.shape[-1])
-    if kernels.use_kernels(y_SD):
-        return kernels.sum_rows(y_SD, slot_TK, score_TK)
-    out_TD = jnp.zeros((slot_TK.shape[0], y_BCD.shape[-1]), wide)
-    for score_T, slot_T in zip(score_TK.T, slot_TK.T, strict=True):
-        out_TD = out_TD + score_T.astype(wide)[:, None] * rows_or_zero(y_SD, slot_T).astype(wide)
-    return out_TD.astype(y_BCD.dtype)
-
-
-def _weighted_sum_forward(y_BCD, score_TK, slot_TK, assignment_BC):
-    return weighted_sum(y_BCD, score_TK, slot_TK, assignment_BC), (y_BCD, score_TK, slot_TK, assignment_BC)
-
-
-def _weighted_sum_backward(saved, dout_TD):
-    y_BCD, score_TK, slot_TK, assignment_BC = saved
-    wide = np.promote_types(y_BCD.dtype, np.float32)
-    y_SD = y_BCD.reshape(-1, y_BCD.shape[-1])
-    if kernels.use_kernels(y_SD):
-        dy_SD, dscore_TK = kernels.weighted_sum_backward(dout_TD, y_SD, score_TK, slot_TK, assignment_BC.reshape(-1))
-        return dy_SD.reshape(y_BCD.shape), dscore_TK, None, None
-    score_BC = rows_or_zero(score_TK.reshape(-1), assignment_BC).astype(wide)
-    dy_BCD = score_BC[..., None] * rows_or_zero(dout_TD, assignment_BC // slot_TK.shape[1]).astype(wide)
-    dscore_TK = [(dout_TD.astype(wide) * rows_or_zero(y_SD, slot_T).astype(wide)).sum(axis=1) for slot_T in slot_TK.T]
-    return dy_BCD.astype(y_BCD.dtype), jnp.stack(dscore_TK, axis=1).astype(score_TK.dtype), None, None
-
-
-weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)

@@ -5,6 +5,8 @@ does all in one, 16 bytes at a time, and reads and writes every row once. Sums o
 
 `jax.lax.ragged_dot` on a GPU multiplies every row by every expert's weights and keeps one product of e. These read a
 row once per tile of columns, and an expert's weights once per tile of its rows.
+
+M are rows whose they may be, O the rows that come out where these are others.
 """
 
 from collections.abc import Callable
@@ -66,9 +68,9 @@ def _count_keys_kernel(key, counts) -> None:
     """One program per block and some of the keys."""
     b, n_keys = pl.program_id(0), counts.shape[0] - 1
     found = _load_keys(key, b * SORT_BLOCK + jnp.arange(SORT_BLOCK), n_keys)
-    k = pl.program_id(1) * SORT_TILE + jnp.arange(SORT_TILE)
-    count = (found[:, None] == k[None]).sum(axis=0, dtype=jnp.int32)
-    triton.store(counts.at[k, b], count, mask=k <= n_keys)
+    mine = pl.program_id(1) * SORT_TILE + jnp.arange(SORT_TILE)
+    count = (found[:, None] == mine[None]).sum(axis=0, dtype=jnp.int32)
+    triton.store(counts.at[mine, b], count, mask=mine <= n_keys)
 
 
 def _place_keys_kernel(key, end, order, place) -> None:
@@ -120,15 +122,15 @@ def _expert_major_rows_kernel(counts, source, target, *, n_groups: int) -> None:
     jax.lax.fori_loop(0, -(-rows // BLOCK), store, ())
 
 
-def gather_rows(x_SD: Float[Array, "S D"], index_R: Integer[Array, "*R"]) -> Float[Array, "*R D"]:
+def gather_rows(x_MD: Float[Array, "M D"], index_O: Integer[Array, "*O"]) -> Float[Array, "*O D"]:
     """Row r is x[index[r]], and zero where the index is past the end."""
-    D = x_SD.shape[1]
+    D = x_MD.shape[1]
     BLOCK, num_warps = _tile(D, 1)
     chunks = pl.cdiv(D, BLOCK)
-    result = _like(x_SD, index_R.size, D)
+    result = _like(x_MD, index_O.size, D)
     kernel = partial(_gather_rows_kernel, chunks=chunks, BLOCK=BLOCK)
-    y_RD = _call(kernel, (index_R.size * chunks,), result, x_SD, index_R.reshape(-1), num_warps=num_warps)
-    return y_RD.reshape(*index_R.shape, D)
+    y_OD = _call(kernel, (index_O.size * chunks,), result, x_MD, index_O.reshape(-1), num_warps=num_warps)
+    return y_OD.reshape(*index_O.shape, D)
 
 
 def _gather_rows_kernel(x, index, y, *, chunks: int, BLOCK: int) -> None:
@@ -141,29 +143,29 @@ def _gather_rows_kernel(x, index, y, *, chunks: int, BLOCK: int) -> None:
 
 
 def expand_rows(
-    x_TD: Float[Array, "T D"], slot_TK: Integer[Array, "T K"], assignment_S: Integer[Array, " S"]
-) -> Float[Array, "S D"]:
+    x_TD: Float[Array, "T D"], slot_TK: Integer[Array, "T K"], assignment_M: Integer[Array, " M"]
+) -> Float[Array, "M D"]:
     """Copy token t to rows slot[t]: the same rows as gathering x[assignment // K], but x is read once.
 
     A slot past the end is left out; rows whose assignment is past the last one are padding, and zero.
     """
-    (T, K), (S,), D = slot_TK.shape, assignment_S.shape, x_TD.shape[1]
+    (T, K), (M,), D = slot_TK.shape, assignment_M.shape, x_TD.shape[1]
     BLOCK, num_warps = _tile(D, K)
     kernel = partial(_expand_rows_kernel, BLOCK=BLOCK)
-    grid = (pl.cdiv(S, PADDING_ROWS) + T,)
-    return _call(kernel, grid, _like(x_TD, S, D), x_TD, slot_TK, assignment_S, num_warps=num_warps)
+    grid = (pl.cdiv(M, PADDING_ROWS) + T,)
+    return _call(kernel, grid, _like(x_TD, M, D), x_TD, slot_TK, assignment_M, num_warps=num_warps)
 
 
 def _expand_rows_kernel(x, slot, assignment, y, *, BLOCK: int) -> None:
     """One program per token: its K rows side by side, chunk after chunk. Before them, those that look for padding."""
-    (T, K), (S, D) = slot.shape, y.shape
-    t, k = pl.program_id(0) - pl.cdiv(S, PADDING_ROWS), jnp.arange(_power_of_2(K))
-    row = triton.load(slot.at[t, k], mask=(t >= 0) & (k < K), other=S)
+    (T, K), (M, D) = slot.shape, y.shape
+    t, k = pl.program_id(0) - pl.cdiv(M, PADDING_ROWS), jnp.arange(_power_of_2(K))
+    row = triton.load(slot.at[t, k], mask=(t >= 0) & (k < K), other=M)
 
     def copy(step, nothing):
         d = step * BLOCK + jnp.arange(BLOCK)
         tile = jnp.broadcast_to(triton.load(x.at[t, d], mask=d < D, other=0)[None], (k.size, BLOCK))
-        triton.store(y.at[row[:, None], d[None]], tile, mask=(row < S)[:, None] & (d < D)[None])
+        triton.store(y.at[row[:, None], d[None]], tile, mask=(row < M)[:, None] & (d < D)[None])
         return nothing
 
     jax.lax.fori_loop(0, pl.cdiv(D, BLOCK) * (t >= 0).astype(jnp.int32), copy, ())
@@ -172,9 +174,9 @@ def _expand_rows_kernel(x, slot, assignment, y, *, BLOCK: int) -> None:
 
 def _clear_padding(assignment, y, N: int) -> None:
     """Zero in some rows, if they hold no assignment; the programs after these have none to look at."""
-    (S, D), BLOCK = y.shape, 128
+    (M, D), BLOCK = y.shape, 128
     row = pl.program_id(0) * PADDING_ROWS + jnp.arange(PADDING_ROWS)
-    padding = triton.load(assignment.at[row], mask=row < S, other=-1) >= N
+    padding = triton.load(assignment.at[row], mask=row < M, other=-1) >= N
 
     def clear(step, nothing):
         d = step * BLOCK + jnp.arange(BLOCK)
@@ -186,18 +188,18 @@ def _clear_padding(assignment, y, N: int) -> None:
 
 
 def sum_rows(
-    y_SD: Float[Array, "S D"], slot_TK: Integer[Array, "T K"], score_TK: Float[Array, "T K"] | None = None
+    y_MD: Float[Array, "M D"], slot_TK: Integer[Array, "T K"], score_TK: Float[Array, "T K"] | None = None
 ) -> Float[Array, "T D"]:
     """out[t] = round(sum over k = 0..K-1 of y[slot[t,k]]), each times score[t,k] if there are scores, in float32.
 
     A slot past the end counts as zero. The compiler may round a product and its sum at once; PyTorch's kernel may not.
     """
-    (T, K), D = slot_TK.shape, y_SD.shape[1]
+    (T, K), D = slot_TK.shape, y_MD.shape[1]
     BLOCK, num_warps = _tile(D, K)
     chunks = pl.cdiv(D, BLOCK)
     scores = () if score_TK is None else (score_TK,)
     kernel = partial(_sum_rows_kernel, chunks=chunks, BLOCK=BLOCK, weighted=score_TK is not None)
-    return _call(kernel, (T * chunks,), _like(y_SD, T, D), y_SD, slot_TK, *scores, num_warps=num_warps)
+    return _call(kernel, (T * chunks,), _like(y_MD, T, D), y_MD, slot_TK, *scores, num_warps=num_warps)
 
 
 def _sum_rows_kernel(y, slot, *score_and_out, chunks: int, BLOCK: int, weighted: bool) -> None:
@@ -216,38 +218,38 @@ def _sum_rows_kernel(y, slot, *score_and_out, chunks: int, BLOCK: int, weighted:
 
 def weighted_sum_backward(
     dout_TD: Float[Array, "T D"],
-    y_SD: Float[Array, "S D"],
+    y_MD: Float[Array, "M D"],
     score_TK: Float[Array, "T K"],
     slot_TK: Integer[Array, "T K"],
-    assignment_S: Integer[Array, " S"],
-) -> tuple[Float[Array, "S D"], Float[Array, "T K"]]:
+    assignment_M: Integer[Array, " M"],
+) -> tuple[Float[Array, "M D"], Float[Array, "T K"]]:
     """dy[slot[t,k]] = round(score[t,k] * dout[t]) and dscore[t,k] = sum over d of dout[t,d] * y[slot[t,k],d].
 
     A token's gradient is read once, and each of its rows is read and written once; padding is written as zero.
 
-    Shapes: dy_SD, dscore_TK.
+    Shapes: dy_MD, dscore_TK.
     """
-    (T, K), (S, D) = slot_TK.shape, y_SD.shape
+    (T, K), (M, D) = slot_TK.shape, y_MD.shape
     BLOCK, num_warps = _tile(D, K)
-    results = _like(y_SD, S, D), _like(y_SD, T, K, dtype=score_TK.dtype)
+    results = _like(y_MD, M, D), _like(y_MD, T, K, dtype=score_TK.dtype)
     kernel = partial(_weighted_sum_backward_kernel, BLOCK=BLOCK)
-    grid = (pl.cdiv(S, PADDING_ROWS) + T,)
+    grid = (pl.cdiv(M, PADDING_ROWS) + T,)
     num_warps = max(num_warps, 4)  # which share the sums of all rows
-    return _call(kernel, grid, results, dout_TD, y_SD, score_TK, slot_TK, assignment_S, num_warps=num_warps)
+    return _call(kernel, grid, results, dout_TD, y_MD, score_TK, slot_TK, assignment_M, num_warps=num_warps)
 
 
 def _weighted_sum_backward_kernel(dout, y, score, slot, assignment, dy, dscore, *, BLOCK: int) -> None:
     """One program per token: its K rows side by side, chunk after chunk. Before them, those that look for padding."""
-    (T, K), (S, D) = slot.shape, y.shape
+    (T, K), (M, D) = slot.shape, y.shape
     wide = np.promote_types(y.dtype, np.float32)
-    t, k = pl.program_id(0) - pl.cdiv(S, PADDING_ROWS), jnp.arange(_power_of_2(K))
+    t, k = pl.program_id(0) - pl.cdiv(M, PADDING_ROWS), jnp.arange(_power_of_2(K))
     here = (t >= 0) & (k < K)
-    row = triton.load(slot.at[t, k], mask=here, other=S)
+    row = triton.load(slot.at[t, k], mask=here, other=M)
     weight = triton.load(score.at[t, k], mask=here, other=0).astype(wide)
 
     def add(step, total):
         d = step * BLOCK + jnp.arange(BLOCK)
-        inside = (row < S)[:, None] & (d < D)[None]
+        inside = (row < M)[:, None] & (d < D)[None]
         gradient = triton.load(dout.at[t, d], mask=d < D, other=0).astype(wide)[None]
         y_tile = triton.load(y.at[row[:, None], d[None]], mask=inside, other=0).astype(wide)
         triton.store(dy.at[row[:, None], d[None]], (weight[:, None] * gradient).astype(dy.dtype), mask=inside)
@@ -273,63 +275,63 @@ def _power_of_2(n: int) -> int:
 
 
 def grouped_matmul(
-    x_SD: Float[Array, "S D"], w_eDF: Float[Array, "e D F"], counts_e: Integer[Array, " e"]
-) -> Float[Array, "S F"]:
+    x_MD: Float[Array, "M D"], w_eDF: Float[Array, "e D F"], counts_e: Integer[Array, " e"]
+) -> Float[Array, "M F"]:
     """Rows of expert j times w[j]; rows past the last expert's come out as zero. Backward reads none of them either."""
     # Weights that replicas of the experts share: their gradient, of each replica's own rows, is summed over them.
-    zero = _zero_of(x_SD, w_eDF, counts_e).astype(x_SD.dtype)
-    return _grouped_matmul(x_SD - zero, w_eDF - zero, counts_e)
+    zero = _zero_of(x_MD, w_eDF, counts_e).astype(x_MD.dtype)
+    return _grouped_matmul(x_MD - zero, w_eDF - zero, counts_e)
 
 
 @jax.custom_vjp
-def _grouped_matmul(x_SD, w_eDF, counts_e):
-    return rows_times_weights(x_SD, w_eDF, counts_e)
+def _grouped_matmul(x_MD, w_eDF, counts_e):
+    return rows_times_weights(x_MD, w_eDF, counts_e)
 
 
-def _grouped_matmul_forward(x_SD, w_eDF, counts_e):
-    return _grouped_matmul(x_SD, w_eDF, counts_e), (x_SD, w_eDF, counts_e)
+def _grouped_matmul_forward(x_MD, w_eDF, counts_e):
+    return _grouped_matmul(x_MD, w_eDF, counts_e), (x_MD, w_eDF, counts_e)
 
 
-def _grouped_matmul_backward(saved, dy_SF):
-    x_SD, w_eDF, counts_e = saved
-    dx_SD = rows_times_weights_transposed(dy_SF, w_eDF, counts_e)
-    return dx_SD, weight_gradient(x_SD, dy_SF, counts_e), None
+def _grouped_matmul_backward(saved, dy_MF):
+    x_MD, w_eDF, counts_e = saved
+    dx_MD = rows_times_weights_transposed(dy_MF, w_eDF, counts_e)
+    return dx_MD, weight_gradient(x_MD, dy_MF, counts_e), None
 
 
 _grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
 
 
 def rows_times_weights(
-    x_SD: Float[Array, "S D"], w_eDF: Float[Array, "e D F"], counts_e: Integer[Array, " e"]
-) -> Float[Array, "S F"]:
+    x_MD: Float[Array, "M D"], w_eDF: Float[Array, "e D F"], counts_e: Integer[Array, " e"]
+) -> Float[Array, "M F"]:
     """Rows of expert j times w[j], summed in float32, rounded once; rows past the last expert's come out as zero."""
-    return _rows_times(x_SD, w_eDF, counts_e, transposed=False)
+    return _rows_times(x_MD, w_eDF, counts_e, transposed=False)
 
 
 def rows_times_weights_transposed(
-    dy_SF: Float[Array, "S F"], w_eDF: Float[Array, "e D F"], counts_e: Integer[Array, " e"]
-) -> Float[Array, "S D"]:
+    dy_MF: Float[Array, "M F"], w_eDF: Float[Array, "e D F"], counts_e: Integer[Array, " e"]
+) -> Float[Array, "M D"]:
     """The same with w[j] transposed, which is never written out: the gradient of the rows."""
-    return _rows_times(dy_SF, w_eDF, counts_e, transposed=True)
+    return _rows_times(dy_MF, w_eDF, counts_e, transposed=True)
 
 
 def weight_gradient(
-    x_SD: Float[Array, "S D"], dy_SF: Float[Array, "S F"], counts_e: Integer[Array, " e"]
+    x_MD: Float[Array, "M D"], dy_MF: Float[Array, "M F"], counts_e: Integer[Array, " e"]
 ) -> Float[Array, "e D F"]:
     """Rows of expert j of x, transposed, times those of dy; zero for an expert without rows."""
-    e, D, F = counts_e.shape[0], x_SD.shape[1], dy_SF.shape[1]
+    e, D, F = counts_e.shape[0], x_MD.shape[1], dy_MF.shape[1]
     end_e = jnp.cumsum(counts_e).astype(jnp.int32)
     first_e = end_e - counts_e.astype(jnp.int32)
     grid = (e, pl.cdiv(D, ROWS), pl.cdiv(F, COLUMNS))
-    return _call(_weight_gradient_kernel, grid, _like(x_SD, e, D, F), first_e, end_e, x_SD, dy_SF)
+    return _call(_weight_gradient_kernel, grid, _like(x_MD, e, D, F), first_e, end_e, x_MD, dy_MF)
 
 
-def _rows_times(x_SD: Array, w_eDF: Array, counts_e: Array, transposed: bool) -> Array:
-    (S, _), width = x_SD.shape, w_eDF.shape[1 if transposed else 2]
-    expert_V, first_V, end_V = tiles(counts_e, S)
+def _rows_times(x_MD: Array, w_eDF: Array, counts_e: Array, transposed: bool) -> Array:
+    (M, _), width = x_MD.shape, w_eDF.shape[1 if transposed else 2]
+    expert_V, first_V, end_V = tiles(counts_e, M)
     kernel = partial(_rows_times_kernel, transposed=transposed, n_experts=w_eDF.shape[0])
     grid = (expert_V.shape[0] * pl.cdiv(width, COLUMNS),)
-    return _call(kernel, grid, _like(x_SD, S, width), expert_V, first_V, end_V, x_SD, w_eDF)
+    return _call(kernel, grid, _like(x_MD, M, width), expert_V, first_V, end_V, x_MD, w_eDF)
 
 
 def tiles(counts_e: Integer[Array, " e"], n_rows: int) -> tuple[Array, Array, Array]:

@@ -10,7 +10,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from parity.capture.measure import Measured
-from torch_impl import experts, kernels, layer, layout, routing, static
+from torch_impl import kernels, layer, layout, routing, static
+from torch_impl.glu import glu
 
 T, D, F, E, K = 8, 8, 8, 8, 2
 ROUTER = routing.Router(K)
@@ -209,7 +210,7 @@ def swiglu_through_stand_ins(dtype: torch.dtype, group: dist.ProcessGroup | None
     try:
         gate, up = (normal(6, 8, seed=i).to(dtype).requires_grad_() for i in range(2))
         results = []
-        for run in (experts.glu, torch.compile(experts.glu, backend="aot_eager", fullgraph=True)):
+        for run in (glu, torch.compile(glu, backend="aot_eager", fullgraph=True)):
             hidden = run(gate, up, "silu")
             results.append((hidden, *torch.autograd.grad(hidden, (gate, up), torch.ones_like(hidden))))
         equal = all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -10,8 +10,8 @@ import torch
 from problems import close, dense, draw
 
 import jax_impl.dynamic
-import jax_impl.experts
-import torch_impl.experts
+import jax_impl.glu
+import torch_impl.glu
 import torch_impl.static
 
 SLOPE_AT_0 = np.sqrt(2 / np.pi)
@@ -30,7 +30,7 @@ def gelu_tanh(g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def of_torch(gate, up, dhidden, activation, dtype):
     gate, up = (torch.tensor(a, dtype=getattr(torch, dtype), requires_grad=True) for a in (gate, up))
-    hidden = torch_impl.experts.glu(gate, up, activation)
+    hidden = torch_impl.glu.glu(gate, up, activation)
     gradients = torch.autograd.grad(hidden, (gate, up), torch.tensor(dhidden, dtype=hidden.dtype))
     return [a.detach().double().numpy() for a in (hidden, *gradients)]
 
@@ -38,7 +38,7 @@ def of_torch(gate, up, dhidden, activation, dtype):
 def of_jax(gate, up, dhidden, activation, dtype):
     with jax.enable_x64(True):
         leaves = [jnp.asarray(a, dtype) for a in (gate, up)]
-        hidden, vjp = jax.vjp(lambda gate, up: jax_impl.experts.glu(gate, up, activation), *leaves)
+        hidden, vjp = jax.vjp(lambda gate, up: jax_impl.glu.glu(gate, up, activation), *leaves)
         return [np.asarray(a, np.float64) for a in (hidden, *vjp(jnp.asarray(dhidden, dtype)))]
 
 

@@ -16,9 +16,9 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jax_impl import Router, dynamic, kernels, moe_layer, plan_capacity
-from jax_impl.experts import grouped_matmul
 from jax_impl.grouping import Capacity, combine, group_by_expert
 from jax_impl.layout import to_expert_major, to_rank_major
+from jax_impl.matmul import grouped_matmul
 from parity.bench.in_jax import first
 from parity.capture import in_jax as capture_jax
 from torch_impl import kernels as triton_kernels
@@ -190,7 +190,7 @@ def triton_programs(D: int, K: int) -> dict:
     """Each kernel with the types of its arguments, its constants and its warps, as it is launched for such rows."""
     one, many = triton_kernels._tile(D, 1), triton_kernels._tile(D, K)
     x, index, score, number = "*bf16", "*i64", "*fp32", "i32"
-    rows = {"S": number, "D": number}
+    rows = {"M": number, "D": number}
     backward = dict.fromkeys(("dout", "y", "dy"), x) | dict.fromkeys(("slot", "assignment"), index)
     backward |= dict.fromkeys(("score", "dscore"), score) | rows | {"T": number}
     tile = {"BLOCK": many[0], "K": K}

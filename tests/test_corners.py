@@ -26,6 +26,8 @@ from jax_impl.dynamic import exchange
 from parity.cases.presets import PRESETS
 from parity.judge.compare import compare
 from parity.oracle.problem import draw as draw_case
+from parity.run import jax_stages
+from parity.run.ours import BACKENDS
 from torch_impl import Router, checks
 from torch_impl.static import grouping
 
@@ -269,12 +271,10 @@ DYNAMIC_PRESETS = ["zipf", "idle-rank", "stay-home", "k-all", "p1", "t1", "bfloa
 @pytest.mark.parametrize("name", DYNAMIC_PRESETS)
 def test_dynamic_jax_passes_the_parity_suite(emulated, name):
     """Every comparison that `check` makes, in this process; what it leaves out is the collective itself."""
-    from parity.run import in_jax as run_jax
-
     problem = draw_case(PRESETS[name])
-    run_jax.programs.cache_clear()
-    trace = run_jax.run(problem, "shard_map", "jax-dynamic")
-    run_jax.programs.cache_clear()
+    jax_stages.programs.cache_clear()
+    trace = jax_stages.run(problem, BACKENDS["jax-dynamic"], "shard_map")
+    jax_stages.programs.cache_clear()
     checks = list(compare(problem, [trace]))
     assert len(checks) > 50
     assert [check for check in checks if not check.ok] == []

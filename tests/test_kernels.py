@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from torch_impl import kernels, static
-from torch_impl.experts import glu
+from torch_impl.glu import glu
 from torch_impl.grouping import combine, group_by_expert
-from torch_impl.layout import expert_major_source, invert, to_expert_major, to_rank_major
+from torch_impl.layout import to_expert_major, to_rank_major
+from torch_impl.rows import expert_major_source, invert
 from torch_impl.static import grouping as static_grouping
-from torch_impl.static.layout import rows_or_zero
+from torch_impl.static import rows as static_rows
+from torch_impl.static.rows import rows_or_zero
 
 # Of Triton's interpreter, under NumPy 2.2; under 2.4 it does not run at all.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
@@ -196,7 +198,7 @@ def test_indices_past_the_end_are_zero_and_padding_is_written(device, shape, dty
 
     y_BCD.requires_grad_()
     score_TK.requires_grad_()
-    out_TD = plain(static_grouping.weighted_sum, y_BCD, score_TK, slot_TK, assignment_BC)
+    out_TD = plain(static_rows.weighted_sum, y_BCD, score_TK, slot_TK, assignment_BC)
     same(kernels.sum_rows(y_SD, slot_TK, score_TK.detach()), out_TD.detach())
     expected_dy_BCD, _ = plain(torch.autograd.grad, out_TD, (y_BCD, score_TK), dout_TD)
     dy_SD, dscore_TK = kernels.weighted_sum_backward(

@@ -8,7 +8,7 @@ import torch
 from problems import draw
 
 import torch_impl
-from torch_impl import checks, layout
+from torch_impl import checks, rows
 
 READS = {
     "cpu", "item", "tolist", "numpy", "nonzero", "masked_select", "unique", "equal", "allclose", "bincount",
@@ -66,8 +66,8 @@ def test_forward_and_backward_read_values_once(reads, ids):
 
 
 def test_one_more_is_seen(reads, monkeypatch):
-    plain = layout.exclusive_cumsum
-    monkeypatch.setattr(layout, "exclusive_cumsum", lambda counts: plain(counts) * int(counts.sum() >= 0))
+    plain = rows.exclusive_cumsum
+    monkeypatch.setattr(rows, "exclusive_cumsum", lambda counts: plain(counts) * int(counts.sum() >= 0))
     run(None)
     assert reads == ["cpu", "__int__", "__int__"]
 

@@ -12,8 +12,8 @@ from jax_ranks import trace_over_data_and_experts
 
 from jax_impl import Router, dynamic, kernels, moe_layer, plan_capacity
 from jax_impl.experts import apply_experts
-from jax_impl.grouping import Capacity, expand_rows, group_by_expert, weighted_sum
-from jax_impl.layout import invert, permute_rows, rank_bins_source, rows_or_zero
+from jax_impl.grouping import Capacity, group_by_expert
+from jax_impl.rows import expand_rows, invert, permute_rows, rank_bins_source, rows_or_zero, weighted_sum
 
 # Counts of rows, rows in all, D, F: tiles with one row and with all, experts without rows, padding and none, widths
 # that are no multiple of a tile's.

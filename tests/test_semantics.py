@@ -18,11 +18,12 @@ import jax_impl.grouping
 import jax_impl.layer
 import jax_impl.layout
 import jax_impl.routing
+import jax_impl.rows
 import torch_impl.experts
 import torch_impl.grouping
 import torch_impl.layer
-import torch_impl.layout
 import torch_impl.routing
+import torch_impl.rows
 from jax_impl import Capacity, kernels
 from torch_impl import static
 
@@ -114,7 +115,7 @@ def test_hand_written_backward_torch():
     check = torch.autograd.gradcheck
     assert check(lambda x: torch_impl.grouping.group_by_expert(x, ids, counts).x_ND, (x,))
     assert check(torch_impl.grouping.combine, (rows, score, grouped.slot_TK, grouped.assignment_N))
-    assert check(torch_impl.layout.permute_rows, (rows, source, torch_impl.layout.invert(source)))
+    assert check(torch_impl.rows.permute_rows, (rows, source, torch_impl.rows.invert(source)))
     inputs = [a.clone().requires_grad_() for a in (x, problem.router_DE, *problem.weights)]
     router = torch_impl.Router(3, renormalize=True)
     assert check(lambda *inputs: torch_impl.layer.moe_layer(*inputs, router=router).out_TD, inputs)
@@ -141,9 +142,9 @@ def test_hand_written_backward_jax(capacity):
             return (with_zero(y)[slot] * score[..., None]).sum(1)
 
         pairs = [
-            (jax_impl.grouping.expand_rows, (x, slot, assignment), dx_BCD, lambda x: with_zero(x)[assignment // 3]),
+            (jax_impl.rows.expand_rows, (x, slot, assignment), dx_BCD, lambda x: with_zero(x)[assignment // 3]),
             (
-                jax_impl.layout.permute_rows,
+                jax_impl.rows.permute_rows,
                 (y, source, target),
                 dy.reshape(major.x_SD.shape),
                 lambda y: with_zero(y)[source],

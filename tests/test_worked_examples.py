@@ -22,11 +22,13 @@ import jax_impl.exchange
 import jax_impl.experts
 import jax_impl.grouping
 import jax_impl.layout
+import jax_impl.matmul
 import jax_impl.routing
 import torch_impl.exchange
 import torch_impl.experts
 import torch_impl.grouping
 import torch_impl.layout
+import torch_impl.matmul
 import torch_impl.routing
 from jax_impl import Capacity, plan_capacity
 
@@ -438,7 +440,7 @@ PRODUCT = [[1, 2, 3, 4, 0, 0, 0, 0], [50, 60, 70, 80, 0, 0, 0, 0], [60, 80, 100,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_grouped_matmul_torch(dtype):
-    product = torch_impl.experts.grouped_matmul(
+    product = torch_impl.matmul.grouped_matmul(
         torch.tensor(ROWS).to(dtype), torch.from_numpy(W).to(dtype), torch.tensor([1, 2])
     )
     assert product.dtype == dtype
@@ -447,7 +449,7 @@ def test_grouped_matmul_torch(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_grouped_matmul_jax(dtype):
-    product = jax_impl.experts.grouped_matmul(jnp.array(ROWS, dtype), jnp.array(W, dtype), jnp.array([1, 2]))
+    product = jax_impl.matmul.grouped_matmul(jnp.array(ROWS, dtype), jnp.array(W, dtype), jnp.array([1, 2]))
     assert product.dtype == dtype
     same(product.astype("float32"), PRODUCT)
 

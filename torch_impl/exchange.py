@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Integer
 from torch import Tensor
-from torch._C._distributed_c10d import _resolve_process_group
 
 from torch_impl.checks import check_experts_per_rank, check_splits
+from torch_impl.operators import exchange_rows
 
 
 class Splits(NamedTuple):
@@ -74,39 +74,4 @@ def _all_to_all(
         return x
     group = group or dist.group.WORLD
     assert group is not None  # there are ranks, so there is a default group
-    return _ExchangeRows.apply(x, send_P, receive_P, n_received, group.group_name)  # type: ignore[no-any-return]
-
-
-class _ExchangeRows(torch.autograd.Function):
-    """Backward is the same exchange with the splits swapped."""
-
-    @staticmethod
-    def forward(ctx, x, send_P, receive_P, n_received, group_name):
-        ctx.save_for_backward(send_P, receive_P)
-        ctx.n_sent, ctx.group_name = x.shape[0], group_name
-        return torch.ops.moe_parity.exchange_rows.default(x, send_P, receive_P, n_received, group_name)
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[override]
-        send_P, receive_P = ctx.saved_tensors
-        return _ExchangeRows.apply(dy, receive_P, send_P, ctx.n_sent, ctx.group_name), None, None, None, None
-
-
-# The all-to-all itself is closed to the compiler, so that the splits need not become integers in its graph.
-torch.library.define(
-    "moe_parity::exchange_rows",
-    "(Tensor x, Tensor send_P, Tensor receive_P, SymInt n_received, str group_name) -> Tensor",
-)
-
-
-@torch.library.impl("moe_parity::exchange_rows", "default")
-def _exchange_rows(x: Tensor, send_P: Tensor, receive_P: Tensor, n_received: int, group_name: str) -> Tensor:
-    y = x.new_empty(n_received, x.shape[1])
-    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
-    dist.all_to_all_single(y, x.contiguous(), receive_P.tolist(), send_P.tolist(), group=group)
-    return y
-
-
-@torch.library.register_fake("moe_parity::exchange_rows")
-def _(x, _send_P, _receive_P, n_received, _group_name):
-    return x.new_empty(n_received, x.shape[1])
+    return exchange_rows(x, send_P, receive_P, n_received, group.group_name)

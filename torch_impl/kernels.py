@@ -3,6 +3,7 @@
 A kernel reads and writes every row once, forward and backward, where indexing in PyTorch reads a token K times or
 keeps rows in float32. What it moves is equal to the plain version's bit for bit, and so are sums over K: same order,
 every product rounded. No kernel adds atomically, so all results repeat.
+M are rows whose they may be, O the rows that come out where these are others.
 """
 
 from importlib import import_module
@@ -66,9 +67,9 @@ def _count_keys(key, counts, N, n_keys, blocks, BLOCK: tl.constexpr, TILE: tl.co
     """One program per block and some of the keys."""
     b = tl.program_id(0)
     found = _load_keys(key, b * BLOCK + tl.arange(0, BLOCK), N, n_keys)
-    k = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    count = tl.sum((found[:, None] == k[None, :]).to(tl.int32), 0)
-    tl.store(counts + k * blocks + b, count, mask=k <= n_keys)
+    mine = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    count = tl.sum((found[:, None] == mine[None, :]).to(tl.int32), 0)
+    tl.store(counts + mine * blocks + b, count, mask=mine <= n_keys)
 
 
 @triton.jit
@@ -124,77 +125,77 @@ def _expert_major_rows(counts, source, target, R, P, e, SEGMENTS: tl.constexpr, 
         tl.store(target + rank_major + r, expert_major + r, mask=inside)
 
 
-def gather_rows(x_SD: Float[Tensor, "S D"], index_R: Integer[Tensor, "*R"]) -> Float[Tensor, "*R D"]:
+def gather_rows(x_MD: Float[Tensor, "M D"], index_O: Integer[Tensor, "*O"]) -> Float[Tensor, "*O D"]:
     """Row r is x[index[r]], and zero where the index is past the end."""
-    S, D = x_SD.shape
-    y_RD = x_SD.new_empty(*index_R.shape, D)
+    M, D = x_MD.shape
+    y_OD = x_MD.new_empty(*index_O.shape, D)
     BLOCK, num_warps = _tile(D, 1)
     chunks = -(-D // BLOCK)
-    _gather_rows[(index_R.numel() * chunks,)](
-        x_SD.contiguous(), index_R.contiguous(), y_RD, S, D, chunks, BLOCK=BLOCK, num_warps=num_warps
+    _gather_rows[(index_O.numel() * chunks,)](
+        x_MD.contiguous(), index_O.contiguous(), y_OD, M, D, chunks, BLOCK=BLOCK, num_warps=num_warps
     )
-    return y_RD
+    return y_OD
 
 
 @triton.jit
 @no_type_check
-def _gather_rows(x, index, y, S, D, chunks, BLOCK: tl.constexpr):
+def _gather_rows(x, index, y, M, D, chunks, BLOCK: tl.constexpr):
     """One program per row, or per chunk of a wide one."""
     r = (tl.program_id(0) // chunks).to(tl.int64)
     d = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
     source = tl.load(index + r).to(tl.int64)
-    row = tl.load(x + source * D + d, mask=d < tl.where(source < S, D, 0), other=0)
+    row = tl.load(x + source * D + d, mask=d < tl.where(source < M, D, 0), other=0)
     tl.store(y + r * D + d, row, mask=d < D)
 
 
 def expand_rows(
-    x_TD: Float[Tensor, "T D"], slot_TK: Integer[Tensor, "T K"], assignment_S: Integer[Tensor, " S"] | None = None
-) -> Float[Tensor, "S D"]:
+    x_TD: Float[Tensor, "T D"], slot_TK: Integer[Tensor, "T K"], assignment_M: Integer[Tensor, " M"] | None = None
+) -> Float[Tensor, "M D"]:
     """Copy token t to rows slot[t]: the same rows as gathering x[assignment // K], but x is read once.
 
     With `assignment`, a slot past the end is left out, and rows whose assignment is past the last one are padding, and
     zero.
     """
     (T, K), D = slot_TK.shape, x_TD.shape[1]
-    S = T * K if assignment_S is None else assignment_S.shape[0]
-    x_SD = x_TD.new_empty(S, D)
+    M = T * K if assignment_M is None else assignment_M.shape[0]
+    x_MD = x_TD.new_empty(M, D)
     BLOCK, num_warps = _tile(D, 1)
     chunks = -(-D // BLOCK)
-    looking = 0 if assignment_S is None else -(-S // PADDING_ROWS)
+    looking = 0 if assignment_M is None else -(-M // PADDING_ROWS)
     _expand_rows[(T * chunks + looking,)](
-        x_TD.contiguous(), slot_TK.contiguous(), slot_TK if assignment_S is None else assignment_S.contiguous(), x_SD,
-        T, S, D, chunks,
-        K=K, PADDED=assignment_S is not None, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK, num_warps=num_warps,
+        x_TD.contiguous(), slot_TK.contiguous(), slot_TK if assignment_M is None else assignment_M.contiguous(), x_MD,
+        T, M, D, chunks,
+        K=K, PADDED=assignment_M is not None, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK, num_warps=num_warps,
     )  # fmt: skip
-    return x_SD
+    return x_MD
 
 
 @triton.jit
 @no_type_check
 def _expand_rows(
-    x, slot, assignment, y, T, S, D, chunks,
+    x, slot, assignment, y, T, M, D, chunks,
     K: tl.constexpr, PADDED: tl.constexpr, PADDING_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per token, or per chunk of a wide one. Before them, those that look for padding."""
-    program = tl.program_id(0) - (tl.cdiv(S, PADDING_ROWS) if PADDED else 0)
+    program = tl.program_id(0) - (tl.cdiv(M, PADDING_ROWS) if PADDED else 0)
     if PADDED and program < 0:
-        _clear_padding(tl.program_id(0), assignment, y, T * K, S, D, PADDING_ROWS)
+        _clear_padding(tl.program_id(0), assignment, y, T * K, M, D, PADDING_ROWS)
         return
     t = (program // chunks).to(tl.int64)
     d = program % chunks * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(x + t * D + d, mask=d < D)
     for k in tl.static_range(K):
         place = tl.load(slot + t * K + k).to(tl.int64)
-        tl.store(y + place * D + d, row, mask=d < (tl.where(place < S, D, 0) if PADDED else D))
+        tl.store(y + place * D + d, row, mask=d < (tl.where(place < M, D, 0) if PADDED else D))
 
 
 @triton.jit
 @no_type_check
-def _clear_padding(program, assignment, y, N, S, D, PADDING_ROWS: tl.constexpr):
+def _clear_padding(program, assignment, y, N, M, D, PADDING_ROWS: tl.constexpr):
     """Zero in some rows, if they hold no assignment."""
     BLOCK: tl.constexpr = 128
     row = program.to(tl.int64) * PADDING_ROWS + tl.arange(0, PADDING_ROWS)
-    padding = tl.load(assignment + row, mask=row < S, other=-1) >= N
+    padding = tl.load(assignment + row, mask=row < M, other=-1) >= N
     if tl.max(padding.to(tl.int32), 0) > 0:
         for first in range(0, D, BLOCK):
             d = first + tl.arange(0, BLOCK)
@@ -203,19 +204,19 @@ def _clear_padding(program, assignment, y, N, S, D, PADDING_ROWS: tl.constexpr):
 
 
 def sum_rows(
-    y_SD: Float[Tensor, "S D"], slot_TK: Integer[Tensor, "T K"], score_TK: Float[Tensor, "T K"] | None = None
+    y_MD: Float[Tensor, "M D"], slot_TK: Integer[Tensor, "T K"], score_TK: Float[Tensor, "T K"] | None = None
 ) -> Float[Tensor, "T D"]:
     """out[t] = round(sum over k = 0..K-1 of y[slot[t,k]]), each times score[t,k] if there are scores, in float32.
 
     A slot past the end counts as zero.
     """
-    (T, K), (S, D) = slot_TK.shape, y_SD.shape
-    out_TD = y_SD.new_empty(T, D)
+    (T, K), (M, D) = slot_TK.shape, y_MD.shape
+    out_TD = y_MD.new_empty(T, D)
     BLOCK, num_warps = _tile(D, K)
     chunks = -(-D // BLOCK)
     _sum_rows[(T * chunks,)](
-        y_SD.contiguous(), slot_TK.contiguous(), slot_TK if score_TK is None else score_TK.contiguous(), out_TD,
-        S, D, chunks,
+        y_MD.contiguous(), slot_TK.contiguous(), slot_TK if score_TK is None else score_TK.contiguous(), out_TD,
+        M, D, chunks,
         K=K, WEIGHTED=score_TK is not None, BLOCK=BLOCK, num_warps=num_warps,
     )  # fmt: skip
     return out_TD
@@ -224,7 +225,7 @@ def sum_rows(
 @triton.jit
 @no_type_check
 def _sum_rows(
-    y, slot, score, out, S, D, chunks, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+    y, slot, score, out, M, D, chunks, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One program per token, or per chunk of a wide one."""
     wide = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
@@ -233,7 +234,7 @@ def _sum_rows(
     total = tl.zeros([BLOCK], wide)
     for k in tl.static_range(K):
         source = tl.load(slot + t * K + k).to(tl.int64)
-        row = tl.load(y + source * D + d, mask=d < tl.where(source < S, D, 0), other=0).to(wide)
+        row = tl.load(y + source * D + d, mask=d < tl.where(source < M, D, 0), other=0).to(wide)
         if WEIGHTED:
             # A product plus a sum would be one instruction, rounded once. This rounds the product by itself, as the
             # plain version does; adding zero turns -0 into 0, which a sum that starts from 0 does not show.
@@ -244,47 +245,47 @@ def _sum_rows(
 
 def weighted_sum_backward(
     dout_TD: Float[Tensor, "T D"],
-    y_SD: Float[Tensor, "S D"],
+    y_MD: Float[Tensor, "M D"],
     score_TK: Float[Tensor, "T K"],
     slot_TK: Integer[Tensor, "T K"],
-    assignment_S: Integer[Tensor, " S"] | None = None,
-) -> tuple[Float[Tensor, "S D"], Float[Tensor, "T K"]]:
+    assignment_M: Integer[Tensor, " M"] | None = None,
+) -> tuple[Float[Tensor, "M D"], Float[Tensor, "T K"]]:
     """dy[slot[t,k]] = round(score[t,k] * dout[t]) and dscore[t,k] = sum over d of dout[t,d] * y[slot[t,k],d].
 
     A token's gradient is read once, and each of its rows is read and written once. Where rows can be padding,
     `assignment` says which are, and they are written as zero.
 
-    Shapes: dy_SD, dscore_TK.
+    Shapes: dy_MD, dscore_TK.
     """
-    (T, K), (S, D) = slot_TK.shape, y_SD.shape
-    dy_SD, dscore_TK = y_SD.new_empty(S, D), torch.empty_like(score_TK, memory_format=torch.contiguous_format)
+    (T, K), (M, D) = slot_TK.shape, y_MD.shape
+    dy_MD, dscore_TK = y_MD.new_empty(M, D), torch.empty_like(score_TK, memory_format=torch.contiguous_format)
     BLOCK, num_warps = _tile(D, K)
-    looking = 0 if assignment_S is None else -(-S // PADDING_ROWS)
+    looking = 0 if assignment_M is None else -(-M // PADDING_ROWS)
     _weighted_sum_backward[(T + looking,)](
-        dout_TD.contiguous(), y_SD.contiguous(), score_TK.contiguous(), slot_TK.contiguous(),
-        slot_TK if assignment_S is None else assignment_S.contiguous(), dy_SD, dscore_TK, T, S, D,
-        K=K, K_PADDED=_power_of_2(K), PADDED=assignment_S is not None, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK,
+        dout_TD.contiguous(), y_MD.contiguous(), score_TK.contiguous(), slot_TK.contiguous(),
+        slot_TK if assignment_M is None else assignment_M.contiguous(), dy_MD, dscore_TK, T, M, D,
+        K=K, K_PADDED=_power_of_2(K), PADDED=assignment_M is not None, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK,
         num_warps=max(num_warps, 4),  # which share the sums of all rows
     )  # fmt: skip
-    return dy_SD, dscore_TK
+    return dy_MD, dscore_TK
 
 
 @triton.jit
 @no_type_check
 def _weighted_sum_backward(
-    dout, y, score, slot, assignment, dy, dscore, T, S, D,
+    dout, y, score, slot, assignment, dy, dscore, T, M, D,
     K: tl.constexpr, K_PADDED: tl.constexpr, PADDED: tl.constexpr, PADDING_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per token: its K rows side by side, chunk after chunk. Before them, those that look for padding."""
     wide = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
-    t = (tl.program_id(0) - (tl.cdiv(S, PADDING_ROWS) if PADDED else 0)).to(tl.int64)
+    t = (tl.program_id(0) - (tl.cdiv(M, PADDING_ROWS) if PADDED else 0)).to(tl.int64)
     if PADDED and t < 0:
-        _clear_padding(tl.program_id(0), assignment, dy, T * K, S, D, PADDING_ROWS)
+        _clear_padding(tl.program_id(0), assignment, dy, T * K, M, D, PADDING_ROWS)
         return
     k = tl.arange(0, K_PADDED)
-    row = tl.load(slot + t * K + k, mask=k < K, other=S).to(tl.int64)
+    row = tl.load(slot + t * K + k, mask=k < K, other=M).to(tl.int64)
     weight = tl.load(score + t * K + k, mask=k < K, other=0).to(wide)
-    real = row < S if PADDED else k < K
+    real = row < M if PADDED else k < K
     total = tl.zeros([K_PADDED, BLOCK], wide)
     for first in range(0, D, BLOCK):
         d = first + tl.arange(0, BLOCK)
@@ -303,14 +304,14 @@ def use_swiglu_kernels(x: Tensor) -> bool:
     return serve and x.element_size() == 2
 
 
-def swiglu(gate_RF: Float[Tensor, "*R F"], up_RF: Float[Tensor, "*R F"]) -> Float[Tensor, "*R F"]:
+def swiglu(gate_MF: Float[Tensor, "*M F"], up_MF: Float[Tensor, "*M F"]) -> Float[Tensor, "*M F"]:
     """hidden = round(silu(gate) * up), in float32."""
-    gate_RF, up_RF = gate_RF.contiguous(), up_RF.contiguous()
-    hidden_RF = gate_RF.new_empty(*gate_RF.shape)
-    n = gate_RF.numel()
+    gate_MF, up_MF = gate_MF.contiguous(), up_MF.contiguous()
+    hidden_MF = gate_MF.new_empty(*gate_MF.shape)
+    n = gate_MF.numel()
     grid = (-(-n // SWIGLU_BLOCK),)
-    _swiglu[grid](gate_RF, up_RF, hidden_RF, n, BLOCK=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS)
-    return hidden_RF
+    _swiglu[grid](gate_MF, up_MF, hidden_MF, n, BLOCK=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS)
+    return hidden_MF
 
 
 @triton.jit
@@ -325,20 +326,20 @@ def _swiglu(gate, up, hidden, n, BLOCK: tl.constexpr):
 
 
 def swiglu_backward(
-    dhidden_RF: Float[Tensor, "*R F"], gate_RF: Float[Tensor, "*R F"], up_RF: Float[Tensor, "*R F"]
-) -> tuple[Float[Tensor, "*R F"], Float[Tensor, "*R F"]]:
+    dhidden_MF: Float[Tensor, "*M F"], gate_MF: Float[Tensor, "*M F"], up_MF: Float[Tensor, "*M F"]
+) -> tuple[Float[Tensor, "*M F"], Float[Tensor, "*M F"]]:
     """dgate = round(dhidden * up * silu'(gate)) and dup = round(dhidden * silu(gate)), in float32.
 
     silu'(g) = sigmoid(g) * (1 + g * (1 - sigmoid(g))).
 
-    Shapes: dgate_RF, dup_RF.
+    Shapes: dgate_MF, dup_MF.
     """
-    dhidden_RF, gate_RF, up_RF = dhidden_RF.contiguous(), gate_RF.contiguous(), up_RF.contiguous()
-    dgate_RF, dup_RF = gate_RF.new_empty(*gate_RF.shape), up_RF.new_empty(*up_RF.shape)
-    n = gate_RF.numel()
+    dhidden_MF, gate_MF, up_MF = dhidden_MF.contiguous(), gate_MF.contiguous(), up_MF.contiguous()
+    dgate_MF, dup_MF = gate_MF.new_empty(*gate_MF.shape), up_MF.new_empty(*up_MF.shape)
+    n = gate_MF.numel()
     grid = (-(-n // SWIGLU_BLOCK),)
-    _swiglu_backward[grid](dhidden_RF, gate_RF, up_RF, dgate_RF, dup_RF, n, BLOCK=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS)
-    return dgate_RF, dup_RF
+    _swiglu_backward[grid](dhidden_MF, gate_MF, up_MF, dgate_MF, dup_MF, n, BLOCK=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS)
+    return dgate_MF, dup_MF
 
 
 @triton.jit

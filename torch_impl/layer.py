@@ -1,4 +1,11 @@
-"""The whole layer: nine stages, in order. Dynamic shapes; `jax_impl/layer.py` is the same page with static ones."""
+"""The whole layer: nine stages, in order. Dynamic shapes; `jax_impl/layer.py` is the same page with static ones.
+
+An array's name ends in its shape:
+
+    P  ranks              E  experts              e  experts on a rank, E // P
+    T  tokens on a rank   K  experts of a token   N  assignments on a rank, T * K
+    D  width              F  hidden width         R  rows of what a rank receives
+"""
 
 from typing import NamedTuple
 
@@ -59,8 +66,8 @@ def moe_layer(
 
     grouped = group_by_expert(x_TD, expert_id_TK, counts_E)
     counts_Pe, splits = exchange_counts(counts_E, group)
-    T = x_TD.shape[0] if max_tokens is None else max_tokens
-    check_received(splits.total, counts_Pe.shape[0] * T * min(expert_id_TK.shape[1], counts_Pe.shape[1]))
+    (T, K), (P, e) = expert_id_TK.shape, counts_Pe.shape
+    check_received(splits.total, P * (T if max_tokens is None else max_tokens) * min(K, e))
     received_RD = send_tokens(grouped.x_ND, splits, group)
     expert_major = to_expert_major(received_RD, counts_Pe, splits.total)
     y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(dim=0), w_gate_eDF, w_up_eDF, w_down_eFD, experts)

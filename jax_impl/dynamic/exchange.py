@@ -11,7 +11,7 @@ from jaxtyping import Float, Integer
 from jax_impl.checks import check_experts_per_rank
 from jax_impl.dynamic.checks import check_ragged_exchange
 from jax_impl.exchange import n_ranks
-from jax_impl.layout import exclusive_cumsum
+from jax_impl.rows import exclusive_cumsum
 
 
 class Splits(NamedTuple):

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Integer
 
-from jax_impl.grouping import expand_rows, weighted_sum
-from jax_impl.layout import sort_by_key
+from jax_impl.rows import expand_rows, sort_by_key, weighted_sum
 
 
 class Grouped(NamedTuple):
@@ -38,8 +37,7 @@ def group_by_expert(
     order_N, place_N = sort_by_key(expert_N, E)
     assignment_N = jnp.where(jnp.arange(T * K) < kept_E.sum(), order_N, T * K)
     slot_TK = jnp.where(valid_N, place_N, T * K).reshape(T, K)
-    # Rows without padding are one bin that they fill.
-    return Grouped(expand_rows(x_TD, slot_TK, assignment_N[None])[0], slot_TK, assignment_N, kept_E)
+    return Grouped(expand_rows(x_TD, slot_TK, assignment_N), slot_TK, assignment_N, kept_E)
 
 
 def combine(
@@ -49,4 +47,4 @@ def combine(
     assignment_N: Integer[Array, " N"],
 ) -> Float[Array, "T D"]:
     """out[t] = round(sum over k = 0..K-1 of score[t,k] * y[slot[t,k]]), summed in float32, rounded once."""
-    return weighted_sum(y_ND[None], score_TK, slot_TK, assignment_N[None])
+    return weighted_sum(y_ND, score_TK, slot_TK, assignment_N)

@@ -1,4 +1,11 @@
-"""The whole layer: nine stages, in order. Sizes known on the device only; `torch_impl/layer.py` is the same page."""
+"""The whole layer: nine stages, in order. Sizes known on the device only; `torch_impl/layer.py` is the same page.
+
+An array's name ends in its shape:
+
+    P  ranks              E  experts              e  experts on a rank, E // P
+    T  tokens on a rank   K  experts of a token   N  assignments on a rank, T * K
+    D  width              F  hidden width         R  rows of what a rank receives
+"""
 
 from typing import NamedTuple
 
@@ -14,7 +21,7 @@ from jax_impl.routing import Router, Routing, route
 
 
 class Stages(NamedTuple):
-    """Every intermediate of one forward pass, in order. R is the most rows that a rank can receive, P*T*min(K, e)."""
+    """Every intermediate of one forward pass, in order. R is the most that a rank can receive, P*T*min(K, e)."""
 
     routing: Routing
     grouped: Grouped
@@ -52,9 +59,9 @@ def moe_layer(
     check_routing(x_TD, score_TK, expert_id_TK, counts_E)
     check_experts(x_TD, counts_E.shape[0], n_ranks(axis_name), w_gate_eDF, w_up_eDF, w_down_eFD, experts)
 
-    (T, K), e, P = expert_id_TK.shape, w_gate_eDF.shape[0], n_ranks(axis_name)
     grouped = group_by_expert(x_TD, expert_id_TK, counts_E)
     counts_Pe, splits = exchange_counts(grouped.kept_E, axis_name)
+    (T, K), (P, e) = expert_id_TK.shape, counts_Pe.shape
     received_RD = send_tokens(grouped.x_ND, splits, P * T * min(K, e), axis_name)
     expert_major = to_expert_major(received_RD, counts_Pe)
     y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(axis=0), w_gate_eDF, w_up_eDF, w_down_eFD, experts)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 from jax import Array
 from jaxtyping import Float, Integer
 
-from jax_impl.layout import exclusive_cumsum, invert, permute_rows, segments_source
+from jax_impl.dynamic.rows import expert_major_rows
+from jax_impl.rows import permute_rows
 
 
 class ExpertMajor(NamedTuple):
@@ -21,8 +22,7 @@ def to_expert_major(x_RD: Float[Array, "R D"], counts_Pe: Integer[Array, "P e"])
 
     What is left of the buffer comes out as zero, whatever it held when it came in.
     """
-    source_R = expert_major_source(counts_Pe, x_RD.shape[0])
-    target_R = invert(source_R, x_RD.shape[0])
+    source_R, target_R = expert_major_rows(counts_Pe, x_RD.shape[0])
     return ExpertMajor(permute_rows(x_RD, source_R, target_R), source_R, target_R)
 
 
@@ -31,12 +31,3 @@ def to_rank_major(
 ) -> Float[Array, "R D"]:
     """Put every row back where `to_expert_major` took it from."""
     return permute_rows(y_RD, target_R, source_R)
-
-
-def expert_major_source(counts_Pe: Integer[Array, "P e"], output_size: int) -> Integer[Array, " R"]:
-    """For each expert-major row, the rank-major row it comes from; `output_size`, past the end, for what is left.
-
-    Rows move in P*e segments, which follow each other without gaps.
-    """
-    start_Pe = exclusive_cumsum(counts_Pe.reshape(-1)).reshape(counts_Pe.shape)
-    return segments_source(start_Pe, counts_Pe, output_size)

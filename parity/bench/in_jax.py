@@ -24,7 +24,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_impl.exchange import exchange_counts, return_tokens, send_tokens
 from jax_impl.experts import apply_experts
 from jax_impl.grouping import Capacity, combine, group_by_expert
-from jax_impl.layout import invert, rank_bins_source, to_expert_major, to_rank_major
+from jax_impl.layout import to_expert_major, to_rank_major
+from jax_impl.rows import invert, rank_bins_source
 from parity.bench.peers import JAX_PEERS, find_peers
 from parity.bench.plan import (
     ACROSS_RANKS,
@@ -47,7 +48,7 @@ from parity.bench.plan import (
     summarize,
 )
 from parity.cases.case import Case
-from parity.run.backend import end_with_parent
+from parity.run.supervisor import end_with_parent
 
 BATCHES = 10
 

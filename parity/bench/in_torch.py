@@ -38,11 +38,12 @@ from parity.bench.plan import (
     summarize,
 )
 from parity.cases.case import Case
-from parity.run.backend import end_with_parent
+from parity.run.supervisor import end_with_parent
 from torch_impl.exchange import exchange_counts, return_tokens, send_tokens
 from torch_impl.experts import apply_experts
 from torch_impl.grouping import combine, group_by_expert
-from torch_impl.layout import expert_major_source, to_expert_major, to_rank_major
+from torch_impl.layout import to_expert_major, to_rank_major
+from torch_impl.rows import expert_major_source
 
 RUNS_TOGETHER = 20  # with other ranks, which must agree on it
 QUEUED = 20  # runs at once: of more launches than a thousand, the host waits for room

@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from parity.capture.measure import Clock, D, K, Measured, T, Way, e, peak_mib
-from torch_impl import exchange, layout
+from torch_impl import exchange, layout, rows
 
 
 def measure(P: int, way: Way) -> Measured:
@@ -97,10 +97,10 @@ def step(x_ND: Tensor, counts_E: Tensor, way: Way) -> Tensor:
         torch._check(size >= 0)
         torch._check(size <= n_ranks * T * min(K, e))
         torch._check(size == x_RD.shape[0])
-    source_R = layout.expert_major_source(counts_Pe, size)  # type: ignore[arg-type]
-    target_R = layout.invert(source_R)
-    x_RD = layout.permute_rows(x_RD, source_R, target_R)
-    y_RD = layout.permute_rows(x_RD, target_R, source_R)
+    source_R = rows.expert_major_source(counts_Pe, size)  # type: ignore[arg-type]
+    target_R = rows.invert(source_R)
+    x_RD = rows.permute_rows(x_RD, source_R, target_R)
+    y_RD = rows.permute_rows(x_RD, target_R, source_R)
     return collectives.wait_tensor(collectives.all_to_all_single_autograd(y_RD, send_P, receive_P, group))
 
 

@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from torch_impl import kernels
-from torch_impl.layout import exclusive_cumsum, sort_by_key
+from torch_impl.rows import exclusive_cumsum, sort_by_key
 from torch_impl.static.checks import check_capacity, check_capacity_factor, check_priority
-from torch_impl.static.layout import invert, rows_or_zero
+from torch_impl.static.rows import expand_rows, invert, rows_or_zero, weighted_sum
 
 
 class Capacity(NamedTuple):
@@ -131,74 +130,3 @@ def combine(
     A dropped assignment contributes zero, and its score's gradient is zero.
     """
     return weighted_sum(y_BCD, score_TK, slot_TK, assignment_BC)
-
-
-def expand_rows(
-    x_TD: Float[Tensor, "T D"], slot_TK: Integer[Tensor, "T K"], assignment_BC: Integer[Tensor, "B C"]
-) -> Float[Tensor, "B C D"]:
-    """Row r is the token of assignment r, padding is zero. Backward, a token gathers its K rows: no scatter-add."""
-    return _ExpandRows.apply(x_TD, slot_TK, assignment_BC)  # type: ignore[no-any-return]
-
-
-class _ExpandRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TD, slot_TK, assignment_BC):
-        ctx.save_for_backward(slot_TK)
-        if kernels.use_kernels(x_TD):
-            x_SD = kernels.expand_rows(x_TD, slot_TK, assignment_BC.reshape(-1))
-            return x_SD.reshape(*assignment_BC.shape, -1)
-        return rows_or_zero(x_TD, assignment_BC // slot_TK.shape[1])
-
-    @staticmethod
-    def backward(ctx, dx_BCD):  # type: ignore[override]
-        (slot_TK,) = ctx.saved_tensors
-        dx_SD = dx_BCD.reshape(-1, dx_BCD.shape[-1])
-        if kernels.use_kernels(dx_SD):
-            return kernels.sum_rows(dx_SD, slot_TK), None, None
-        wide = torch.promote_types(dx_BCD.dtype, torch.float32)
-        dx_TD = torch.zeros(slot_TK.shape[0], dx_SD.shape[1], dtype=wide, device=dx_SD.device)
-        for slot_T in slot_TK.unbind(dim=1):
-            dx_TD = dx_TD + rows_or_zero(dx_SD, slot_T).to(wide)
-        return dx_TD.to(dx_BCD.dtype), None, None
-
-
-def weighted_sum(
-    y_BCD: Float[Tensor, "B C D"],
-    score_TK: Float[Tensor, "T K"],
-    slot_TK: Integer[Tensor, "T K"],
-    assignment_BC: Integer[Tensor, "B C"],
-) -> Float[Tensor, "T D"]:
-    """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
-    # Rounded here, outside: PyTorch 2.11 compiles a Function that ends in a cast to its own dtype without its gradient.
-    return _WeightedSum.apply(y_BCD, score_TK, slot_TK, assignment_BC).to(y_BCD.dtype)  # type: ignore[no-any-return]
-
-
-class _WeightedSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y_BCD, score_TK, slot_TK, assignment_BC):
-        ctx.save_for_backward(y_BCD, score_TK, slot_TK, assignment_BC)
-        y_SD = y_BCD.reshape(-1, y_BCD.shape[-1])
-        if kernels.use_kernels(y_SD):
-            return kernels.sum_rows(y_SD, slot_TK, score_TK)
-        wide = torch.promote_types(y_BCD.dtype, torch.float32)
-        out_TD = torch.zeros(slot_TK.shape[0], y_SD.shape[1], dtype=wide, device=y_SD.device)
-        for score_T, slot_T in zip(score_TK.unbind(dim=1), slot_TK.unbind(dim=1), strict=True):
-            out_TD = out_TD + score_T.to(wide)[:, None] * rows_or_zero(y_SD, slot_T).to(wide)
-        return out_TD
-
-    @staticmethod
-    def backward(ctx, dout_TD):  # type: ignore[override]
-        y_BCD, score_TK, slot_TK, assignment_BC = ctx.saved_tensors
-        y_SD = y_BCD.reshape(-1, y_BCD.shape[-1])
-        if kernels.use_kernels(y_SD):
-            of_row_S = assignment_BC.reshape(-1)
-            dy_SD, dscore_TK = kernels.weighted_sum_backward(dout_TD, y_SD, score_TK, slot_TK, of_row_S)
-            return dy_SD.reshape(y_BCD.shape), dscore_TK, None, None
-        wide = torch.promote_types(y_BCD.dtype, torch.float32)
-        token_BC = assignment_BC // slot_TK.shape[1]
-        score_BC1 = rows_or_zero(score_TK.reshape(-1), assignment_BC).to(wide)[..., None]
-        dy_BCD = score_BC1 * rows_or_zero(dout_TD, token_BC).to(wide)
-        dscore_TK = [
-            (dout_TD.to(wide) * rows_or_zero(y_SD, slot_T).to(wide)).sum(dim=1) for slot_T in slot_TK.unbind(dim=1)
-        ]
-        return dy_BCD.to(y_BCD.dtype), torch.stack(dscore_TK, dim=1).to(score_TK.dtype), None, None

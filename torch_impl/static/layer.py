@@ -1,4 +1,12 @@
-"""The whole layer: nine stages, in order. Static shapes; `jax_impl/layer.py` is the same page."""
+"""The whole layer: nine stages, in order. Static shapes; `jax_impl/layer.py` is the same page.
+
+An array's name ends in its shape:
+
+    P  ranks                  E  experts              e  experts on a rank, E // P
+    T  tokens on a rank       K  experts of a token   N  assignments on a rank, T * K
+    D  width                  F  hidden width
+    B  bins, P or E of them   C  rows of a bin        S  rows in expert-major order: [B * C], or [e, P * C] where B is E
+"""
 
 from typing import NamedTuple
 

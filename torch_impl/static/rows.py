@@ -1,0 +1,168 @@
+"""How rows move, and where to, where some are padding: plain, or through a kernel where one serves.
+
+Forward and backward are gathers. A gradient that several rows share is summed where it is read, in a fixed order.
+M are rows whose they may be, along one axis or several; O the rows that come out where these are others.
+"""
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from torch_impl import kernels
+from torch_impl.rows import exclusive_cumsum
+
+
+def expand_rows(
+    x_TD: Float[Tensor, "T D"], slot_TK: Integer[Tensor, "T K"], assignment_M: Integer[Tensor, "*M"]
+) -> Float[Tensor, "*M D"]:
+    """Row r is the token of assignment r, padding is zero. Backward, a token gathers its K rows: no scatter-add."""
+    return _ExpandRows.apply(x_TD, slot_TK, assignment_M)  # type: ignore[no-any-return]
+
+
+class _ExpandRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, slot_TK, assignment_M):
+        ctx.save_for_backward(slot_TK)
+        if kernels.use_kernels(x_TD):
+            x_MD = kernels.expand_rows(x_TD, slot_TK, assignment_M.reshape(-1))
+            return x_MD.reshape(*assignment_M.shape, -1)
+        return rows_or_zero(x_TD, assignment_M // slot_TK.shape[1])
+
+    @staticmethod
+    def backward(ctx, dx_MD):  # type: ignore[override]
+        (slot_TK,) = ctx.saved_tensors
+        dx_MD = dx_MD.reshape(-1, dx_MD.shape[-1])
+        if kernels.use_kernels(dx_MD):
+            return kernels.sum_rows(dx_MD, slot_TK), None, None
+        wide = torch.promote_types(dx_MD.dtype, torch.float32)
+        dx_TD = torch.zeros(slot_TK.shape[0], dx_MD.shape[1], dtype=wide, device=dx_MD.device)
+        for slot_T in slot_TK.unbind(dim=1):
+            dx_TD = dx_TD + rows_or_zero(dx_MD, slot_T).to(wide)
+        return dx_TD.to(dx_MD.dtype), None, None
+
+
+def weighted_sum(
+    y_MD: Float[Tensor, "*M D"],
+    score_TK: Float[Tensor, "T K"],
+    slot_TK: Integer[Tensor, "T K"],
+    assignment_M: Integer[Tensor, "*M"],
+) -> Float[Tensor, "T D"]:
+    """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
+    # Rounded here, outside: PyTorch 2.11 compiles a Function that ends in a cast to its own dtype without its gradient.
+    return _WeightedSum.apply(y_MD, score_TK, slot_TK, assignment_M).to(y_MD.dtype)  # type: ignore[no-any-return]
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_MD, score_TK, slot_TK, assignment_M):
+        ctx.save_for_backward(y_MD, score_TK, slot_TK, assignment_M)
+        y_MD = y_MD.reshape(-1, y_MD.shape[-1])
+        if kernels.use_kernels(y_MD):
+            return kernels.sum_rows(y_MD, slot_TK, score_TK)
+        wide = torch.promote_types(y_MD.dtype, torch.float32)
+        out_TD = torch.zeros(slot_TK.shape[0], y_MD.shape[1], dtype=wide, device=y_MD.device)
+        for score_T, slot_T in zip(score_TK.unbind(dim=1), slot_TK.unbind(dim=1), strict=True):
+            out_TD = out_TD + score_T.to(wide)[:, None] * rows_or_zero(y_MD, slot_T).to(wide)
+        return out_TD
+
+    @staticmethod
+    def backward(ctx, dout_TD):  # type: ignore[override]
+        y_MD, score_TK, slot_TK, assignment_M = ctx.saved_tensors
+        shape, y_MD = y_MD.shape, y_MD.reshape(-1, y_MD.shape[-1])
+        if kernels.use_kernels(y_MD):
+            of_row_M = assignment_M.reshape(-1)
+            dy_MD, dscore_TK = kernels.weighted_sum_backward(dout_TD, y_MD, score_TK, slot_TK, of_row_M)
+            return dy_MD.reshape(shape), dscore_TK, None, None
+        wide = torch.promote_types(y_MD.dtype, torch.float32)
+        score_M = rows_or_zero(score_TK.reshape(-1), assignment_M).to(wide)
+        dy_MD = score_M[..., None] * rows_or_zero(dout_TD, assignment_M // slot_TK.shape[1]).to(wide)
+        dscore_TK = [
+            (dout_TD.to(wide) * rows_or_zero(y_MD, slot_T).to(wide)).sum(dim=1) for slot_T in slot_TK.unbind(dim=1)
+        ]
+        return dy_MD.to(y_MD.dtype), torch.stack(dscore_TK, dim=1).to(score_TK.dtype), None, None
+
+
+def permute_rows(
+    x_MD: Float[Tensor, "*M D"], source_O: Integer[Tensor, "*O"], target_M: Integer[Tensor, "*M"]
+) -> Float[Tensor, "*O D"]:
+    """Row r is x[source[r]], padding is zero. Backward gathers by `target`, the inverse: no scatter-add."""
+    return _PermuteRows.apply(x_MD, source_O, target_M)  # type: ignore[no-any-return]
+
+
+class _PermuteRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_MD, source_O, target_M):
+        ctx.save_for_backward(target_M)
+        x_MD = x_MD.reshape(-1, x_MD.shape[-1])
+        return kernels.gather_rows(x_MD, source_O) if kernels.use_kernels(x_MD) else rows_or_zero(x_MD, source_O)
+
+    @staticmethod
+    def backward(ctx, dy_OD):  # type: ignore[override]
+        (target_M,) = ctx.saved_tensors
+        dy_OD = dy_OD.reshape(-1, dy_OD.shape[-1])
+        dx_MD = kernels.gather_rows(dy_OD, target_M) if kernels.use_kernels(dy_OD) else rows_or_zero(dy_OD, target_M)
+        return dx_MD, None, None
+
+
+def expert_major_rows(
+    counts_Pe: Integer[Tensor, "P e"], n_bins: int, capacity: int
+) -> tuple[Integer[Tensor, "*S"], Integer[Tensor, "B C"]]:
+    """For each expert-major row the rank-major row it comes from, and the inverse; past the end where it is padding.
+
+    Shapes: source_S, target_BC.
+    """
+    P, _ = counts_Pe.shape
+    source_S = rank_bins_source(counts_Pe, capacity) if n_bins == P else expert_bins_source(counts_Pe, capacity)
+    return source_S, invert(source_S.reshape(-1), n_bins * capacity).reshape(n_bins, capacity)
+
+
+def rank_bins_source(counts_Pe: Integer[Tensor, "P e"], capacity: int) -> Integer[Tensor, " S"]:
+    """For each expert-major row, the rank-major row it comes from; P*C, past the end, for the padding, which is last.
+
+    Rows move in P*e segments, those of rank p from p*C on.
+    """
+    S = counts_Pe.shape[0] * capacity
+    start_Pe = torch.arange(0, S, capacity, device=counts_Pe.device)[:, None] + counts_Pe.cumsum(dim=1) - counts_Pe
+    return segments_source(start_Pe, counts_Pe, S)
+
+
+def expert_bins_source(counts_Pe: Integer[Tensor, "P e"], capacity: int) -> Integer[Tensor, "e PC"]:
+    """The same for expert bins, where whole bins move: (source rank, expert) to (expert, source rank)."""
+    P, e = counts_Pe.shape
+    row_C = torch.arange(capacity, device=counts_Pe.device)
+    bin_eP = torch.arange(P * e, device=counts_Pe.device).reshape(P, e).T
+    row_ePC = bin_eP[:, :, None] * capacity + row_C
+    return torch.where(row_C < counts_Pe.T[:, :, None], row_ePC, P * e * capacity).reshape(e, P * capacity)
+
+
+def segments_source(
+    start_Pe: Integer[Tensor, "P e"], counts_Pe: Integer[Tensor, "P e"], output_size: int
+) -> Integer[Tensor, " O"]:
+    """For each expert-major row, where it comes from, if segment (p, j) is counts_Pe[p, j] rows from start_Pe[p, j] on.
+
+    A segment's rows all shift by the same distance, so: find each row's segment, by how many end before it, and add
+    the shift to the row number. `repeat_interleave` would write past the end of its output if ever the counts were
+    more than the rows. Rows past the last come from `output_size`, past the end.
+    """
+    counts_eP = counts_Pe.T
+    start_eP = exclusive_cumsum(counts_eP.reshape(-1)).reshape(counts_eP.shape)
+    row_O = torch.arange(output_size, device=counts_Pe.device)
+    ends = (start_eP + counts_eP).reshape(-1)
+    segment_O = torch.searchsorted(ends, row_O, right=True)
+    shift_O = rows_or_zero((start_Pe.T - start_eP).reshape(-1), segment_O)
+    return torch.where(row_O < counts_Pe.sum(), shift_O + row_O, output_size)
+
+
+def rows_or_zero(x: Tensor, index: Integer[Tensor, "..."]) -> Tensor:
+    """Rows of x; zero where the index is past the end."""
+    if x.shape[0] == 0:  # nothing to gather from
+        return x.new_zeros(*index.shape, *x.shape[1:])
+    inside = (index < x.shape[0]).reshape(index.shape + (1,) * (x.ndim - 1))
+    return torch.where(inside, x[index.clamp(max=x.shape[0] - 1)], 0)
+
+
+def invert(index_O: Integer[Tensor, " O"], n_rows: int) -> Integer[Tensor, " M"]:
+    """The inverse of a permutation with gaps: invert(index)[index[r]] = r, and O where no index points."""
+    row_O = torch.arange(index_O.shape[0], device=index_O.device)
+    inverse = row_O.new_full((n_rows + 1,), index_O.shape[0])  # all that points past the end meets in one place more
+    return inverse.scatter(0, index_O.clamp(max=n_rows), row_O)[:n_rows]
