@@ -18,7 +18,7 @@ from parity.judge.picture import blank
 from parity.judge.records import CaseRecord, Header, Report, footer, header
 from parity.oracle.problem import Problem, draw
 from parity.run import supervisor
-from parity.run.backend import Backend, Setting
+from parity.run.backend import Backend, BackendError, Setting
 from parity.run.faults import Fault, plant
 from parity.run.trace import Trace
 
@@ -57,13 +57,15 @@ def run_cases(
 
             if join_torchrun(folder, list(problems.values()), setting.device, joined) != 0:
                 return None
-        done = [(backend.name, case.name) for case in cases for backend in joined]
+        done = [(backend.name, case.name, None) for case in cases for backend in joined]
         homes = {backend.name: Path.cwd() for backend in started}
         if fault:
             homes[fault.backend] = plant(fault, folder / "planted")
         tasks = {backend.name: bar.add_task(backend.name, total=len(cases)) for backend in backends}
         with closing(supervisor.run(folder, homes, started, cases, setting, seconds)) as running:
-            for backend, name in chain(done, running):
+            for backend, name, failure in chain(done, running):
+                if failure:
+                    raise BackendError(backend, str(failure))
                 bar.advance(tasks[backend])
                 traces[name].append(Trace.load(folder / f"{name}.{backend}.safetensors"))
                 if len(traces[name]) == len(backends):

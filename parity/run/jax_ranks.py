@@ -1,81 +1,95 @@
 """How ranks are had in JAX: a device each under `shard_map`, in one process or in one each; or one for all, `vmap`."""
 
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from parity.oracle.problem import Problem
-from parity.run.backend import Backend, Setting, resolve
-from parity.run.supervisor import DONE
+from parity.run.backend import Backend, Setting
+from parity.run.ranks import Notes, run_cases
 from parity.run.trace import Trace
 
 AXIS = "ranks"
 Arrays = dict[str, jax.Array]
-Work = Callable[[Problem, Backend, str], Trace]  # a problem on all ranks; how they are had
+At = Callable[[str], None]  # notes that a stage begins
+Work = Callable[[Problem, Backend, str, At], Trace]  # a problem on all ranks; how they are had
+
+WAIT = 86400  # seconds, for another rank: whoever watches, and not a rank that waits, should say who hangs
 
 
 def run_all(backend: Backend, folder: Path, setting: Setting, ranks: dict[Path, int], work: Work) -> None:
-    """Run these problems and save the traces in `folder`; `ranks` says how many each has."""
-    if setting.jax_ranks == "processes":
-        for P in sorted(set(ranks.values())):
-            _start_processes(backend, folder, P, [path for path in ranks if ranks[path] == P], work)
+    """Run these problems and save the traces in `folder`; `ranks` says how many each has.
+
+    In processes forked from this one, which must not have used JAX but for importing it.
+    """
+    how = setting.jax_ranks
+    if how != "processes":
+        in_one = partial(_rank, backend, max(ranks.values(), default=1), how, work)
+        run_cases(backend, folder, list(ranks), 1, setting.timeout, in_one)
         return
-    jax.config.update("jax_num_cpu_devices", max(ranks.values(), default=1))
-    _run_each(backend, folder, ranks, setting.jax_ranks, work)
+    for P in sorted(set(ranks.values())):
+        paths = [path for path in ranks if ranks[path] == P]
+        run_cases(backend, folder, paths, P, setting.timeout, partial(_rank, backend, P, how, work))
 
 
-def _run_each(backend: Backend, folder: Path, paths: Iterable[Path], how: str, work: Work) -> None:
+def _rank(
+    backend: Backend, P: int, how: str, work: Work, rank: int, notes: Notes, own: Path, paths: Sequence[Path]
+) -> None:
+    """One rank of several processes, or all of them in one."""
+    jax.config.update("jax_num_cpu_devices", 1 if how == "processes" else P)
+    if how == "processes" and P > 1:
+        _meet(own / "address", P, rank)
     for path in paths:
-        start = time.perf_counter()
-        trace = work(Problem.load(path), backend, how)
+        notes.at(path.stem, "reading its input")
+        start, problem = time.perf_counter(), Problem.load(path)
+        trace = work(problem, backend, how, partial(notes.at, path.stem))
         trace.seconds = time.perf_counter() - start
-        if jax.process_index() == 0:
-            trace.save(folder)
-            print(DONE + trace.case.name, flush=True)
+        if rank == 0:
+            trace.save(own.parent)
+            notes.done(path.stem)
+    notes.at("", "its end")
 
 
-def _start_processes(backend: Backend, folder: Path, P: int, paths: list[Path], work: Work) -> None:
-    """A process per rank, each with one device, that find each other by `jax.distributed`. All end when one fails."""
+def _meet(file: Path, P: int, rank: int) -> None:
+    """Find the other processes, at an address that the first writes down."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    code = "from parity.run.jax_ranks import join; join()"
-    record, function = msgspec.json.encode(backend).decode(), f"{work.__module__}:{work.__qualname__}"
-    names = [path.name for path in paths]
-    group = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, record, function, str(folder), address, str(P), str(rank), *names]
-        )
-        for rank in range(P)
-    ]
-    while any(process.poll() is None for process in group):
-        time.sleep(0.1)
-        failed = [rank for rank, process in enumerate(group) if process.poll()]
-        if failed:
-            for process in group:
-                process.kill()
-            sys.exit(f"rank {failed[0]} of {P} ended with exit code {group[failed[0]].returncode}")
+        if rank == 0:
+            free.bind(("127.0.0.1", 0))
+            (whole := file.with_suffix(".new")).write_text(f"127.0.0.1:{free.getsockname()[1]}")
+            whole.rename(file)
+    while not file.exists():
+        time.sleep(0.05)
+    local = [rank] if jax.config.jax_platforms != "cpu" else None  # type: ignore[attr-defined]
+    jax.distributed.initialize(
+        file.read_text(), P, rank, local_device_ids=local,
+        initialization_timeout=WAIT, heartbeat_timeout_seconds=WAIT, shutdown_timeout_seconds=WAIT,
+    )  # fmt: skip
 
 
-def join() -> None:
-    """One rank of several processes."""
-    record, function, folder, address, P, rank, *names = sys.argv[1:]
-    local = [int(rank)] if jax.config.jax_platforms != "cpu" else None  # type: ignore[attr-defined]
-    jax.config.update("jax_num_cpu_devices", 1)
-    if int(P) > 1:
-        jax.distributed.initialize(address, int(P), int(rank), local_device_ids=local)
-    backend = msgspec.json.decode(record, type=Backend)
-    _run_each(backend, Path(folder), [Path(folder) / name for name in names], "processes", resolve(function))
+@dataclass
+class Program:
+    """A function compiled at its first call, and then run: two stages, so that it can be told which of them hangs."""
+
+    jitted: Any
+    compiled: Any = None
+
+    def __call__(self, at: At, stage: str, *arguments: Any) -> Any:
+        """Run it, in a stage of that name."""
+        if self.compiled is None:
+            at(f"compiling {stage}")
+            self.compiled = self.jitted.lower(*arguments).compile()
+        at(stage)
+        return jax.block_until_ready(self.compiled(*arguments))
 
 
 def put(tree: dict[str, np.ndarray], P: int, how: str) -> Arrays:

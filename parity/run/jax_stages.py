@@ -23,7 +23,7 @@ from parity.oracle.rows import Layout, indices, lay_out, row_tables
 from parity.oracle.windows import STRIDE, Windows
 from parity.run import jax_ranks
 from parity.run.backend import Backend, Setting, resolve
-from parity.run.jax_ranks import AXIS, fetch, over_ranks, put
+from parity.run.jax_ranks import AXIS, At, Program, fetch, over_ranks, put
 from parity.run.naming import MAIN, named, named_stages
 from parity.run.trace import Trace, differing_bits
 
@@ -43,7 +43,7 @@ def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
     jax_ranks.run_all(backend, folder, setting, {path: cases[path].ranks for path in paths}, run)
 
 
-def run(problem: Problem, backend: Backend, how: str) -> Trace:
+def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
     """All ranks of a problem: on these inputs, on others, and on these again, which must give the same bits."""
     case = problem.case
     stages_of: type[Static] | type[Ragged] = resolve(backend.stages)
@@ -53,17 +53,18 @@ def run(problem: Problem, backend: Backend, how: str) -> Trace:
         end_to_end, isolated = programs(stages_of, _static(case), _capacity(case), case.capacity, how, wanted)
         weights = _weights(problem, how)
 
-        def whole(problem: Problem) -> dict[str, np.ndarray]:
+        def whole(problem: Problem, stage: str) -> dict[str, np.ndarray]:
             inputs = put(stages_of.inputs(problem), case.ranks, how)
             with jax.transfer_guard_device_to_host("disallow"):
-                arrays = jax.block_until_ready(end_to_end(weights, inputs))
+                arrays = end_to_end(at, stage, weights, inputs)
             return fetch(arrays, how)
 
-        first = whole(problem)
+        first = whole(problem, "the first step")
         for other in problem.steps_between():
-            whole(other)
-        again = whole(problem)
-        arrays = again | fetch(isolated(weights, put(_feeds(problem, stages_of), case.ranks, how)), how)
+            whole(other, "steps on other inputs")
+        again = whole(problem, "the first step, repeated")
+        feeds = put(_feeds(problem, stages_of), case.ranks, how)
+        arrays = again | fetch(isolated(at, "the stages on their own", weights, feeds), how)
     trace.arrays = {name: _per_rank(name, a) for name, a in arrays.items()}
     for name, before in first.items():
         repeat = [differing_bits(a, b) for a, b in zip(_per_rank(name, before), trace.arrays[name], strict=True)]
@@ -240,7 +241,7 @@ Stages = type[Static] | type[Ragged]
 @lru_cache(maxsize=4)  # cases with the same program come one after the other; more would only fill memory
 def programs(
     stages_of: Stages, case: Case, capacity: Capacity, oracle_rows: int, how: str, wanted: frozenset[str]
-) -> tuple[Callable, Callable]:
+) -> tuple[Program, Program]:
     """The whole layer and the stages on their own, each compiled once for all cases of these shapes."""
     axis = AXIS if case.ranks > 1 else None
     each = partial(over_ranks, P=case.ranks, how=how)
@@ -254,7 +255,8 @@ def programs(
     def isolated(weights: Arrays, feeds: Arrays) -> Arrays:
         return provided(each(partial(_isolated, stages_of, case, capacity, oracle_rows, axis))(weights | feeds))
 
-    return jax.jit(end_to_end), jax.jit(isolated, compiler_options=_COMPILED_QUICKLY.get(jax.default_backend()))
+    quickly = _COMPILED_QUICKLY.get(jax.default_backend())
+    return Program(jax.jit(end_to_end)), Program(jax.jit(isolated, compiler_options=quickly))
 
 
 def _capacity(case: Case) -> Capacity:

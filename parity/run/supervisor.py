@@ -1,112 +1,270 @@
-"""Run the problems in a folder in each framework, in processes of their own."""
+"""Every process that this project starts is started, watched and ended here; ranks that are forked, in `ranks`.
 
+A command runs in a session of its own, so that all of it can be ended, and ends itself when its standard input closes:
+whoever started it is gone. So nothing is left after success, an error, Ctrl-C, or a signal, SIGKILL included.
+"""
+
+import math
+import multiprocessing
 import os
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Generator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.connection import wait
 from pathlib import Path
-from queue import Queue
+from typing import Any
 
 import msgspec
 
 from parity.cases.case import Case
 from parity.run.backend import Backend, BackendError, MissingError, Setting
+from parity.run.patience import START_UP, Patience, under
 
-DONE = "done: "  # before the name of a case whose trace is written
+
+class Failure(msgspec.Struct, frozen=True):
+    """A case that a backend has no trace of. Only of one that raised is it known that the layer is to blame."""
+
+    backend: str
+    case: str  # empty: no case had begun, or all were done
+    rank: int
+    stage: str
+    error: str  # the exception; of a hang, for how long
+    ranks: int = 1  # processes; JAX often has all ranks in one
+    how: str = "failed"  # raised an exception; or "was ended by SIGKILL", "hangs", "was not run"
+    line: str = ""  # of the source, where that is known: "exchange.py:71"
+
+    @property
+    def raised(self) -> bool:
+        """Whether it is an answer about the layer; a process that was killed, or hangs, is none."""
+        return self.how == "failed" and self.case != ""
+
+    def __str__(self) -> str:
+        rank = f"rank {self.rank} of {self.ranks} " if self.ranks > 1 else ""
+        place = f" in {self.stage}" * (self.stage != "") + f" of case {self.case}" * (self.case != "")
+        line = f" ({self.line})" if self.line and self.how == "hangs" else ""
+        return f"{self.backend}: {rank}{self.how}{place}{line}" + f": {self.error}" * (self.error != "")
 
 
-@dataclass
-class Worker:
-    """One process that runs some of the cases of one backend."""
+Answer = tuple[str, Failure | None]  # of a worker, in JSON: a case is done, or why it is not; ("", None): it began
 
-    backend: Backend
-    command: list[str]
-    stderr: Path
-    cwd: Path
-    device: str
-    seconds: float = 0.0
-    error: str = ""
 
-    def start(self, done: Queue[tuple[str, str] | None]) -> None:
-        """Start the process, in a session of its own so that all of it can be ended, and follow it in a thread."""
-        # Forked ranks must not find a machine's worth of threads each, nor one framework take all of a GPU's memory.
-        own = {"JAX_PLATFORMS": self.device, "OMP_NUM_THREADS": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        environment = os.environ | own
-        self.began = time.perf_counter()
-        with self.stderr.open("w") as stderr:
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
-                env=environment, start_new_session=True, cwd=self.cwd,
-            )  # fmt: skip
-        self.thread = threading.Thread(target=self._follow, args=(done,), daemon=True)
-        self.thread.start()
+class Process:
+    """A command. Leaving the `with` ends it and all that it started, come what may."""
 
-    def _follow(self, done: Queue[tuple[str, str] | None]) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:  # libraries print there too
-            if line.startswith(DONE):
-                done.put((self.backend.name, line.removeprefix(DONE).strip()))
-        if self.process.wait():
-            self.error = self.stderr.read_text().strip() or f"ended with exit code {self.process.returncode}"
-        self.seconds = time.perf_counter() - self.began
-        done.put(None)
+    def __init__(
+        self, command: Sequence[str], *, environment: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> None:
+        self.began, self.seconds = time.perf_counter(), 0.0
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  goes with this
+        self.popen = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, bufsize=0,
+            env=environment, cwd=cwd, start_new_session=True,
+        )  # fmt: skip
+        self.patience = Patience([self.popen.pid], math.inf)
+        self.ended = False
+        self.error = ""  # why it ended, where that was in error
+        self.rest = b""
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def lines(self, limit: float = math.inf) -> Iterator[str]:
+        """What it writes, by line, until it ends; or until it had `limit` seconds, not counting waits for a CPU."""
+        while not self.ended:
+            if wait([self.stdout], 0.5):
+                yield from self.read()
+            self.patience.tick()
+            if self.patience.seconds > limit:
+                self.end()
+                self.error = f"stopped after {limit:g} s"
+
+    @property
+    def stdout(self) -> Any:
+        """To wait for."""
+        return self.popen.stdout
+
+    def read(self) -> list[str]:
+        """Lines that are there; waits for some. After the last ones it has ended, and `error` says if in error."""
+        data = os.read(self.stdout.fileno(), 2**16)
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        if not data:
+            lines += [self.rest] * (self.rest != b"")
+            if hasattr(os, "waitid"):  # macOS has none. Not waited for to the end: its number stays its own until then
+                os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOWAIT)
+            else:
+                self.popen.wait()
+            self.end()
+            if self.popen.returncode:
+                self.stderr.seek(0)
+                said = self.stderr.read().decode(errors="replace").strip()
+                self.error = said or how_it_ended(self.popen.returncode)
+        return [line.decode(errors="replace") for line in lines]
 
     def end(self) -> None:
-        """End the process and everything it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.thread.join()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            stream.close()
+        """End it and everything it started."""
+        if not self.ended:
+            self.ended, self.seconds = True, time.perf_counter() - self.began
+            end_all(self.popen.pid)
+            self.popen.wait()
+            for stream in (self.popen.stdin, self.popen.stdout):
+                assert stream is not None
+                stream.close()
 
 
 def run(
-    folder: Path, homes: dict[str, Path], backends: Sequence[Backend], cases: Sequence[Case], setting: Setting,
+    folder: Path, homes: Mapping[str, Path], backends: Sequence[Backend], cases: Sequence[Case], setting: Setting,
     seconds: dict[str, float],
-) -> Generator[tuple[str, str]]:  # fmt: skip
-    """Start every backend, each from its home folder, and yield (backend, case) as each trace is written.
+) -> Generator[tuple[str, str, Failure | None]]:  # fmt: skip
+    """Start every backend, each from its home folder; yield (backend, case, None) as each trace is written.
 
-    All at once, and JAX, which spends its time compiling, as a process for each core, up to eight; but one after the
-    other where a case's weights are so large that only one of them fits a GPU. Whatever happens, no process is left.
-    Fills in `seconds` by backend.
+    Or the reason why there is none. All at once, and JAX, which spends its time compiling, as a process for each core,
+    up to eight; but one after the other where a case's weights are so large that only one of them fits a GPU. Whatever
+    happens, no process is left. Fills in `seconds` by backend.
 
-    Raises BackendError with the cause of the first that failed.
+    Raises BackendError with the cause when a backend cannot run at all.
     """
     one_by_one = any(case.real_size for case in cases)
     compiling = 1 if one_by_one or setting.jax_ranks == "processes" else min(8, os.cpu_count() or 1, len(cases))
-    workers = []
+    parts = []
     for backend in backends:
         shares = compiling if backend.framework == "jax" else 1
-        for share in range(shares):
-            part = msgspec.structs.replace(setting, share=share, shares=shares)
-            asked = [msgspec.json.encode(a).decode() for a in (backend, part)]
-            command = [sys.executable, "-m", "parity.run.worker", str(folder), *asked]
-            stderr = folder / f"{backend.name}-{share}.stderr"
-            workers.append(Worker(backend, command, stderr, homes[backend.name], setting.device))
-    done: Queue[tuple[str, str] | None] = Queue()
-    started: list[Worker] = []
-    try:
-        for group in [[worker] for worker in workers] if one_by_one else [workers]:
-            for worker in group:
-                worker.start(done)
-                started.append(worker)
-            for _ in group:
-                yield from iter(done.get, None)
-                for worker in group:
-                    if worker.error:
-                        raise _explain(worker)
-    finally:
-        for worker in started:
-            worker.end()
-    for worker in workers:
-        seconds[worker.backend.name] = max(seconds.get(worker.backend.name, 0), worker.seconds)
+        parts += [(backend, msgspec.structs.replace(setting, share=share, shares=shares)) for share in range(shares)]
+    for group in [[part] for part in parts] if one_by_one else [parts]:
+        with ExitStack() as stack:
+            workers = [_Worker(stack, folder, homes[backend.name], backend, part) for backend, part in group]
+            while running := [worker for worker in workers if not worker.process.ended]:
+                heard = wait([worker.process.stdout for worker in running], 0.5)
+                for worker in running:
+                    for case, failure in worker.answers(heard):
+                        yield worker.backend.name, case, failure
+        for worker in workers:
+            name = worker.backend.name
+            seconds[name] = max(seconds.get(name, 0), worker.process.seconds)
+
+
+class _Worker:
+    """A process that runs some of the cases of one backend: see `worker`."""
+
+    def __init__(self, stack: ExitStack, folder: Path, home: Path, backend: Backend, setting: Setting) -> None:
+        asked = [msgspec.json.encode(record).decode() for record in (backend, setting)]
+        command = [sys.executable, "-m", "parity.run.worker", str(folder), *asked]
+        # Forked ranks must not find a machine's worth of threads each, nor one framework take all of a GPU's memory.
+        own = {"JAX_PLATFORMS": setting.device, "OMP_NUM_THREADS": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        if backend.framework == "jax" and setting.device == "cpu":
+            own["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENT_XLA}".strip()
+        self.backend, self.setting, self.began = backend, setting, False
+        self.process = stack.enter_context(Process(command, environment=os.environ | own, cwd=home))
+
+    def answers(self, heard: Sequence[Any]) -> Iterator[tuple[str, Failure | None]]:
+        """Those that are there. Raises BackendError when it has ended in error, or does not even begin."""
+        process, name = self.process, self.backend.name
+        for line in process.read() if process.stdout in heard else ():
+            case, failure = msgspec.json.decode(line, type=Answer)
+            self.began = True
+            if case:
+                yield case, failure
+            elif failure:
+                raise BackendError(name, str(failure))
+        if process.error:
+            raise self._explain()
+        if not self.began and not process.ended:  # afterwards it looks after its ranks itself
+            process.patience.tick()
+            if process.patience.asleep > self.setting.timeout + START_UP:
+                raise BackendError(name, f"{name}: hangs while it is imported: for {process.patience.asleep:.0f} s")
+
+    def _explain(self) -> BackendError:
+        name, error = self.backend.name, self.process.error
+        for package in self.backend.needs:
+            if f"No module named '{package}'" in error:
+                what = f"{package} is not installed: pip install -e '.[{package}]', or name the other --backend only"
+                return MissingError(name, what)
+        return BackendError(name, f"{name}: {error[-2000:]}")
+
+
+# XLA ends a process whose ranks wait for each other for 40 s on the wall: on a busy machine, no hang. A day.
+PATIENT_XLA = "--xla_cpu_collective_call_terminate_timeout_seconds=86400 --xla_cpu_collective_timeout_seconds=86400"
+
+_answers = 1  # the file descriptor that a worker answers on
+
+
+def only_answers() -> None:
+    """Keep standard output for answers: what libraries print there goes to standard error."""
+    global _answers
+    _answers = os.dup(1)
+    os.dup2(2, 1)
+
+
+def answer(case: str, failure: Failure | None = None) -> None:
+    """A worker's: this case's trace is written, or why there is none."""
+    os.write(_answers, msgspec.json.encode((case, failure)) + b"\n")
+
+
+@contextmanager
+def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for functions that return something. They end with this one, and at once on an error."""
+    before = multiprocessing.active_children()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=end_with_parent) as executor:
+        try:
+            yield executor
+        except BaseException:
+            for process in multiprocessing.active_children():
+                if process not in before:
+                    process.kill()
+            raise
+
+
+def end_with_parent() -> None:
+    """End this process and all that it started when the one that started it is gone.
+
+    That is seen by standard input, which it held open, or as `multiprocessing` sees it. Started by hand, from a
+    terminal, a file or nothing, there is nobody to wait for. Its group may then be a shell's: only a session that it
+    leads itself ends as a whole.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        try:
+            held = stat.S_ISFIFO(os.fstat(0).st_mode)
+        except OSError:  # it has none
+            held = False
+        if not held:
+            return
+        with suppress(PermissionError):  # it leads one, or a shell's job
+            os.setsid()
+
+    def wait_for_the_end() -> None:
+        if parent is None:
+            while os.read(0, 1):  # not sys.stdin, whose lock a forked rank would inherit
+                pass
+        else:
+            wait([parent.sentinel])
+        end_all(os.getpid())
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
+
+
+def end_all(*pids: int) -> None:
+    """Kill these processes and all that they started; this one last."""
+    for pid in sorted(under(*pids), key=lambda pid: pid == os.getpid()):
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) == pid:
+                os.killpg(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
+
+
+def how_it_ended(code: int) -> str:
+    """A process, by its exit code."""
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def gpus() -> int:
@@ -115,23 +273,3 @@ def gpus() -> int:
     if allowed is not None:
         return len([gpu for gpu in allowed.split(",") if gpu.strip() not in ("", "-1")])
     return len(list(Path("/dev").glob("nvidia[0-9]*")) or list(Path("/dev").glob("dxg")))  # dxg: under WSL
-
-
-def _explain(worker: Worker) -> BackendError:
-    backend = worker.backend
-    for package in backend.needs:
-        if f"No module named '{package}'" in worker.error:
-            what = f"{package} is not installed: pip install -e '.[{package}]', or name the other --backend only"
-            return MissingError(backend.name, what)
-    return BackendError(backend.name, f"{backend.name}: {worker.error[-2000:]}")
-
-
-def end_with_parent() -> None:
-    """End this process and all that it started when the one that started it is gone: its standard input closes."""
-
-    def wait_for_the_end() -> None:
-        while os.read(0, 1):  # not sys.stdin, whose lock a forked rank would inherit
-            pass
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=wait_for_the_end, daemon=True).start()

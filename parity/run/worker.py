@@ -6,10 +6,13 @@ from pathlib import Path
 import msgspec
 
 from parity.run.backend import Backend, Setting, resolve
-from parity.run.supervisor import end_with_parent
+from parity.run.supervisor import answer, end_with_parent, only_answers
 
 if __name__ == "__main__":
     end_with_parent()
+    only_answers()
     folder, backend, setting = sys.argv[1:]
     record = msgspec.json.decode(backend, type=Backend)
-    resolve(record.run)(record, Path(folder), msgspec.json.decode(setting, type=Setting))
+    run = resolve(record.run)
+    answer("")
+    run(record, Path(folder), msgspec.json.decode(setting, type=Setting))
