@@ -13,7 +13,7 @@ from parity.oracle.expected import Expected, Oracle
 from parity.oracle.problem import Problem, draw, exact_inputs
 from parity.oracle.quantities import names
 from parity.oracle.reference import Perturbed
-from parity.oracle.tolerances import DRAWS, FACTOR, allowance, numpy_dtype, smallest_step, unit_roundoff
+from parity.oracle.tolerances import DRAWS, FACTOR, allowance, numpy_dtype, underflow, unit_roundoff
 
 Array = np.ndarray
 
@@ -24,7 +24,8 @@ HALVES = ("bfloat16", "float16")
 
 def wanted(problem: Problem) -> dict[str, Expected]:
     """What is expected of every array that is judged by an allowance."""
-    return {name: want for name, want in Oracle(problem).expected(names("static"), "static").items() if want.allowed is not None}
+    expected = Oracle(problem).expected(names("static"), "static")
+    return {name: want for name, want in expected.items() if want.allowed is not None}
 
 
 def ratio(values: Array, want: Expected, *, rounded: bool = True) -> float:
@@ -40,10 +41,10 @@ def ratio(values: Array, want: Expected, *, rounded: bool = True) -> float:
 
 
 def test_units():
-    #                 bits of the significand, smallest power of two that is not zero
-    for dtype, p, e in (("bfloat16", 8, -133), ("float16", 11, -24), ("float32", 24, -149), ("float64", 53, -1074)):
+    #                 bits of the significand, what underflow may cost: the smallest normal number, or half a step
+    for dtype, p, e in (("bfloat16", 8, -126), ("float16", 11, -25), ("float32", 24, -126), ("float64", 53, -1022)):
         assert unit_roundoff(dtype) == 2.0**-p
-        assert smallest_step(dtype) == 2.0**e
+        assert underflow(dtype) == 2.0**e
 
 
 def test_half_a_step_and_a_few_yardsticks():
@@ -53,8 +54,8 @@ def test_half_a_step_and_a_few_yardsticks():
     draws[3][0, 5] += 0.25
     draws[6][0, 1] -= 0.5  # the worst of row 0, for all its numbers; row 1 strays nowhere
     allowed = allowance(exact, draws, "bfloat16")
-    assert allowed[0, :3].tolist() == [2.0**-8 + FACTOR / 2, 2.0**-7 + FACTOR / 2, 2.0**-134 + FACTOR / 2]
-    assert (allowed[1] == 2.0**-134).all()  # half the smallest step, for zero
+    assert allowed[0, :3].tolist() == [2.0**-8 + FACTOR / 2, 2.0**-7 + FACTOR / 2, 2.0**-126 + FACTOR / 2]
+    assert (allowed[1] == 2.0**-126).all()  # what underflow may cost, for zero
 
 
 def test_every_number_is_within_half_a_step_of_what_is_stored():
@@ -271,7 +272,7 @@ def test_one_lost_assignment_of_32768_tokens_fails():
     y, score = rng.standard_normal((n, 2, 16)).astype(ml_dtypes.bfloat16), rng.random((n, 2, 1)).astype(np.float32)
     exact = (score.astype(np.float64) * y.astype(np.float64)).sum(1)
     draws = [
-        (score * Perturbed(np.random.default_rng(i)).summand(y.astype(np.float64), 2, "float32")).sum(1)
+        (score * Perturbed(np.random.default_rng(i)).terms(y.astype(np.float64), 2, "float32")).sum(1)
         for i in range(DRAWS)
     ]
     allowed = allowance(exact, draws, "bfloat16")
