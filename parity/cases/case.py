@@ -13,6 +13,7 @@ REAL_SIZE = 2**26
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Way = Literal["usual", "eager", "compiled", "recomputed", "in_flight", "two_groups"]
 Pattern = Literal["random", "balanced", "zipf", "one_expert", "empty_expert", "idle_rank", "stay_home", "ties"]
 
 
@@ -122,6 +123,13 @@ class Case:
         1,
         "Round the capacity up to a multiple of this.",
     )
+    way: Way = _field(
+        "usual",
+        "How the layer is run. usual: as most do, PyTorch eagerly and JAX under jit. eager: JAX too, an operation at a "
+        "time. compiled: PyTorch by torch.compile (on a CPU its backend is aot_eager). recomputed: forward again in "
+        "backward. in_flight: two steps, both forwards before both backwards. two_groups: two groups of --ranks beside "
+        "each other, each with tokens of its own.",
+    )
     seed: int = _field(
         0,
         "Of every drawn number.",
@@ -185,6 +193,16 @@ class Case:
     def expert(self) -> Experts:
         """How an expert computes."""
         return Experts(*(getattr(self, name) for name in Experts._fields))
+
+    @property
+    def processes(self) -> int:
+        """Ranks of all groups."""
+        return self.ranks * (2 if self.way == "two_groups" else 1)
+
+    @property
+    def two_steps(self) -> bool:
+        """Whether a second step runs beside the first."""
+        return self.way in ("in_flight", "two_groups")
 
     @property
     def assignments(self) -> int:

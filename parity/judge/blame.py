@@ -31,7 +31,8 @@ def blame(checks: list[Check], backends: Mapping[str, Backend]) -> Blame | None:
 
     A stage fed the oracle's input is judged alone, so the first such stage to fail, in order, is where the
     fault is. Only when all of them match does the whole layer speak: its values in forward order, then its
-    gradients from the output back, then what two runs of it did not have in common.
+    gradients from the output back, then likewise a second step beside the first, then what two runs of it did not have
+    in common.
     """
     bad = [check for check in checks if not check.ok]
     if not bad:
@@ -39,10 +40,10 @@ def blame(checks: list[Check], backends: Mapping[str, Backend]) -> Blame | None:
 
     def order(check: Check) -> tuple[int, int, bool, float]:
         stage = STAGES.index(check.stage)
-        phase = {"isolated": 0, "e2e": 1, "repeat": 3}[check.mode]
+        phase = {"isolated": 0, "e2e": 1, "second": 3, "repeat": 5}[check.mode]
         backward = is_backward(check)
-        if check.mode == "e2e" and backward:
-            return 2, -stage, check.right != "oracle", -check.worst
+        if check.mode in ("e2e", "second") and backward:
+            return phase + 1, -stage, check.right != "oracle", -check.worst
         return phase, stage, check.right != "oracle" or backward, -check.worst
 
     first = min(bad, key=order)

@@ -268,6 +268,7 @@ def _judge(
     problem: Problem, want: Expected, left: str, right: str, have: Canonical, values: Array, allowed: Array | None,
     present: Array, picture: Picture | None = None,
 ) -> Check:  # fmt: skip
+    problem = problem.second if want.mode == "second" and problem.second else problem
     got, expected = have.values[present], values[present]
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.abs(got - expected)

@@ -15,7 +15,7 @@ Array = np.ndarray
 
 
 class Power(msgspec.Struct):
-    """Of one array: the smallest relative error that is caught, in one row (median and worst of all rows), and in all."""
+    """The smallest relative error of an array that is caught: in one row (of all the median, the worst), in all rows."""
 
     name: str
     dtype: str

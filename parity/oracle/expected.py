@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,6 +35,10 @@ class Expected:
         """isolated, e2e or repeat."""
         return self.name.split("/")[0]
 
+    def as_second(self) -> "Expected":
+        """Of the second step."""
+        return replace(self, name=self.name.replace("e2e", "second", 1))
+
     @property
     def axes(self) -> str:
         """Of the values; of a repetition, one number."""
@@ -47,13 +51,18 @@ class Oracle:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.exact, self.draws = Evaluation(problem), [Evaluation(problem, i) for i in range(DRAWS)]
+        self.second = Oracle(problem.second) if problem.second else None
 
     def expected(self, names: Iterable[str], layout: Layout) -> dict[str, Expected]:
         """What the arrays of these names should hold, but for those of which the case has nothing to compare.
 
         Raises ValueError on a name that is no quantity's.
         """
-        asked = {name: quantity for name in names if (quantity := quantity_of(name)).asks(self.problem.case)}
+        names = list(names)
+        seconds = [name.replace("second", "e2e", 1) for name in names if name.startswith("second")]
+        beside = self.second.expected(seconds, layout) if self.second else {}
+        first = [name for name in names if not name.startswith("second")]
+        asked = {name: quantity for name in first if (quantity := quantity_of(name)).asks(self.problem.case)}
         arithmetic = [name for name, quantity in asked.items() if not _bitwise(name, quantity)]
 
         def evaluated(one: Evaluation) -> dict[str, Array]:
@@ -63,7 +72,7 @@ class Oracle:
         return {
             name: self._expected(name, quantity, layout, [draw[name] for draw in drawn if name in draw])
             for name, quantity in asked.items()
-        }
+        } | {want.name: want for want in map(Expected.as_second, beside.values())}
 
     def _expected(self, name: str, quantity: Quantity, layout: Layout, drawn: list[Array]) -> Expected:
         if name.startswith("repeat"):

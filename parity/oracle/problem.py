@@ -3,14 +3,15 @@
 import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from parity.cases.case import Case
 from parity.cases.recording import load_recording
-from parity.oracle import reference
-from parity.oracle.reference import Exact, Layer, Weights
-from parity.oracle.tolerances import numpy_dtype
+from parity.oracle import reference, vectorised
+from parity.oracle.reference import Exact, Layer, Perturbed, Weights
+from parity.oracle.tolerances import DRAWS, allowance, numpy_dtype
 from parity.oracle.vectorised import oracle_for
 from parity.oracle.windows import Windows, draw_windows
 
@@ -37,6 +38,8 @@ class Problem:
     dy: Array
     dx_rows: Array
     exact: Layer  # float64, end to end
+    second: "Problem | None" = None  # the step beside this one: the same weights, other tokens
+    own_choice: bool = False  # nothing dropped, and no choice too close to call: a router may choose for itself
 
     @property
     def other_experts(self) -> Array:
@@ -80,9 +83,20 @@ def draw(case: Case) -> Problem:
     Raises ValueError when the case's recording cannot be read or has other shapes.
     """
     rng = np.random.default_rng([case.seed, 0])
+    recorded, router = load_recording(case) if case.recording else {}, _router(case, rng)
+    problem = _draw(case, recorded, router, rng)
+    if case.two_steps:
+        others = {name: np.roll(a, 1, axis=1) if name in ("x", "expert_id") else a for name, a in recorded.items()}
+        second = _draw(case, others | problem.weights._asdict(), router, np.random.default_rng([case.seed, 3]))
+        second.own_choice = bool(second.keep.all()) and clear_choice(second)
+        problem.second = second
+    return problem
+
+
+def _draw(case: Case, recorded: dict[str, Any], router: Array, rng: np.random.Generator) -> Problem:
+    """What is recorded, and the rest drawn."""
     P, T, D, F, E = case.ranks, case.tokens, case.width, case.hidden, case.experts
-    recorded = load_recording(case) if case.recording else {}
-    router, wanted, x = _router(case, rng), recorded.get("expert_id"), recorded.get("x")
+    wanted, x = recorded.get("expert_id"), recorded.get("x")
     if x is None:
         wanted = _wanted_experts(case, rng) if wanted is None else wanted
         x, router = stretched(case, tokens_that_choose(case, wanted, router, rng), router)
@@ -104,6 +118,19 @@ def draw(case: Case) -> Problem:
     rows = {name: getattr(exact, name).astype(dtype) for name in ("y", "dy", "dx_rows")}
     dscore = exact.dscore.astype(case.wide)
     return Problem(case, x, router, weights, dout, expert_id, keep, stored, exact=exact, dscore=dscore, **rows)
+
+
+def clear_choice(problem: Problem) -> bool:
+    """Whether each chosen score is further from the next one than both may be off, so that all choose alike."""
+    case = problem.case
+    x, router, *_ = exact_inputs(problem)
+    draws = [Perturbed(np.random.default_rng([case.seed, 4, i])) for i in range(DRAWS)]
+    _, score = oracle_for(case).route(case, x, router, Exact())
+    allowed = allowance(score, [vectorised.route(case, x, router, draw)[1] for draw in draws], case.wide)
+    order = np.argsort(-score, axis=-1, kind="stable")[..., : case.top_k + 1]
+    score, allowed = (np.take_along_axis(a, order, axis=-1) for a in (score, allowed))
+    chosen = np.array_equal(order[..., : case.top_k], problem.expert_id)
+    return chosen and bool((-np.diff(score, axis=-1) > allowed[..., 1:] + allowed[..., :-1]).all())
 
 
 def _weights(case: Case, shape: tuple[int, int, int], rng: np.random.Generator) -> Array | Windows:

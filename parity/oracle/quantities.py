@@ -29,11 +29,16 @@ STAGES = (
     "combine",
 )
 
-# isolated: a stage fed the oracle's values. e2e: the whole layer. repeat: how many numbers of the whole layer differ
-# when it runs on the same inputs again.
-Mode = Literal["isolated", "e2e", "repeat"]
+# isolated: a stage fed the oracle's values. e2e: the whole layer. second: the whole layer in a second step beside the
+# first. repeat: how many numbers of the whole layer differ when it runs on the same inputs again.
+Mode = Literal["isolated", "e2e", "second", "repeat"]
 WEIGHTS = ("gate", "up", "down")
+TAKE_INPUTS = ("route", "group_by_expert", "apply_experts", "combine")  # of the layer: router, x, weights, dout
 SEEN: tuple[Layout, ...] = tuple(layout for layout in get_args(Layout) if layout != "opaque")
+
+
+# What a layer gives that shows nothing of its inside: the output and five gradients.
+OUTSIDE = ("e2e/combine/out", "e2e/route/dx", "e2e/route/drouter", *(f"e2e/apply_experts/dw_{w}" for w in WEIGHTS))
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Quantity:
     def names(self) -> list[str]:
         """mode/stage/value, for each mode that has it."""
         modes = [*["isolated"] * (self.isolated is not None), *["e2e", "repeat"] * (self.e2e is not None)]
+        modes += ["second"] * (f"e2e/{self.name}" in OUTSIDE)
         return [f"{mode}/{self.name}" for mode in modes]
 
 
@@ -106,6 +112,10 @@ _dropped: Value = lambda o, _: o.sent("dynamic") - o.sent("static")  # noqa: E73
 _BOTH: tuple[Mode, ...] = ("isolated", "e2e")
 _ALONE: tuple[Mode, ...] = ("isolated",)
 _WHOLE: tuple[Mode, ...] = ("e2e",)
+
+
+def _none(o: Evaluation, _: Layout) -> Array:
+    return np.zeros(o.case.ranks, np.int64)
 
 
 def _assignment(o: Evaluation, _: Layout) -> Array:
@@ -196,6 +206,16 @@ _TABLE = [
         "combine/dscore", "P T K", "wide", "allowance", lambda o, _: o.combine_backward[1], _layer("dscore"),
         backward=True,
     ),
+    # How many numbers of what a stage, or the layer, was given are others after its backward: PyTorch can write there.
+    *(
+        Quantity(f"{stage}/changed", "P", "int", "bits", _none, _none if stage in TAKE_INPUTS else None, backward=True)
+        for stage in STAGES if stage != "exchange_counts"
+    ),
+    # How many numbers of the gradients differ when the backward runs a second time, through the same graph.
+    *(
+        Quantity(f"{stage}/again", "P", "int", "bits", _none, backward=True)
+        for stage in STAGES if stage != "exchange_counts"
+    ),
     Quantity("combine/order", "P T D", "case", "bits", _order, asks=lambda case: case.top_k >= 3),
 ]  # fmt: skip
 
@@ -207,15 +227,11 @@ def names(layout: Layout) -> tuple[str, ...]:
     return tuple(name for quantity in _TABLE if layout in quantity.layouts for name in quantity.names())
 
 
-# What a layer gives that shows nothing of its inside: the output and five gradients.
-OUTSIDE = ("e2e/combine/out", "e2e/route/dx", "e2e/route/drouter", *(f"e2e/apply_experts/dw_{w}" for w in WEIGHTS))
-
-
 def quantity_of(name: str) -> Quantity:
     """The row of a name mode/stage/value. Raises ValueError where there is none."""
     rest = name.partition("/")[2]
     if rest not in QUANTITIES or name not in QUANTITIES[rest].names():
         raise ValueError(
-            f"{name} is no quantity: there are {', '.join(QUANTITIES)}, each as isolated/, e2e/ or repeat/"
+            f"{name} is no quantity: there are {', '.join(QUANTITIES)}, each as isolated/, e2e/, second/ or repeat/"
         )
     return QUANTITIES[rest]

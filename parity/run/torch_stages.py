@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from parity.cases.case import Case
 from parity.oracle import reference
@@ -31,6 +33,7 @@ from torch_impl.static import grouping as static_grouping
 from torch_impl.static import layout as static_layout
 
 Arrays = dict[str, np.ndarray]
+Group = dist.ProcessGroup | None
 
 
 def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
@@ -44,31 +47,67 @@ def join_torchrun(folder: Path, problems: list[Problem], on: str, backends: Iter
 
 
 def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at: At) -> Trace | None:
-    """This rank's part of a problem; rank 0 gets everybody's and returns the trace.
+    """This process's part of a problem; rank 0 gets everybody's and returns the trace.
 
     The layer runs on these inputs, on others, and on these again, with fresh memory full of NaN: what it keeps from a
-    step, or reads before writing, shows as a difference between the first run and the last.
+    step, or reads before writing, shows as a difference between the first run and the last. Where the case has a
+    second step, it runs in flight with the first, in both orders, or in a second group beside it.
     """
-    stages: type[Dynamic] | type[Static] = resolve(backend.stages)
+    case, stages_of = problem.case, resolve(backend.stages)
+    rank_in_group, group = torch_ranks.my_group(case.processes // case.ranks, rank)
+    own = problem if rank % (case.processes // case.ranks) == 0 else problem.second
+    assert own is not None
     with poisoned_memory():
-        mine = _isolated(problem, stages, rank, device, at)
+        mine = _isolated(own, stages_of, rank_in_group, device, at, group)
+
+    def step(of: Problem) -> Step:
+        return Step(of, stages_of, rank_in_group, device, group, HostWaits(device))
+
     at("the first step")
-    first = _end_to_end(problem, stages, rank, device, waits := HostWaits(device))
+    (first := step(own)).forward()
+    found = first.backward()
     at("steps on other inputs")
-    for other in problem.steps_between():
-        _end_to_end(other, stages, rank, device, HostWaits(device))
+    for other in own.steps_between():
+        (between := step(other)).forward()
+        between.backward()
     at("the first step, repeated")
     with poisoned_memory():
-        again = _end_to_end(problem, stages, rank, device, HostWaits(device))
-    mine |= again | {name.replace("e2e", "repeat", 1): differing_bits(a, again[name]) for name, a in first.items()}
+        (again := step(own)).forward()
+        mine |= again.backward()
+    differ = added(dict.fromkeys(found, 0), found, mine)
+    if case.way == "in_flight":
+        at("two steps in flight")
+        runs = [in_flight(step(problem), step(problem.second), last) for last in (1, 0)]  # type: ignore[arg-type]
+        for ours, _ in runs:
+            differ = added(differ, ours, mine)
+        differ = added(differ, *(theirs for _, theirs in runs))
+        mine |= {name.replace("e2e", "second", 1): a for name, a in runs[0][1].items()}
+    mine |= {name.replace("e2e", "repeat", 1): np.array(n) for name, n in differ.items()}
     at("gathering")
     mine = {name: mine[name] for name in backend.provides if name in mine}
-    everybody = torch_ranks.gathered(mine, problem.case.ranks, rank)
+    everybody = torch_ranks.gathered(mine, case.processes, rank)
     if rank:
         return None
-    trace = Trace(problem.case, backend, environment(device) | waits.found())
-    trace.arrays = {name: [arrays[name] for arrays in everybody] for name in mine}
+    trace = Trace(case, backend, environment(device) | first.waits.found())
+    groups = case.processes // case.ranks
+    trace.arrays = {name: [arrays[name] for arrays in everybody[::groups]] for name in mine}
+    for name in mine if groups > 1 else ():
+        if name.startswith("e2e"):
+            trace.arrays[name.replace("e2e", "second", 1)] = [arrays[name] for arrays in everybody[1::groups]]
     return trace
+
+
+def in_flight(first: "Step", second: "Step", last: int) -> tuple[Arrays, Arrays]:
+    """Two steps, both forwards before both backwards; `last` is the one whose backward comes last."""
+    first.forward()
+    second.forward(choose=second.problem.own_choice)
+    arrays = {i: (first, second)[i].backward() for i in (1 - last, last)}
+    return arrays[0], arrays[1]
+
+
+def added(counts: dict[str, int], a: Arrays, b: Arrays) -> dict[str, int]:
+    """How many numbers differ in any bit, added up by name."""
+    return {name: n + int(differing_bits(a[name], b[name])) for name, n in counts.items()}
 
 
 @dataclass
@@ -124,7 +163,8 @@ class Dynamic:
     layout: Layout = "dynamic"
     padding = np.nan  # what stage 6 is fed where it has no row
 
-    def __init__(self, case: Case, send_P: Sequence[int], receive_P: Sequence[int]) -> None:
+    def __init__(self, case: Case, group: Group, send_P: Sequence[int], receive_P: Sequence[int]) -> None:
+        self.group = group
         self.how = experts.Experts(*case.expert)
         self.splits = exchange.Splits(torch.tensor(send_P), torch.tensor(receive_P), sum(send_P), sum(receive_P))
 
@@ -132,10 +172,10 @@ class Dynamic:
         return grouping.group_by_expert(x, ids, counts)
 
     def exchange_counts(self, counts: Tensor) -> Any:
-        return exchange.exchange_counts(counts)
+        return exchange.exchange_counts(counts, self.group)
 
     def send_tokens(self, x: Tensor) -> Any:
-        return exchange.send_tokens(x, self.splits)
+        return exchange.send_tokens(x, self.splits, self.group)
 
     def to_expert_major(self, x: Tensor, counts_Pe: Tensor) -> Any:
         return layout.to_expert_major(x, counts_Pe, self.splits.total)
@@ -147,7 +187,7 @@ class Dynamic:
         return layout.to_rank_major(y, source, target)
 
     def return_tokens(self, y: Tensor) -> Any:
-        return exchange.return_tokens(y, self.splits)
+        return exchange.return_tokens(y, self.splits, self.group)
 
     def combine(self, y: Tensor, score: Tensor, keep: Tensor, slot: Tensor, assignment: Tensor) -> Any:
         return grouping.combine(y, score * keep, slot, assignment)
@@ -157,12 +197,13 @@ class Dynamic:
 
     @staticmethod
     def layer(
-        case: Case, x: Tensor, router: Tensor, weights: Sequence[Tensor], chosen: routing.Routing, keep: Tensor
-    ) -> layer.Stages:
+        case: Case, inputs: tuple[Any, ...], chosen: routing.Routing | None, keep: Tensor, capacity: object,  # noqa: ARG004
+        group: Group,
+    ) -> layer.Stages:  # fmt: skip
         """The whole layer; what a capacity would drop has its score masked."""
-        masked = chosen._replace(score_TK=chosen.score_TK * keep)
-        how = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
-        return layer.moe_layer(x, router, *weights, **how, routing=masked)  # type: ignore[arg-type]
+        masked = chosen and chosen._replace(score_TK=chosen.score_TK * keep)
+        how: Any = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
+        return layer.moe_layer(*inputs, **how, routing=masked, group=group)
 
 
 class Static:
@@ -170,7 +211,8 @@ class Static:
 
     layout: Layout = "static"
 
-    def __init__(self, case: Case, *_: object) -> None:
+    def __init__(self, case: Case, group: Group, *_: object) -> None:
+        self.group = group
         self.case, self.capacity = case, plan(case)._replace(rows=case.capacity)
         self.how = experts.Experts(*case.expert)
         self.bins = (case.bins, case.capacity)
@@ -185,10 +227,10 @@ class Static:
         return static_grouping.group_by_expert(x, ids, score, counts, self.capacity)
 
     def exchange_counts(self, counts: Tensor) -> Any:
-        return static_exchange.exchange_counts(counts)
+        return static_exchange.exchange_counts(counts, self.group)
 
     def send_tokens(self, x: Tensor) -> Any:
-        return static_exchange.send_tokens(self.in_bins(x))
+        return static_exchange.send_tokens(self.in_bins(x), self.group)
 
     def to_expert_major(self, x: Tensor, counts_Pe: Tensor) -> Any:
         return static_layout.to_expert_major(self.in_bins(x), counts_Pe)
@@ -201,7 +243,7 @@ class Static:
         return static_layout.to_rank_major(major, source.reshape(major.shape[:-1]), self.in_bins(target))
 
     def return_tokens(self, y: Tensor) -> Any:
-        return static_exchange.return_tokens(self.in_bins(y))
+        return static_exchange.return_tokens(self.in_bins(y), self.group)
 
     def combine(self, y: Tensor, score: Tensor, keep: Tensor, slot: Tensor, assignment: Tensor) -> Any:  # noqa: ARG002
         return static_grouping.combine(self.in_bins(y), score, slot, self.in_bins(assignment))
@@ -211,16 +253,15 @@ class Static:
 
     @staticmethod
     def layer(
-        case: Case,
-        x: Tensor,
-        router: Tensor,
-        weights: Sequence[Tensor],
-        chosen: routing.Routing,
-        keep: Tensor,  # noqa: ARG004
-    ) -> static.Stages:
+        case: Case, inputs: tuple[Any, ...], chosen: routing.Routing | None, keep: Tensor, capacity: static.Capacity,  # noqa: ARG004
+        group: Group,
+    ) -> static.Stages:  # fmt: skip
         """The whole layer; its own capacity drops."""
-        how = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
-        return static.moe_layer(x, router, *weights, **how, capacity=plan(case), routing=chosen)  # type: ignore[arg-type]
+        how: Any = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
+        return static.moe_layer(*inputs, **how, capacity=capacity, routing=chosen, group=group)
+
+
+Stages = type[Dynamic] | type[Static]
 
 
 def plan(case: Case) -> static.Capacity:
@@ -231,9 +272,7 @@ def plan(case: Case) -> static.Capacity:
     )  # fmt: skip
 
 
-def _isolated(
-    problem: Problem, stages_of: type[Dynamic] | type[Static], rank: int, device: torch.device, at: At
-) -> Arrays:
+def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.device, at: At, group: Group) -> Arrays:
     """Every stage fed the oracle's input, forward and backward."""
     case, out = problem.case, {}
     e = case.experts // case.ranks
@@ -255,11 +294,16 @@ def _isolated(
         """What the stage returns, and the gradient of each input from the cotangent of what the next stage takes."""
         at(stage)
         leaves = {name: a.requires_grad_() for name, a in inputs.items()}
+        before = copies_of(given := [*leaves.values(), cotangent])
         values = named(stage, f(*leaves.values()))
         # A copy now, in the caller's stream: autograd waits at its end for streams that f may have forgotten.
         copies = {name: a.detach().clone() for name, a in values.items() if isinstance(a, Tensor)}
-        gradients = torch.autograd.grad(values[MAIN[stage]], tuple(leaves.values()), cotangent)
-        found = copies | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+        result, wanted = values[MAIN[stage]], tuple(leaves.values())
+        gradients = torch.autograd.grad(result, wanted, cotangent, retain_graph=True)
+        kept = copies_of(gradients)
+        again = torch.autograd.grad(result, wanted, cotangent)
+        found = copies | {f"d{name}": g for name, g in zip(leaves, kept, strict=True)}
+        found |= {"again": differing(again, kept), "changed": differing(given, before)}
         keep_values(stage, found)
         return found
 
@@ -273,17 +317,17 @@ def _isolated(
     inputs = {"x": put(problem.x[rank]), "router": put(problem.router)}
     replayed = alone("route", replay, inputs, put(problem.dscore[rank]))
     own = routing.route(put(problem.x[rank]), put(problem.router), router)
-    keep_values("route", {"expert_id": own.expert_id_TK, "drouter": torch_ranks.all_sum(replayed["drouter"])})
+    keep_values("route", {"expert_id": own.expert_id_TK, "drouter": torch_ranks.all_sum(replayed["drouter"], group)})
     counts = routing.count_per_expert(ids, case.experts)
 
     splits = (sent_PE[rank].reshape(case.ranks, -1).sum(axis=1).tolist(), received_Pe.sum(axis=1).tolist())
-    stages = stages_of(case, *splits)
+    stages = stages_of(case, group, *splits)
     counts_Pe = put(received_Pe)
 
-    def group(x: Tensor) -> Any:
+    def grouped(x: Tensor) -> Any:
         return stages.group_by_expert(x, ids, put(problem.score[rank]), counts)
 
-    alone("group_by_expert", group, {"x": put(problem.x[rank])}, rows(problem.dx_rows, "grouped"))
+    alone("group_by_expert", grouped, {"x": put(problem.x[rank])}, rows(problem.dx_rows, "grouped"))
     keep_values("group_by_expert", stages.planned())
 
     at("exchange_counts")
@@ -321,33 +365,87 @@ def _isolated(
         probe = rows(np.where(problem.keep[..., None], problem.order_probe()[0], 0), "grouped")
         keep_values("combine", {"order": combine(probe, put(problem.keep[rank].astype(case.wide)))})
         x = put(problem.x[rank]).requires_grad_()
-        (dx,) = torch.autograd.grad(named("group_by_expert", group(x))["x"], x, probe)
+        (dx,) = torch.autograd.grad(named("group_by_expert", grouped(x))["x"], x, probe)
         keep_values("group_by_expert", {"dx_order": dx})
     return out
 
 
-def _end_to_end(
-    problem: Problem, stages_of: type[Dynamic] | type[Static], rank: int, device: torch.device, waits: HostWaits
-) -> Arrays:
-    """The whole layer and its gradients, with the oracle's expert ids."""
-    case = problem.case
-    e = case.experts // case.ranks
-    x, router = (to_torch(a).to(device).requires_grad_() for a in (problem.x[rank], problem.router))
-    weights = [weights_of(w, slice(rank * e, (rank + 1) * e), device).requires_grad_() for w in problem.weights]
-    ids, keep = to_torch(problem.expert_id[rank]).to(device), to_torch(problem.keep[rank]).to(device)
-    dout = to_torch(problem.dout[rank]).to(device)
-    with waits.counted():
-        chosen = routing.route(x, router, routing.Router(*case.router), expert_id_TK=ids)
-        stages = stages_of.layer(case, x, router, weights, chosen, keep)
-        dx, dscore, drouter, *dw = torch.autograd.grad(stages.out_TD, (x, chosen.score_TK, router, *weights), dout)
-    values = named_stages(stages) | {
-        "route/score": chosen.score_TK,
-        "combine/dscore": dscore,
-        **{f"apply_experts/{name}": a for name, a in compared(case, dw).items()},
-        "route/drouter": torch_ranks.all_sum(drouter),
-        "route/dx": dx,
-    }
-    return {f"e2e/{name}": to_numpy(value) for name, value in values.items() if isinstance(value, Tensor)}
+class Step:
+    """The whole layer on one rank's tokens: forward, and then backward, with whatever happens between them."""
+
+    def __init__(
+        self, problem: Problem, stages_of: Stages, rank: int, device: torch.device, group: Group, waits: "HostWaits"
+    ) -> None:
+        case, e = problem.case, problem.case.experts // problem.case.ranks
+        mine = slice(rank * e, (rank + 1) * e)
+
+        def put(a: np.ndarray) -> Tensor:
+            return to_torch(a).to(device)
+
+        self.problem, self.stages_of, self.group, self.waits = problem, stages_of, group, waits
+        self.capacity = plan(case)
+        self.x, self.router = put(problem.x[rank]).requires_grad_(), put(problem.router).requires_grad_()
+        self.weights = [weights_of(w, mine, device).requires_grad_() for w in problem.weights]
+        self.ids, self.keep = put(problem.expert_id[rank]), put(problem.keep[rank])
+        self.score = put(problem.score[rank]) if case.priority == "score" else None
+        self.dout = put(problem.dout[rank])
+        self.given = {
+            "route": [self.router], "group_by_expert": [self.x, self.ids], "apply_experts": self.weights,
+            "combine": [self.dout],
+        }  # fmt: skip
+        self.before = {stage: copies_of(tensors) for stage, tensors in self.given.items()}
+
+    def forward(self, choose: bool = False) -> None:
+        """The layer, with the oracle's expert ids, or those that the router chooses."""
+        case = self.problem.case
+        layer = self._chosen if choose else self._replayed
+        if case.way == "compiled":
+            on = (
+                "inductor" if self.x.is_cuda else "aot_eager"
+            )  # on a CPU the seconds of a C++ compiler show nothing more
+            layer = torch.compile(layer, backend=on, dynamic=True)
+        if case.way == "recomputed":
+            layer = partial(checkpoint, layer, use_reentrant=False)
+        with self.waits.counted():
+            self.stages, self.scores = layer(self.x, self.router, *self.weights)
+
+    def _replayed(self, *inputs: Tensor) -> tuple[Any, Tensor]:
+        case, (x, router, *_) = self.problem.case, inputs
+        chosen = routing.route(x, router, routing.Router(*case.router), expert_id_TK=self.ids)
+        scores = chosen.score_TK
+        if self.score is not None:  # who is dropped goes by scores to the last bit: those of the oracle
+            chosen = chosen._replace(score_TK=scores + (self.score - scores).detach())
+        return self.stages_of.layer(case, inputs, chosen, self.keep, self.capacity, self.group), scores
+
+    def _chosen(self, *inputs: Tensor) -> tuple[Any, Tensor]:
+        stages = self.stages_of.layer(self.problem.case, inputs, None, self.keep, self.capacity, self.group)
+        return stages, stages.routing.score_TK
+
+    def backward(self) -> Arrays:
+        """Every value and every gradient, as e2e/stage/value."""
+        leaves = (self.x, self.scores, self.router, *self.weights)
+        with self.waits.counted():
+            dx, dscore, drouter, *dw = torch.autograd.grad(self.stages.out_TD, leaves, self.dout)
+        values = named_stages(self.stages) | {
+            "route/score": self.scores,
+            "combine/dscore": dscore,
+            **{f"apply_experts/{name}": a for name, a in compared(self.problem.case, dw).items()},
+            "route/drouter": torch_ranks.all_sum(drouter, self.group),
+            "route/dx": dx,
+            **{f"{stage}/changed": differing(given, self.before[stage]) for stage, given in self.given.items()},
+        }
+        return {f"e2e/{name}": to_numpy(value) for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """As they are now."""
+    return [a.detach().clone() for a in tensors]
+
+
+def differing(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """How many numbers differ in any bit."""
+    pairs = zip(tensors, others, strict=True)
+    return torch.tensor(sum(int(differing_bits(to_numpy(a), to_numpy(b))) for a, b in pairs))
 
 
 def weights_of(w: np.ndarray | Windows, mine: slice, device: torch.device) -> torch.Tensor:
