@@ -10,12 +10,14 @@ from parity.judge.blame import Blame
 from parity.judge.compare import LISTED, Check, Row, Where
 from parity.judge.picture import Magnitude
 from parity.judge.records import CaseRecord, Report
-from parity.report.terminal import SHORT, describe, headline, place, repeat
-from parity.run.faults import FAULTS
 from parity.oracle.quantities import STAGES
+from parity.report.terminal import SHORT, backends, describe, drops, headline, place, repeat, unseen
+from parity.run.backend import Backend
+from parity.run.faults import FAULTS
 
 DRAWN = 40  # cases with charts, those that fail first: one takes some 80 kB, and a browser has to hold them all
 MODES = {"isolated": "alone", "e2e": "in the layer", "repeat": "run twice"}
+COLOURS = "abcd"  # of backends in a chart, in the order in which they ran
 SHADES = 5  # of the heat map, from no error to the whole allowance
 
 
@@ -25,8 +27,9 @@ class Line(NamedTuple):
     side: str
     ok: bool | None  # None: nothing was compared
     text: str
-    ratio: float | None  # worst error over its allowance, of what is judged within one
-    detail: str  # that error and that allowance
+    ratio: float | None = None  # worst error over its allowance, of what is judged within one
+    detail: str = ""  # that error and that allowance
+    seen: bool = True  # or the backend shows nothing there
 
 
 class Tile(NamedTuple):
@@ -37,9 +40,14 @@ class Tile(NamedTuple):
 
     @property
     def ok(self) -> bool | None:
-        """Whether all match; None when some side has nothing compared."""
-        results = [line.ok for line in self.lines]
+        """Whether all match; None when some side has nothing compared that it should show."""
+        results = [line.ok for line in self.lines if line.seen]
         return False if False in results else None if None in results or not results else True
+
+    @property
+    def unseen(self) -> bool:
+        """Whether no side shows anything there."""
+        return not any(line.seen for line in self.lines)
 
 
 class FailingRow(NamedTuple):
@@ -54,6 +62,7 @@ class Series(NamedTuple):
 
     backend: str
     points: str
+    colour: str
     over: str  # of the points, those above the line
     allowance: str
 
@@ -129,7 +138,8 @@ def page(report: Report) -> str:
         undrawn=ordered[DRAWN:],
         failed=[view for view in views if view.ok is False],
         unjudged=[view for view in views if view.ok is None],
-        sides=sorted({side for record in report.cases.values() for side in record.seconds}, reverse=True),
+        sides=[name for name in report.backends if any(name in record.seconds for record in report.cases.values())],
+        unseen=unseen(report),
         planted=getattr(FAULTS.get(report.header.planted), "sentence", ""),
         missing=missing,
         environment=_environment(report),
@@ -145,33 +155,41 @@ def _view(report: Report, id: str, name: str) -> View:
         verdict,
         headline(verdict) if verdict else "",
         repeat(report, record, verdict) if verdict else record.command,
-        _tiles(record, checks),
+        _tiles(record, checks, backends(report, record)),
         max((check.worst for check in checks if not check.bitwise), default=math.nan),
-        _missing(record, checks),
+        _missing(record, checks, backends(report, record)),
     )  # fmt: skip
 
 
 # ---- The strip
 
 
-def _tiles(record: CaseRecord, checks: Sequence[Check]) -> list[Tile]:
+def _tiles(record: CaseRecord, checks: Sequence[Check], ran: Sequence[Backend]) -> list[Tile]:
     sides = list(record.seconds)
     between = " \N{EN DASH} ".join(sides)
 
-    def tile(name: str, found: list[Check]) -> Tile:
+    def tile(name: str, found: list[Check], shown_by: set[str]) -> Tile:
         by_side: dict[str, list[Check]] = {side: [] for side in (*sides, between)}
         for check in found:
             by_side[between if check.right in sides else check.left].append(check)
         # Two sides that drop differently have no counts in common: `_missing` says so.
-        return Tile(name, [_line(side, of) for side, of in by_side.items() if of or side in sides])
+        return Tile(name, [_line(side, of, side in shown_by) for side, of in by_side.items() if of or side in sides])
 
-    stages = [tile(SHORT[s], [c for c in checks if c.mode == "isolated" and c.stage == s]) for s in STAGES]
-    return [*stages, tile("whole layer", [c for c in checks if c.mode != "isolated"])]
+    stages = [
+        tile(
+            SHORT[s],
+            [c for c in checks if c.mode == "isolated" and c.stage == s],
+            {backend.name for backend in ran if backend.alone(s)},
+        )
+        for s in STAGES
+    ]
+    in_the_layer = {b.name for b in ran if any(not name.startswith("isolated") for name in b.provides)}
+    return [*stages, tile("whole layer", [c for c in checks if c.mode != "isolated"], in_the_layer)]
 
 
-def _line(side: str, checks: list[Check]) -> Line:
+def _line(side: str, checks: list[Check], shown: bool) -> Line:
     if not checks:
-        return Line(side, None, "not compared", None, "")
+        return Line(side, None, "not compared") if shown else Line(side, None, "not seen", seen=False)
     bad = [check for check in checks if not check.ok]
     worst = max((c for c in checks if not c.bitwise and c.rows), key=lambda c: c.worst, default=None)
     detail = "" if worst is None else f"{worst.value}: error {num(worst.error)}, allowance {num(worst.allowed)}"
@@ -223,12 +241,13 @@ def chart(view: View) -> Chart | None:
         return round(BOTTOM - (math.log10(value) - low) / (high - low) * (BOTTOM - TOP), 1) if value > 0 else ZERO
 
     def series(backend: str, found: list[Magnitude]) -> Series:
-        beside = 3.0 * list(view.record.seconds).index(backend)
+        nth = list(view.record.seconds).index(backend)
+        beside = 3.0 * nth
         spots = [(x(m.exponent + 0.5) + beside, y(m.error), m.error > m.allowed) for m in found]
         points = "".join(f"M{a:.1f} {b}h.01" for a, b, _ in spots)  # of no length at all, they are lost in print
         over = "".join(f"M{a - 5:.1f} {b - 5:.1f}l10 10m-10 0l10 -10" for a, b, above in spots if above)
         line = "".join(f"M{x(m.exponent)} {y(m.allowed)}H{x(m.exponent + 1)}" for m in found)
-        return Series(backend, points, over, line)
+        return Series(backend, points, COLOURS[nth % len(COLOURS)], over, line)
 
     judged = {(c.left, f"{c.mode}/{c.stage}/{c.value}"): c for c in view.checks if c.right == "oracle"}
     arrays = []
@@ -338,14 +357,16 @@ def not_by_row(view: View) -> list[Check]:
     return [c for c in view.checks if not c.ok and (c.where is None or c.mode == "repeat")]
 
 
-def _missing(record: CaseRecord, checks: list[Check]) -> list[str]:
+def _missing(record: CaseRecord, checks: list[Check], ran: Sequence[Backend]) -> list[str]:
     """What of this case was not compared, and why."""
     result, sides = [], list(record.seconds)
     if len(sides) == 1:
-        result.append(f"Only {sides[0]} ran: it was held against the oracle, not against the other framework.")
-    for side in sides:
-        stages = {c.stage for c in checks if c.left == side and c.mode == "isolated" and (c.rows or not c.ok)}
+        result.append(f"Only {sides[0]} ran: it was held against the oracle, not against another backend.")
+    for backend in ran:
+        side, mine = backend.name, [c for c in checks if c.left == backend.name and c.mode == "isolated"]
+        stages = {c.stage for c in mine if c.rows or not c.ok} | {s for s in STAGES if not backend.alone(s)}
         result += [f"{side}: stage {SHORT[stage]} has no row to compare." for stage in STAGES if stage not in stages]
+        result += [f"{side}: {backend.seen()}."] * (backend.unseen != "")
     whole = sum(not check.ok and check.where is None for check in checks)
     if whole:
         result.append(
@@ -419,6 +440,6 @@ _ENVIRONMENT = Environment(
 )  # fmt: skip
 _ENVIRONMENT.filters.update(num=num, ratio=ratio_text, shade=shade)
 _ENVIRONMENT.globals.update(
-    bars=bars, chart=chart, describe=describe, exact=exact, failing_rows=failing_rows, listed=LISTED, modes=MODES,
-    not_by_row=not_by_row, place=place, short=SHORT, stages=STAGES, totals=totals,
+    bars=bars, chart=chart, colours=COLOURS, describe=describe, drops=drops, exact=exact, failing_rows=failing_rows,
+    listed=LISTED, modes=MODES, not_by_row=not_by_row, place=place, short=SHORT, stages=STAGES, totals=totals,
 )  # fmt: skip

@@ -12,7 +12,9 @@ from parity.judge.blame import Blame
 from parity.judge.compare import Check, Where
 from parity.judge.records import CaseRecord, Report
 from parity.oracle.quantities import STAGES
+from parity.run.backend import Backend
 from parity.run.faults import Fault
+from parity.run.ours import DEFAULT
 
 SHORT = {
     "route": "1 route",
@@ -39,8 +41,11 @@ def table(report: Report) -> Table:
         if len(report.cases) > MOST and not _failed(report, name):
             continue
         case, found = record.case, report.checks[name]
-        strip = Text.assemble(*(_mark(c for c in found if c.mode == "isolated" and c.stage == s) for s in STAGES))
-        end_to_end = _mark(c for c in found if c.mode != "isolated")
+        alone = {s for s in STAGES if any(backend.alone(s) for backend in backends(report, record))}
+        strip = Text.assemble(
+            *(_mark([c for c in found if c.mode == "isolated" and c.stage == s], s in alone) for s in STAGES)
+        )
+        end_to_end = _mark([c for c in found if c.mode != "isolated"])
         dropped = sum(map(sum, record.picture.dropped)) if drops(report, record) else "-"
         closest = max((c.worst for c in found if not c.bitwise), default=math.nan)
         shown = f"{closest:.2f}" if closest < 1000 else ">999"
@@ -53,17 +58,27 @@ def table(report: Report) -> Table:
 
 def drops(report: Report, record: CaseRecord) -> bool:
     """Whether some backend of the case has a capacity, so that rows could be dropped."""
-    return any(report.backends[name].layout == "static" for name in record.seconds)
+    return any(backend.layout == "static" for backend in backends(report, record))
+
+
+def backends(report: Report, record: CaseRecord) -> list[Backend]:
+    """The records of those that ran a case."""
+    return [report.backends[name] for name in record.seconds]
+
+
+def unseen(report: Report) -> list[str]:
+    """Of each backend that ran and of which something is not seen: what is compared, and what not."""
+    ran = {name for record in report.cases.values() for name in record.seconds}
+    return [f"{name}: {backend.seen()}" for name, backend in report.backends.items() if name in ran and backend.unseen]
 
 
 def _failed(report: Report, name: str) -> bool:
     return any(not c.ok for c in report.checks[name])
 
 
-def _mark(found) -> tuple[str, str]:
-    found = list(found)
+def _mark(found: list[Check], declared: bool = True) -> tuple[str, str]:
     if not found:
-        return ("?", "red")
+        return ("?", "red") if declared else ("\N{MIDDLE DOT}", "dim")
     return ("\N{CHECK MARK}", "green") if all(c.ok for c in found) else ("\N{BALLOT X}", "bold red")
 
 
@@ -86,14 +101,19 @@ def failures(report: Report) -> Group:
 
 def headline(verdict: Blame) -> str:
     """Who is wrong, at which stage first, and how that was seen."""
-    who = "both differ from the oracle" if len(verdict.backends) > 1 else f"{verdict.backends[0]} is wrong"
+    names = " and ".join(verdict.backends)
+    who = f"{names} is wrong" if len(verdict.backends) == 1 else f"{names} differ from the oracle"
+    if verdict.check.right in verdict.backends:  # and each is near enough to the oracle
+        who = f"{names} differ from each other"
     how = "fed the oracle's input" if verdict.check.mode == "isolated" else "in the whole layer"
     return f"{who} at stage {SHORT[verdict.stage]}, {verdict.direction}, {how}"
 
 
 def repeat(report: Report, record: CaseRecord, verdict: Blame) -> str:
     """The command that repeats just this failure: its case, the backend that is wrong, the fault if one was planted."""
-    only = f" --backend {verdict.backends[0]}" if len(verdict.backends) == 1 else ""
+    wrong = [report.backends[name] for name in verdict.backends]
+    by_default = {backend.name for backend in DEFAULT} == {*verdict.backends}
+    only = "" if by_default else "".join(f" --backend {backend.asked or backend.name}" for backend in wrong)
     fault = f" --fault {report.header.planted}" if report.header.planted else ""
     return f"{record.command}{only}{fault}"
 
@@ -132,6 +152,8 @@ def print_report(console: Console, report: Report) -> None:
         f"\n{foot.cases} cases, {foot.comparisons} comparisons, {foot.rows:,} rows: "
         f"{foot.bitwise:,} judged bit for bit, {foot.rows - foot.bitwise:,} by their own allowance"
     )
+    for line in unseen(report):
+        console.print(line, soft_wrap=True)
     console.print("time: " + ", ".join(f"{part} {s:.1f} s" for part, s in foot.seconds.items()))
     failed = [name for name in report.checks if _failed(report, name)]
     names = f" in {len(failed)} of {foot.cases} cases: {', '.join(failed)}" if failed else ""

@@ -2,12 +2,12 @@
 
 import re
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from parity.cases.case import Case
-from parity.oracle.quantities import STAGES, quantity_of
+from parity.oracle.quantities import OUTSIDE, SEEN, STAGES, quantity_of
 from parity.oracle.rows import Layout
 
 
@@ -38,32 +38,73 @@ class Backend(msgspec.Struct, frozen=True):
     )
     stages: str = ""  # for `run`: the stages of this backend
     refuses: str = ""  # function (Case, Setting): why it cannot run a case, or ""
+    asked: str = ""  # what `--backend` calls it, where that is not its name
 
     def __post_init__(self) -> None:
-        """Raises ValueError on a quantity or a stage that there is not."""
+        """Raises ValueError on a name that cannot be, and on a quantity, a layout or a stage that there is not."""
+        if not re.fullmatch(r"[\w.+-]+", self.name) or self.name in ("oracle", "both"):
+            raise ValueError(
+                f"a backend cannot be called {self.name!r}: it names files, so use letters, digits and .+-_ only, and "
+                "oracle and both are taken"
+            )
+        if self.layout not in get_args(Layout):
+            raise ValueError(f"backend {self.name} has layout {self.layout!r}: there are {', '.join(get_args(Layout))}")
+        if not self.provides:
+            raise ValueError(f"backend {self.name} provides nothing to compare: name what a run of it holds")
         for name in self.provides:
-            quantity_of(name)
+            try:
+                quantity = quantity_of(name)
+            except ValueError as error:
+                raise ValueError(f"backend {self.name} provides {error}") from error
+            opaque = ("opaque",) if quantity.layouts == SEEN and not quantity.order else ()
+            if self.layout not in (*quantity.layouts, *opaque):
+                raise ValueError(
+                    f"backend {self.name} provides {name}, which layout {self.layout} does not have: it is of "
+                    f"{', '.join(quantity.layouts)}"
+                )
         if unknown := self.files.keys() - {*STAGES, ""}:
-            raise ValueError(f"backend {self.name} says where {', '.join(unknown)} is written: stages are {STAGES}")
+            raise ValueError(
+                f"backend {self.name} says where {', '.join(sorted(unknown))} is written: stages are "
+                f"{', '.join(STAGES)}, and an empty name stands for the rest"
+            )
 
     def written(self, stage: str) -> str:
-        """Where a stage is written."""
-        return f"{self.files.get(stage) or self.files.get('', self.name)}: {stage}"
+        """Where a stage is written: its file and function, or the file of all that are not named."""
+        return f"{self.files[stage]}: {stage}" if stage in self.files else self.files.get("", self.name)
 
     def refusal(self, case: Case, setting: Setting) -> str:
         """Why this backend cannot run a case, or an empty string."""
         return resolve(self.refuses)(case, setting) if self.refuses else ""
 
+    def alone(self, stage: str) -> bool:
+        """Whether a stage can be judged fed the oracle's input."""
+        return any(name.startswith(f"isolated/{stage}/") for name in self.provides)
+
+    def shows(self, stage: str) -> bool:
+        """Whether a stage can be judged, alone or by what it returns within the layer."""
+        declared = [name for name in self.provides if quantity_of(name).stage == stage]
+        return self.alone(stage) or any(not quantity_of(name).backward for name in declared)
+
+    @property
+    def unseen(self) -> str:
+        """What of it is not compared, in words: "2 gradients, stages 2-8"; empty where that is nothing."""
+        return _words({*OUTSIDE} - {*self.provides}, [stage for stage in STAGES if not self.shows(stage)])
+
     def seen(self) -> str:
-        """What of it is compared, in words: "compared: output, 5 gradients; not seen: stages 2-8"."""
-        seen = [(name.split("/")[0], quantity_of(name)) for name in self.provides]
-        whole = [quantity for mode, quantity in seen if mode == "e2e"]
-        gradients = sum(quantity.backward for quantity in whole)
-        inside = {STAGES.index(q.stage) + 1 for mode, q in seen if mode == "isolated" or not q.backward}
-        parts = ["output"] * any(q.name == "combine/out" for q in whole)
-        parts += [f"{gradients} gradient{'s' * (gradients != 1)}"] * (gradients > 0)
-        unseen = spans(set(range(1, len(STAGES) + 1)) - inside)
-        return "compared: " + ", ".join(parts) + (f"; not seen: stages {unseen}" if unseen else "")
+        """What of it is compared and what not, in words: "compared: output, 5 gradients; not seen: stages 1-8"."""
+        said = ["combine"] * (OUTSIDE[0] in self.provides)  # the output is what it makes
+        stages = [stage for stage in STAGES if self.shows(stage) and stage not in said]
+        compared = _words({*OUTSIDE} & {*self.provides}, stages)
+        return f"compared: {compared}" + f"; not seen: {self.unseen}" * (self.unseen != "")
+
+
+def _words(outside: set[str], stages: list[str]) -> str:
+    """Of the layer's output and gradients, and of stages: "output, 5 gradients, stages 1-8"."""
+    gradients = sum(quantity_of(name).backward for name in outside)
+    parts = ["output"] * (OUTSIDE[0] in outside)
+    parts += [f"{gradients} gradient{'s' * (gradients != 1)}"] * (gradients > 0)
+    parts += [f"stage{'s' * (len(stages) != 1)} {spans({STAGES.index(stage) + 1 for stage in stages})}"] * bool(stages)
+    return ", ".join(parts)
 
 
 def spans(numbers: set[int]) -> str:

@@ -1,5 +1,7 @@
 """This project's backends: each implementation in each framework, as a record."""
 
+import msgspec
+
 from parity.cases.case import Case
 from parity.oracle.quantities import names
 from parity.oracle.rows import Layout
@@ -67,7 +69,10 @@ def find(name: str) -> Backend:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--backend {name}: {error}") from error
     if not isinstance(found, Backend):
-        raise ValueError(
-            f"no backend is called {name}. There are: {', '.join(BACKENDS)}; or name a record as package.module:name"
-        )
-    return found
+        what = f"{name} is a {type(found).__name__} and no Backend" if ":" in name else f"no backend is called {name}"
+        raise ValueError(f"{what}. There are: {', '.join(BACKENDS)}; or name a record as package.module:name")
+    if found.name in BACKENDS and found != BACKENDS[found.name]:
+        raise ValueError(f"--backend {name} is called {found.name}, as one of this project is: give it another name")
+    if not found.run:
+        raise ValueError(f"--backend {name} has no function to run it: set `run` in its record")
+    return msgspec.structs.replace(found, asked=name)
