@@ -48,7 +48,7 @@ def route(
     wide = np.promote_types(x_TD.dtype, np.float32)
     logits_TE = jnp.matmul(x_TD.astype(wide), router_DE.astype(wide), precision="highest")
     if expert_id_TK is None:
-        expert_id_TK = jnp.argsort(logits_TE, axis=-1, descending=True, stable=True)[:, : router.top_k]
+        expert_id_TK = logits_TE.argsort(axis=-1, descending=True, stable=True)[:, : router.top_k]
     score_TE = jax.nn.softmax(logits_TE, axis=-1) if router.score_function == "softmax" else jax.nn.sigmoid(logits_TE)
     score_TK = jnp.take_along_axis(score_TE, expert_id_TK.clip(0, router_DE.shape[1] - 1), axis=1)
     if router.renormalize:

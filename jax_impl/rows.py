@@ -126,7 +126,7 @@ def rank_bins_source(counts_Pe: Integer[Array, "P e"], capacity: int) -> Integer
     Rows move in P*e segments, those of rank p from p*C on.
     """
     S = counts_Pe.shape[0] * capacity
-    start_Pe = jnp.arange(0, S, capacity)[:, None] + jnp.cumsum(counts_Pe, axis=1) - counts_Pe
+    start_Pe = jnp.arange(0, S, capacity)[:, None] + counts_Pe.cumsum(axis=1) - counts_Pe
     return segments_source(start_Pe, counts_Pe, S)
 
 
@@ -135,8 +135,8 @@ def expert_bins_source(counts_Pe: Integer[Array, "P e"], capacity: int) -> Integ
     P, e = counts_Pe.shape
     row_C = jnp.arange(capacity)
     bin_eP = jnp.arange(P * e).reshape(P, e).T
-    source_ePC = jnp.where(row_C < counts_Pe.T[:, :, None], bin_eP[:, :, None] * capacity + row_C, P * e * capacity)
-    return source_ePC.reshape(e, P * capacity)
+    row_ePC = bin_eP[:, :, None] * capacity + row_C
+    return jnp.where(row_C < counts_Pe.T[:, :, None], row_ePC, P * e * capacity).reshape(e, P * capacity)
 
 
 def segments_source(
@@ -179,10 +179,10 @@ def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array
     """
     if kernels.use_kernels(key_N):
         return kernels.sort_by_key(key_N, n_keys)
-    order_N = jnp.argsort(key_N, stable=True)
+    order_N = key_N.argsort(stable=True)
     return order_N, invert(order_N, order_N.shape[0])
 
 
 def exclusive_cumsum(counts: Integer[Array, " n"]) -> Integer[Array, " n"]:
     """Where each segment starts: [2, 0, 3] -> [0, 2, 2]."""
-    return jnp.cumsum(counts) - counts
+    return counts.cumsum(axis=0) - counts

@@ -1,47 +1,131 @@
-"""The two packages say the same in the same order: files, functions, parameters, tuples; what differs is declared."""
+"""The four layers say the same in the same order: files, names, parameters, fields, defaults, and where it is declared,
+lines. What differs is declared too, with a reason, and a declaration that no longer holds is an error.
+"""
 
 import ast
 import inspect
 import re
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = ["layer", "routing", "grouping", "exchange", "layout", "experts", "checks"]
+FILES = ["layer", "routing", "grouping", "exchange", "layout", "experts", "rows", "matmul", "glu", "checks"]
 
-# Names that only one side has: dynamic shapes need splits and an output size, static ones a capacity.
-TORCH_ONLY = {
-    "exchange.Splits": "row counts on the host",
+
+class Pair(NamedTuple):
+    """Two layers side by side, and what only one of them has.
+
+    By name: of a function or tuple that only one has, why; of one that both have, its parameters or fields.
+    """
+
+    left: str
+    right: str
+    left_only: dict[str, str | set[str]]
+    right_only: dict[str, str | set[str]]
+
+
+# A dynamic layer has splits and an output size, a static one has a capacity.
+
+ONLY_IN_TORCH: dict[str, str | set[str]] = {
     "checks.check_splits": "finds, at no sync, ids out of range on a GPU",
     "checks.check_output_size": "the permute's size is an argument",
     "checks.check_received": "the bound on the one symbol, for a compiler",
     "checks.check_autocast": "PyTorch's, and no other's",
     "checks.check_sizes": "a fact for a compiler, an error otherwise",
     "checks.is_captured": "whether a compiler is looking",
-    "experts.fits_grouped_mm": "what grouped_mm takes",
-    "experts.group_ends": "offsets, as grouped_mm wants them",
+    "matmul.fits_grouped_mm": "what grouped_mm takes",
+    "matmul.group_ends": "offsets, as grouped_mm wants them",
 }
-JAX_ONLY = {
-    "grouping.Capacity": "the static size of a bin",
-    "grouping.plan_capacity": "computes it",
-    "grouping.keep_within_capacity": "who is dropped",
-    "layout.rows_or_zero": "a gather in which an index past the end reads padding",
-    "layout.segments_source": "what repeat_interleave does in PyTorch, with padding at the end",
-    "checks.check_capacity_factor": "",
-    "checks.check_capacity": "",
-    "checks.check_priority": "",
-    "checks.check_bins": "",
+MAIN = Pair(
+    "torch_impl",
+    "jax_impl",
+    ONLY_IN_TORCH
+    | {
+        "exchange.Splits": "row counts on the host",
+        "exchange.send_tokens": {"splits"},
+        "exchange.return_tokens": {"splits"},
+        "layout.to_expert_major": {"output_size"},
+        "rows.expert_major_rows": {"output_size"},
+        "rows.expert_major_source": "of rows that follow each other without gaps",
+        "layer.Stages": {"splits"},
+        "layer.moe_layer": {"max_tokens"},
+    },
+    {
+        "grouping.Capacity": "the static size of a bin",
+        "grouping.plan_capacity": "computes it",
+        "grouping.keep_within_capacity": "who is dropped",
+        "grouping.Grouped": {"kept"},
+        "grouping.group_by_expert": {"score", "capacity"},  # it drops, here and only here, and chooses by score
+        "rows.expert_major_rows": {"n_bins", "capacity"},
+        "rows.rank_bins_source": "of rows in bins, each with padding at its end",
+        "rows.expert_bins_source": "the same where bins are experts",
+        "rows.segments_source": "what repeat_interleave does in PyTorch, with padding at the end",
+        "rows.rows_or_zero": "a gather in which an index past the end reads padding",
+        "rows.invert": {"n_rows"},  # more than there are indices, where there is padding
+        "layer.Stages": {"dropped"},
+        "layer.moe_layer": {"capacity"},
+        "checks.check_capacity_factor": "",
+        "checks.check_capacity": "",
+        "checks.check_priority": "",
+        "checks.check_bins": "",
+    },
+)
+STATIC = Pair(
+    "torch_impl.static",
+    "jax_impl",
+    {"matmul.zero_padding": "grouped_mm leaves garbage in rows past the groups"},
+    {},
+)
+DYNAMIC = Pair(
+    "jax_impl.dynamic",
+    "torch_impl",
+    {
+        "layer.Stages": {"dropped"},  # ids that are none, which cannot be refused while tracing
+        "grouping.Grouped": {"kept"},
+        "exchange.Splits": {"received_at", "returned_at"},  # places in the buffers of other ranks
+        "exchange.send_tokens": {"output_size"},
+        "exchange.return_tokens": {"output_size"},
+        "rows.invert": {"n_rows"},
+        "checks.check_ragged_exchange": "it does not run everywhere",
+    },
+    ONLY_IN_TORCH
+    | {
+        "exchange.Splits": {"sent", "total"},  # known on the device only
+        "layer.moe_layer": {"max_tokens"},  # shapes are static: the buffer is for as many tokens as here
+        "layout.to_expert_major": {"output_size"},  # the buffer's
+    },
+)
+PAIRS = [MAIN, STATIC, DYNAMIC]
+# The files a layer has. What it has no file for, and names that its own file lacks, it takes from the package above it.
+OWN_FILES = {
+    "torch_impl": {*FILES, "kernels", "operators"},  # kernels: what its plain versions need. operators: for a compiler
+    "jax_impl": {*FILES, "kernels"},
+    "torch_impl.static": set(FILES) - {"routing", "glu"},
+    "jax_impl.dynamic": set(FILES) - {"routing", "glu", "experts", "matmul"},
 }
-# One name there, another here.
-RENAMED = {"expert_major_source": ("rank_bins_source", "expert_bins_source"), "group": ("axis_name",)}
-# Parameters and fields that only one side has.
-TORCH_ONLY_PARAMETERS = {"splits", "output_size", "max_tokens"}
-JAX_ONLY_PARAMETERS = {"capacity", "dropped", "kept"}
-# group_by_expert drops here and only here, so only JAX's needs scores to choose by.
-JAX_ONLY_HERE = {"group_by_expert": {"score"}, "invert": {"size"}}
+SAME_NAME = {"axis_name": "group"}
+
+pairs = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair.left} and {pair.right}")
+files = pytest.mark.parametrize("file", FILES)
+
+
+def own_members(package: str, file: str) -> dict[str, object]:
+    """Public functions and classes that the file itself defines, in its order."""
+    path = ROOT / package.replace(".", "/") / f"{file}.py"
+    if not path.exists():
+        return {}
+    module, tree = import_module(f"{package}.{file}"), ast.parse(path.read_text())
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return {name: getattr(module, name) for name in names if not name.startswith("_")}
+
+
+def members(package: str, file: str) -> dict[str, object]:
+    """Its own, and what it takes from the package above it."""
+    above = own_members(package.split(".")[0], file) if "." in package else {}
+    return above | own_members(package, file)
 
 
 def stem(name: str) -> str:
@@ -49,74 +133,84 @@ def stem(name: str) -> str:
     return re.sub(r"_(?:[A-Ze]+)$", "", name)
 
 
-def members(module: ModuleType) -> dict[str, object]:
-    """Public functions and classes that the file itself defines, in its order."""
-    tree = ast.parse(inspect.getsource(module))
-    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    return {name: getattr(module, name) for name in names if not name.startswith("_")}
-
-
-def renamed(names: list[str]) -> list[str]:
-    return [new for name in names for new in RENAMED.get(name, (name,))]
-
-
-def stems(member: object) -> list[str]:
+def parts(member: object) -> dict[str, object]:
+    """Parameters or fields by stem, in order, with their defaults. Two fields of one stem are one."""
     if isinstance(member, type):
-        return [stem(name) for name in member._fields]  # type: ignore[attr-defined]
-    return [stem(name) for name in inspect.signature(member).parameters]  # type: ignore[arg-type]
+        defaults = member._field_defaults  # type: ignore[attr-defined]
+        return {stem(name): defaults.get(name, inspect.Parameter.empty) for name in member._fields}  # type: ignore[attr-defined]
+    parameters = inspect.signature(member).parameters.values()  # type: ignore[arg-type]
+    return {SAME_NAME.get(stem(p.name), stem(p.name)): p.default for p in parameters}
 
 
-def test_the_same_files():
-    for package in ("torch_impl", "jax_impl"):
-        found = {path.stem for path in (ROOT / package).glob("*.py")}
-        assert found == {*FILES, "kernels", "__init__"}  # of kernels, each has what its own plain versions need
+def only_names(declared: dict[str, str | set[str]], file: str) -> set[str]:
+    """Names in the file that are declared as one layer's alone."""
+    return {key.split(".")[1] for key, what in declared.items() if key.split(".")[0] == file and isinstance(what, str)}
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_the_same_names_in_the_same_order(file):
-    ours, theirs = (list(members(import_module(f"{package}.{file}"))) for package in ("torch_impl", "jax_impl"))
-    ours = renamed([name for name in ours if f"{file}.{name}" not in TORCH_ONLY])
-    theirs = [name for name in theirs if f"{file}.{name}" not in JAX_ONLY]
-    assert ours == theirs
+@pytest.mark.parametrize("package", OWN_FILES)
+def test_the_same_files(package):
+    found = {path.stem for path in (ROOT / package.replace(".", "/")).glob("*.py")}
+    assert found == OWN_FILES[package] | {"__init__"}
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_the_same_parameters_and_fields_in_the_same_order(file):
-    ours, theirs = (members(import_module(f"{package}.{file}")) for package in ("torch_impl", "jax_impl"))
+@pairs
+@files
+def test_the_same_names_in_the_same_order(pair, file):
+    left_only, right_only = only_names(pair.left_only, file), only_names(pair.right_only, file)
+    theirs = own_members(pair.right, file)
+    shared = [name for name in theirs if name not in right_only]
+    assert members(pair.left, file).keys() >= set(shared)
+    assert [name for name in own_members(pair.left, file) if name not in left_only] == [
+        name for name in shared if name in own_members(pair.left, file)
+    ]
+    assert left_only <= own_members(pair.left, file).keys()
+    assert right_only <= theirs.keys()
+    assert not left_only & theirs.keys()
+    assert not right_only & members(pair.left, file).keys()
+
+
+@pairs
+@files
+def test_the_same_parameters_fields_and_defaults(pair, file):
+    ours, theirs = members(pair.left, file), own_members(pair.right, file)
     compared = 0
-    for name, our in ours.items():
-        for new in RENAMED.get(name, (name,)):
-            if f"{file}.{name}" in TORCH_ONLY or new == "rank_bins_source" or new == "expert_bins_source":
-                continue
-            only_jax = JAX_ONLY_PARAMETERS | JAX_ONLY_HERE.get(name, set())
-            left = renamed([stem for stem in stems(our) if stem not in TORCH_ONLY_PARAMETERS])
-            right = [stem for stem in stems(theirs[new]) if stem not in only_jax]
-            assert left == right, f"{file}.{name}"
-            compared += 1
+    for name in ours.keys() & theirs.keys():
+        key, left, right = f"{file}.{name}", parts(ours[name]), parts(theirs[name])
+        left_only, right_only = (set(declared.get(key, ())) for declared in (pair.left_only, pair.right_only))
+        assert left_only <= left.keys() - right.keys(), key
+        assert right_only <= right.keys() - left.keys(), key
+        assert [p for p in left if p not in left_only] == [p for p in right if p not in right_only], key
+        for part in left.keys() & right.keys():
+            assert left[part] == right[part], f"{key}: {part}"
+        compared += 1
     assert compared
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_the_same_defaults(file):
-    ours, theirs = (members(import_module(f"{package}.{file}")) for package in ("torch_impl", "jax_impl"))
-    for name in ours.keys() & theirs.keys():
-        if isinstance(ours[name], type):
-            continue
-        left, right = (
-            {stem(p.name): p.default for p in inspect.signature(m[name]).parameters.values()}  # type: ignore[arg-type]
-            for m in (ours, theirs)
-        )
-        for parameter in left.keys() & right.keys():
-            assert left[parameter] == right[parameter], f"{file}.{name}({parameter})"
+@pairs
+def test_what_is_declared_is_looked_for(pair):
+    for declared in (pair.left_only, pair.right_only):
+        for key, what in declared.items():
+            file, name = key.split(".")
+            assert file in FILES
+            assert (
+                isinstance(what, str) or name in members(pair.left, file).keys() & own_members(pair.right, file).keys()
+            )
 
 
-def test_what_is_declared_exists():
-    for declared, package in ((TORCH_ONLY, "torch_impl"), (JAX_ONLY, "jax_impl")):
-        other = {"torch_impl": "jax_impl", "jax_impl": "torch_impl"}[package]
-        for name in declared:
-            file, member = name.split(".")
-            assert member in members(import_module(f"{package}.{file}"))
-            assert member not in members(import_module(f"{other}.{file}"))
+def test_what_a_package_offers():
+    torch_, static = (import_module(name).__all__ for name in ("torch_impl", "torch_impl.static"))
+    jax_, dynamic = (import_module(name).__all__ for name in ("jax_impl", "jax_impl.dynamic"))
+    assert static == jax_
+    assert dynamic == torch_
+    assert set(jax_) - set(torch_) == {"Capacity", "plan_capacity"}
+    assert set(torch_) <= set(jax_)
+
+
+@pytest.mark.parametrize("value", ["Router", "Experts"])
+def test_routers_and_experts_are_the_same_everywhere(value):
+    kinds = [getattr(import_module(name), value) for name in OWN_FILES]
+    assert len({kind._fields for kind in kinds}) == 1
+    assert all(kind._field_defaults == kinds[0]._field_defaults for kind in kinds)
 
 
 @pytest.mark.parametrize(("package", "foreign"), [("torch_impl", "jax"), ("jax_impl", "torch")])
@@ -136,87 +230,202 @@ def test_the_layer_fits_on_a_screen():
         "group_by_expert", "exchange_counts", "send_tokens", "to_expert_major", "apply_experts", "to_rank_major",
         "return_tokens", "combine",
     ]  # fmt: skip
-    for package in ("torch_impl", "jax_impl", "torch_impl/static", "jax_impl/dynamic"):
-        source = (ROOT / package / "layer.py").read_text()
+    for package in OWN_FILES:
+        source = (ROOT / package.replace(".", "/") / "layer.py").read_text()
         assert len(source.splitlines()) <= 80
         calls = re.findall(r"^    \w+(?:, \w+)* = (\w+)\(", source.split('"""')[-1], re.MULTILINE)
         assert [call for call in calls if call in order] == order
 
 
-# The other two corners. What a subpackage lacks, it has from its package, where the code is the same.
+def legend(package: str) -> dict[str, str]:
+    """What each letter means, as the layer's first lines say."""
+    lines = (import_module(f"{package}.layer").__doc__ or "").splitlines()
+    cells = [cell for line in lines if line.startswith("    ") for cell in re.split(r" {3,}", line.strip())]
+    return dict(cell.split("  ") for cell in cells)
 
-CORNERS = [("torch_impl.static", "jax_impl"), ("jax_impl.dynamic", "torch_impl")]
-both_corners = pytest.mark.parametrize(("corner", "other"), CORNERS)
-OTHER_NAME = {"axis_name": "group"}
-# What the other side has and the corner does not.
-CORNER_LACKS = {
-    "torch_impl.static": {},
-    "jax_impl.dynamic": {
-        "exchange.Splits": {"sent", "total"},  # rows: known on the device only
-        "layer.moe_layer": {"max_tokens"},  # shapes are static: the buffer is for as many tokens as here
-        "layout.to_expert_major": {"output_size"},  # the buffer's
+
+def test_letters_mean_the_same_in_every_layer():
+    said: dict[str, str] = {}
+    for package in OWN_FILES:
+        source = (ROOT / package.replace(".", "/") / "layer.py").read_text()
+        used = {letter for shape in re.findall(r'\w+\[(?:Tensor|Array), " ?\*?([^"]*)"', source) for letter in shape}
+        words = legend(package)
+        assert used - {" ", "*"} <= words.keys()
+        assert all(said.setdefault(letter, meaning) == meaning for letter, meaning in words.items())
+    assert len(set(said.values())) == len(said) == 12
+
+
+# Lines that must be the same. What the frameworks call the same thing by is renamed; comments and how a statement is
+# wrapped do not count.
+
+RENAMED = [
+    (r"\b(torch|jnp|jax\.nn)\.", "np."),
+    (r"\.to\(", ".astype("),
+    (r"\bdim=", "axis="),
+    (r"\bkeepdim=", "keepdims="),
+    (r", device=[\w.]+", ""),
+    (r"\.numel\(\)", ".size"),
+    (r"\baxis_name\b", "group"),
+]
+SAME: tuple[list[str], list[str]] = ([], [])
+# By function the lines that may differ, as they are after renaming: left, right.
+SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
+    MAIN.left: {  # but for suffixes of shapes, which are what differs
+        "routing.route": (
+            [
+                "logits = x.astype(wide) @ router.astype(wide)",
+                "score = score.gather(1, expert_id.long().clamp(0, router.shape[1] - 1))",
+            ],
+            [
+                "logits = np.matmul(x.astype(wide), router.astype(wide), precision='highest')",
+                "score = np.take_along_axis(score, expert_id.clip(0, router.shape[1] - 1), axis=1)",
+            ],
+        ),
+        "routing.count_per_expert": SAME,
+        "grouping.combine": SAME,
+        "layout.to_rank_major": SAME,
+        "experts.apply_experts": SAME,
+        "rows.sort_by_key": (["return (order, invert(order))"], ["return (order, invert(order, order.shape[0]))"]),
+        "rows.exclusive_cumsum": SAME,
+        "glu.glu": (
+            [
+                "if activation == 'silu' and kernels.use_swiglu_kernels(gate):",
+                "    return _SwiGLU.apply(gate, up)",
+                "active = silu(gate) if activation == 'silu' else gelu(gate, approximate='tanh')",
+            ],
+            ["active = silu(gate) if activation == 'silu' else gelu(gate, approximate=True)"],
+        ),
+        "checks.check_experts_per_rank": SAME,
+    },
+    STATIC.left: {
+        "layer.moe_layer": SAME,
+        "grouping.plan_capacity": SAME,
+        "grouping.group_by_expert": SAME,
+        "grouping.keep_within_capacity": (
+            [
+                "    key_N = np.arange(N) % top_k if priority == 'choice' else -score_N.detach()",
+                "    by_key_N = key_N.argsort(stable=True)",
+                "    by_bin_N, _ = sort_by_key(bin_N[by_key_N], B)",
+                "    place_N = invert(by_key_N[by_bin_N], N)",
+            ],
+            [
+                "    key_N = np.arange(N) % top_k if priority == 'choice' else -jax.lax.stop_gradient(score_N)",
+                "    place_N = invert(np.lexsort((key_N, bin_N)), N)",
+            ],
+        ),
+        "grouping.combine": SAME,
+        "exchange.exchange_counts": SAME,
+        "layout.to_expert_major": SAME,
+        "layout.to_rank_major": SAME,
+        "experts.apply_experts": (
+            [
+                "x_MD = zero_padding(x_MD, counts_e)",
+                "return zero_padding("
+                "grouped_matmul(glu(gate_MF, up_MF, experts.activation), w_down_eFD, counts_e), counts_e)",
+            ],
+            ["return grouped_matmul(glu(gate_MF, up_MF, experts.activation), w_down_eFD, counts_e)"],
+        ),
+        "rows.expert_major_rows": (
+            [],
+            [
+                "if n_bins == P and kernels.use_kernels(counts_Pe):",
+                "    source_S, target_S = kernels.expert_major_rows(counts_Pe, capacity)",
+                "    return (source_S, target_S.reshape(n_bins, capacity))",
+            ],
+        ),
+        "rows.rank_bins_source": SAME,
+        "rows.expert_bins_source": SAME,
+        "rows.segments_source": (
+            ["segment_O = np.searchsorted(ends, row_O, right=True)"],
+            ["segment_O = np.searchsorted(ends, row_O, side='right', method='compare_all')"],
+        ),
+        "checks.check_capacity_factor": SAME,
+        "checks.check_capacity": SAME,
+        "checks.check_priority": SAME,
+        "checks.check_bins": SAME,
+    },
+    DYNAMIC.left: {
+        "layer.moe_layer": (
+            [
+                "counts_Pe, splits = exchange_counts(grouped.kept_E, group)",
+                "received_RD = send_tokens(grouped.x_ND, splits, P * T * min(K, e), group)",
+                "expert_major = to_expert_major(received_RD, counts_Pe)",
+                "returned_ND = return_tokens(rank_major_RD, splits, T * K, group)",
+                "return Stages(routing, grouped, counts_Pe, splits, received_RD, expert_major, y_RD, rank_major_RD, "
+                "returned_ND, out_TD, expert_id_TK.size - grouped.kept_E.sum())",
+            ],
+            [
+                "counts_Pe, splits = exchange_counts(counts_E, group)",
+                "check_received(splits.total, P * (T if max_tokens is None else max_tokens) * min(K, e))",
+                "received_RD = send_tokens(grouped.x_ND, splits, group)",
+                "expert_major = to_expert_major(received_RD, counts_Pe, splits.total)",
+                "returned_ND = return_tokens(rank_major_RD, splits, group)",
+                "return Stages(routing, grouped, counts_Pe, splits, received_RD, expert_major, y_RD, rank_major_RD, "
+                "returned_ND, out_TD)",
+            ],
+        ),
+        "grouping.combine": SAME,
+        "layout.to_expert_major": (
+            ["source_R, target_R = expert_major_rows(counts_Pe, x_RD.shape[0])"],
+            [
+                "output_size = x_RD.shape[0] if output_size is None else output_size",
+                "check_output_size(output_size, x_RD.shape[0])",
+                "source_R, target_R = expert_major_rows(counts_Pe, output_size)",
+            ],
+        ),
+        "layout.to_rank_major": SAME,
     },
 }
-# What the corner has and the other side does not.
-CORNER_ONLY = {
-    "torch_impl.static": {},
-    "jax_impl.dynamic": {
-        "layer.Stages": {"dropped"},  # ids that are none
-        "exchange.Splits": {"received_at", "returned_at"},  # places in the buffers of other ranks
-        "exchange.send_tokens": {"output_size"},
-        "exchange.return_tokens": {"output_size"},
-        "grouping.Grouped": {"kept"},  # ids that are none cannot be refused while tracing
-        "checks.check_ragged_exchange": None,  # it does not run everywhere
-    },
-}
 
 
-def corner_members(corner: str, file: str) -> dict[str, object]:
-    path = ROOT / corner.replace(".", "/") / f"{file}.py"
-    return members(import_module(f"{corner}.{file}")) if path.exists() else {}
+def lines(source: str, suffixes: bool = True) -> list[str]:
+    """A function's statements, a line each, without its docstring, and with the frameworks' words renamed."""
+    (function,) = ast.parse(source).body
+    assert isinstance(function, ast.FunctionDef)
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    text = "\n".join(ast.unparse(statement) for statement in body)
+    for theirs, common in RENAMED:
+        text = re.sub(theirs, common, text)
+    if not suffixes:
+        text = re.sub(r"\b([a-z]\w*?)_[A-Ze]+\b", r"\1", text)
+    return text.splitlines()
 
 
-@both_corners
-def test_a_corner_has_the_same_files(corner, other):
-    assert {path.stem for path in (ROOT / corner.replace(".", "/")).glob("*.py")} <= {*FILES, "__init__"}
-    assert import_module(corner).__all__ == import_module(other).__all__
+def differing(left: list[str], right: list[str], other: tuple[list[str], list[str]]) -> list[tuple[str, str]]:
+    """Lines that are not the same, beside each other, less those that may differ, all of which have to be there."""
+    rest = []
+    for found, allowed in zip((left, right), other, strict=True):
+        missing = [line for line in allowed if found.count(line) != 1]
+        assert not missing, f"no such line, or more than one: {missing}"
+        rest.append([line for line in found if line not in allowed])
+    longest = max(map(len, rest))
+    padded = [[*lines, *[""] * (longest - len(lines))] for lines in rest]
+    return [(a, b) for a, b in zip(*padded, strict=True) if a != b]
 
 
-@both_corners
-@pytest.mark.parametrize("file", FILES)
-def test_a_corner_has_the_same_names_in_the_same_order(corner, other, file):
-    own, theirs = corner_members(corner, file), members(import_module(f"{other}.{file}"))
-    package = members(import_module(f"{corner.split('.')[0]}.{file}"))
-    mine = [name for name in own if CORNER_ONLY[corner].get(f"{file}.{name}", set()) is not None]
-    assert mine == [name for name in theirs if name in own]
-    if corner == "torch_impl.static":  # what it lacks and its package has not either would be missing
-        assert own.keys() | package.keys() >= theirs.keys()
+def source_of(package: str, key: str) -> str:
+    file, name = key.split(".")
+    path = ROOT / package.replace(".", "/") / f"{file}.py"
+    source = path.read_text()
+    (node,) = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == name]
+    return ast.get_source_segment(source, node) or ""
 
 
-@both_corners
-@pytest.mark.parametrize("file", FILES)
-def test_a_corner_has_the_same_parameters_fields_and_defaults(corner, other, file):
-    theirs = members(import_module(f"{other}.{file}"))
-    for name, member in corner_members(corner, file).items():
-        key = f"{file}.{name}"
-        if name not in theirs:
-            assert CORNER_ONLY[corner][key] is None
-            continue
-        only, lacks = (declared[corner].get(key, set()) for declared in (CORNER_ONLY, CORNER_LACKS))
-        assert only <= set(stems(member))
-        assert lacks <= set(stems(theirs[name]))
-        left = [OTHER_NAME.get(s, s) for s in stems(member) if s not in only]
-        right = [OTHER_NAME.get(s, s) for s in stems(theirs[name]) if s not in lacks]
-        assert left == right, key
-        if not isinstance(member, type):
-            ours, others = (inspect.signature(m).parameters for m in (member, theirs[name]))  # type: ignore[arg-type]
-            for parameter in ours.keys() & others.keys() - {"output_size"}:
-                assert ours[parameter].default == others[parameter].default, f"{key}({parameter})"
+@pytest.mark.parametrize(("left", "key"), [(left, key) for left, keys in SAME_LINES.items() for key in keys])
+def test_the_same_lines(left, key):
+    (right,) = [pair.right for pair in PAIRS if pair.left == left]
+    ours, theirs = (lines(source_of(package, key), left != MAIN.left) for package in (left, right))
+    assert differing(ours, theirs, SAME_LINES[left][key]) == []
 
 
-@pytest.mark.parametrize("corner", [corner for corner, _ in CORNERS])
-def test_what_is_declared_of_a_corner_exists(corner):
-    for declared in (CORNER_ONLY, CORNER_LACKS):
-        for key in declared[corner]:
-            file, name = key.split(".")
-            assert name in corner_members(corner, file)
+@pytest.mark.parametrize("left", SAME_LINES)
+def test_a_line_that_differs_is_seen(left):
+    """Whichever it is, and whether changed, left out, or said twice."""
+    for key, other in SAME_LINES[left].items():
+        (right,) = [pair.right for pair in PAIRS if pair.left == left]
+        ours, theirs = (lines(source_of(package, key), left != MAIN.left) for package in (left, right))
+        for i, line in enumerate(ours):
+            if line not in other[0]:
+                assert differing([*ours[:i], f"{line}.T", *ours[i + 1 :]], theirs, other)
+                assert differing([*ours[:i], *ours[i + 1 :]], theirs, other)
+                assert differing([*ours[:i], line, *ours[i:]], theirs, other)

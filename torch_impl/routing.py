@@ -48,7 +48,7 @@ def route(
     logits_TE = x_TD.to(wide) @ router_DE.to(wide)
     if expert_id_TK is None:
         expert_id_TK = logits_TE.argsort(dim=-1, descending=True, stable=True)[:, : router.top_k]
-    score_TE = logits_TE.softmax(dim=-1) if router.score_function == "softmax" else logits_TE.sigmoid()
+    score_TE = torch.softmax(logits_TE, dim=-1) if router.score_function == "softmax" else torch.sigmoid(logits_TE)
     score_TK = score_TE.gather(1, expert_id_TK.long().clamp(0, router_DE.shape[1] - 1))
     if router.renormalize:
         score_TK = score_TK / (score_TK.sum(dim=-1, keepdim=True) + 1e-20)
