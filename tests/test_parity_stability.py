@@ -9,49 +9,29 @@ import time
 from pathlib import Path
 
 import pytest
+from test_supervisor import alive
 
 from parity.run.faults import PACKAGES, ROOT, Fault, plant
+from parity.run.patience import under
 
-CHECK = [sys.executable, "-m", "parity", "check", "zipf", "--backend", "torch", "--timeout", "10"]
-
-
-def broken(tmp_path: Path, line: str) -> Path:
-    """A copy of the packages in which rank 2 does `line` before it sends its tokens."""
-    old = "    check_splits(splits.sent, x_ND.shape[0])\n"
-    new = f"{old}    import os, signal, time\n    if dist.is_initialized() and dist.get_rank() == 2:\n        {line}\n"
-    return plant(Fault("broken", "torch", "send_tokens", "", "torch_impl/exchange.py", old, new), tmp_path / "copy")
+CHECK = [sys.executable, "-m", "parity", "check", "zipf", "--timeout", "10"]
+TORCH = ("torch", "    check_splits(splits.sent, x_ND.shape[0])\n", "dist.is_initialized() and dist.get_rank() == 2")
+JAX = ("jax", "    return _all_to_all(x_BCD, axis_name)\n", "jax.process_index() == 2 or jax.process_count() == 1")
 
 
-def descendants(pid: int) -> list[int]:
-    """Every process whose session began under `pid`: its children, and theirs."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid:
-            child = int(path.parent.name)
-            found += [child, *descendants(child)]
-    return found
-
-
-def alive(pids: list[int]) -> list[int]:
-    """Those that still run; a zombie does not."""
-    running = []
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except OSError:
-            continue
-        if state != "Z":
-            running.append(pid)
-    return running
+def broken(tmp_path: Path, line: str, side: tuple[str, str, str] = TORCH) -> Path:
+    """A copy of the packages in which rank 2 does `line` before it sends its tokens; JAX, as it traces that."""
+    backend, old, where = side
+    new = f"    import os, signal, time\n    if {where}:\n        {line}\n{old}"
+    return plant(
+        Fault("broken", backend, "send_tokens", "", f"{backend}_impl/exchange.py", old, new), tmp_path / "copy"
+    )
 
 
 @pytest.mark.parametrize(
     ("line", "cause"),
     [
+        # isolated stages come first in PyTorch, and note where they are
         ("os.kill(os.getpid(), signal.SIGKILL)", "torch: rank 2 of 4 was ended by SIGKILL in send_tokens of case zipf"),
         (
             "raise RuntimeError('no more')",
@@ -68,11 +48,26 @@ def alive(pids: list[int]) -> list[int]:
     ids=["killed", "raises", "disagrees-on-shapes", "hangs"],
 )
 def test_a_rank_that_dies_or_hangs_is_named(tmp_path, line, cause):
-    start = time.monotonic()
-    run = subprocess.run(CHECK, cwd=broken(tmp_path, line), capture_output=True, text=True, timeout=120)
+    said(cause, [*CHECK, "--backend", "torch"], broken(tmp_path, line))
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("raise RuntimeError('no more')", "failed in send_tokens of case zipf: RuntimeError: no more"),
+        ("time.sleep(600)", r"hangs in send_tokens of case zipf \(exchange.py:\d+\): no rank got on for 10 s"),
+    ],
+    ids=["raises", "hangs"],
+)
+@pytest.mark.parametrize(("how", "rank"), [("shard_map", ""), ("processes", "rank 2 of 4 ")])
+def test_so_it_is_in_jax(tmp_path, how, rank, line, cause):
+    said(f"jax: {rank}{cause}", [*CHECK, "--backend", "jax", "--jax-ranks", how], broken(tmp_path, line, JAX))
+
+
+def said(cause: str, command: list[str], home: Path) -> None:
+    run = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=300)
     assert run.returncode == 3, run.stdout + run.stderr
     assert re.search(cause, " ".join(run.stderr.split())), run.stderr
-    assert time.monotonic() - start < 90
 
 
 @pytest.mark.parametrize(
@@ -83,10 +78,10 @@ def test_nothing_is_left_running(tmp_path, sent, code):
         [*CHECK[:-1], "60"], cwd=broken(tmp_path, "time.sleep(600)"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     deadline = time.monotonic() + 60
-    while len(descendants(process.pid)) < 5 and time.monotonic() < deadline:
+    while len(under(process.pid)) < 8 and time.monotonic() < deadline:
         time.sleep(0.1)
-    started = descendants(process.pid)
-    assert len(started) >= 5  # the launcher and four ranks
+    started = under(process.pid)
+    assert len(started) >= 8  # this one, PyTorch's launcher and four ranks, JAX's and one
     os.kill(process.pid, sent)
     process.communicate(timeout=30)
     assert process.returncode == code
@@ -94,6 +89,13 @@ def test_nothing_is_left_running(tmp_path, sent, code):
     while alive(started) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert alive(started) == []
+
+
+def test_groups_of_several_sizes(tmp_path):
+    """What one group of ranks wrote is none of the next one's, whose start takes longer than --timeout."""
+    command = [sys.executable, "-m", "parity", "check", "p8", "zipf", "p1", "--backend", "torch", "--timeout", "3"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
 
 
 def test_two_checks_at_once(tmp_path):

@@ -1,11 +1,13 @@
 """The PyTorch side of `bench`: ours, the straightforward version, and that under torch.compile."""
 
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._autograd import DeviceType
-from torch.multiprocessing.spawn import spawn
 from torch.profiler import ProfilerActivity, profile
 
 from parity.bench.peers import TORCH_PEERS, find_peers
@@ -38,6 +39,7 @@ from parity.bench.plan import (
     summarize,
 )
 from parity.cases.case import Case
+from parity.run.ranks import Notes, run_group
 from parity.run.supervisor import end_with_parent
 from torch_impl.exchange import exchange_counts, return_tokens, send_tokens
 from torch_impl.experts import apply_experts
@@ -227,7 +229,16 @@ def check_gpus(n_ranks: int) -> None:
 def start_ranks(one_rank: Callable[[int, Any, str], None], plan: Any, n_ranks: int) -> None:
     """`one_rank(rank, plan, address)` in as many processes, which meet at the address: see `join_ranks`."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(one_rank, (plan, f"file://{folder}/store"), nprocs=n_ranks)
+        # Not forked: this process has asked for GPUs. How long one may be timed is the plan's to say.
+        work = (one_rank, plan, f"file://{folder}/store")
+        failure = run_group("torch", Path(folder), n_ranks, _rank, work, 60, method="spawn", running=math.inf)
+    if failure:
+        sys.exit(str(failure))
+
+
+def _rank(rank: int, notes: Notes, one_rank: Callable[[int, Any, str], None], plan: Any, address: str) -> None:
+    notes.at("", "its measurements")
+    one_rank(rank, plan, address)
 
 
 def join_ranks(rank: int, n_ranks: int, address: str) -> torch.device:

@@ -5,13 +5,9 @@ bandwidth measured in the same run. Each framework runs in a process of its own,
 """
 
 import os
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,6 +18,7 @@ from parity.cases.case import Case
 from parity.cases.presets import MODELS
 from parity.run.backend import BackendError
 from parity.run.ours import FRAMEWORKS as SIDES
+from parity.run.supervisor import Process
 
 # In this order they are one layer's data movement on one rank; the exchange, and the experts, go in between.
 STAGES = ("group_by_expert", "to_expert_major", "to_rank_major", "combine")
@@ -210,21 +207,9 @@ def note_floor(figure: Figure, memory: float, link: float) -> None:
 def _measure(plan: Plan, side: str) -> Generator[Figure]:
     command = [sys.executable, "-m", f"parity.bench.in_{side}", msgspec.json.encode(plan).decode()]
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if plan.ranks > 1 else {})  # ranks share the cores of a CPU
-    with tempfile.TemporaryFile("w+") as stderr:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                if line.startswith("{"):
-                    yield msgspec.json.decode(line, type=Figure)
-            process.wait()
-        finally:  # whoever reads the figures may have stopped
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-        if code := process.returncode:
-            stderr.seek(0)
-            raise BackendError(side, f"{side}: {stderr.read().strip()[-2000:] or f'ended with exit code {code}'}")
+    with Process(command, environment=environment) as process:  # whoever reads the figures may stop
+        for line in process.lines():
+            if line.startswith("{"):
+                yield msgspec.json.decode(line, type=Figure)
+    if process.error:
+        raise BackendError(side, f"{side}: {process.error[-2000:]}")

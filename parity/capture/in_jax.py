@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jax_impl import exchange, layout, plan_capacity
 from parity.capture.measure import Clock, D, K, Measured, T, e, peak_mib
+from parity.run.supervisor import end_with_parent
 
 AXIS = "ranks"
 
@@ -68,6 +69,7 @@ def step(x_PCD: Array, kept_E: Array) -> Array:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     P, way = int(sys.argv[1]), sys.argv[2]
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", P if way == "shard_map" else 1)

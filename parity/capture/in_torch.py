@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbol
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from parity.capture.measure import Clock, D, K, Measured, T, Way, e, peak_mib
+from parity.run.supervisor import end_with_parent
 from torch_impl import exchange, layout, rows
 
 
@@ -238,4 +239,5 @@ def main(P: int, way: Way, inductor: bool) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(int(sys.argv[1]), sys.argv[2], sys.argv[3:] == ["inductor"])  # type: ignore[arg-type]

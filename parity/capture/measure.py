@@ -1,7 +1,6 @@
 """What a compiler sees of the dispatch as P grows: one measurement in one process, a table of them, and a plot."""
 
 import resource
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Literal, get_args
 
 import msgspec
 from rich.table import Table
+
+from parity.run.supervisor import Process
 
 Way = Literal["none", "list_sum", "received_shape", "cpu_tensor_sum", "torch_impl", "shard_map", "vmap"]
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -64,18 +65,16 @@ def peak_mib() -> float:
 
 
 def measured(P: int, way: Way, inductor: bool = False, timeout: float = 600) -> Measured:
-    """One measurement, in a process of its own; what went wrong is part of it, beside what was found before that."""
+    """One measurement, in a process of its own; what went wrong is part of it, beside what was found before that.
+
+    `timeout`: seconds that are the process's own, not those in which it waits for a CPU.
+    """
     framework = "jax" if way in JAX_WAYS else "torch"
     command = [sys.executable, "-m", f"parity.capture.in_{framework}", str(P), way, *["inductor"] * inductor]
-    try:
-        run = subprocess.run(command, capture_output=True, timeout=timeout)
-        out, errors = run.stdout, run.stderr.decode(errors="replace").strip().splitlines()
-        error = "" if run.returncode == 0 else (errors or [f"exit code {run.returncode}"])[-1]
-    except subprocess.TimeoutExpired as expired:
-        out, error = expired.stdout or b"", f"stopped after {timeout:g} s"
-    lines = [line for line in out.splitlines() if line.startswith(b"{")]
+    with Process(command) as process:
+        lines = [line for line in process.lines(timeout) if line.startswith("{")]
     found = msgspec.json.decode(lines[-1], type=Measured) if lines else Measured(framework, "", P, way)
-    found.error = found.error or error
+    found.error = found.error or process.error.split("\n")[-1]
     return found
 
 

@@ -99,7 +99,7 @@ class _Used:
         self.threads: dict[int, tuple[float, float]] = {}
         self.in_all = 0.0  # by a coarser clock, with threads and children that are gone
         self.awake = False
-        for pid in pids:
+        for pid in () if BLIND else pids:
             with suppress(OSError):  # it has ended
                 self._add(pid)
 

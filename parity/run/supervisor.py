@@ -62,7 +62,7 @@ class Process:
         self, command: Sequence[str], *, environment: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> None:
         self.began, self.seconds = time.perf_counter(), 0.0
-        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  goes with this
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed in `end`
         self.popen = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr, bufsize=0,
             env=environment, cwd=cwd, start_new_session=True,
@@ -103,20 +103,19 @@ class Process:
                 os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOWAIT)
             else:
                 self.popen.wait()
-            self.end()
-            if self.popen.returncode:
-                self.stderr.seek(0)
-                said = self.stderr.read().decode(errors="replace").strip()
-                self.error = said or how_it_ended(self.popen.returncode)
+            self.end(by_itself=True)
         return [line.decode(errors="replace") for line in lines]
 
-    def end(self) -> None:
-        """End it and everything it started."""
+    def end(self, by_itself: bool = False) -> None:
+        """End it and everything it started; if it ended by itself, that."""
         if not self.ended:
             self.ended, self.seconds = True, time.perf_counter() - self.began
             end_all(self.popen.pid)
-            self.popen.wait()
-            for stream in (self.popen.stdin, self.popen.stdout):
+            if self.popen.wait() and by_itself:
+                self.stderr.seek(0)
+                said = self.stderr.read().decode(errors="replace").strip()
+                self.error = said or how_it_ended(self.popen.returncode)
+            for stream in (self.popen.stdin, self.popen.stdout, self.stderr):
                 assert stream is not None
                 stream.close()
 

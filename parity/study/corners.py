@@ -10,7 +10,6 @@ one rank. `--flags` runs JAX's again under XLA's flags for their exchanges, one 
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,8 +25,9 @@ from parity.bench.plan import Figure
 from parity.cases.case import Case
 from parity.cases.presets import MODELS
 from parity.run.ours import BACKENDS
-from parity.run.supervisor import gpus
-from parity.study.sweep import Routing, counts, measure, zipf_routing
+from parity.run.supervisor import Process, gpus
+from parity.study.routing import Routing, counts, zipf_routing
+from parity.study.sweep import measure
 
 # XLA's for its exchanges on GPUs (jaxlib 0.10.2 and 0.11.2), each against none of them. Of a flag that the jaxlib at
 # hand does not know, the table says so.
@@ -82,14 +82,11 @@ def run(plan: Plan, flags: str = "", cpu: bool = True) -> Figure:
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     module = f"parity.study.corners_in_{BACKENDS[plan.corner].framework}"
     command = [sys.executable, "-m", module, msgspec.json.encode(plan).decode()]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    except subprocess.TimeoutExpired:
-        return Figure("", BACKENDS[plan.corner].framework, "", "", "", 0, 0, 0, 0, error="no figure in 120 s")
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        said = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*Error: ", line)]
-        last = (said or done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    with Process(command, environment=environment) as process:
+        lines = [line for line in process.lines(limit=120) if line.startswith("{")]
+    if process.error or not lines:
+        said = [line for line in process.error.splitlines() if re.match(r"[\w.]*Error: ", line)]
+        last = (said or process.error.splitlines() or ["it printed no figure"])[-1]
         return Figure("", BACKENDS[plan.corner].framework, "", "", "", 0, 0, 0, 0, error=last[:500])
     return msgspec.json.decode(lines[-1], type=Figure)
 

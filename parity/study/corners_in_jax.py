@@ -16,6 +16,7 @@ from parity.bench.in_jax import program
 from parity.bench.plan import Plan as Timing
 from parity.bench.plan import emit
 from parity.run.jax_ranks import AXIS, over_ranks, put
+from parity.run.supervisor import end_with_parent
 from parity.study.corners import Plan, routing_of
 
 
@@ -60,4 +61,5 @@ def main(plan: Plan) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(msgspec.json.decode(sys.argv[1], type=Plan))

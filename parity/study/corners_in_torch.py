@@ -11,6 +11,7 @@ from parity.bench.in_torch import RUNS_TOGETHER, join_ranks, start_ranks
 from parity.bench.in_torch import measure as timed
 from parity.bench.plan import Plan as Timing
 from parity.bench.plan import emit
+from parity.run.supervisor import end_with_parent
 from parity.study.corners import Plan, routing_of
 from torch_impl import Router, moe_layer, static
 from torch_impl.routing import Routing, count_per_expert
@@ -65,4 +66,5 @@ def main(plan: Plan) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(msgspec.json.decode(sys.argv[1], type=Plan))
