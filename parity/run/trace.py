@@ -63,8 +63,11 @@ class Trace:
             about = f.metadata() or {}
             if not {"backend", "case"} <= about.keys():
                 raise ValueError(f"{path} is not a trace written by `python -m parity check --save`")
-            for key in sorted(f.keys(), key=lambda key: (key.rsplit("/", 1)[0], int(key.rsplit("/", 1)[1]))):
-                arrays.setdefault(key.rsplit("/", 1)[0], []).append(f.get_tensor(key))
+            keys = {key: key.rpartition("/") for key in f.keys()}  # noqa: SIM118
+            if odd := [key for key, (_, _, rank) in keys.items() if not rank.isdecimal()]:
+                raise ValueError(f"{path} is no trace: a tensor is called mode/stage/value/rank, and one is {odd[0]!r}")
+            for key in sorted(keys, key=lambda key: (keys[key][0], int(keys[key][2]))):
+                arrays.setdefault(keys[key][0], []).append(f.get_tensor(key))
         try:
             return Trace(
                 msgspec.json.decode(about["case"], type=Case),

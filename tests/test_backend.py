@@ -1,0 +1,340 @@
+"""A backend is one record: by it a layer of a reader's own, in NumPy, goes beside PyTorch and JAX, and is judged."""
+
+import os
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+import numpy as np
+import numpy_backend
+import pytest
+from rich.console import Console
+from safetensors.numpy import save_file
+
+from parity.cases.case import Case
+from parity.cases.presets import PRESETS
+from parity.judge.engine import judge, make_report
+from parity.judge.records import Report, header
+from parity.oracle.problem import Problem, draw
+from parity.oracle.quantities import OUTSIDE, STAGES, names
+from parity.report.html import page
+from parity.report.terminal import print_report
+from parity.run.backend import Backend, Setting, spans
+from parity.run.ours import BACKENDS, find
+from parity.run.trace import Trace, load_folder
+
+TESTS = Path(__file__).parent
+CASES = ["zipf", "drop-rank-score"]  # of the second 68 assignments are dropped
+IN_PART = "numpy: compared: output, 5 gradients; not seen: stages 1-8"
+
+
+def parity(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run it where tests/ is on the path, as a reader's own folder would be."""
+    command = [sys.executable, "-m", "parity", *map(str, arguments)]
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path})
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> tuple[str, str, dict[tuple[str, str], Trace]]:
+    """What `check` says of PyTorch, JAX and NumPy, its page, and their traces by case and backend."""
+    folder = tmp_path_factory.mktemp("three")
+    backends = ("--backend", "torch", "--backend", "jax", "--backend", "numpy_backend:BACKEND")
+    run = parity("check", *CASES, *backends, "--no-json", "--save", folder / "traces", "--html", folder / "page.html")
+    assert run.returncode == 0, run.stdout + run.stderr
+    traces = {(trace.case.name, trace.backend.name): trace for trace in load_folder(folder / "traces")}
+    return run.stdout, (folder / "page.html").read_text(), traces
+
+
+def report_of(case: str, *traces: Trace) -> Report:
+    judged = {case: judge(draw(PRESETS[case]), list(traces))}
+    return make_report(header([trace.backend for trace in traces]), [case], judged, {})
+
+
+def said(report: Report) -> str:
+    print_report(console := Console(width=100, file=StringIO()), report)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def numpy_trace(case: str, folder: Path, old: str = "", new: str = "") -> Trace:
+    """What the NumPy layer makes of a case, once `old` is `new` in it."""
+    source = Path(numpy_backend.__file__).read_text()
+    assert not old or source.count(old) == 1
+    exec(compile(source.replace(old, new), "numpy_backend.py", "exec"), vars(module := ModuleType("numpy_backend")))
+    draw(PRESETS[case]).save(folder / f"{case}.problem")
+    module.run(module.BACKEND, folder, Setting())
+    (trace,) = load_folder(folder)
+    return trace
+
+
+# ---- A backend of one's own
+
+
+def test_a_layer_in_numpy_beside_pytorch_and_jax(three):
+    text, html, traces = three
+    lines = text.splitlines()
+    zipf, drops = (next(line for line in lines if line.startswith(name)).split() for name in CASES)
+    assert zipf[7:10] == ["0", "✓" * 9, "✓"]
+    assert drops[7:10] == ["68", "✓" * 9, "✓"]
+    assert lines[-1] == "match"
+    assert IN_PART in lines
+    assert not [line for line in lines if line.startswith(("torch:", "jax:"))]  # of these everything is seen
+    assert f'<dd class="seen">{IN_PART}</dd>' in html
+    assert f"<li>{IN_PART}." in html
+    assert "torch: compared" not in html
+    assert "no row to compare" not in html
+    assert {backend for _, backend in traces} == {"torch", "jax", "numpy"}
+    assert traces["zipf", "numpy"].arrays.keys() == {*OUTSIDE}
+    assert len(Path(numpy_backend.__file__).read_text().splitlines()) <= 40
+
+
+def test_each_of_its_arrays_is_held_against_the_oracle_and_both_others(three):
+    _, _, traces = three
+    for case in CASES:
+        report = report_of(case, *(traces[case, backend] for backend in ("torch", "jax", "numpy")))
+        pairs = [(f"{c.mode}/{c.stage}/{c.value}", c.left, c.right) for c in report.checks[case]]
+        mine = sorted(pair for pair in pairs if "numpy" in pair)
+        of_each = [("numpy", "oracle"), ("torch", "numpy"), ("jax", "numpy")]
+        assert mine == sorted((name, *pair) for name in OUTSIDE for pair in of_each)
+        assert report.footer.verdict == "match"
+
+
+def test_alone_it_is_judged_by_what_it_shows(three):
+    _, _, traces = three
+    report = report_of("drop-rank-score", traces["drop-rank-score", "numpy"])
+    text = said(report)
+    assert report.footer.verdict == "match"
+    assert next(line for line in text.splitlines() if line.startswith("drop-rank-score")).split()[7:10] == [
+        "-", "\N{MIDDLE DOT}" * 9, "✓"
+    ]  # fmt: skip
+    assert IN_PART in text
+    html = page(report)
+    assert f"{IN_PART}." in html
+    assert "Only numpy ran: it was held against the oracle, not against another backend." in html
+    assert "not compared</span>" not in html
+    assert html.count('<span class="value">not seen</span>') == 9
+
+
+FAULTS = [
+    ("zipf", "x.T @ db,", "(x.T @ db).mT,", "apply_experts", "dw_up", "backward"),
+    ("zipf", '"ne,end->nd", weight,', '"ne,end->nd", kept,', "combine", "out", "forward"),
+    ("zipf", "x.T @ dlogits,", "x.T @ dscore,", "route", "drouter", "backward"),
+    ("zipf", "da @ gate.mT + db @ up.mT", "da @ gate.mT + da @ up.mT", "route", "dx", "backward"),
+    ("drop-rank-score", " * problem.keep.reshape(-1, case.top_k, 1)", "", "combine", "out", "forward"),
+]
+
+
+@pytest.mark.parametrize(("case", "old", "new", "stage", "value", "direction"), FAULTS, ids=[f[4] for f in FAULTS])
+def test_a_fault_in_it_is_blamed_on_it(three, tmp_path, case, old, new, stage, value, direction):
+    _, _, traces = three
+    report = report_of(case, traces[case, "torch"], traces[case, "jax"], numpy_trace(case, tmp_path, old, new))
+    verdict = report.blamed(case)
+    assert verdict
+    assert (verdict.backends, verdict.stage, verdict.check.value) == (["numpy"], stage, value)
+    assert (verdict.direction, verdict.function) == (direction, "tests/numpy_backend.py")
+    assert all("numpy" in (check.left, check.right) for check in report.checks[case] if not check.ok)
+    assert len([check for check in report.checks[case] if check.ok and "numpy" not in (check.left, check.right)]) > 150
+    text = said(report)
+    assert f"{case}: numpy is wrong at stage {STAGES.index(stage) + 1} " in text
+    assert "  look at:  tests/numpy_backend.py\n" in text
+
+
+def test_what_repeats_a_failure_names_it_as_it_was_asked_for(three, tmp_path):
+    trace = numpy_trace("zipf", tmp_path, FAULTS[0][1], FAULTS[0][2])
+    trace.backend = msgspec.structs.replace(find("numpy_backend:BACKEND"))
+    assert "repeat:   python -m parity check zipf --backend numpy_backend:BACKEND\n" in said(report_of("zipf", trace))
+
+
+def test_two_of_three_are_wrong(three, tmp_path):
+    _, _, traces = three
+    wrong = numpy_trace("zipf", tmp_path, FAULTS[1][1], FAULTS[1][2])
+    jax = Trace(wrong.case, BACKENDS["jax"], {}, arrays=traces["zipf", "jax"].arrays | {
+        "e2e/combine/out": wrong.arrays["e2e/combine/out"]
+    })  # fmt: skip
+    text = said(report_of("zipf", traces["zipf", "torch"], jax, wrong))
+    assert "zipf: jax and numpy differ from the oracle at stage 9 combine, forward, in the whole layer" in text
+    assert "look at:  jax_impl/grouping.py: combine and tests/numpy_backend.py\n" in text
+    assert "repeat:   python -m parity check zipf --backend jax --backend numpy\n" in text
+
+
+# ---- What it declares, and what it does not
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_declared_array_that_is_missing_is_a_failure(three, name):
+    trace = three[2]["zipf", "numpy"]
+    trace = Trace(trace.case, trace.backend, {}, arrays={n: a for n, a in trace.arrays.items() if n != name})
+    report = report_of("zipf", trace)
+    (check,) = [check for check in report.checks["zipf"] if not check.ok]
+    assert (f"{check.mode}/{check.stage}/{check.value}", check.note) == (name, "missing from the trace")
+    assert report.footer.verdict == "mismatch"
+
+
+def test_an_array_that_is_not_declared_is_not_looked_at(three):
+    trace = three[2]["zipf", "numpy"]
+    less = msgspec.structs.replace(trace.backend, provides=OUTSIDE[:2])
+    junk = {"e2e/route/drouter": [np.full((1,), np.nan)], "e2e/combine/dscore": [np.zeros(3)]}
+    for arrays in (trace.arrays | junk, {name: trace.arrays[name] for name in OUTSIDE[:2]}):
+        report = report_of("zipf", Trace(trace.case, less, {}, arrays=arrays))
+        assert report.footer.verdict == "match"
+        assert [f"{c.mode}/{c.stage}/{c.value}" for c in report.checks["zipf"]] == [*OUTSIDE[:2]]
+        assert "numpy: compared: output, 1 gradient; not seen: 4 gradients, stages 1-8\n" in said(report)
+
+
+@pytest.mark.parametrize(
+    ("provides", "seen"),
+    [
+        (OUTSIDE, "compared: output, 5 gradients; not seen: stages 1-8"),
+        (OUTSIDE[:1], "compared: output; not seen: 5 gradients, stages 1-8"),
+        (OUTSIDE[1:2], "compared: 1 gradient; not seen: output, 4 gradients, stages 1-9"),
+        (("isolated/send_tokens/x",), "compared: stage 4; not seen: output, 5 gradients, stages 1-3, 5-9"),
+        ((*OUTSIDE, "e2e/route/score"), "compared: output, 5 gradients, stage 1; not seen: stages 2-8"),
+        (names("static"), "compared: output, 5 gradients, stages 1-8"),
+    ],
+)
+def test_what_is_seen_in_words(provides, seen):
+    assert Backend("mine", "none", "static", provides).seen() == seen
+
+
+def test_spans():
+    assert spans({1, 3, 4, 5, 9}) == "1, 3-5, 9"
+    assert spans({2}) == "2"
+
+
+# ---- Records that cannot be
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"provides": ("e2e/combine/outt",)}, "mine provides e2e/combine/outt is no quantity: there are route/"),
+        ({"provides": ("e2e/group_by_expert/dx",)}, "e2e/group_by_expert/dx is no quantity"),  # a stage alone has it
+        ({"provides": ("combine/out",)}, "combine/out is no quantity"),
+        ({"provides": ()}, "backend mine provides nothing to compare"),
+        ({"provides": ("e2e/send_tokens/x",)}, "send_tokens/x, which layout opaque does not have: it is of dynamic, "),
+        ({"layout": "dynamic", "provides": ("e2e/group_by_expert/dropped",)}, "dynamic does not have: it is of static"),
+        ({"layout": "dense"}, "backend mine has layout 'dense': there are dynamic, static, ragged, opaque"),
+        ({"files": {"combined": "x.py"}}, "backend mine says where combined is written: stages are route, "),
+        ({"name": "a/b"}, "a backend cannot be called 'a/b': it names files"),
+        ({"name": "oracle"}, "a backend cannot be called 'oracle'"),
+    ],
+)  # fmt: skip
+def test_a_record_that_cannot_be(changes, message):
+    fields = {"name": "mine", "framework": "none", "layout": "opaque", "provides": OUTSIDE} | changes
+    with pytest.raises(ValueError, match=message):
+        Backend(**fields)
+
+
+NOT_A_RECORD = "a string"
+NO_RUN = Backend("mine", "none", "opaque", OUTSIDE)
+A_DOUBLE = Backend("jax", "none", "opaque", OUTSIDE, run="numpy_backend:run")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("nosuch", "no backend is called nosuch. There are: torch, jax, torch-static, jax-dynamic; or name a record as "
+                   "package.module:name"),
+        ("torch_impl", "no backend is called torch_impl. There are: torch, "),
+        ("nosuch:BACKEND", "--backend nosuch:BACKEND: No module named 'nosuch'"),
+        ("numpy_backend:NOSUCH", "--backend numpy_backend:NOSUCH: module 'numpy_backend' has no attribute 'NOSUCH'"),
+        ("numpy_backend:run", "numpy_backend:run is a function and no Backend. There are: torch, jax, "),
+        ("test_backend:NOT_A_RECORD", "test_backend:NOT_A_RECORD is a str and no Backend"),
+        ("test_backend:NO_RUN", "--backend test_backend:NO_RUN has no function to run it: set `run` in its record"),
+        ("test_backend:A_DOUBLE", "--backend test_backend:A_DOUBLE is called jax, as one of this project is"),
+    ],
+)  # fmt: skip
+def test_a_backend_that_there_is_not(asked, message):
+    with pytest.raises(ValueError, match="^" + message.replace(".", r"\.")):
+        find(asked)
+
+
+@pytest.mark.parametrize("asked", ["nosuch", "parity.cases.case:Case"])
+def test_wrong_usage_on_the_command_line(asked):
+    run = parity("check", "zipf", "--backend", asked, "--no-json")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: ")
+    assert asked in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+# ---- Traces that somebody else's program wrote
+
+
+@pytest.fixture
+def theirs(tmp_path, three):
+    """Writes the output alone, as another program would, and saves PyTorch's trace; the folders."""
+
+    def write(change: float = 0, **about: str) -> list[Path]:
+        traces = three[2]
+        out = traces["zipf", "numpy"].arrays["e2e/combine/out"]
+        tensors = {f"e2e/combine/out/{rank}": a + np.float32(change * (rank == 2)) for rank, a in enumerate(out)}
+        (tmp_path / "mine").mkdir()
+        metadata = {"case": '{"name": "zipf", "pattern": "zipf"}', "backend": "mine"} | about
+        save_file(tensors, tmp_path / "mine" / "zipf.safetensors", metadata=metadata)
+        traces["zipf", "torch"].save(tmp_path / "torch")
+        return [tmp_path / "torch", tmp_path / "mine"]
+
+    return write
+
+
+def test_a_trace_of_the_output_alone_is_compared(theirs):
+    folders = theirs()
+    assert {trace.case for folder in folders for trace in load_folder(folder)} == {PRESETS["zipf"]}
+    run = parity("compare", *folders, "--no-json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "mine: compared: output; not seen: 5 gradients, stages 1-8\n" in run.stdout
+    assert run.stdout.endswith("match\n")
+
+
+def test_and_found_wrong(theirs):
+    run = parity("compare", *theirs(change=1e-3), "--no-json")
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "zipf: mine is wrong at stage 9 combine, forward, in the whole layer\n" in run.stdout
+    assert "out against oracle: 16 of 64 rows; worst: rank 2, source rank 2, token " in run.stdout
+    assert "look at:  mine\n" in run.stdout
+
+
+def test_a_trace_by_its_record(theirs):
+    record = msgspec.json.encode(Backend("theirs", "none", "opaque", OUTSIDE[:2], {"": "layer.cpp"})).decode()
+    run = parity("compare", *theirs(backend=record), "--no-json")
+    assert run.returncode == 1, run.stdout + run.stderr  # it says that a gradient is there, and it is not
+    assert "dx against oracle: missing from the trace" in run.stdout
+    assert "look at:  layer.cpp\n" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"layout": "dense"}, "layout"),
+        ({"case": '{"name": "zipf", "pattern": "zip"}'}, "is no trace: Invalid enum value 'zip'"),
+        ({"backend": "../mine"}, "a backend cannot be called '../mine'"),
+        ({"backend": '{"name": "mine"}'}, "is no trace: Object missing required field"),
+    ],
+)
+def test_a_trace_that_says_what_cannot_be(theirs, about, message):
+    with pytest.raises(ValueError, match=message):
+        [load_folder(folder) for folder in theirs(**about)]
+
+
+def test_a_trace_with_an_array_that_is_no_quantity(tmp_path):
+    about = {"case": "{}", "backend": "mine"}
+    save_file({"e2e/combine/output/0": np.zeros(1)}, tmp_path / "a.safetensors", metadata=about)
+    with pytest.raises(
+        ValueError, match="is no trace: backend mine provides e2e/combine/output is no quantity: there are"
+    ):
+        load_folder(tmp_path)
+    save_file({"output": np.zeros(1)}, tmp_path / "a.safetensors", metadata=about)
+    with pytest.raises(ValueError, match="is no trace: a tensor is called mode/stage/value/rank, and one is 'output'"):
+        load_folder(tmp_path)
+
+
+def test_a_problem_is_the_same_for_all(three):
+    """The record, the case and the arrays come back as they were saved."""
+    trace = three[2]["zipf", "numpy"]
+    assert trace.backend == find("numpy_backend:BACKEND")
+    assert trace.case == Case(name="zipf", pattern="zipf")
+    assert isinstance(draw(trace.case), Problem)
