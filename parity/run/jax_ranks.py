@@ -19,7 +19,7 @@ from parity.run.backend import Backend, Setting
 from parity.run.ranks import Notes, run_cases
 from parity.run.trace import Trace
 
-AXIS = "ranks"
+AXIS, GROUPS = "ranks", "groups"
 Arrays = dict[str, jax.Array]
 At = Callable[[str], None]  # notes that a stage begins
 Work = Callable[[Problem, Backend, str, At], Trace]  # a problem on all ranks; how they are had
@@ -92,14 +92,26 @@ class Program:
         return jax.block_until_ready(self.compiled(*arguments))
 
 
-def put(tree: dict[str, np.ndarray], P: int, how: str) -> Arrays:
-    """On the devices: a rank's part on the rank's device, the router on all."""
-    if how == "vmap" or P == 1:
+@dataclass
+class Eager:
+    """A function run an operation at a time, called as a `Program` is."""
+
+    function: Callable
+
+    def __call__(self, at: At, stage: str, *arguments: Any) -> Any:
+        """Run it, in a stage of that name."""
+        at(stage)
+        return jax.block_until_ready(self.function(*arguments))
+
+
+def put(tree: dict[str, np.ndarray], P: int, how: str, groups: int = 1) -> Arrays:
+    """On the devices: a rank's part on the rank's device, the router on all of its group."""
+    if how == "vmap" or P * groups == 1:
         return {name: jnp.asarray(a) for name, a in tree.items()}
 
     def place(name: str, a: np.ndarray) -> jax.Array:
         # Not device_put, which compares what the processes give it, and to which NaN is not equal to NaN.
-        return jax.make_array_from_callback(a.shape, sharding(P, name != "router"), lambda index: a[index])
+        return jax.make_array_from_callback(a.shape, sharding(P, name != "router", groups), lambda index: a[index])
 
     return {name: place(name, np.asarray(a)) for name, a in tree.items()}
 
@@ -111,32 +123,54 @@ def fetch(arrays: Arrays, how: str) -> dict[str, np.ndarray]:
     return jax.device_get(arrays)
 
 
-def sharding(P: int, split: bool) -> NamedSharding:
-    """Over ranks along the leading axis, or the same on all."""
-    return NamedSharding(_mesh(P), PartitionSpec(AXIS) if split else PartitionSpec())
+def sharding(P: int, split: bool, groups: int = 1) -> NamedSharding:
+    """Over ranks along the leading axis, or the same on all; of several groups along the axis before that."""
+    return NamedSharding(_mesh(P, groups), _spec(split, groups))
 
 
-def _mesh(P: int) -> jax.sharding.Mesh:
-    return jax.make_mesh((P,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.devices()[:P])
+def _spec(split: bool, groups: int) -> PartitionSpec:
+    return PartitionSpec(*[GROUPS] * (groups > 1), *[AXIS] * split)
 
 
-def over_ranks(f: Callable, P: int, how: str, *, replicated: tuple[int, ...] = ()) -> Callable:
-    """`f` on every rank: arguments and results have a leading rank axis, but for the arguments `replicated`."""
+def _mesh(P: int, groups: int) -> jax.sharding.Mesh:
+    shape, names = ((groups, P), (GROUPS, AXIS)) if groups > 1 else ((P,), (AXIS,))
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names), devices=jax.devices()[: P * groups])
+
+
+def over_ranks(f: Callable, P: int, how: str, *, groups: int = 1, replicated: tuple[int, ...] = ()) -> Callable:
+    """`f` on every rank: arguments and results have a leading rank axis, but for the arguments `replicated`.
+
+    Of several groups, which are another axis of the mesh, all arguments and results have a leading axis more.
+    """
     axis = AXIS if P > 1 else None
-    if how == "vmap" and P > 1:
-        return lambda *args: jax.vmap(
-            f, in_axes=tuple(None if i in replicated else 0 for i in range(len(args))), axis_name=axis
-        )(*args)
 
     def block(*args):
-        args = [a if i in replicated else jax.tree.map(lambda a: a[0], a) for i, a in enumerate(args)]
-        return jax.tree.map(lambda a: a[None], f(*args))
+        args = [_without(a, [groups > 1, i not in replicated]) for i, a in enumerate(args)]
+        return jax.tree.map(lambda a: a[None, None] if groups > 1 else a[None], f(*args))
 
-    if P == 1:
-        return block
+    def in_one(*args):
+        if P == 1:
+            result = f(*(_without(a, [i not in replicated]) for i, a in enumerate(args)))
+            return jax.tree.map(lambda a: a[None], result)
+        axes = tuple(None if i in replicated else 0 for i in range(len(args)))
+        return jax.vmap(f, in_axes=axes, axis_name=axis)(*args)
+
+    def one_by_one(*args):  # not one vmap in another: of jax 0.10's ragged_dot it ends in a TypeError
+        results = [in_one(*jax.tree.map(lambda a, g=g: a[g], args)) for g in range(groups)]
+        return jax.tree.map(lambda *a: jnp.stack(a), *results)
+
+    if how == "vmap" or P * groups == 1:
+        return one_by_one if groups > 1 else in_one
 
     def sharded(*args):
-        specs = tuple(PartitionSpec() if i in replicated else PartitionSpec(AXIS) for i in range(len(args)))
-        return jax.shard_map(block, mesh=_mesh(P), in_specs=specs, out_specs=PartitionSpec(AXIS))(*args)
+        specs = tuple(_spec(i not in replicated, groups) for i in range(len(args)))
+        return jax.shard_map(block, mesh=_mesh(P, groups), in_specs=specs, out_specs=_spec(True, groups))(*args)
 
     return sharded
+
+
+def _without(tree: Any, leading: Sequence[bool]) -> Any:
+    """The first of each leading axis."""
+    for axis in leading:
+        tree = jax.tree.map(lambda a: a[0], tree) if axis else tree
+    return tree

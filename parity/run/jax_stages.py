@@ -23,7 +23,7 @@ from parity.oracle.rows import Layout, indices, lay_out, row_tables
 from parity.oracle.windows import STRIDE, Windows
 from parity.run import jax_ranks
 from parity.run.backend import Backend, Setting, resolve
-from parity.run.jax_ranks import AXIS, At, Program, fetch, over_ranks, put
+from parity.run.jax_ranks import AXIS, At, Eager, Program, fetch, over_ranks, put
 from parity.run.naming import MAIN, named, named_stages
 from parity.run.trace import Trace, differing_bits
 
@@ -40,46 +40,63 @@ def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
     for path, case in cases.items():
         by_program.setdefault((_static(case), _capacity(case)), []).append(path)
     paths = [path for same in list(by_program.values())[setting.share :: setting.shares] for path in same]
-    jax_ranks.run_all(backend, folder, setting, {path: cases[path].ranks for path in paths}, run)
+    jax_ranks.run_all(backend, folder, setting, {path: cases[path].processes for path in paths}, run)
 
 
 def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
-    """All ranks of a problem: on these inputs, on others, and on these again, which must give the same bits."""
+    """All ranks of a problem: on these inputs, on others, and on these again, which must give the same bits.
+
+    Where the case has a second step, it is in flight with the first in the same program, in both orders, or runs in a
+    second group of the same mesh.
+    """
     case = problem.case
-    stages_of: type[Static] | type[Ragged] = resolve(backend.stages)
+    stages_of: Stages = resolve(backend.stages)
     trace = Trace(case, backend, environment())
+    how_whole = "vmap" if case.way == "eager" else how  # under shard_map, each operation would be a program of its own
+    groups = case.processes // case.ranks
     with jax.enable_x64(case.dtype == "float64"):
-        wanted = frozenset(backend.provides)
-        end_to_end, isolated = programs(stages_of, _static(case), _capacity(case), case.capacity, how, wanted)
-        weights = _weights(problem, how)
+        whole_layer, isolated = programs(
+            stages_of, _static(case), _capacity(case), case.capacity, how,
+            bool(problem.second and problem.second.own_choice), frozenset(backend.provides),
+        )  # fmt: skip
+        weights = _weights(problem, how_whole, groups)
 
-        def whole(problem: Problem, stage: str) -> dict[str, np.ndarray]:
-            inputs = put(stages_of.inputs(problem), case.ranks, how)
+        def whole(first: Problem, stage: str) -> dict[str, np.ndarray]:
+            steps = [stages_of.inputs(one) for one in (first, problem.second) if one]
+            if groups > 1:
+                steps = [{name: np.stack([step[name] for step in steps]) for name in steps[0]}]
+            inputs = [put(step, case.ranks, how_whole, groups) for step in steps]
             with jax.transfer_guard_device_to_host("disallow"):
-                arrays = end_to_end(at, stage, weights, inputs)
-            return fetch(arrays, how)
+                arrays = whole_layer(at, stage, weights, *inputs)
+            return fetch(arrays, how_whole)
 
-        first = whole(problem, "the first step")
+        first = _per_rank(whole(problem, "the first step"), groups)
         for other in problem.steps_between():
             whole(other, "steps on other inputs")
-        again = whole(problem, "the first step, repeated")
+        again = _per_rank(whole(problem, "the first step, repeated"), groups)
         feeds = put(_feeds(problem, stages_of), case.ranks, how)
-        arrays = again | fetch(isolated(at, "the stages on their own", weights, feeds), how)
-    trace.arrays = {name: _per_rank(name, a) for name, a in arrays.items()}
-    for name, before in first.items():
-        repeat = [differing_bits(a, b) for a, b in zip(_per_rank(name, before), trace.arrays[name], strict=True)]
-        trace.arrays[name.replace("e2e", "repeat", 1)] = repeat
+        alone = isolated(at, "the stages on their own", _weights(problem, how), feeds)
+        arrays = again | _per_rank(fetch(alone, how), 1)
+    for name, ranks in first.items():
+        others = [again[n] for n in (name, name + TURNED) if n in again]
+        differ = [sum(differing_bits(a, b) for b in of_rank) for a, *of_rank in zip(ranks, *others, strict=True)]
+        arrays[name.replace("e2e", "repeat", 1)] = [np.array(n) for n in differ]
+    trace.arrays = {name: arrays[name] for name in backend.provides if name in arrays}
     return trace
 
 
-def _weights(problem: Problem, how: str) -> Arrays:
-    """[P, e, ...]; those of real size are put together from their bank where they are needed."""
+def _weights(problem: Problem, how: str, groups: int = 1) -> Arrays:
+    """[P, e, ...], for several groups with one more axis.
+
+    Those of real size are put together from their bank where they are needed.
+    """
     P, e = problem.case.ranks, problem.case.experts // problem.case.ranks
     split = None if how == "vmap" or P == 1 else jax_ranks.sharding(P, True)
 
     def on_devices(w: np.ndarray | Windows) -> jax.Array:
         if not isinstance(w, Windows):
-            return put({"w": w.reshape(P, e, *w.shape[1:])}, P, how)["w"]
+            of_ranks = w.reshape(P, e, *w.shape[1:])
+            return put({"w": np.stack([of_ranks] * groups) if groups > 1 else of_ranks}, P, how, groups)["w"]
         _, rows, columns = w.shape
 
         def windows(bank):
@@ -93,9 +110,19 @@ def _weights(problem: Problem, how: str) -> Arrays:
     return {name: on_devices(w) for name, w in problem.weights._asdict().items()}
 
 
-def _per_rank(name: str, a: np.ndarray) -> list[np.ndarray]:
-    """One array per rank; the end-to-end router gradient, of a replicated argument, is one for all."""
-    return [np.asarray(a)] if name == "e2e/route/drouter" else list(np.asarray(a))
+TURNED = "'"  # ends the name of an array of two steps in flight whose backwards came in the other order
+
+
+def _per_rank(arrays: dict[str, np.ndarray], groups: int) -> dict[str, list[np.ndarray]]:
+    """One array per rank; the router's gradient of the layer, of a replicated argument, is one for all.
+
+    With two groups their arrays have one more axis: the second's are those of the second step.
+    """
+    if groups > 1:
+        of_group = enumerate(("e2e", "second"))
+        arrays = {name.replace("e2e", mode, 1): a[g] for g, mode in of_group for name, a in arrays.items()}
+    one_for_all = ("e2e/route/drouter", "second/route/drouter")
+    return {name: [a] if name.removesuffix(TURNED) in one_for_all else list(a) for name, a in arrays.items()}
 
 
 def environment() -> dict[str, str]:
@@ -133,7 +160,7 @@ class Static:
 
     @staticmethod
     def inputs(problem: Problem) -> dict[str, np.ndarray]:
-        return {name: getattr(problem, name) for name in ("x", "router", "expert_id", "dout")}
+        return {name: getattr(problem, name) for name in ("x", "router", "expert_id", "score", "dout")}
 
     def in_bins(self, rows: jax.Array) -> jax.Array:
         return rows.reshape(self.capacity.n_bins, self.capacity.rows, *rows.shape[1:])
@@ -173,7 +200,7 @@ class Static:
         how = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
         stages = layer.moe_layer(x, router, *weights, **how, capacity=capacity, routing=chosen, axis_name=axis)
         grouped = stages.grouped
-        return stages, (stages.returned_BCD, chosen.score_TK, grouped.slot_TK, grouped.assignment_BC)
+        return stages, (stages.returned_BCD, stages.routing.score_TK, grouped.slot_TK, grouped.assignment_BC)
 
     @staticmethod
     def weigh(y, score, slot, assignment, keep):  # noqa: ARG004
@@ -225,10 +252,11 @@ class Ragged:
     def layer(case, capacity, axis, x, router, weights, chosen, keep) -> tuple[Any, tuple]:  # noqa: ARG004
         """As `Static.layer`; what a capacity would drop has its score masked."""
         how = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
-        masked = chosen._replace(score_TK=chosen.score_TK * keep)
+        masked = chosen and chosen._replace(score_TK=chosen.score_TK * keep)
         stages = dynamic.moe_layer(x, router, *weights, **how, routing=masked, axis_name=axis)
         grouped = stages.grouped
-        return stages, (stages.returned_ND, chosen.score_TK, grouped.slot_TK, grouped.assignment_N)
+        own = chosen or stages.routing
+        return stages, (stages.returned_ND, own.score_TK, grouped.slot_TK, grouped.assignment_N)
 
     @staticmethod
     def weigh(y, score, slot, assignment, keep):
@@ -240,23 +268,38 @@ Stages = type[Static] | type[Ragged]
 
 @lru_cache(maxsize=4)  # cases with the same program come one after the other; more would only fill memory
 def programs(
-    stages_of: Stages, case: Case, capacity: Capacity, oracle_rows: int, how: str, wanted: frozenset[str]
-) -> tuple[Program, Program]:
+    stages_of: Stages, case: Case, capacity: Capacity, oracle_rows: int, how: str, choose: bool, wanted: frozenset[str]
+) -> tuple[Program | Eager, Program]:
     """The whole layer and the stages on their own, each compiled once for all cases of these shapes."""
     axis = AXIS if case.ranks > 1 else None
-    each = partial(over_ranks, P=case.ranks, how=how)
 
     def provided(arrays: Arrays) -> Arrays:
-        return {name: a for name, a in arrays.items() if name in wanted}
+        return {name: a for name, a in arrays.items() if name.removesuffix(TURNED) in wanted}
 
-    def end_to_end(weights: Arrays, inputs: Arrays) -> Arrays:
-        return provided(_end_to_end(stages_of, case, capacity, axis, each, weights | inputs))
+    def layer_of(weights: Arrays, inputs: Arrays, choose: bool = False) -> WholeLayer:
+        how_whole, groups = ("vmap" if case.way == "eager" else how), case.processes // case.ranks
+        each = partial(over_ranks, P=case.ranks, how=how_whole, groups=groups)
+        return WholeLayer(stages_of, case, capacity, axis, each, weights | inputs, choose)
+
+    def end_to_end(weights: Arrays, *steps: Arrays) -> Arrays:
+        if len(steps) == 1:
+            return provided(layer_of(weights, *steps).backward("e2e"))
+        found: Arrays = {}
+        for turned in (False, True):  # both forwards before both backwards
+            both = [layer_of(weights, steps[0]), layer_of(weights, steps[1], choose)]
+            for i in (1, 0) if turned else (0, 1):
+                arrays = both[i].backward(("e2e", "second")[i])
+                found |= {name + TURNED * turned: a for name, a in arrays.items()}
+        return provided(found)
 
     def isolated(weights: Arrays, feeds: Arrays) -> Arrays:
-        return provided(each(partial(_isolated, stages_of, case, capacity, oracle_rows, axis))(weights | feeds))
+        each = over_ranks(partial(_isolated, stages_of, case, capacity, oracle_rows, axis), case.ranks, how)
+        return provided(each(weights | feeds))
 
     quickly = _COMPILED_QUICKLY.get(jax.default_backend())
-    return Program(jax.jit(end_to_end)), Program(jax.jit(isolated, compiler_options=quickly))
+    as_users_do = None if case.way in ("usual", "compiled") else quickly
+    whole = Eager(end_to_end) if case.way == "eager" else Program(jax.jit(end_to_end, compiler_options=as_users_do))
+    return whole, Program(jax.jit(isolated, compiler_options=quickly))
 
 
 def _capacity(case: Case) -> Capacity:
@@ -266,34 +309,49 @@ def _capacity(case: Case) -> Capacity:
     )  # fmt: skip
 
 
-def _end_to_end(
-    stages_of: Stages, case: Case, capacity: Capacity, axis: str | None, each: Callable, whole: Arrays
-) -> Arrays:
-    """The whole layer and its gradients, with the oracle's expert ids."""
-    keep = whole.get("keep", whole["expert_id"])  # of use to the layout that asks for it
+class WholeLayer:
+    """The whole layer on all ranks, with the oracle's expert ids or those that the router chooses: forward at once."""
 
-    def forward(x, router, ids, keep, *weights):
-        chosen = routing.route(x, router, routing.Router(*case.router), expert_id_TK=ids)
-        stages, combined = stages_of.layer(case, capacity, axis, x, router, weights, chosen, keep)
-        return stages.out_TD, (named_stages(stages) | {"route/score": chosen.score_TK}, combined)
+    def __init__(
+        self, stages_of: Stages, case: Case, capacity: Capacity, axis: str | None, each: Callable, whole: Arrays,
+        choose: bool,
+    ) -> None:  # fmt: skip
+        self.stages_of, self.case, self.each, self.whole = stages_of, case, each, whole
+        self.keep = whole.get("keep", whole["expert_id"])  # of use to the layout that asks for it
 
-    def differentiable(x, router, *weights):
-        return each(forward, replicated=(1,))(x, router, whole["expert_id"], keep, *weights)
+        def forward(x, router, ids, keep, score, *weights):
+            chosen = None
+            if not choose:
+                chosen = routing.route(x, router, routing.Router(*case.router), expert_id_TK=ids)
+                own = chosen.score_TK
+                if capacity.priority == "score":  # who is dropped goes by scores to the last bit: those of the oracle
+                    chosen = chosen._replace(score_TK=own + jax.lax.stop_gradient(score - own))
+            stages, combined = stages_of.layer(case, capacity, axis, x, router, weights, chosen, keep)
+            own = stages.routing.score_TK if choose else own
+            return stages.out_TD, (named_stages(stages) | {"route/score": own}, combined)
 
-    inputs = tuple(whole[n] for n in ("x", "router", "w_gate", "w_up", "w_down"))
-    _, vjp, (values, combined) = jax.vjp(differentiable, *inputs, has_aux=True)
-    dx, drouter, *dw = vjp(whole["dout"])
+        forward = jax.checkpoint(forward) if case.way == "recomputed" else forward
 
-    def score_gradient(y, score, slot, assignment, keep, dout):
-        return jax.vjp(lambda score: stages_of.weigh(y, score, slot, assignment, keep), score)[1](dout)[0]
+        def differentiable(x, router, *weights):
+            return each(forward, replicated=(1,))(x, router, whole["expert_id"], self.keep, whole["score"], *weights)
 
-    values |= {
-        "combine/dscore": each(score_gradient)(*combined, keep, whole["dout"]),
-        **{f"apply_experts/{name}": a for name, a in compared(case, dw).items()},
-        "route/drouter": drouter,
-        "route/dx": dx,
-    }
-    return {f"e2e/{name}": value for name, value in values.items()}
+        inputs = tuple(whole[n] for n in ("x", "router", "w_gate", "w_up", "w_down"))
+        _, self.vjp, (self.values, self.combined) = jax.vjp(differentiable, *inputs, has_aux=True)
+
+    def backward(self, mode: str) -> Arrays:
+        """Every value and every gradient, as mode/stage/value."""
+        dx, drouter, *dw = self.vjp(self.whole["dout"])
+
+        def score_gradient(y, score, slot, assignment, keep, dout):
+            return jax.vjp(lambda score: self.stages_of.weigh(y, score, slot, assignment, keep), score)[1](dout)[0]
+
+        values = self.values | {
+            "combine/dscore": self.each(score_gradient)(*self.combined, self.keep, self.whole["dout"]),
+            **{f"apply_experts/{name}": a for name, a in compared(self.case, dw).items()},
+            "route/drouter": drouter,
+            "route/dx": dx,
+        }
+        return {f"{mode}/{name}": value for name, value in values.items()}
 
 
 def compared(case: Case, dw: Sequence[jax.Array]) -> Arrays:

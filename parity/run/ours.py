@@ -26,8 +26,10 @@ def _ours(name: str, framework: str, layout: Layout, stages: str, folder: str = 
     package = f"{framework}_impl"
     files = {stage: f"{own.get(stage, folder or package)}/{file}" for stage, file in FILES.items()}
     run = f"parity.run.{framework}_stages"
+    # JAX's arrays cannot be changed, and a gradient that is asked for twice is one computation.
+    provides = tuple(n for n in names(layout) if framework != "jax" or not n.endswith(("/changed", "/again")))
     return Backend(
-        name, framework, layout, names(layout), files, needs=(framework,),
+        name, framework, layout, provides, files, needs=(framework,),
         run=f"{run}:run_all", stages=f"{run}:{stages}",
         refuses="parity.run.ours:refuses_ragged" if layout == "ragged" else "",
     )  # fmt: skip

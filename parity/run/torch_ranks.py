@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ def run_all(backend: Backend, folder: Path, setting: Setting, work: Work) -> Non
     torch.set_num_threads(1)
     by_size: dict[int, list[Path]] = {}
     for path in sorted(folder.glob("*.problem")):
-        by_size.setdefault(Problem.load(path).case.ranks, []).append(path)
+        by_size.setdefault(Problem.load(path).case.processes, []).append(path)
     for P, paths in sorted(by_size.items()):
         run_cases(backend, folder, paths, P, setting.timeout, partial(_rank, backend, P, setting, work))
 
@@ -98,8 +98,21 @@ def gathered(mine: Arrays, P: int, rank: int) -> list[Arrays]:
     return [arrays for arrays in everybody if arrays is not None]
 
 
-def all_sum(a: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks, as data-parallel training does for a replicated parameter."""
+@cache
+def my_group(groups: int, rank: int) -> tuple[int, dist.ProcessGroup | None]:
+    """This process's rank in its group, and the group: one of several that share the world, or None for all of it.
+
+    Ranks of a group are not neighbours in the world, so that a rank of the world is none of the group.
+    """
+    if groups == 1:
+        return rank, None
+    world = range(dist.get_world_size())
+    made = [dist.new_group(list(world[g::groups])) for g in range(groups)]  # every process takes part in making each
+    return rank // groups, made[rank % groups]  # type: ignore[return-value]  a group of which this is no member is an int
+
+
+def all_sum(a: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The sum over ranks of the group, as data-parallel training does for a replicated parameter."""
     if dist.is_initialized():
-        dist.all_reduce(a)
+        dist.all_reduce(a, group=group)
     return a
