@@ -61,7 +61,7 @@ def laid_out(case: Case, want: Expected, values: Array, table: Table) -> list[Ar
 
 def perfect(problem: Problem, backend: str, wanted: Wanted) -> Trace:
     """A trace that holds what the oracle says, rounded to the dtype it is stored in."""
-    case, layout = problem.case, SIDES[backend]
+    case, layout = problem.case, BACKENDS[backend].layout
     table = row_tables(case, problem.expert_id, problem.keep, layout)
     index = [indices(case, table, rank) for rank in range(case.ranks)]
     arrays = {}

@@ -6,22 +6,25 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 from browser import said_by
+from rich.console import Console
 from test_compare import SIDES, expectations, perfect
 
 from parity.cases.case import Case
+from parity.cases.presets import PRESETS
 from parity.judge.compare import Check
 from parity.judge.engine import judge, make_report
 from parity.judge.records import Report, header
 from parity.oracle.problem import Problem, draw
 from parity.oracle.quantities import STAGES
 from parity.report.html import DRAWN, num, page, ratio_text
-from parity.report.terminal import SHORT, describe, place
+from parity.report.terminal import SHORT, describe, place, print_report
 from parity.run.ours import BACKENDS
 from parity.run.trace import Trace
 
@@ -187,6 +190,20 @@ def test_a_match_says_so(match):
     assert not root.all("table", class_="rows")
     assert not root.all(class_="fail")
     assert len(root.all("details", class_="case")) == 2
+
+
+@pytest.mark.parametrize(
+    ("backends", "dropped"),
+    [(("torch",), "-"), (("jax",), "68"), (("torch-static",), "68"), (("torch", "jax"), "68")],
+    ids=" ".join,
+)
+def test_terminal_and_page_say_alike_what_is_dropped(backends, dropped):
+    report = report_of(PRESETS["drop-rank-score"], backends=backends)
+    print_report(console := Console(width=100, file=StringIO()), report)
+    shown = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert shown[1].split()[:8] == ["drop-rank-score", "4", "16", "8", "2", "float32", "4", dropped]
+    (row,) = tree(report).one("table", id="cases-table").lines
+    assert row[-7:] == ["4", "16", "8", "2", "float32", "4", dropped.replace("-", DASH)]
 
 
 def test_what_failed_and_how_to_repeat_it(mismatch):

@@ -1,11 +1,14 @@
 """The recorded runs are whole, match, and are what their table says."""
 
+from io import StringIO
 from pathlib import Path
 
 from rich.console import Console
 
 from parity.judge import records
-from parity.report.terminal import summary
+from parity.report.html import page
+from parity.report.terminal import print_report, summary
+from parity.run.ours import BACKENDS
 
 FOLDER = Path(__file__).parent.parent / "docs" / "results"
 REPORTS = {path.name.split(".")[0]: records.read(path) for path in sorted(FOLDER.glob("*.xz"))}
@@ -22,3 +25,36 @@ def test_the_table_is_of_these_files():
         console.print(summary(REPORTS))
     lines = [line.rstrip() for line in captured.get().splitlines()]
     assert "\n".join(lines) in (FOLDER / "README.md").read_text()
+
+
+# What the program said, when it knew its own backends only, of
+# `check zipf --fault torch-off-by-one-group --backend torch --json`.
+AS_IT_WAS = """\
+case P  T E K dtype    C dropped stages 1-9 layer closest    s
+zipf 4 16 8 2 float32 32       - ✓✓✓✓✓✗✓✓✓  ✗        >999 30.4
+
+zipf: torch is wrong at stage 6 experts, forward, fed the oracle's input
+  y against oracle: 4 of 128 rows; worst: rank 0, source rank 3, token 15, k 1, expert 0, slot 45, index [8]
+  -0.7919028997421265 instead of 0.5125860010515922; off by 1.3, allowed 1.99e-06: would need 6.54e+05 times that
+  failing rows: all have source rank 3
+  failing rows: all have local expert 0
+  look at:  torch_impl/experts.py: apply_experts
+  in all:   15 comparisons differ
+  repeat:   python -m parity check zipf --backend torch --fault torch-off-by-one-group
+
+1 cases, 56 comparisons, 4,851 rows: 1,907 judged bit for bit, 2,944 by their own allowance
+time: oracle 0.3 s, compare 1.6 s, torch 45.3 s, in all 46.0 s
+MISMATCH in 1 of 1 cases: zipf
+"""
+
+
+def test_a_report_of_schema_1_says_what_it_said():
+    report = records.read(Path(__file__).parent / "schema-1.jsonl.xz")
+    assert report.backends == BACKENDS
+    print_report(console := Console(width=120, file=StringIO(), highlight=False), report)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert [line.rstrip() for line in said.splitlines()] == AS_IT_WAS.splitlines()
+    html = page(report)
+    assert "torch is wrong at stage 6 experts, forward, fed the oracle&#39;s input" in html
+    assert "<code>torch_impl/experts.py: apply_experts</code>" in html
+    assert "Only torch ran: it was held against the oracle" in html
