@@ -8,6 +8,7 @@ from safetensors.numpy import save_file
 
 from parity.cases.case import Case
 from parity.study import simulate
+from parity.study.routing import counts, needed_factor, recorded_routing, zipf_routing
 from parity.study.simulate import (
     LINKS,
     Popularity,
@@ -19,7 +20,6 @@ from parity.study.simulate import (
     seconds_of,
     zipf,
 )
-from parity.study.sweep import counts, needed_factor, recorded_routing, zipf_routing
 
 CASE = Case("small", ranks=4, tokens=256, width=64, hidden=64, experts=16, top_k=2, dtype="bfloat16")
 

@@ -11,9 +11,13 @@ from parity.cases.case import Case
 from parity.cases.presets import PRESETS
 from parity.oracle import reference
 from parity.oracle.problem import draw
-from parity.run import in_jax as run_jax
+from parity.run import jax_stages
+from parity.run.ours import BACKENDS
 from parity.study import sweep as study
-from parity.study.sweep import PER, PRIORITIES, Routing, measure, places, recorded_routing, sweep, zipf_routing
+from parity.study.routing import PER, PRIORITIES, Routing, places, recorded_routing, zipf_routing
+from parity.study.sweep import measure, sweep
+
+STATIC_JAX = next(b for b in BACKENDS.values() if (b.framework, b.layout) == ("jax", "static"))
 
 
 def routing_of(problem) -> Routing:
@@ -74,7 +78,7 @@ def run(request):
     problem = draw(PRESETS[request.param])
     case = problem.case
     found = measure(routing_of(problem), case.capacity_factor, case.capacity_per, case.priority)
-    return problem, found, run_jax.run(problem, "vmap")
+    return problem, found, jax_stages.run(problem, STATIC_JAX, "vmap", lambda _: None)
 
 
 def test_rows_dropped_are_those_of_a_run(run):
@@ -122,7 +126,7 @@ def test_errors_are_those_of_a_run(name):
     with_drops = draw(PRESETS[name])
     case = with_drops.case
     dropless = draw(replace(case, capacity_factor=None))
-    runs = [run_jax.run(problem, "vmap").arrays for problem in (dropless, with_drops)]
+    runs = [jax_stages.run(problem, STATIC_JAX, "vmap", lambda _: None).arrays for problem in (dropless, with_drops)]
 
     def relative(*names: str) -> float:
         a, b = (np.concatenate([np.stack(r[f"e2e/{n}"]).reshape(-1) for n in names]).astype(float) for r in runs)

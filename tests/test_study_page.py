@@ -16,10 +16,12 @@ from parity.cases.case import Case
 from parity.judge.records import header
 from parity.study import dispatch, learning
 from parity.study.dispatch import Dispatch
-from parity.study.engine import Study, _simulate
-from parity.study.learning import Run
-from parity.study.page import curves, page, plots
-from parity.study.sweep import FACTORS, places, sweep, zipf_routing
+from parity.study.learning import Run, curves
+from parity.study.page import page, plots
+from parity.study.part import Study
+from parity.study.routing import places, zipf_routing
+from parity.study.simulate import Simulated, popularities
+from parity.study.sweep import FACTORS, Figures, sweep
 
 SMALL = Case(tokens=16, width=8, hidden=8)
 
@@ -33,10 +35,10 @@ def dispatches() -> list[Dispatch]:
 @pytest.fixture(scope="module")
 def study(dispatches) -> Study:
     figures = [f for skew in (0.0, 2.0) for f in sweep(zipf_routing(SMALL, skew, 3))]
-    simulated = _simulate(Case("tiny", ranks=8, tokens=64, experts=16, top_k=2), ["pydoc"], 3)
+    simulated = popularities(Case("tiny", ranks=8, tokens=64, experts=16, top_k=2), ["pydoc"], 3)
     runs = [Run(layer, factor, seed, draw, [5.0 + 1e-7 * draw] * 20, [0.0] * 20, 4.0)
             for layer, factor, seed, draw in learning.plan(2)]  # fmt: skip
-    return Study(header(), figures, simulated, dispatches, runs, learning.tracking(runs))
+    return Study(header([]), [*dispatches, *figures, *simulated, *runs, learning.tracking(runs)])
 
 
 def test_both_runs_say_where_every_row_is(dispatches):
@@ -83,11 +85,11 @@ def test_the_page_loads_nothing_and_holds_what_was_measured(study):
         r"""(?:src|href)=["'](?!data:|#)|url\(|@import|https?://""", html.replace("http://www.w3.org", "")
     )
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])  # type: ignore[index]
-    assert data["dispatches"] == json.loads(msgspec.json.encode(study.dispatches))
-    assert data["figures"] == json.loads(msgspec.json.encode(study.figures))
+    assert data["dispatches"] == json.loads(msgspec.json.encode(study.of(Dispatch)))
+    assert data["figures"] == json.loads(msgspec.json.encode(study.of(Figures)))
     assert "prefers-reduced-motion" in html
     assert "prefers-color-scheme: dark" in html
-    for s in study.simulated:
+    for s in study.of(Simulated):
         assert f"<td>{s.busiest.median:.2f}</td>" in html
     found = plots(study)
     assert len(found) == 5
@@ -97,7 +99,8 @@ def test_the_page_loads_nothing_and_holds_what_was_measured(study):
 
 
 def test_curves_leave_out_rounding(study):
-    assert sum(map(len, curves(study.runs).values())) == len(study.runs) - learning.DRAWS
+    runs = study.of(Run)
+    assert sum(map(len, curves(runs).values())) == len(runs) - learning.DRAWS
 
 
 def test_tracking_says_where_it_ends():
@@ -154,14 +157,14 @@ parent.postMessage({said, errors, unnamed, width: document.documentElement.scrol
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser(study, tmp_path: Path, width):
     """At every setting and stage, the chips stand in the run's order, dropped ones struck out, padding grey."""
-    found = said_by(page(study), PROBE, width, tmp_path)
+    found, dispatches = said_by(page(study), PROBE, width, tmp_path), study.of(Dispatch)
     assert found["errors"] == []
     assert found["unnamed"] == 0
     assert found["width"] <= found["window"] <= width
     assert found["larger"] == 2
     assert len(found["said"]) == 2 * 2 * 3 * 4 * 2
     for seen in found["said"]:
-        d = study.dispatches[seen["s"]]
+        d = dispatches[seen["s"]]
         name = f"{seen['factor']} {seen['priority']}"
         positions = d.dynamic if seen["way"] == "dynamic" else d.static[name]
         dropped = 0 if seen["way"] == "dynamic" or seen["stage"] == 0 else len(d.dropped[name])

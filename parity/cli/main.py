@@ -59,4 +59,5 @@ def parse(argv: list[str] | None) -> Any:
         for name, module in COMMANDS.items()
     ]
     about = "Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?"
-    return tyro.cli(Union[tuple(listed)], args=argv, prog="python -m parity", description=about)  # noqa: UP007
+    either: Any = Union[tuple(listed)]  # noqa: UP007
+    return tyro.cli(either, args=argv, prog="python -m parity", description=about)

@@ -11,6 +11,9 @@ from parity.cases.presets import MODELS, PRESETS
 from parity.cases.recording import case_of_recording
 from parity.cli.shared import MATCH, Page, not_a_terminal, say
 from parity.judge.engine import progress
+from parity.study.engine import run_study
+from parity.study.page import print_study, write
+from parity.study.part import Asked
 
 
 @dataclass
@@ -54,9 +57,6 @@ class Command:
 
 def run(command: Command) -> int:
     """Run `study`; its exit code."""
-    from parity.study.engine import Asked, run_study
-    from parity.study.page import print_study, write  # matplotlib takes a second
-
     for kind, asked, known in (("preset", command.presets, PRESETS), ("model", command.model, MODELS)):
         if unknown := [name for name in asked if name not in known]:
             raise ValueError(f"no {kind} is called {', '.join(unknown)}. There are: {', '.join(known)}")

@@ -26,7 +26,8 @@ from parity.cases.case import Case
 from parity.cases.presets import MODELS
 from parity.run.ours import BACKENDS
 from parity.run.supervisor import Process, gpus
-from parity.study.sweep import Routing, counts, measure, zipf_routing
+from parity.study.routing import Routing, counts, zipf_routing
+from parity.study.sweep import measure
 
 # XLA's for its exchanges on GPUs (jaxlib 0.10.2 and 0.11.2), each against none of them. Of a flag that the jaxlib at
 # hand does not know, the table says so.

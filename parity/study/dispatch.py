@@ -5,7 +5,7 @@ its experts. PyTorch runs dynamically as P processes over gloo, JAX with a stati
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,9 @@ import numpy as np
 
 from parity.cases.case import Case
 from parity.run.supervisor import pool
-from parity.study.sweep import PRIORITIES, Routing, zipf_routing
+from parity.study.part import PAGES, Asked, Part, Study
+from parity.study.routing import PRIORITIES, Routing, zipf_routing
+from parity.study.sweep import Figures, by_routing, commonest
 
 Array = np.ndarray
 
@@ -180,3 +182,22 @@ def run(case: Case = CASE, skews: Sequence[float] = SKEWS, factors: Sequence[str
             skews[i], routing.expert_id[0].tolist(), routing.score[0].tolist(),
             positions(routing, [of_rank[i] for of_rank in of_torch], None), static, dropped,
         )  # fmt: skip
+
+
+def jobs(asked: Asked) -> list[Callable[[], list[Dispatch]]]:
+    """One, which starts both frameworks."""
+    return [lambda: list(run())] if asked.dispatch else []
+
+
+def section(study: Study) -> str:
+    """The dispatch to step through, beside what the sweep says of the same skews in a layer of more tokens."""
+    if not (dispatches := study.of(Dispatch)):
+        return ""
+    wanted = {f"zipf {d.skew:g}" for d in dispatches}
+    swept = [f for group in commonest(by_routing(study.of(Figures))) for f in group if f.routing in wanted]
+    # Inside a script element only "</" and "<!--" could end or change it.
+    data = msgspec.json.encode({"dispatches": dispatches, "figures": swept}).decode().replace("<", "\\u003c")
+    return PAGES.get_template("dispatch.html.j2").render(data=data)
+
+
+PART = Part("dispatch", jobs, alone=True, section=section)

@@ -6,12 +6,16 @@ more than FACTOR times what rounding does to PyTorch's own run, whose weights ar
 float32 before every step, DRAWS times over. Of that the largest difference so far counts.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import msgspec
 import numpy as np
+from rich.table import Table
 
 from parity.oracle.tolerances import FACTOR, unit_roundoff
-from parity.study import pydoc
-from parity.study.sweep import PRIORITIES
+from parity.study.part import Asked, Part, Plot, Study, axes, section, svg, table
+from parity.study.routing import PRIORITIES
 
 Array = np.ndarray
 
@@ -36,6 +40,7 @@ def train_torch(layer: str, factor: str, seed: int, draw: int, steps: int, windo
     """PyTorch: dynamic, or with a static capacity."""
     import torch
 
+    from parity.study import pydoc
     from torch_impl import moe_layer, static
 
     torch.set_num_threads(1)
@@ -107,3 +112,96 @@ def tracking(runs: list[Run]) -> Tracking:
     return Tracking(
         int(wrong[0]) if wrong.size else len(ratio), float(ratio[at]), float(abs(jax - torch)[at]), float(allowed[at])
     )
+
+
+# ---- What is shown of it
+
+
+def curves(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs by what differs but the seed; without draws of rounding errors."""
+    groups: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda r: (r.factor != "none", r.factor, r.layer, r.seed)):
+        name = {"torch": "PyTorch, dropless", "jax": "JAX, dropless by capacity"}.get(run.layer)
+        if not run.draw:
+            groups.setdefault(name or f"capacity {run.factor}, {run.layer}", []).append(run)
+    return groups
+
+
+COLUMNS = ("layers", "seeds", "last 20 steps", "range", "held out", "range", "dropped")
+
+
+def learning_table(study: Study) -> Table | None:
+    """Final losses with their spread over seeds."""
+    if not (runs := study.of(Run)):
+        return None
+    result = table(f"Learning, {_said(study)}", COLUMNS, 1)
+    for row in _rows(runs):
+        result.add_row(*row)
+    return result
+
+
+def learning_section(study: Study) -> str:
+    """The same for the page."""
+    if not (runs := study.of(Run)):
+        return ""
+    return section("learning", "Does dropping matter for learning?", _said(study), COLUMNS, _rows(runs))
+
+
+def _said(study: Study) -> str:
+    (t,) = study.of(Tracking)
+    return (
+        f"{len(study.of(Run)[0].loss)} steps, bits per byte: mean and range over seeds. JAX tracks PyTorch for "
+        f"{t.steps} steps, at most {t.worst:.2f} of the allowance ({t.difference:.1g} of {t.allowed:.1g} nats)"
+    )
+
+
+def _rows(runs: Sequence[Run]) -> list[list[str]]:
+    rows, bits = [], 1 / np.log(2)
+    for name, of in curves(runs).items():
+        last = [bits * float(np.mean(run.loss[-20:])) for run in of]
+        held = [bits * run.held_out for run in of if run.held_out is not None]
+        dropped = 100 * float(np.mean([np.mean(run.dropped) for run in of]))
+        rows.append([name, str(len(of)), f"{np.mean(last):.3f}", _range(last), f"{np.mean(held):.3f}" if held else "",
+                     _range(held), f"{dropped:.1f}%"])  # fmt: skip
+    return rows
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.3f}-{max(values):.3f}" if values else ""
+
+
+def plots(study: Study) -> dict[str, Plot]:
+    """Losses, a panel for each capacity factor."""
+    if not (found := study.of(Run)):
+        return {}
+    groups = curves(found)
+    factors = list(dict.fromkeys(name.split(",")[0] for name in groups if name.startswith("capacity")))
+    figure, panels = axes(max(len(factors), 1))
+    for ax, factor in zip(panels, factors or [""], strict=True):
+        for name, runs in groups.items():
+            if name.startswith("capacity") and not name.startswith(f"{factor},"):
+                continue
+            loss = np.array([run.loss for run in runs]) / np.log(2)
+            n = loss.shape[1] // 10
+            smooth = loss[:, : 10 * n].reshape(len(runs), n, 10).mean(axis=2)
+            x = 10 * np.arange(n) + 5
+            (line,) = ax.plot(x, smooth.mean(axis=0), lw=1, label=name.split(", ")[-1] if "cap" in name[:3] else name)
+            ax.fill_between(x, smooth.min(axis=0), smooth.max(axis=0), alpha=0.15, color=line.get_color(), lw=0)
+        ax.set(title=factor, xlabel="step", ylabel="loss, bits per byte")
+        ax.legend(fontsize=7, frameon=False)
+    caption = "Training loss of each layer: means of 10 steps and of seeds, and in the band the range over seeds."
+    return {"learning.svg": Plot(svg(figure), caption)}
+
+
+def jobs(asked: Asked) -> list[Callable[[], list[Run]]]:
+    """A training run each, where any is asked for."""
+    return [partial(train, *run, asked.learn_steps, WINDOWS) for run in (plan(asked.learn) if asked.learn else ())]
+
+
+def summary(study: Study) -> list[Tracking]:
+    """Whether the two frameworks' losses track each other."""
+    runs = study.of(Run)
+    return [tracking(runs)] if runs else []
+
+
+PART = Part("learn", jobs, 100, summary=summary, table=learning_table, section=learning_section, plots=plots)

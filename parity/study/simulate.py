@@ -12,18 +12,22 @@ Modelled time of a forward pass, in seconds, of the slowest rank (each term the 
 Static bins send and, where a bin is an expert's, multiply C rows whatever is in them. The links' inputs are `LINKS`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
+from rich.table import Table
 
 from parity.cases.case import Case
 from parity.cases.presets import MODELS
 from parity.cases.recording import case_of_recording, load_recording
 from parity.oracle.tolerances import numpy_dtype
-from parity.study.sweep import PER, Spread
+from parity.study.part import Asked, Part, Plot, Study, axes, section, svg, table
+from parity.study.routing import PER
+from parity.study.sweep import Spread
 
 Array = np.ndarray
 
@@ -98,6 +102,8 @@ def zipf(experts: int, top_k: int, skew: float, concentration: float = np.inf, s
     return Popularity(f"zipf {skew:g}{varying}", inclusion(weight_E, top_k, seed=seed), concentration)
 
 
+# Counts drawn for one line, unless steps are asked for: larger groups get fewer steps.
+MOST_COUNTS = 2**24
 STRETCH = 64  # tokens in a row that have something in common
 
 
@@ -260,3 +266,94 @@ def cases(tokens: int = 4096) -> list[Case]:
             if model.experts % P == 0:
                 shapes.append(replace(model, ranks=P, tokens=tokens, pattern="random"))
     return [*shapes, replace(LARGEST, tokens=tokens)]
+
+
+def simulated_cases(asked: Asked) -> list[Case]:
+    """The models asked for, and the largest shape where all are."""
+    wanted = cases(asked.tokens)
+    return [case for case in wanted if case.name in asked.models or set(asked.models) >= set(MODELS)]
+
+
+def popularities(case: Case, recordings: Sequence[str], steps: int | None) -> list[Simulated]:
+    """Even popularity, and for each recording its fitted skew; on the recording's own experts, its stretches too."""
+    steps = steps or max(1, min(1000, MOST_COUNTS // (case.ranks * case.experts)))
+    found = [simulate(case, zipf(case.experts, case.top_k, 0.0), steps)]
+    for recording in recordings:
+        fitted = fit(recording)
+        found.append(simulate(case, fitted.popularity(case), steps))
+        if case.ranks <= fitted.experts and fitted.experts % case.ranks == 0 and case.ranks == 8:
+            own = replace(case, name=f"{case.name}, experts of {recording}", experts=fitted.experts, top_k=fitted.top_k)
+            found.append(simulate(own, recording, steps))
+    return found
+
+
+def jobs(asked: Asked) -> list[Callable[[], list[Simulated]]]:
+    """A model and size each."""
+    return [partial(popularities, case, asked.recordings, asked.steps) for case in simulated_cases(asked)]
+
+
+# ---- What is shown of it
+
+
+def scale_table(study: Study) -> Table | None:
+    """A line for each model, size and popularity. Modelled times stand beside what they drop."""
+    if not (found := study.of(Simulated)):
+        return None
+    columns = ["model", "popularity", "P", "steps", "busiest", "worst", "rank bins", "expert", "NVLink", "network",
+               "dynamic", "1.25 rank", "1.25 expert"]  # fmt: skip
+    title = (
+        "Simulated: rows of the busiest rank over the mean (median, worst); capacity factor needed (p99); MB that the "
+        "busiest sender sends;\nmodelled ms of a forward pass, dynamic, and static at 1.25 beside what that drops"
+    )
+    result = table(title, columns, 2)
+    for s in found:
+        result.add_row(*_cells(s), *(_static(t) for per in PER for t in s.static if (t.factor, t.per) == (1.25, per)))
+    return result
+
+
+def scale_section(study: Study) -> str:
+    """The same for the page, at every factor."""
+    if not (found := study.of(Simulated)):
+        return ""
+    columns = ["model", "popularity", "P", "steps", "busiest, median", "worst", "needed, rank bins", "expert bins",
+               "NVLink MB", "network MB", "dynamic ms"]  # fmt: skip
+    columns += [f"{t.factor} per {t.per}: ms (dropped)" for t in found[0].static]
+    return section(
+        "scale", "Real models, by simulation",
+        "Rows of the busiest rank over the mean rank's; the capacity factor at which nothing drops in 99 of 100 steps; "
+        "modelled milliseconds.",
+        columns, [[*_cells(s), *map(_static, s.static)] for s in found],
+        note="Routing alone: no token was moved. Times are modelled, of one forward pass, from link speeds that were "
+        "measured on one host or are nominal; a time stands beside what it drops.",
+    )  # fmt: skip
+
+
+def _cells(s: Simulated) -> list[str]:
+    return [
+        s.model, s.popularity, str(s.ranks), str(s.steps), f"{s.busiest.median:.2f}", f"{s.busiest.worst:.2f}",
+        f"{s.needed_rank.p99:.2f}", f"{s.needed_expert.p99:.2f}", f"{s.nvlink_bytes / 1e6:.0f}",
+        f"{s.network_bytes / 1e6:.0f}", f"{1e3 * s.dynamic_seconds.median:.2f}",
+    ]  # fmt: skip
+
+
+def _static(t: StaticTime) -> str:
+    return f"{1e3 * t.seconds:.2f} ({100 * t.dropped:.1f}%)"
+
+
+def plots(study: Study) -> dict[str, Plot]:
+    """The capacity that models need as they are spread over more ranks."""
+    if not (found := study.of(Simulated)):
+        return {}
+    figure, panels = axes(2)
+    for ax, even in zip(panels, (True, False), strict=True):
+        for name in dict.fromkeys(s.model for s in found if "," not in s.model):
+            of = [s for s in found if s.model == name and (s.popularity == "zipf 0") == even]
+            ax.plot([s.ranks for s in of], [s.needed_rank.p99 for s in of], "o-", ms=3, label=name)
+        title = "even popularity" if even else "fitted popularity"
+        ax.set(title=title, xlabel="ranks", ylabel="capacity factor needed, p99", xscale="log", yscale="log")
+    panels[0].legend(fontsize=7, frameon=False)
+    caption = "Simulated capacity factor at which nothing drops in 99 of 100 steps, a bin per rank, against ranks."
+    return {"scale.svg": Plot(svg(figure), caption)}
+
+
+PART = Part("simulate", jobs, table=scale_table, section=scale_section, plots=plots)

@@ -1,8 +1,4 @@
-"""What a static capacity costs and saves for a given routing: rows dropped and padded, bytes, memory, errors.
-
-Letters besides the layer's own: n steps. A routing is expert ids and scores [n, P, T, K]; nothing else decides who is
-dropped.
-"""
+"""What a static capacity costs and saves for a given routing: rows dropped and padded, bytes, memory, errors."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,30 +7,33 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
+from rich.table import Table
 
 from parity.cases.case import Case
 from parity.cases.recording import case_of_recording, load_recording
 from parity.oracle import vectorised
-from parity.oracle.problem import draw, tokens_that_choose
-from parity.oracle.reference import Exact, Layer, Weights, chosen_scores
+from parity.oracle.problem import tokens_that_choose
+from parity.oracle.reference import Exact, Layer, Weights
 from parity.oracle.tolerances import numpy_dtype
+from parity.study.part import Asked, Part, Plot, Study, axes, section, svg, table
+from parity.study.routing import (
+    PER,
+    PRIORITIES,
+    Routing,
+    counts,
+    needed_factor,
+    places,
+    preset_routing,
+    recorded_routing,
+    steps_that_fit,
+    zipf_routing,
+)
 
 Array = np.ndarray
 
-PER = ("rank", "expert")
-PRIORITIES = ("token", "choice", "score")
 FACTORS = ("0.5", "0.75", "1", "1.25", "1.5", "2", "3", "4")
+SHOWN = ("1", "1.25", "2")  # in tables
 TENTHS = 10  # parts of the sequence by which drops are counted
-MOST_ASSIGNMENTS = 2**18  # of one routing in a sweep: steps are cut to fit, or memory and time run away
-
-
-class Routing(NamedTuple):
-    """Steps of one routing, and the case whose shapes it has."""
-
-    name: str
-    case: Case
-    expert_id: Array  # [n, P, T, K]
-    score: Array  # [n, P, T, K]
 
 
 class Spread(msgspec.Struct):
@@ -73,98 +72,6 @@ class Figures(msgspec.Struct, tag_field="kind", tag="figures"):
     out_error: float | None = None  # relative error in L2 of the layer's output against dropless, of the first step
     dx_error: float | None = None  # of the tokens' gradient
     dw_error: float | None = None  # of all expert weights' gradients
-
-
-# ---- Where routings come from
-
-
-def zipf_routing(case: Case, skew: float, steps: int, seed: int = 0) -> Routing:
-    """Logits are -skew * log(popularity rank) plus Gumbel noise, so first choices follow Zipf's law with that exponent.
-
-    Which expert is how popular is drawn once for all steps. Scores are the softmax of the logits.
-    """
-    rng = np.random.default_rng([seed, 3])
-    E, shape = case.experts, (steps, case.ranks, case.tokens)
-    popularity_E = rng.permutation(-skew * np.log(np.arange(1, E + 1)))
-    logits = popularity_E + rng.gumbel(size=(*shape, E))
-    ids = np.argsort(-logits, axis=-1, kind="stable")[..., : case.top_k]
-    power = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    score = np.take_along_axis(power / power.sum(axis=-1, keepdims=True), ids, axis=-1)
-    return Routing(f"zipf {skew:g}", case, ids.astype(np.int32), score.astype(np.float32))
-
-
-def recorded_routing(case: Case, steps: int) -> Routing:
-    """Consecutive stretches of P*T tokens of a recording, up to `steps` of them.
-
-    Scores are its router's where it has hidden states; without, none is known, and all are alike.
-
-    Raises ValueError as `load_recording` does.
-    """
-    assert case.recording is not None
-    P, T = case.ranks, case.tokens
-    all_in_one = case_of_recording(replace(case, ranks=1, tokens=0))
-    tensors = load_recording(all_in_one)
-    ids = tensors["expert_id"][0]
-    score = np.ones(ids.shape, np.float32)
-    if "x" in tensors:
-        x = tensors["x"].astype(np.float64).reshape(1, -1, all_in_one.width)
-        _, every = vectorised.route(all_in_one, x, tensors["router"].astype(np.float64), Exact())
-        score = chosen_scores(all_in_one, every, ids[None], Exact())[0].astype(np.float32)
-    n = min(steps, len(ids) // (P * T))
-    ids, score = (a[: n * P * T].reshape(n, P, T, -1) for a in (ids, score))
-    return Routing(case.recording, replace(all_in_one, ranks=P, tokens=T, name=case.name), ids, score)
-
-
-def preset_routing(case: Case, steps: int) -> Routing:
-    """A preset's own routing, drawn with as many seeds; a recording's only once, as it does not change.
-
-    Raises ValueError as `draw` does.
-    """
-    problems = [draw(replace(case, seed=case.seed + i)) for i in range(1 if case.recording else steps)]
-    ids, score = (np.stack([getattr(problem, name) for problem in problems]) for name in ("expert_id", "score"))
-    return Routing(case.name, case, ids, score)
-
-
-def steps_that_fit(case: Case, steps: int) -> int:
-    """At most `steps`, so that a routing keeps to MOST_ASSIGNMENTS; at least one."""
-    return max(1, min(steps, MOST_ASSIGNMENTS // max(1, case.ranks * case.tokens * case.top_k)))
-
-
-# ---- Who is dropped, and what that costs
-
-
-def places(routing: Routing, per: str, priority: str) -> Array:
-    """[n, P, T, K]: how many assignments of its bin come before each one. A capacity of C keeps those below C."""
-    ids, case = routing.expert_id, routing.case
-    n, P, T, K = ids.shape
-    bins = P if per == "rank" else case.experts
-    a = np.arange(T * K)
-    key = {"token": a, "choice": a % K, "score": -routing.score.reshape(n * P, -1)}[priority]
-    bin_of = ids.reshape(n * P, -1) // (case.experts // bins) + bins * np.arange(n * P)[:, None]
-    key, bin_of = np.broadcast_to(key, bin_of.shape).reshape(-1), bin_of.reshape(-1)
-    order = np.lexsort((key, bin_of))  # stable: ties go to the lower assignment
-    size = np.bincount(bin_of, minlength=n * P * bins)
-    start = np.cumsum(size) - size
-    place = np.empty(order.size, np.int64)
-    place[order] = np.arange(order.size) - start[bin_of[order]]
-    return place.reshape(ids.shape)
-
-
-def counts(routing: Routing, keep: Array | None = None) -> Array:
-    """[n, P, E]: assignments (those kept) of each source rank for each expert."""
-    n, P, _, _ = routing.expert_id.shape
-    E = routing.case.experts
-    row = (np.arange(n * P)[:, None] * E + routing.expert_id.reshape(n * P, -1)).reshape(-1)
-    weights = None if keep is None else keep.reshape(-1)
-    return np.bincount(row, weights, minlength=n * P * E).astype(np.int64).reshape(n, P, E)
-
-
-def needed_factor(counts_nPE: Array, top_k: int, tokens: int, per: str) -> Array:
-    """[n]: the capacity factor at which nothing drops in a step: the fullest bin over the mean bin, T*K / bins."""
-    n, P, E = counts_nPE.shape
-    bins = P if per == "rank" else E
-    fullest = counts_nPE.reshape(n, P, bins, -1).sum(axis=-1).max(axis=(1, 2), initial=0)
-    return fullest * bins / max(tokens * top_k, 1)
 
 
 def measure(routing: Routing, factor: str | None, per: str, priority: str, place: Array | None = None) -> Figures:
@@ -301,3 +208,147 @@ def routings(plan: Plan, recordings: Sequence[str]) -> list[Callable[[], Routing
     for case, skew in shaped:
         made.append(partial(zipf_routing, case, skew, steps_that_fit(case, plan.steps), base.seed))
     return made
+
+
+# ---- What is shown of it
+
+
+def by_routing(figures: Sequence[Figures]) -> dict[tuple, list[Figures]]:
+    """Figures of each routing and shape."""
+    groups: dict[tuple, list[Figures]] = {}
+    for f in figures:
+        groups.setdefault((f.routing, f.ranks, f.tokens, f.experts, f.top_k, f.width), []).append(f)
+    return groups
+
+
+def find(figures: Sequence[Figures], factor: str, per: str, priority: str = "token") -> Figures:
+    """The one of a group with these."""
+    return next(f for f in figures if (f.factor, f.per, f.priority) == (factor, per, priority))
+
+
+def commonest(groups: dict[tuple, list[Figures]]) -> list[list[Figures]]:
+    """Recordings and those of the commonest shape, which differ in skew only."""
+    shapes = [key[1:] for key in groups]
+    common = max(shapes, key=shapes.count, default=None)
+    return [g for key, g in groups.items() if key[1:] == common or not key[0].startswith("zipf")][:8]
+
+
+def _label(f: Figures) -> str:
+    return f"{f.routing}, P={f.ranks} T={f.tokens} E={f.experts} K={f.top_k}"
+
+
+def drop_table(study: Study) -> Table | None:
+    """A line for each routing and kind of bin: capacity needed, and at some factors what drops and what is padding."""
+    if not (figures := study.of(Figures)):
+        return None
+    columns = ["routing", "bins", "P", "T", "E", "K", "needed: median", "p99", "worst"]
+    result = table(
+        "Capacity factor at which nothing drops, over steps; % dropped (priority token) / % of rows padding",
+        [*columns, *(f"at {factor}" for factor in SHOWN), "output off at 1"], 2,
+    )  # fmt: skip
+    for group in by_routing(figures).values():
+        for per in PER:
+            first, needed = find(group, "1", per), find(group, "1", per).needed
+            cells = [first.routing, per, *map(str, (first.ranks, first.tokens, first.experts, first.top_k))]
+            cells += [f"{n:.2f}" for n in (needed.median, needed.p99, needed.worst)]
+            for factor in SHOWN:
+                f = find(group, factor, per)
+                cells.append(f"{100 * f.dropped:.1f}/{100 * f.padded:.0f}")
+            result.add_row(*cells, "" if first.out_error is None else f"{100 * first.out_error:.1f}%")
+    return result
+
+
+def drop_section(study: Study) -> str:
+    """The same for the page, which has room for more."""
+    if not (figures := study.of(Figures)):
+        return ""
+    columns = ["routing", "bins", "P", "T", "E", "K", "steps", "needed: median", "p99", "worst"]
+    columns += [column for factor in SHOWN for column in (f"dropped at {factor}", "padding")]
+    rows = []
+    for group in by_routing(figures).values():
+        for per in PER:
+            f = find(group, "1", per)
+            shown = [find(group, factor, per) for factor in SHOWN]
+            rows.append([
+                f.routing, per, f.ranks, f.tokens, f.experts, f.top_k, f.steps,
+                *(f"{n:.2f}" for n in (f.needed.median, f.needed.p99, f.needed.worst)),
+                *(cell for f in shown for cell in (f"{100 * f.dropped:.1f}%", f"{100 * f.padded:.0f}%")),
+            ])  # fmt: skip
+    return section(
+        "drops", "Capacity needed, and what drops below it",
+        "Priority token. Dropped is a share of all assignments, padding of the rows sent; the factor needed is over "
+        "steps.",
+        columns, rows,
+    )  # fmt: skip
+
+
+def plots(study: Study) -> dict[str, Plot]:
+    """Of routings whose errors are known."""
+    figures = study.of(Figures)
+    skewed = {k: g for k, g in by_routing(figures).items() if find(g, "1", "rank").out_error is not None}
+    if not skewed:
+        return {}
+    return {
+        "drops.svg": Plot(
+            _drops(skewed),
+            "Assignments dropped against the capacity factor, with a bin per rank and a bin per expert, priority "
+            "token.",
+        ),
+        "positions.svg": Plot(
+            _positions(skewed),
+            "Assignments dropped in each tenth of a rank's tokens in order, capacity factor 1, a bin per rank.",
+        ),
+        "errors.svg": Plot(
+            _errors(figures),
+            "Relative error of the output and of the tokens' gradient against the dropless layer, by share dropped.",
+        ),
+    }
+
+
+def _drops(groups: dict[tuple, list[Figures]]) -> str:
+    figure, panels = axes(2)
+    for ax, per in zip(panels, PER, strict=True):
+        for group in commonest(groups):
+            points = [find(group, factor, per) for factor in FACTORS]
+            x, y = [float(p.factor) for p in points], [100 * p.dropped for p in points]
+            ax.plot(x, y, "o-", ms=3, label=_label(points[0]))
+        ax.set(title=f"a bin per {per}", xlabel="capacity factor", ylabel="dropped, %")
+    panels[0].legend(fontsize=7, frameon=False)
+    return svg(figure)
+
+
+def _positions(groups: dict[tuple, list[Figures]]) -> str:
+    figure, panels = axes(1)
+    group = commonest(groups)[len(commonest(groups)) // 2]
+    for priority in PRIORITIES:
+        f = find(group, "1", "rank", priority)
+        panels[0].plot(np.arange(5, 100, 10), [100 * r for r in f.dropped_by_position], "o-", ms=3, label=priority)
+    panels[0].set(
+        title=_label(group[0]), xlabel="position in the rank's tokens, %", ylabel="dropped, %", ylim=(0, None)
+    )
+    panels[0].legend(title="priority", frameon=False)
+    return svg(figure)
+
+
+def _errors(figures: Sequence[Figures]) -> str:
+    figure, panels = axes(2)
+    for ax, name, what in zip(panels, ("out_error", "dx_error"), ("output", "tokens' gradient"), strict=True):
+        for priority, marker in zip(PRIORITIES, "o^s", strict=True):
+            points = [(f.dropped, getattr(f, name)) for f in figures if f.priority == priority]
+            ax.plot(*(100 * np.array(points, float).T), marker, ms=3, alpha=0.5, label=priority)
+        ax.set(title=f"error of the {what}", xlabel="dropped, %", ylabel="relative error in L2, %")
+    panels[0].legend(title="priority", frameon=False)
+    return svg(figure)
+
+
+def jobs(asked: Asked) -> list[Callable[[], list[Figures]]]:
+    """A routing each: those of the presets asked for, or the plan's and the recordings'."""
+    made = [partial(preset_routing, case, 8) for case in asked.presets]
+    return [partial(_swept, routing) for routing in made or routings(Plan(), asked.recordings)]
+
+
+def _swept(routing: Callable[[], Routing]) -> list[Figures]:
+    return list(sweep(routing()))
+
+
+PART = Part("sweep", jobs, table=drop_table, section=drop_section, plots=plots)
