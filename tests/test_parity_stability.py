@@ -14,7 +14,7 @@ from test_supervisor import alive
 from parity.run.faults import PACKAGES, ROOT, Fault, plant
 from parity.run.patience import under
 
-CHECK = [sys.executable, "-m", "parity", "check", "zipf", "--timeout", "10"]
+CHECK = [sys.executable, "-m", "parity", "check", "zipf", "--timeout", "5"]
 TORCH = ("torch", "    check_splits(splits.sent, x_ND.shape[0])\n", "dist.is_initialized() and dist.get_rank() == 2")
 JAX = ("jax", "    return _all_to_all(x_BCD, axis_name)\n", "jax.process_index() == 2 or jax.process_count() == 1")
 
@@ -41,7 +41,7 @@ def broken(tmp_path: Path, line: str, side: tuple[str, str, str] = TORCH) -> Pat
         ("x_ND = x_ND[:, :5]", "in send_tokens of case zipf"),
         (
             "time.sleep(600)",
-            r"torch: rank 2 of 4 hangs in send_tokens of case zipf \(exchange.py:\d+\): no rank got on for 10 s; "
+            r"torch: rank 2 of 4 hangs in send_tokens of case zipf \(exchange.py:\d+\): no rank got on for 5 s; "
             "the others are in send_tokens of case zipf",
         ),
     ],
@@ -55,7 +55,7 @@ def test_a_rank_that_dies_or_hangs_is_named(tmp_path, line, cause):
     ("line", "cause"),
     [
         ("raise RuntimeError('no more')", "failed in send_tokens of case zipf: RuntimeError: no more"),
-        ("time.sleep(600)", r"hangs in send_tokens of case zipf \(exchange.py:\d+\): no rank got on for 10 s"),
+        ("time.sleep(600)", r"hangs in send_tokens of case zipf \(exchange.py:\d+\): no rank got on for 5 s"),
     ],
     ids=["raises", "hangs"],
 )

@@ -75,7 +75,8 @@ class Command:
     jax_ranks: Literal["auto", "shard_map", "processes", "vmap"] = "auto"
     """A device per rank in one process, a process for each, or all ranks on one device; auto: as many as there are."""
     timeout: float = 60
-    """Seconds without progress of any PyTorch rank after which the run ends, saying which rank hangs where."""
+    """A case ends, saying which rank hangs where, when no rank gets on for this many seconds, all asleep, or in ten
+    times as many of CPU time. Time in which one waits for a CPU does not count."""
     save: Path | None = None
     """Keep the traces in this folder, for `python -m parity compare`."""
     json: bool = field(default_factory=not_a_terminal)

@@ -91,7 +91,7 @@ def run_group(
 def _watch(group: "_Group", patience: Patience, tell: Callable[[], None]) -> Failure | None:
     last = group.steps()
     while group.running():
-        wait([process.sentinel for process in group.running()], timeout=0.25)
+        wait([process.sentinel for process in group.running()], timeout=0.5)
         tell()
         failure = group.failure()
         if not failure:

@@ -80,10 +80,12 @@ class Process:
 
     def lines(self, limit: float = math.inf) -> Iterator[str]:
         """What it writes, by line, until it ends; or until it had `limit` seconds, not counting waits for a CPU."""
+        limited = limit < math.inf  # else there is nothing to do beside what may be a measurement
         while not self.ended:
-            if wait([self.stdout], 0.5):
+            if not limited or wait([self.stdout], 0.5):
                 yield from self.read()
-            self.patience.tick()
+            if limited:
+                self.patience.tick()
             if self.patience.seconds > limit:
                 self.end()
                 self.error = f"stopped after {limit:g} s"
