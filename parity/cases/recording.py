@@ -14,7 +14,8 @@ from parity.cases.case import Case
 Array = np.ndarray
 RECORDINGS = Path(__file__).parent / "recordings"
 
-# The form of a recording: what it may hold, and the shape of each. expert_id alone is enough.
+# The form of a recording: what it may hold, and the shape of each. expert_id alone is enough. dscore is the gradient of
+# the scores that an auxiliary loss adds.
 FORM = {
     "expert_id": "M K",
     "x": "M D",
@@ -22,6 +23,7 @@ FORM = {
     "w_gate": "E D F",
     "w_up": "E D F",
     "w_down": "E F D",
+    "dscore": "M K",
 }
 
 
@@ -43,6 +45,12 @@ def read_recording(recording: str) -> tuple[dict[str, Array], dict[str, str]]:
             metadata = f.metadata() or {}
     except (OSError, SafetensorError, AttributeError) as error:  # AttributeError: a dtype that NumPy lacks
         raise ValueError(f"--recording {recording}: cannot read {path} as safetensors: {error}") from error
+    if unknown := tensors.keys() - FORM.keys():
+        meant = [f"{name} (meant: {near[0]}?)" if (near := get_close_matches(name, FORM)) else name for name in unknown]
+        raise ValueError(
+            f"--recording {recording}: it has {', '.join(sorted(meant))}, of which nothing is known here: a layer that "
+            f"needs it would be another one. Known are {', '.join(FORM)}: leave out what is none of the layer's"
+        )
     sizes: dict[str, int] = {}
     for name, form in FORM.items():
         if name not in tensors:
@@ -144,6 +152,6 @@ def load_recording(case: Case) -> dict[str, Array]:
         token = int(twice.argmax())
         raise ValueError(f"--recording {case.recording}: token {token} chose {ids[token]}: they must differ")
     M = case.ranks * case.tokens
-    for name in {"expert_id", "x"} & tensors.keys():
+    for name in {"expert_id", "x", "dscore"} & tensors.keys():
         tensors[name] = tensors[name][:M].reshape(case.ranks, case.tokens, -1)
     return tensors | {"expert_id": tensors["expert_id"].astype(np.int32)}

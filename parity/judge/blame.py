@@ -9,7 +9,7 @@ from parity.oracle.quantities import QUANTITIES, STAGES
 from parity.run.backend import Backend
 
 
-class Blame(msgspec.Struct, omit_defaults=True):
+class Blame(msgspec.Struct, omit_defaults=True, tag_field="kind", tag="blame"):
     """One case's verdict: backend(s) and stage that differ first, and the check that shows it."""
 
     case: str
@@ -49,6 +49,12 @@ def blame(checks: list[Check], backends: Mapping[str, Backend]) -> Blame | None:
     first = min(bad, key=order)
     same_place = [c for c in bad if (c.mode, c.stage) == (first.mode, first.stage) and c.right not in backends]
     wrong = sorted({c.left for c in same_place}) or [first.left, first.right]
-    written = " and ".join(backends[name].written(first.stage) for name in wrong)
+    written = " and ".join(_place(backends[name], first) for name in wrong)
     direction = "backward" if is_backward(first) else "forward"
     return Blame(first.case, wrong, first.stage, direction, written, first, len(bad))
+
+
+def _place(backend: Backend, check: Check) -> str:
+    """What to look at: where the stage is written; where the stage alone is right, what passes things on to it."""
+    alone = any(name.startswith(f"isolated/{check.stage}/") for name in backend.provides)
+    return backend.written("layer" if alone and check.mode != "isolated" else check.stage)

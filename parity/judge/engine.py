@@ -1,5 +1,6 @@
 """Run cases through backends and compare: the engine behind `check` and `faults --run`."""
 
+import math
 import shutil
 import tempfile
 import time
@@ -17,9 +18,12 @@ from parity.judge.compare import Check, compare
 from parity.judge.picture import blank
 from parity.judge.records import CaseRecord, Header, Report, footer, header
 from parity.oracle.problem import Problem, draw
+from parity.oracle.quantities import STAGES
 from parity.run import supervisor
 from parity.run.backend import Backend, BackendError, Setting
 from parity.run.faults import Fault, plant
+from parity.run.naming import MAIN
+from parity.run.supervisor import Failure
 from parity.run.trace import Trace
 
 
@@ -43,7 +47,7 @@ def run_cases(
     begin, seconds = time.perf_counter(), {"oracle": 0.0, "compare": 0.0}
     joined = [backend for backend in backends if in_torchrun and backend.framework == "torch"]
     started = [backend for backend in backends if backend not in joined]
-    traces: dict[str, list[Trace]] = {case.name: [] for case in cases}
+    results: dict[str, dict[str, Trace | Failure]] = {case.name: {} for case in cases}
     judged: dict[str, tuple[CaseRecord, list[Check]]] = {}
     flags = "" if setting.device == "cpu" else f" --device {setting.device}"
     with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress(show_progress) as bar:
@@ -64,13 +68,12 @@ def run_cases(
         tasks = {backend.name: bar.add_task(backend.name, total=len(cases)) for backend in backends}
         with closing(supervisor.run(folder, homes, started, cases, setting, seconds)) as running:
             for backend, name, failure in chain(done, running):
-                if failure:
+                if failure and not failure.raised:
                     raise BackendError(backend, str(failure))
                 bar.advance(tasks[backend])
-                traces[name].append(Trace.load(folder / f"{name}.{backend}.safetensors"))
-                if len(traces[name]) == len(backends):
-                    start = time.perf_counter()
-                    found = {trace.backend.name: trace for trace in traces.pop(name)}
+                results[name][backend] = failure or Trace.load(folder / f"{name}.{backend}.safetensors")
+                if len(results[name]) == len(backends):
+                    start, found = time.perf_counter(), results.pop(name)
                     judged[name] = judge(problems[name], [found[backend.name] for backend in backends], flags)
                     seconds["compare"] += time.perf_counter() - start
         if save:
@@ -81,13 +84,27 @@ def run_cases(
     return make_report(head, [case.name for case in cases], judged, seconds)
 
 
-def judge(problem: Problem, traces: list[Trace], flags: str = "") -> tuple[CaseRecord, list[Check]]:
+def judge(problem: Problem, results: Sequence[Trace | Failure], flags: str = "") -> tuple[CaseRecord, list[Check]]:
     """Every comparison of one case, and what it looked like; `flags` are those that repeating it needs besides."""
     case, picture = problem.case, blank(problem)
-    checks = list(compare(problem, traces, picture))
+    traces = [result for result in results if isinstance(result, Trace)]
+    checks = [*compare(problem, traces, picture), *(raised(f) for f in results if isinstance(f, Failure))]
     seconds = {trace.backend.name: trace.seconds for trace in traces}
+    seconds |= {failure.backend: 0.0 for failure in results if isinstance(failure, Failure)}
     environment = {trace.backend.name: trace.environment for trace in traces}
     return CaseRecord(case, command(case) + flags, seconds, environment, picture), checks
+
+
+def raised(failure: Failure) -> Check:
+    """A comparison that fails, as the backend raised an exception: in a stage on its own, or in the whole layer."""
+    alone = failure.stage in STAGES
+    stage = failure.stage if alone else STAGES[-1]
+    rank = f"rank {failure.rank} " if failure.ranks > 1 else ""
+    note = f"{rank}raised {failure.error}" + f" ({failure.line})" * (failure.line != "")
+    return Check(
+        failure.case, "isolated" if alone else "e2e", stage, MAIN[stage], failure.backend, "oracle", False, False, 0,
+        failing=1, worst=math.inf, note=note,
+    )  # fmt: skip
 
 
 def make_report(

@@ -15,7 +15,7 @@ Array = np.ndarray
 
 
 class Power(msgspec.Struct):
-    """The smallest relative error of an array that is caught: in one row (of all the median, the worst), in all rows."""
+    """The smallest relative error of an array that is caught: in one row (the median, the worst), and in all rows."""
 
     name: str
     dtype: str

@@ -58,7 +58,7 @@ class Footer(msgspec.Struct, tag_field="kind", tag="footer"):
     seconds: dict[str, float]
 
 
-Record = Header | CaseRecord | Check | Footer
+Record = Header | CaseRecord | Check | Blame | Footer
 
 
 class Report(msgspec.Struct):
@@ -119,7 +119,11 @@ def lines(report: Report) -> list[str]:
         *(
             line
             for name, record in report.cases.items()
-            for line in (encode(record), *map(encode, report.checks[name]))
+            for line in (
+                encode(record),
+                *map(encode, report.checks[name]),
+                *map(encode, filter(None, [report.blamed(name)])),
+            )
         ),
         encode(report.footer),
     ]

@@ -59,7 +59,15 @@ class Evaluation:
             return self.problem.exact
         p = self.problem
         return vectorised.layer(
-            self.case, self.x, self.router, self.weights, self.dout, p.expert_id, p.keep, self._numbers("layer")
+            self.case,
+            self.x,
+            self.router,
+            self.weights,
+            self.dout,
+            p.expert_id,
+            p.keep,
+            self._numbers("layer"),
+            p.aux.astype(np.float64),
         )
 
     @part

@@ -37,6 +37,7 @@ class Problem:
     dscore: Array
     dy: Array
     dx_rows: Array
+    aux: Array  # [P, T, K], the gradient of the scores that an auxiliary loss adds; zero without one
     exact: Layer  # float64, end to end
     second: "Problem | None" = None  # the step beside this one: the same weights, other tokens
     own_choice: bool = False  # nothing dropped, and no choice too close to call: a router may choose for itself
@@ -86,7 +87,9 @@ def draw(case: Case) -> Problem:
     recorded, router = load_recording(case) if case.recording else {}, _router(case, rng)
     problem = _draw(case, recorded, router, rng)
     if case.two_steps:
-        others = {name: np.roll(a, 1, axis=1) if name in ("x", "expert_id") else a for name, a in recorded.items()}
+        others = {
+            name: np.roll(a, 1, axis=1) if name in ("x", "expert_id", "dscore") else a for name, a in recorded.items()
+        }
         second = _draw(case, others | problem.weights._asdict(), router, np.random.default_rng([case.seed, 3]))
         second.own_choice = bool(second.keep.all()) and clear_choice(second)
         problem.second = second
@@ -114,10 +117,11 @@ def _draw(case: Case, recorded: dict[str, Any], router: Array, rng: np.random.Ge
     # Priority goes by the scores that are stored, so rounding to the stored dtype comes first.
     stored = reference.chosen_scores(case, score, expert_id, Exact()).astype(case.wide)
     keep = reference.keep_within_capacity(case, expert_id, stored)
-    exact = oracle.layer(case, x64, router64, weights64, dout64, expert_id, keep, Exact())
+    aux = recorded.get("dscore", np.zeros((P, T, case.top_k))).astype(case.wide)
+    exact = oracle.layer(case, x64, router64, weights64, dout64, expert_id, keep, Exact(), aux.astype(np.float64))
     rows = {name: getattr(exact, name).astype(dtype) for name in ("y", "dy", "dx_rows")}
     dscore = exact.dscore.astype(case.wide)
-    return Problem(case, x, router, weights, dout, expert_id, keep, stored, exact=exact, dscore=dscore, **rows)
+    return Problem(case, x, router, weights, dout, expert_id, keep, stored, aux=aux, exact=exact, dscore=dscore, **rows)
 
 
 def clear_choice(problem: Problem) -> bool:

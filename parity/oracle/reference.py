@@ -280,9 +280,12 @@ class Layer(NamedTuple):
 
 def layer(
     case: Case, x_PTD: Array, router_DE: Array, w: Weights, dout_PTD: Array, id_PTK: Array, keep_PTK: Array,
-    numbers: Numbers, oracle: ModuleType | None = None,
+    numbers: Numbers, aux_PTK: Array | float = 0.0, oracle: ModuleType | None = None,
 ) -> Layer:  # fmt: skip
-    """Forward, and backward from the cotangent `dout`, with the expert ids given; of `oracle`'s functions, or these."""
+    """Forward, and backward from the cotangent `dout`, with the expert ids given; of `oracle`'s functions, or these.
+
+    `aux` is added to the gradient of the scores, as that of an auxiliary loss is.
+    """
     oracle = oracle or sys.modules[__name__]
     logits, score_PTE = oracle.route(case, x_PTD, router_DE, numbers)
     score = chosen_scores(case, score_PTE, id_PTK, numbers)
@@ -291,6 +294,7 @@ def layer(
     y_r = numbers.round(y, case.dtype)
     out = oracle.combine(case, y_r, score_r, keep_PTK, numbers)
     dy, dscore = oracle.combine_backward(case, y_r, score_r, keep_PTK, dout_PTD, numbers)
+    dscore = numbers.round(dscore, case.wide) + aux_PTK
     dx_rows, dw = oracle.experts_backward(case, x_PTD, id_PTK, w, numbers.round(dy, case.dtype), numbers)
     dx_experts = oracle.group_backward(case, numbers.round(dx_rows, case.dtype), keep_PTK, numbers)
     dscore_r = numbers.round(dscore, case.wide)

@@ -123,7 +123,9 @@ def group_backward(case: Case, dx_PTKD: Array, keep_PTK: Array, numbers: Numbers
 
 def layer(
     case: Case, x_PTD: Array, router_DE: Array, w: Weights, dout_PTD: Array, id_PTK: Array, keep_PTK: Array,
-    numbers: Numbers,
+    numbers: Numbers, aux_PTK: Array | float = 0.0,
 ) -> Layer:  # fmt: skip
     """See `reference.layer`."""
-    return reference.layer(case, x_PTD, router_DE, w, dout_PTD, id_PTK, keep_PTK, numbers, oracle=sys.modules[__name__])
+    return reference.layer(
+        case, x_PTD, router_DE, w, dout_PTD, id_PTK, keep_PTK, numbers, aux_PTK, oracle=sys.modules[__name__]
+    )

@@ -62,7 +62,7 @@ class Backend(msgspec.Struct, frozen=True):
                     f"backend {self.name} provides {name}, which layout {self.layout} does not have: it is of "
                     f"{', '.join(quantity.layouts)}"
                 )
-        if unknown := self.files.keys() - {*STAGES, ""}:
+        if unknown := self.files.keys() - {*STAGES, "layer", ""}:
             raise ValueError(
                 f"backend {self.name} says where {', '.join(sorted(unknown))} is written: stages are "
                 f"{', '.join(STAGES)}, and an empty name stands for the rest"

@@ -160,7 +160,7 @@ class Static:
 
     @staticmethod
     def inputs(problem: Problem) -> dict[str, np.ndarray]:
-        return {name: getattr(problem, name) for name in ("x", "router", "expert_id", "score", "dout")}
+        return {name: getattr(problem, name) for name in ("x", "router", "expert_id", "score", "dout", "aux")}
 
     def in_bins(self, rows: jax.Array) -> jax.Array:
         return rows.reshape(self.capacity.n_bins, self.capacity.rows, *rows.shape[1:])
@@ -328,7 +328,7 @@ class WholeLayer:
                     chosen = chosen._replace(score_TK=own + jax.lax.stop_gradient(score - own))
             stages, combined = stages_of.layer(case, capacity, axis, x, router, weights, chosen, keep)
             own = stages.routing.score_TK if choose else own
-            return stages.out_TD, (named_stages(stages) | {"route/score": own}, combined)
+            return (stages.out_TD, own), (named_stages(stages) | {"route/score": own}, combined)
 
         forward = jax.checkpoint(forward) if case.way == "recomputed" else forward
 
@@ -340,13 +340,14 @@ class WholeLayer:
 
     def backward(self, mode: str) -> Arrays:
         """Every value and every gradient, as mode/stage/value."""
-        dx, drouter, *dw = self.vjp(self.whole["dout"])
+        dx, drouter, *dw = self.vjp((self.whole["dout"], self.whole["aux"]))
 
         def score_gradient(y, score, slot, assignment, keep, dout):
             return jax.vjp(lambda score: self.stages_of.weigh(y, score, slot, assignment, keep), score)[1](dout)[0]
 
         values = self.values | {
-            "combine/dscore": self.each(score_gradient)(*self.combined, self.keep, self.whole["dout"]),
+            "combine/dscore": self.each(score_gradient)(*self.combined, self.keep, self.whole["dout"])
+            + self.whole["aux"],
             **{f"apply_experts/{name}": a for name, a in compared(self.case, dw).items()},
             "route/drouter": drouter,
             "route/dx": dx,

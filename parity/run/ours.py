@@ -18,6 +18,7 @@ FILES = {
     "to_rank_major": "layout.py",
     "return_tokens": "exchange.py",
     "combine": "grouping.py",
+    "layer": "layer.py",
 }
 
 

@@ -388,7 +388,7 @@ class Step:
         self.weights = [weights_of(w, mine, device).requires_grad_() for w in problem.weights]
         self.ids, self.keep = put(problem.expert_id[rank]), put(problem.keep[rank])
         self.score = put(problem.score[rank]) if case.priority == "score" else None
-        self.dout = put(problem.dout[rank])
+        self.dout, self.aux = put(problem.dout[rank]), put(problem.aux[rank])
         self.given = {
             "route": [self.router], "group_by_expert": [self.x, self.ids], "apply_experts": self.weights,
             "combine": [self.dout],
@@ -425,7 +425,9 @@ class Step:
         """Every value and every gradient, as e2e/stage/value."""
         leaves = (self.x, self.scores, self.router, *self.weights)
         with self.waits.counted():
-            dx, dscore, drouter, *dw = torch.autograd.grad(self.stages.out_TD, leaves, self.dout)
+            dx, dscore, drouter, *dw = torch.autograd.grad(
+                (self.stages.out_TD, self.scores), leaves, (self.dout, self.aux)
+            )
         values = named_stages(self.stages) | {
             "route/score": self.scores,
             "combine/dscore": dscore,
