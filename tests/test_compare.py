@@ -66,6 +66,8 @@ def perfect(problem: Problem, backend: str, wanted: Wanted) -> Trace:
     index = [indices(case, table, rank) for rank in range(case.ranks)]
     arrays = {}
     for name, want in wanted[layout].items():
+        if name not in BACKENDS[backend].provides:
+            continue
         values = want.values.astype(np.int64 if want.dtype == "int" else numpy_dtype(want.dtype))
         arrays[name] = laid_out(case, want, values, table)
         if want.quantity.value in INDICES and want.mode != "repeat":
@@ -103,7 +105,7 @@ def of_kind(*kinds: str) -> list[tuple[str, str]]:
         (backend, name)
         for backend, layout in SIDES.items()
         for name, want in WANTED[layout].items()
-        if kind(want) in kinds and name != CHOICE
+        if kind(want) in kinds and name != CHOICE and name in BACKENDS[backend].provides
     ]
 
 
@@ -122,6 +124,7 @@ FLOATS = [(backend, name) for backend, name in ALL if WANTED[SIDES[backend]][nam
         replace(CASE, capacity_per="expert", dtype="bfloat16"),
         replace(CASE, top_k=2, dtype="float16", pattern="idle_rank", experts=6),
         replace(CASE, ranks=1, top_k=1, dtype="float64", priority="score"),
+        replace(CASE, way="in_flight", capacity_per="expert"),
         replace(CASE, tokens=1, score_function="sigmoid", renormalize=True, scale=2.5, align=4),
     ],
     ids=lambda case: command(case).removeprefix("python -m parity check "),
@@ -136,7 +139,8 @@ def test_a_perfect_trace_passes(case):
         mine = [check for check in checks if check.left == trace.backend.name and check.right == "oracle"]
         assert sorted(name_of(check) for check in mine) == sorted(trace.arrays)  # each once, none left out
         assert {check.stage for check in mine if check.mode == "isolated"} == set(STAGES)
-    in_both = wanted["dynamic"].keys() & wanted["static"].keys()
+        assert trace.arrays.keys() == wanted[trace.backend.layout].keys() & {*trace.backend.provides}
+    in_both = traces[0].arrays.keys() & traces[1].arrays.keys()
     sent = {"exchange_counts/counts"} if case.capacity_factor else set()  # what is sent is for each layout to know
     rows = {f"group_by_expert/{name}" for name in INDICES} | {f"to_expert_major/{name}" for name in INDICES}
     common = {name for name in in_both if name.split("/", 1)[1] not in sent | rows or name.startswith("repeat")}
@@ -471,7 +475,8 @@ def test_dirty_padding(per, value):
     table = row_tables(problem.case, problem.expert_id, problem.keep, "static")
     past_the_end = {"assignment": 12} | dict.fromkeys(("source", "target"), {"rank": 10, "expert": 12}[per])
     clean, dirty = perfect(problem, "jax", wanted), {}
-    for name, want in wanted["static"].items():
+    for name in clean.arrays:
+        want = wanted["static"][name]
         tables = table[want.quantity.order] if kind(want) == "rows" else []
         promised = past_the_end.get(want.quantity.value, "zero")
         for rank, rows in enumerate(tables):

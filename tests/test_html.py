@@ -192,6 +192,26 @@ def test_a_match_says_so(match):
     assert len(root.all("details", class_="case")) == 2
 
 
+def test_a_second_step_has_its_place():
+    def second_only(traces: dict[str, Trace]) -> None:
+        traces["jax"].arrays["second/combine/out"][1][2, 3] += 1
+
+    case = replace(DROPS, way="in_flight")
+    root = tree(report := report_of(case, spoil=second_only))
+    problem, blame = draw(case).second, root.one(class_="blame")
+    assert problem
+    assert "jax is wrong at stage 9 combine, forward, in a second step beside the first" in blame.text
+    against_the_oracle, against_torch = root.one("table", class_="rows").lines
+    assert against_the_oracle[1:5] == ["out", "jax", "oracle", "in a second step"]
+    assert against_the_oracle[6:8] == ["1", "2"]
+    assert float(against_the_oracle[13]) == pytest.approx(problem.exact.out[1, 2, 3])
+    assert against_torch[2:4] == ["torch", "jax"]
+    tiles = [li for li in root.one("ol", class_="strip").children if isinstance(li, Node)]
+    assert [tile.has({"class_": "fail"}) for tile in tiles] == [False] * 9 + [True]
+    assert "second step" in root.one("figure", class_="magnitude").text
+    assert report.footer.failing == 2
+
+
 @pytest.mark.parametrize(
     ("backends", "dropped"),
     [(("torch",), "-"), (("jax",), "68"), (("torch-static",), "68"), (("torch", "jax"), "68")],

@@ -16,7 +16,7 @@ from parity.run.backend import Backend
 from parity.run.faults import FAULTS
 
 DRAWN = 40  # cases with charts, those that fail first: one takes some 80 kB, and a browser has to hold them all
-MODES = {"isolated": "alone", "e2e": "in the layer", "repeat": "run twice"}
+MODES = {"isolated": "alone", "e2e": "in the layer", "second": "in a second step", "repeat": "run twice"}
 COLOURS = "abcd"  # of backends in a chart, in the order in which they ran
 SHADES = 5  # of the heat map, from no error to the whole allowance
 

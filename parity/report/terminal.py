@@ -105,7 +105,8 @@ def headline(verdict: Blame) -> str:
     who = f"{names} is wrong" if len(verdict.backends) == 1 else f"{names} differ from the oracle"
     if verdict.check.right in verdict.backends:  # and each is near enough to the oracle
         who = f"{names} differ from each other"
-    how = "fed the oracle's input" if verdict.check.mode == "isolated" else "in the whole layer"
+    seen = {"isolated": "fed the oracle's input", "second": "in a second step beside the first"}
+    how = seen.get(verdict.check.mode, "in the whole layer")
     return f"{who} at stage {SHORT[verdict.stage]}, {verdict.direction}, {how}"
 
 
