@@ -40,7 +40,7 @@ STEPS_BACK = {
     "sum-on-the-device": (
         "exchange", "    sent, total = splits_2P.sum(dim=1).tolist()\n", SUM_ON_THE_DEVICE, "step", {"syncs"},
     ),
-    "no-output-size": ("layout", ", output_size=output_size)", ")", "step", {"syncs", "symbols"}),
+    "no-output-size": ("rows", ", output_size=output_size)", ")", "step", {"syncs", "symbols"}),
     "no-bound": ("layer", "    check_received(", "    (", "bfloat16", {"range"}),
 }  # fmt: skip
 RIGHT = [("step", 2), ("step", 64), ("step", 1024), ("bfloat16", 4), ("bfloat16", 1024), ("float32", 4)]

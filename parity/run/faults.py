@@ -73,7 +73,7 @@ _TORCH = [
      "gradient is not.", "routing.py",
      "(score_TK.sum(dim=-1, keepdim=True) + 1e-20)", "(score_TK.sum(dim=-1, keepdim=True).detach() + 1e-20)", "sigmoid"),
     ("partial-gradients-not-summed", "route", "Each rank keeps its own part of the router's gradient.",
-     "../parity/run/torch_ranks.py", "        dist.all_reduce(a)\n", "        pass\n", "zipf"),
+     "../parity/run/torch_ranks.py", "        dist.all_reduce(a, group=group)\n", "        pass\n", "zipf"),
     ("unstable-sort", "group_by_expert", "Assignments with the same expert come in another order.", "rows.py",
      "key_N.argsort(stable=True)",
      "(key_N * 10**6 - torch.arange(key_N.numel(), device=key_N.device)).argsort()", "zipf"),
@@ -110,11 +110,10 @@ _TORCH = [
      "rank).", "rows.py",
      "    source_R = expert_major_source(counts_Pe, output_size)\n",
      "    source_R = torch.arange(output_size, device=counts_Pe.device)\n", "zipf"),
-    ("rows-swapped-between-experts", "to_expert_major", "The first and the last row change places.", "layout.py",
-     "    return ExpertMajor(permute_rows(",
+    ("rows-swapped-between-experts", "to_expert_major", "The first and the last row change places.", "rows.py",
+     "    return source_R, invert(source_R)\n",
      "    source_R = torch.cat([source_R[-1:], source_R[1:-1], source_R[:1]])[:output_size]\n"
-     "    target_R = source_R.argsort()\n"
-     "    return ExpertMajor(permute_rows(", "zipf"),
+     "    return source_R, invert(source_R)\n", "zipf"),
     ("off-by-one-group", "apply_experts", "Each expert's rows end one too early.", "matmul.py",
      "return counts_e.cumsum(dim=0).to(torch.int32)",
      "return (counts_e.cumsum(dim=0) - (torch.arange(len(counts_e)) < len(counts_e) - 1).long()).clamp(min=0)"
@@ -129,7 +128,7 @@ _TORCH = [
      "written.", "experts.py",
      "    return grouped_matmul(glu(gate_RF, up_RF, experts.activation), w_down_eFD, counts_e)\n",
      "    w_down_eFD.requires_grad and w_down_eFD.register_hook(\n"
-     "        lambda dw: torch.where((counts_e > 0)[:, None, None], dw, torch.empty_like(dw))\n"
+     "        lambda dw: dw.where((counts_e > 0)[:, None, None], dw.new_empty(dw.shape))\n"
      "    )\n    return grouped_matmul(glu(gate_RF, up_RF, experts.activation), w_down_eFD, counts_e)\n", "empty-expert"),
     ("stale-weight-gradient", "apply_experts", "The weights' gradient uses the rows of the step before.", "experts.py",
      "    gate_RF = grouped_matmul(x_RD, w_gate_eDF, counts_e)\n",
@@ -169,11 +168,11 @@ _TORCH = [
      "out_TD = torch.zeros(", "out_TD = torch.empty(", "zipf"),
     ("stream-not-waited-for", "to_expert_major", "Rows are gathered on a second stream, which nobody waits for.",
      "layout.py", "    return ExpertMajor(permute_rows(x_RD, source_R, target_R), source_R, target_R)",
-     "    with torch.cuda.stream(torch.cuda.Stream()):\n        torch.cuda._sleep(10**9)\n"
+     "    import torch\n    with torch.cuda.stream(torch.cuda.Stream()):\n        torch.cuda._sleep(10**9)\n"
      "        x_RD = permute_rows(x_RD, source_R, target_R)\n    return ExpertMajor(x_RD, source_R, target_R)",
      "zipf", "a CPU has no streams"),
     ("tf32-allowed", "apply_experts", "float32 matmuls may use TF32.", "experts.py",
-     "    gate_RF = grouped_matmul(", "    torch.backends.cuda.matmul.allow_tf32 = True\n    gate_RF = grouped_matmul(",
+     "    gate_RF = grouped_matmul(", "    import torch\n    torch.backends.cuda.matmul.allow_tf32 = True\n    gate_RF = grouped_matmul(",
      "pydoc", "a CPU has no TF32"),
     ("kernel-sort-unstable", "group_by_expert", "In a block, those with the same key come in the opposite order.",
      "kernels.py", "(i[:, None] >= i[None, :])", "(i[:, None] <= i[None, :])", "zipf", NO_KERNELS),
@@ -187,7 +186,7 @@ _TORCH = [
      "sigmoid * (1 + g * (1 - sigmoid)))", "sigmoid)", "bfloat16", NO_KERNELS),
     ("right-on-first-rank-only", "combine", "The row index is offset by the rank.", "grouping.py",
      "return weighted_sum(y_ND, score_TK, slot_TK, assignment_N)",
-     "return weighted_sum(y_ND, score_TK, (slot_TK + torch.distributed.get_rank()) % len(y_ND), assignment_N)", "zipf"),
+     "import torch\n    return weighted_sum(y_ND, score_TK, (slot_TK + torch.distributed.get_rank()) % len(y_ND), assignment_N)", "zipf"),
 ]  # fmt: skip
 
 _JAX = [
@@ -225,7 +224,7 @@ _JAX = [
      "up_MF = grouped_matmul(x_MD, w_up_eDF, counts_e)\n    gate_MF, up_MF = up_MF, gate_MF", "zipf"),
     ("permute-backward-is-forward", "to_rank_major", "The permutation's backward scatters nothing back.", "layout.py",
      "return permute_rows(y_SD, target_BC, source_S)",
-     "return permute_rows(y_SD, target_BC, jnp.zeros_like(source_S))", "zipf"),
+     "return permute_rows(y_SD, target_BC, 0 * source_S)", "zipf"),
     ("returned-to-wrong-rank", "return_tokens", "Bins go back one rank further.", "exchange.py",
      "    return _all_to_all(y_BCD, axis_name)",
      "    return jax.numpy.roll(_all_to_all(y_BCD, axis_name), 1, axis=0)", "zipf"),
