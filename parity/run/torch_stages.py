@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.fx.experimental.symbolic_shapes  # as the first gradient does: here it is once, before ranks are forked
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -140,11 +141,14 @@ class HostWaits:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fresh tensors are full of NaN, as PyTorch's deterministic mode fills them."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Fresh tensors are full of NaN, as PyTorch's deterministic mode fills them.
+
+    Not by `use_deterministic_algorithms`, which imports Inductor: two seconds in every rank.
+    """
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
     yield  # torch.utils.deterministic.fill_uninitialized_memory is on by default
-    torch.use_deterministic_algorithms(before)
+    torch.set_deterministic_debug_mode(before)
 
 
 def environment(device: torch.device) -> dict[str, str]:
