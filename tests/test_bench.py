@@ -44,19 +44,19 @@ def test_floors_are_those_of_the_formula():
 def test_a_floor_takes_the_fastest_copy_whoever_measured_it(monkeypatch):
     """Copies at 2 and 4 bytes a second, links at 0.5 and 0.25; what failed has none, nor has a link unmeasured."""
 
-    def figure(side, part, **more):
-        return Figure("", side, "", part, "", 2.0, 1.0, 3.0, 9, **more)
+    def figure(framework, part, **more):
+        return Figure("", framework, "", part, "", 2.0, 1.0, 3.0, 9, **more)
 
-    def measure(plan, side):
+    def measure(plan, framework):
         if not plan.parts:
-            n = 4 if side == "torch" else 8
-            yield figure(side, "copy", bytes=n)
-            yield figure(side, "link", link_bytes=1 if side == "torch" else 0.5)
+            n = 4 if framework == "torch" else 8
+            yield figure(framework, "copy", bytes=n)
+            yield figure(framework, "link", link_bytes=1 if framework == "torch" else 0.5)
         else:
-            yield figure(side, "whole", bytes=6, link_bytes=1)
-            yield figure(side, "combine", bytes=6)
-            yield figure(side, "experts", flops=6)
-            yield figure(side, "whole", bytes=6, error="failed")
+            yield figure(framework, "whole", bytes=6, link_bytes=1)
+            yield figure(framework, "combine", bytes=6)
+            yield figure(framework, "experts", flops=6)
+            yield figure(framework, "whole", bytes=6, error="failed")
 
     monkeypatch.setattr(bench, "_measure", measure)
     figures = list(run_bench(Plan()))
@@ -164,10 +164,10 @@ def fake_peers(tmp_path, monkeypatch):
 
 def test_a_peer_is_found_where_it_is_installed_and_computes_the_same(fake_peers, capsys):
     assert_same_movement(find_peers("torch", TORCH_PEERS)["megatron"])
-    x_RD, *weights = (jnp.asarray(np.random.default_rng(0).standard_normal(s)) for s in ((6, 4), *[(2, 4, 4)] * 3))
+    x, gate, up, down = (jnp.asarray(np.random.default_rng(0).standard_normal(s)) for s in ((6, 4), *[(2, 4, 4)] * 3))
     counts_e = jnp.asarray([2, 4])
-    theirs = find_peers("jax", JAX_PEERS)["tokamax"](x_RD, counts_e, *weights)
-    np.testing.assert_allclose(theirs, bench_jax.apply_experts(x_RD, counts_e, *weights), rtol=1e-5)
+    theirs = find_peers("jax", JAX_PEERS)["tokamax"](x, counts_e, gate, up, down)
+    np.testing.assert_allclose(theirs, bench_jax.apply_experts(x, counts_e, gate, up, down), rtol=1e-5)
     assert find_peers("jax", {"nobody_has_this": pytest.fail}) == {}
     assert capsys.readouterr().out == ""
 
@@ -183,13 +183,13 @@ def test_every_figure_comes_out_with_its_floor(fake_peers):
     plan = Plan(shapes=(TINY,), parts=("whole", "experts"), dtype="float32", compiled=False, seconds=0.001)
     figures = [f for f in run_bench(plan) if f.variant != "transformer_engine"]  # found on a GPU
     assert [f.error for f in figures if f.error] == []
-    found = [(f.side, f.variant, f.direction) for f in figures if f.part == "whole"]
+    found = [(f.framework, f.variant, f.direction) for f in figures if f.part == "whole"]
     variants = [("torch", "ours"), ("torch", "plain"), ("torch", "megatron"), ("jax", "ours"), ("jax", "plain")]
     assert found == [(*variant, d) for variant in variants for d in DIRECTIONS]
     experts = ["grouped_mm", "einsum over expert bins", "rank bins", "rank bins, tokamax"]
     found = [(f.variant, f.direction) for f in figures if f.part == "experts"]
     assert found == [(variant, d) for variant in experts for d in DIRECTIONS]
-    assert [f.side for f in figures if f.part == "copy"] == ["torch", "jax"]
+    assert [f.framework for f in figures if f.part == "copy"] == ["torch", "jax"]
     assert all(f.share and f.floor and f.low <= f.median <= f.high for f in figures if f.part == "whole")
 
 
@@ -197,11 +197,11 @@ def test_every_figure_across_ranks_comes_out_with_what_left_the_rank(tmp_path):
     plan = Plan(shapes=(TINY,), parts=("exchange", "whole"), seconds=0.001, ranks=2)
     figures = list(run_bench(plan))
     assert [f.error for f in figures if f.error] == []
-    found = [(f.side, f.part, f.direction) for f in figures if f.shape]
+    found = [(f.framework, f.part, f.direction) for f in figures if f.shape]
     assert found == [(s, p, d) for s in ("torch", "jax") for p in ("exchange", "whole") for d in DIRECTIONS]
     leaving = 16 * 2 // 2 * 8 * 2  # half of the rows, in bfloat16
     assert [f.link_bytes for f in figures if f.shape] == [leaving * n for n in (1, 2, 2, 4)] * 2
-    moved = [f.bytes for f in figures if f.part == "whole" and f.side == "torch"]
+    moved = [f.bytes for f in figures if f.part == "whole" and f.framework == "torch"]
     assert moved == [n * 8 * 2 for n in (6 * 32 + 2 * 16, 13 * 32 + 4 * 16)]  # N = 32, T = 16, D = 8
     plot_bench(figures, tmp_path / "empty.png")
     drawn = [Figure("tiny", "torch", "ours", "whole", d, 1, 1, 1, 1, share=0.5) for d in DIRECTIONS]
@@ -218,12 +218,24 @@ def test_a_rank_that_fails_ends_the_run(monkeypatch, tmp_path):
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(BackendError, match="planted"):
-        list(run_bench(Plan(shapes=(TINY,), sides=("torch",), parts=("exchange",), seconds=0.001, ranks=2)))
+        list(run_bench(Plan(shapes=(TINY,), frameworks=("torch",), parts=("exchange",), seconds=0.001, ranks=2)))
 
 
 def test_nothing_is_left_running_when_it_is_ended():
     """By SIGTERM, which runs no `finally`: the framework's process, and its ranks, see that their parent is gone."""
-    command = [sys.executable, "-m", "parity", "bench", "small", "--ranks", "2", "--side", "torch", "--seconds", "60"]
+    command = [
+        sys.executable,
+        "-m",
+        "parity",
+        "bench",
+        "small",
+        "--ranks",
+        "2",
+        "--framework",
+        "torch",
+        "--seconds",
+        "60",
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         try:
             wait_until(lambda: len(children(run.pid)) >= 3)  # one that starts two ranks
@@ -258,22 +270,23 @@ def wait_until(true: Callable[[], bool]) -> None:
         (["--ranks", "2", "--parts", "experts"], "with --ranks 2 there are exchange, whole"),
         (["--plot", "a.foo"], ".png, .svg or .pdf"),
         (["tiny"], "unknown: tiny"),
+        (["--framework", "numpy"], "unknown: numpy. There are: torch, jax"),
     ],
 )
 def test_wrong_usage_is_said_before_anything_runs(arguments, said, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "_measure", lambda plan, side: pytest.fail("it runs"))
+    monkeypatch.setattr(bench, "_measure", lambda plan, framework: pytest.fail("it runs"))
     with pytest.raises(SystemExit) as ended:
         main(["bench", *(["small"] if arguments != ["tiny"] else []), *arguments])
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
 
 
-def test_what_was_measured_is_shown_when_a_side_fails(capsys, monkeypatch):
-    def measure(plan, side):
-        if plan.parts and side == "jax":
+def test_what_was_measured_is_shown_when_a_framework_fails(capsys, monkeypatch):
+    def measure(plan, framework):
+        if plan.parts and framework == "jax":
             raise BackendError("jax", "jax: no such platform")
         shape, part = ("small", "whole") if plan.parts else ("", "copy")
-        yield Figure(shape, side, "ours", part, "forward", 1, 1, 1, 1)
+        yield Figure(shape, framework, "ours", part, "forward", 1, 1, 1, 1)
 
     monkeypatch.setattr(bench, "_measure", measure)
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""The JAX side of `bench`: ours, and the straightforward version.
+"""JAX's part of `bench`: ours, and the straightforward version.
 
 A stage is a program, and so is the whole. The exchange and the experts come between the stages, so there XLA must not
 fuse one gather into the next: a barrier keeps it from that. Another stands where the loss would.

@@ -1,4 +1,4 @@
-"""The PyTorch side of `bench`: ours, the straightforward version, and that under torch.compile."""
+"""PyTorch's part of `bench`: ours, the straightforward version, and that under torch.compile."""
 
 import math
 import sys

@@ -11,7 +11,7 @@ from typing import Any
 from parity.bench.plan import Movement, emit, failure
 
 
-def find_peers(side: str, peers: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+def find_peers(framework: str, peers: dict[str, Callable[[], Any]]) -> dict[str, Any]:
     """Those whose package is there. One that is there and does not import comes out as a figure that says so."""
     found = {}
     for package, load in peers.items():
@@ -19,7 +19,7 @@ def find_peers(side: str, peers: dict[str, Callable[[], Any]]) -> dict[str, Any]
             try:
                 found[package] = load()
             except Exception as error:
-                emit(failure(side, error, variant=package))
+                emit(failure(framework, error, variant=package))
     return {package: peer for package, peer in found.items() if peer is not None}
 
 

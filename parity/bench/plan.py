@@ -17,7 +17,7 @@ import numpy as np
 from parity.cases.case import Case
 from parity.cases.presets import MODELS
 from parity.run.backend import BackendError
-from parity.run.ours import FRAMEWORKS as SIDES
+from parity.run.ours import FRAMEWORKS
 from parity.run.supervisor import Process
 
 # In this order they are one layer's data movement on one rank; the exchange, and the experts, go in between.
@@ -61,7 +61,7 @@ class Plan(msgspec.Struct, frozen=True):
     """What to measure."""
 
     shapes: tuple[Case, ...] = ()  # empty: the three models' on a GPU, the small one on a CPU
-    sides: tuple[str, ...] = SIDES
+    frameworks: tuple[str, ...] = FRAMEWORKS
     parts: tuple[str, ...] = PARTS  # none: the copies that floors are counted with
     baselines: bool = True
     compiled: bool = True  # the baseline under torch.compile, which takes minutes to compile
@@ -75,7 +75,7 @@ class Figure(msgspec.Struct):
     """One measurement. Times in seconds; None where a device or framework cannot tell."""
 
     shape: str
-    side: str
+    framework: str
     variant: str
     part: str
     direction: str
@@ -151,9 +151,9 @@ def emit(figure: Figure) -> None:
     print(msgspec.json.encode(figure).decode(), flush=True)
 
 
-def failure(side: str, error: Exception, shape: str = "", variant: str = "", part: str = "") -> Figure:
+def failure(framework: str, error: Exception, shape: str = "", variant: str = "", part: str = "") -> Figure:
     """A figure that says why there is none."""
-    return Figure(shape, side, variant, part, "", 0, 0, 0, 0, error=f"{type(error).__name__}: {error}"[:500])
+    return Figure(shape, framework, variant, part, "", 0, 0, 0, 0, error=f"{type(error).__name__}: {error}"[:500])
 
 
 class Ran(NamedTuple):
@@ -179,19 +179,19 @@ def note_launches(figure: Figure, ran: Sequence[Ran]) -> None:
 
 
 def run_bench(plan: Plan) -> Generator[Figure]:
-    """Every figure as it comes in. Copies of all sides come first: floors are of the fastest.
+    """Every figure as it comes in. Copies of all frameworks come first: floors are of the fastest.
 
     A floor is the bytes in memory over the copy bandwidth, plus those between ranks over that of a copy between GPUs.
 
     Raises BackendError when a framework is missing or its run ends in error.
     """
     copying = msgspec.structs.replace(plan, parts=())
-    copies = [figure for side in plan.sides for figure in _measure(copying, side)]
+    copies = [figure for framework in plan.frameworks for figure in _measure(copying, framework)]
     yield from copies
     memory = max((figure.bytes / figure.median for figure in copies if figure.part == "copy"), default=0)
     link = max((figure.link_bytes / figure.median for figure in copies if figure.part == "link"), default=0)
-    for side in plan.sides:
-        for figure in _measure(plan, side):
+    for framework in plan.frameworks:
+        for figure in _measure(plan, framework):
             if not figure.error:
                 note_floor(figure, memory, link)
             yield figure
@@ -204,12 +204,12 @@ def note_floor(figure: Figure, memory: float, link: float) -> None:
         figure.share = figure.floor / figure.median
 
 
-def _measure(plan: Plan, side: str) -> Generator[Figure]:
-    command = [sys.executable, "-m", f"parity.bench.in_{side}", msgspec.json.encode(plan).decode()]
+def _measure(plan: Plan, framework: str) -> Generator[Figure]:
+    command = [sys.executable, "-m", f"parity.bench.in_{framework}", msgspec.json.encode(plan).decode()]
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if plan.ranks > 1 else {})  # ranks share the cores of a CPU
     with Process(command, environment=environment) as process:  # whoever reads the figures may stop
         for line in process.lines():
             if line.startswith("{"):
                 yield msgspec.json.decode(line, type=Figure)
     if process.error:
-        raise BackendError(side, f"{side}: {process.error[-2000:]}")
+        raise BackendError(framework, f"{framework}: {process.error[-2000:]}")

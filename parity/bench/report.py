@@ -14,14 +14,16 @@ def print_bench(console: Console, figures: Sequence[Figure]) -> None:
     """A table of row movements and one of experts for each shape, under the copies that floors are counted with."""
     for figure in figures:
         if figure.error:
-            what = f"{figure.side} {figure.shape} {figure.variant} {figure.part} {figure.direction}"
+            what = f"{figure.framework} {figure.shape} {figure.variant} {figure.part} {figure.direction}"
             console.print(f"{what}: {figure.error.splitlines()[0]}", style="red", markup=False)
         elif figure.part == "copy":
             rate = figure.bytes / figure.median / 1e9
-            console.print(f"{figure.side} copies {figure.bytes / 2e6:.0f} MB at {rate:.0f} GB/s on {figure.device}")
+            console.print(
+                f"{figure.framework} copies {figure.bytes / 2e6:.0f} MB at {rate:.0f} GB/s on {figure.device}"
+            )
         elif figure.part == "link":
             rate = figure.link_bytes / figure.median / 1e9
-            console.print(f"{figure.side} copies from one GPU to the next at {rate:.0f} GB/s")
+            console.print(f"{figure.framework} copies from one GPU to the next at {rate:.0f} GB/s")
     for shape in dict.fromkeys(figure.shape for figure in figures if figure.shape):
         found = [figure for figure in figures if figure.shape == shape]
         console.print()
@@ -45,7 +47,7 @@ def _table(title: str, figures: Sequence[Figure], cells) -> Table:
     table = Table(
         title=title, title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0)
     )
-    table.add_column("side")
+    table.add_column("framework")
     table.add_column("variant")
     table.add_column("part")
     headers = {
@@ -58,10 +60,10 @@ def _table(title: str, figures: Sequence[Figure], cells) -> Table:
             table.add_column(f"{short}\n{header}", justify="right", no_wrap=True)
     by_line: dict[tuple[str, str, str], dict[str, Figure]] = {}
     for figure in figures:
-        by_line.setdefault((figure.side, figure.variant, figure.part), {})[figure.direction] = figure
+        by_line.setdefault((figure.framework, figure.variant, figure.part), {})[figure.direction] = figure
     order = {part: i for i, part in enumerate(("exchange", *PARTS))}
-    sides = list(dict.fromkeys((side, variant) for side, variant, _ in by_line))
-    for line in sorted(by_line, key=lambda line: (sides.index(line[:2]), order[line[2]])):
+    variants = list(dict.fromkeys(line[:2] for line in by_line))
+    for line in sorted(by_line, key=lambda line: (variants.index(line[:2]), order[line[2]])):
         both = [cell for name in DIRECTIONS for cell in cells(by_line[line].get(name))]
         table.add_row(*line, *both, style="bold" if line[2] == "whole" else "", end_section=line[2] == "whole")
     return table
@@ -107,7 +109,7 @@ def _color(share: float) -> str:
 
 
 def plot_bench(figures: Sequence[Figure], path: Path) -> None:
-    """Each stage's share of its floor, a panel for each shape: side and variant by color, forward and both by fill."""
+    """Each stage's share of its floor, a panel for each shape: variant by color, forward and both by fill."""
     from matplotlib.figure import Figure as Canvas
 
     drawn = [figure for figure in figures if figure.share and figure.shape]
@@ -115,11 +117,11 @@ def plot_bench(figures: Sequence[Figure], path: Path) -> None:
     canvas = Canvas(figsize=(4.5 * max(1, len(shapes)), 4.5), layout="constrained")
     for number, shape in enumerate(shapes):
         axes = canvas.add_subplot(1, len(shapes), number + 1)
-        lines = list(dict.fromkeys((f.side, f.variant, f.direction) for f in drawn if f.shape == shape))
+        lines = list(dict.fromkeys((f.framework, f.variant, f.direction) for f in drawn if f.shape == shape))
         parts = [p for p in ("exchange", *PARTS) if any(f.part == p and f.shape == shape for f in drawn)]
         for i, line in enumerate(lines):
             shares = {
-                f.part: f.share or 0 for f in drawn if (f.shape, f.side, f.variant, f.direction) == (shape, *line)
+                f.part: f.share or 0 for f in drawn if (f.shape, f.framework, f.variant, f.direction) == (shape, *line)
             }
             places = [k + (i - (len(lines) - 1) / 2) * 0.8 / len(lines) for k, p in enumerate(parts) if p in shares]
             color, faint = f"C{i // len(DIRECTIONS)}", 1 if line[2] == "forward" else 0.5

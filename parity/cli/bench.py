@@ -12,13 +12,13 @@ from parity.bench.plan import ACROSS_RANKS, PARTS, SHAPES, Figure, Plan, choose_
 from parity.bench.report import plot_bench, print_bench
 from parity.cli.shared import BACKEND, MATCH, Page, check_writable, say
 from parity.judge.engine import progress
-from parity.run.ours import FRAMEWORKS as SIDES
+from parity.run.ours import FRAMEWORKS
 from parity.run.supervisor import gpus
 
 
 @dataclass
 class Command:
-    """How close to what the memory allows are the row movements, on both sides?
+    """How close to what the memory allows are the row movements, in both frameworks?
 
     Each figure stands beside its floor: the bytes that have to move over the copy bandwidth measured in the same run.
     Straightforward versions in both frameworks are measured along, unless left out. So are other people's, where they
@@ -27,16 +27,16 @@ class Command:
     Exit code: 0 measured, 2 wrong usage, 3 a framework is missing or crashed, or a figure could not be measured.
 
     Examples:
-        python -m parity bench                              three models' shapes on a GPU, a small one on a CPU
-        python -m parity bench mixtral-8x7b --side torch    one shape, one side
+        python -m parity bench                                   three models' shapes on a GPU, a small one on a CPU
+        python -m parity bench mixtral-8x7b --framework torch   one shape, one framework
         python -m parity bench small --parts whole --no-baselines
-        python -m parity bench --ranks 2                    the exchange too, over two GPUs
+        python -m parity bench --ranks 2                         the exchange too, over two GPUs
     """
 
     shapes: tyro.conf.Positional[tuple[str, ...]] = ()
     """Which: deepseek-v3, mixtral-8x7b, qwen3-30b-a3b, small."""
-    side: Literal["both", "torch", "jax"] = "both"
-    """Measure one framework only."""
+    framework: tuple[str, ...] = FRAMEWORKS
+    """Which frameworks to measure."""
     parts: tuple[str, ...] = (*PARTS, "exchange")
     """Stages, the whole of them, the experts; over several --ranks, the exchange and the whole."""
     baselines: bool = True
@@ -65,7 +65,9 @@ def run(command: Command) -> int:
     Raises ValueError on an unknown shape or part, on numbers that cannot be, and where there would be nothing to show.
     """
     check_writable(command.plot, command.save)
-    for name, known in ((command.shapes, SHAPES), (command.parts, (*PARTS, "exchange"))):
+    for name, known in (
+        (command.shapes, SHAPES), (command.parts, (*PARTS, "exchange")), (command.framework, FRAMEWORKS),
+    ):  # fmt: skip
         if unknown := [word for word in name if word not in known]:
             raise ValueError(f"unknown: {', '.join(unknown)}. There are: {', '.join(known)}")
     if not 0 < command.seconds < math.inf:
@@ -82,7 +84,7 @@ def run(command: Command) -> int:
         raise ValueError("--plot draws shares of a floor, which processes on a CPU, having no link, do not have")
     plan = Plan(
         shapes=tuple(SHAPES[name] for name in command.shapes),
-        sides=SIDES if command.side == "both" else (command.side,),
+        frameworks=command.framework,
         parts=command.parts, baselines=command.baselines, compiled=command.compiled,
         seconds=command.seconds, dtype=command.dtype, seed=command.seed, ranks=command.ranks,
     )  # fmt: skip
@@ -93,7 +95,7 @@ def run(command: Command) -> int:
         with progress() as bar:
             task = bar.add_task("bench", total=None)
             for figure in run_bench(plan):
-                bar.update(task, advance=1, description=f"{figure.side} {figure.shape} {figure.part}")
+                bar.update(task, advance=1, description=f"{figure.framework} {figure.shape} {figure.part}")
                 figures.append(figure)
                 line = msgspec.json.encode(figure).decode()
                 if command.save:

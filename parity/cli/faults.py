@@ -60,7 +60,7 @@ def run(command: Command) -> int:
 
 
 def try_fault(fault: faults.Fault, device: str = "cpu") -> Found:
-    """Plant a fault, run its preset on its side only, and say who was blamed.
+    """Plant a fault, run its preset on its backend only, and say who was blamed.
 
     A run that ends in an error counts as caught only where the fault is one that ends it.
     """

@@ -1,4 +1,4 @@
-"""One of JAX's corners, timed: a device per rank under shard_map."""
+"""A whole layer in JAX, timed: a device per rank under shard_map."""
 
 import sys
 from typing import Any
@@ -17,7 +17,7 @@ from parity.bench.plan import Plan as Timing
 from parity.bench.plan import emit
 from parity.run.jax_ranks import AXIS, over_ranks, put
 from parity.run.supervisor import end_with_parent
-from parity.study.corners import Plan, routing_of
+from parity.study.layers import Plan, routing_of
 
 
 def main(plan: Plan) -> None:
@@ -25,7 +25,7 @@ def main(plan: Plan) -> None:
     case, P = plan.case, plan.case.ranks
     jax.config.update("jax_num_cpu_devices", P)
     if jax.device_count() < P:
-        raise ValueError(f"--ranks {P} with {jax.device_count()} devices: a corner is measured with a GPU a rank")
+        raise ValueError(f"--ranks {P} with {jax.device_count()} devices: it is measured with a GPU a rank")
     axis, e = AXIS if P > 1 else None, case.experts // case.ranks
     capacity = plan_capacity(plan.factor, case.tokens, case.top_k, case.experts, P)
     rng = np.random.default_rng(0)
@@ -46,7 +46,7 @@ def main(plan: Plan) -> None:
         chosen = Routing(score, ids, count_per_expert(ids, case.experts))
         router = jnp.zeros((D, case.experts))
         how: dict[str, Any] = {"router": Router(case.top_k), "routing": chosen, "axis_name": axis}
-        if plan.corner == "jax-dynamic":
+        if plan.layout == "ragged":
             return dynamic.moe_layer(x, router, gate, up, down, **how).out_TD
         return moe_layer(x, router, gate, up, down, capacity=capacity, **how).out_TD
 

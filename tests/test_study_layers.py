@@ -1,6 +1,7 @@
-"""The table of four corners: on a CPU, that it runs, drops what it says, and tells what cannot run there."""
+"""A whole layer on every backend: on a CPU, that it runs, drops what it says, and tells what cannot run there."""
 
 import json
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -8,10 +9,10 @@ from fractions import Fraction
 import pytest
 
 from parity.cases.case import Case
-from parity.study.corners import Plan, no_drop_factor, routing_of
+from parity.study.layers import Plan, no_drop_factor, routing_of
 from parity.study.sweep import measure
 
-CORNERS = [sys.executable, "-m", "parity.study.corners"]
+LAYER = [sys.executable, "-m", "parity", "layer"]
 
 
 def test_the_factor_that_drops_nothing_is_the_least():
@@ -23,15 +24,17 @@ def test_the_factor_that_drops_nothing_is_the_least():
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_table(tmp_path, ranks):
-    save = tmp_path / "corners.jsonl"
-    command = [*CORNERS, "--device", "cpu", "--ranks", str(ranks), "--seconds", "0.05", "--factors", "0.5"]
+    save = tmp_path / "layers.jsonl"
+    command = [*LAYER, "--ranks", str(ranks), "--seconds", "0.05", "--factors", "0.5"]
     command += ["--save", str(save)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr
     found = {line["variant"]: line for line in map(json.loads, save.read_text().splitlines())}
     assert len(found) == 6
-    dynamic_jax = found.pop("jax-dynamic")
-    assert ("not implemented on XLA:CPU" in dynamic_jax["error"]) == (ranks > 1)
+    ragged = found.pop("jax-dynamic")
+    assert ("not implemented on XLA:CPU" in ragged["error"]) == (ranks > 1)
+    assert "ms a step" in run.stdout
     assert all(line["median"] > 0 and not line["error"] for line in found.values())
     by_factor = {name: line["dropped"] for name, line in found.items()}
     assert by_factor["jax, factor 0.50"] == by_factor["torch-static, factor 0.50"] > 0.4
@@ -39,6 +42,6 @@ def test_the_table(tmp_path, ranks):
 
 
 def test_wrong_usage():
-    run = subprocess.run([*CORNERS, "--model", "none"], capture_output=True, text=True)
+    run = subprocess.run([*LAYER, "--model", "none"], capture_output=True, text=True)
     assert run.returncode == 2
     assert "no model is called none" in run.stderr

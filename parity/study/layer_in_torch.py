@@ -1,4 +1,4 @@
-"""One of PyTorch's corners, timed: a process per rank, the first prints its figure."""
+"""A whole layer in PyTorch, timed: a process per rank, the first prints its figure."""
 
 import sys
 from typing import Any
@@ -12,7 +12,7 @@ from parity.bench.in_torch import measure as timed
 from parity.bench.plan import Plan as Timing
 from parity.bench.plan import emit
 from parity.run.supervisor import end_with_parent
-from parity.study.corners import Plan, routing_of
+from parity.study.layers import Plan, routing_of
 from torch_impl import Router, moe_layer, static
 from torch_impl.routing import Routing, count_per_expert
 
@@ -42,7 +42,7 @@ def one_rank(rank: int, plan: Plan, address: str) -> None:
     capacity = static.plan_capacity(plan.factor, case.tokens, case.top_k, case.experts, case.ranks)
 
     def run(_: int) -> Any:
-        if plan.factor is None:
+        if plan.layout == "dynamic":
             out = moe_layer(x, router, *weights, router=Router(case.top_k), routing=chosen).out_TD
         else:
             out = static.moe_layer(

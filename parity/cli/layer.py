@@ -1,0 +1,76 @@
+"""`python -m parity layer`."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from parity.bench.plan import Figure
+from parity.cases.case import Case
+from parity.cases.presets import MODELS
+from parity.cli.shared import MATCH, Page, check_writable, say
+from parity.judge.engine import progress
+from parity.run.supervisor import gpus
+from parity.study.layers import Plan, layer_table, layers
+
+
+@dataclass
+class Command:
+    """What does a whole layer cost on each backend, and what does it drop?
+
+    One step forward and backward. Backends with a static capacity run at the factor at which this routing drops
+    nothing, so that all do the same work, and at those asked for.
+
+    Exit code: 0 measured, as far as it can be here, 2 wrong usage.
+
+    Examples:
+        python -m parity layer                     one GPU; a small layer where there is none
+        python -m parity layer --ranks 2 --flags   two GPUs, and JAX under XLA's flags for its exchanges
+    """
+
+    model: str | None = None
+    """A real model's shape (see `check --help`); without, qwen3-30b-a3b, or a small layer where there is no GPU."""
+    ranks: int = 1
+    """A GPU each."""
+    tokens: int | None = None
+    """On each rank; without, 8192, or 64 where there is no GPU."""
+    skew: float = 0.5
+    """Zipf's exponent of the routing."""
+    factors: tuple[str, ...] = ("1", "1.25")
+    """Capacity factors besides the one at which nothing drops."""
+    flags: bool = False
+    """Run JAX's under each of XLA's flags for their exchanges too."""
+    seconds: float = 1.0
+    """Time to spend on each figure."""
+    save: Path | None = None
+    """Write the figures to this file too, a JSON object a line."""
+
+
+def run(command: Command) -> int:
+    """Run `layer`; its exit code."""
+    check_writable(command.save)
+    if command.model and command.model not in MODELS:
+        raise ValueError(f"no model is called {command.model}. There are: {', '.join(MODELS)}")
+    if not 0 < command.seconds < math.inf:
+        raise ValueError(f"--seconds is {command.seconds}: it must be positive and finite")
+    small = Case("small", width=64, hidden=64, experts=8, top_k=2)
+    shape = MODELS[command.model] if command.model else MODELS["qwen3-30b-a3b"] if gpus() else small
+    tokens = (8192 if gpus() else 64) if command.tokens is None else command.tokens
+    case = replace(shape, ranks=command.ranks, tokens=tokens, pattern="random")
+    found: list[tuple[Figure, float]] = []
+    with progress() as bar:
+        task = bar.add_task("layer", total=None)
+        for figure, dropped in layers(
+            Plan(case, command.skew, command.seconds), command.factors, command.flags, not gpus()
+        ):
+            bar.update(task, advance=1, description=figure.variant)
+            found.append((figure, dropped))
+            if command.save:
+                with command.save.open("w" if len(found) == 1 else "a") as file:
+                    line = {"dropped": dropped} | msgspec.to_builtins(figure)
+                    file.write(msgspec.json.encode(line).decode() + "\n")
+    Page(170).print(layer_table(case, found))
+    if command.save:
+        say(f"wrote {command.save}")
+    return MATCH
