@@ -51,4 +51,4 @@ format: $(VENV)/installed  ## let ruff rewrite
 	$(RUN) ruff check --fix .
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) $(VENV)-triton .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(VENV)-triton .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,37 +1,90 @@
-"""One configuration for all tests: eight virtual JAX devices, shapes checked, repeatable examples."""
+"""One configuration for all tests: eight JAX devices, shapes checked, repeatable examples, nothing compiled twice."""
 
+import hashlib
 import os
+import platform
+import sys
 from collections.abc import Iterator
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import pytest
+
+if TYPE_CHECKING:
+    from torch_ranks import TorchRanks
+
+# Of each process that tests start, too. There is one for each core already, and their matrices are small.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, JAX would take most of its memory
 
-import jax
-import pytest
-import torch
-from hypothesis import settings
-from jaxtyping import install_import_hook
+COMPILED = Path(__file__).parent.parent / ".cache"
+COMPILED_BYTES = 500_000_000
 
-# Shapes and dtypes in signatures are checked under test only. Has to come before the packages are imported.
-install_import_hook(["torch_impl", "jax_impl"], "beartype.beartype")
 
-from torch_ranks import TorchRanks  # noqa: E402
-
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
-settings.register_profile("explore", deadline=None, max_examples=1000)  # pytest --hypothesis-profile explore
-settings.load_profile("repeatable")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out tests that start processes, where they do")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("markexpr") != "gpu":
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # only hands out tests, and needs none of this
+    on_gpu = config.getoption("markexpr") == "gpu"
+    if not on_gpu:
+        keep_what_xla_compiles()
+
+    import jax
+    import torch
+    from hypothesis import settings
+    from jaxtyping import install_import_hook
+
+    if not on_gpu:
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     torch.set_num_threads(1)
+    # Shapes and dtypes in signatures are checked under test only. Has to come before the packages are imported.
+    install_import_hook(["torch_impl", "jax_impl"], "beartype.beartype")
+    settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
+    settings.register_profile("explore", deadline=None, max_examples=1000)  # pytest --hypothesis-profile explore
+    settings.load_profile(config.getoption("--hypothesis-profile") or "repeatable")
+    if config.getoption("--quick"):
+        start_no_process()
+
+
+def keep_what_xla_compiles() -> None:
+    """Every program, for all processes and for the next run: compiling takes longer than all that is compiled.
+
+    JAX finds a program by its text, its options and its own version; machines that differ have folders of their own.
+    """
+    info = Path("/proc/cpuinfo")
+    flags = (
+        next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.exists() else ""
+    )
+    machine = hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:8]
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED / f"jax-{machine}"))
+    os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+
+
+def start_no_process() -> None:
+    """From here on, a test that starts a process is left out at the point where it does."""
+    from multiprocessing.process import BaseProcess
+
+    def leave_out(*_: object) -> NoReturn:
+        pytest.skip("starts a process")
+
+    def watch(event: str, _: object) -> None:
+        if event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec"):
+            leave_out()
+
+    sys.addaudithook(watch)
+    BaseProcess.start = leave_out  # a fork server is started without an event
 
 
 @pytest.fixture(scope="session")
-def torch_ranks() -> Iterator[TorchRanks]:
+def torch_ranks() -> Iterator["TorchRanks"]:
     """Up to four real processes; see `TorchRanks`."""
+    from torch_ranks import TorchRanks
+
     ranks = TorchRanks()
     yield ranks
     ranks.stop()
@@ -47,6 +100,20 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):  # one of several processes; each leaves out the same
         session.config.workeroutput["gpu_tests_left_out"] = list(_gpu_tests_left_out)  # type: ignore[attr-defined]
+    else:
+        forget_the_oldest()
+
+
+def forget_the_oldest() -> None:
+    """Of what XLA compiled, beyond the limit; others may be at it too."""
+    with suppress(OSError):
+        files = sorted((path.stat().st_atime, path.stat().st_size, path) for path in COMPILED.glob("jax-*/*"))
+        excess = sum(size for _, size, _ in files) - COMPILED_BYTES
+        for _, size, path in files:
+            if excess <= 0:
+                break
+            path.unlink()
+            excess -= size
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -56,5 +123,6 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _gpu_tests_left_out:
-        n, there = len(_gpu_tests_left_out), "there is one" if torch.cuda.is_available() else "there is none here"
-        terminalreporter.write_line(f"{n} tests need a GPU and were not run ({there}): make test-gpu")
+        n, there = len(_gpu_tests_left_out), any(Path("/dev").glob("nvidia[0-9]*"))
+        why = "there is one" if there else "there is none here"
+        terminalreporter.write_line(f"{n} tests need a GPU and were not run ({why}): make test-gpu")
