@@ -77,7 +77,7 @@ def start_no_process() -> None:
             leave_out()
 
     sys.addaudithook(watch)
-    BaseProcess.start = leave_out  # a fork server is started without an event
+    BaseProcess.start = leave_out  # type: ignore[method-assign, assignment]  # a fork server is started without an event
 
 
 @pytest.fixture(scope="session")
