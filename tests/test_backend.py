@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from parity.cases.case import Case
 from parity.cases.presets import PRESETS
+from parity.cli.main import main
 from parity.judge.engine import judge, make_report
 from parity.judge.records import Report, header
 from parity.oracle.problem import Problem, draw
@@ -31,11 +32,17 @@ CASES = ["zipf", "drop-rank-score"]  # of the second 68 assignments are dropped
 IN_PART = "numpy: compared: output, 5 gradients; not seen: stages 1-8"
 
 
-def parity(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run it where tests/ is on the path, as a reader's own folder would be."""
-    command = [sys.executable, "-m", "parity", *map(str, arguments)]
-    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path})
+@pytest.fixture
+def parity(capfd):
+    """The command line in this process: its exit code, and what it says on either side."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main([*map(str, arguments), "--no-json"])
+        assert isinstance(end.value.code, int)
+        return end.value.code, *capfd.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +50,12 @@ def three(tmp_path_factory) -> tuple[str, str, dict[tuple[str, str], Trace]]:
     """What `check` says of PyTorch, JAX and NumPy, its page, and their traces by case and backend."""
     folder = tmp_path_factory.mktemp("three")
     backends = ("--backend", "torch", "--backend", "jax", "--backend", "numpy_backend:BACKEND")
-    run = parity("check", *CASES, *backends, "--no-json", "--save", folder / "traces", "--html", folder / "page.html")
+    files = ("--no-json", "--save", folder / "traces", "--html", folder / "page.html")
+    command = [sys.executable, "-m", "parity", "check", *CASES, *backends, *files]
+    path = os.pathsep.join(
+        filter(None, (str(TESTS), os.environ.get("PYTHONPATH")))
+    )  # as a reader's own folder would be
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path})
     assert run.returncode == 0, run.stdout + run.stderr
     traces = {(trace.case.name, trace.backend.name): trace for trace in load_folder(folder / "traces")}
     return run.stdout, (folder / "page.html").read_text(), traces
@@ -123,7 +135,7 @@ FAULTS = [
     ("zipf", '"ne,end->nd", weight,', '"ne,end->nd", kept,', "combine", "out", "forward"),
     ("zipf", "x.T @ dlogits,", "x.T @ dscore,", "route", "drouter", "backward"),
     ("zipf", "da @ gate.mT + db @ up.mT", "da @ gate.mT + da @ up.mT", "route", "dx", "backward"),
-    ("drop-rank-score", " * problem.keep.reshape(-1, case.top_k, 1)", "", "combine", "out", "forward"),
+    ("drop-rank-score", "p.keep, p.aux", "p.keep | True, p.aux", "combine", "out", "forward"),
 ]
 
 
@@ -156,7 +168,7 @@ def test_two_of_three_are_wrong(three, tmp_path):
     })  # fmt: skip
     text = said(report_of("zipf", traces["zipf", "torch"], jax, wrong))
     assert "zipf: jax and numpy differ from the oracle at stage 9 combine, forward, in the whole layer" in text
-    assert "look at:  jax_impl/grouping.py: combine and tests/numpy_backend.py\n" in text
+    assert "look at:  jax_impl/layer.py: layer and tests/numpy_backend.py\n" in text
     assert "repeat:   python -m parity check zipf --backend jax --backend numpy\n" in text
 
 
@@ -253,12 +265,12 @@ def test_a_backend_that_there_is_not(asked, message):
 
 
 @pytest.mark.parametrize("asked", ["nosuch", "parity.cases.case:Case"])
-def test_wrong_usage_on_the_command_line(asked):
-    run = parity("check", "zipf", "--backend", asked, "--no-json")
-    assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("error: ")
-    assert asked in run.stderr
-    assert "Traceback" not in run.stderr
+def test_wrong_usage_on_the_command_line(parity, asked):
+    code, out, err = parity("check", "zipf", "--backend", asked)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert asked in err
+    assert "Traceback" not in err
 
 
 # ---- Traces that somebody else's program wrote
@@ -281,35 +293,35 @@ def theirs(tmp_path, three):
     return write
 
 
-def test_a_trace_of_the_output_alone_is_compared(theirs):
+def test_a_trace_of_the_output_alone_is_compared(parity, theirs):
     folders = theirs()
     assert {trace.case for folder in folders for trace in load_folder(folder)} == {PRESETS["zipf"]}
-    run = parity("compare", *folders, "--no-json")
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "mine: compared: output; not seen: 5 gradients, stages 1-8\n" in run.stdout
-    assert run.stdout.endswith("match\n")
+    code, out, _ = parity("compare", *folders)
+    assert code == 0, out
+    assert "mine: compared: output; not seen: 5 gradients, stages 1-8\n" in out
+    assert out.endswith("match\n")
 
 
-def test_and_found_wrong(theirs):
-    run = parity("compare", *theirs(change=1e-3), "--no-json")
-    assert run.returncode == 1, run.stdout + run.stderr
-    assert "zipf: mine is wrong at stage 9 combine, forward, in the whole layer\n" in run.stdout
-    assert "out against oracle: 16 of 64 rows; worst: rank 2, source rank 2, token " in run.stdout
-    assert "look at:  mine\n" in run.stdout
+def test_and_found_wrong(parity, theirs):
+    code, out, _ = parity("compare", *theirs(change=1e-3))
+    assert code == 1, out
+    assert "zipf: mine is wrong at stage 9 combine, forward, in the whole layer\n" in out
+    assert "out against oracle: 16 of 64 rows; worst: rank 2, source rank 2, token " in out
+    assert "look at:  mine\n" in out
 
 
-def test_a_trace_by_its_record(theirs):
+def test_a_trace_by_its_record(parity, theirs):
     record = msgspec.json.encode(Backend("theirs", "none", "opaque", OUTSIDE[:2], {"": "layer.cpp"})).decode()
-    run = parity("compare", *theirs(backend=record), "--no-json")
-    assert run.returncode == 1, run.stdout + run.stderr  # it says that a gradient is there, and it is not
-    assert "dx against oracle: missing from the trace" in run.stdout
-    assert "look at:  layer.cpp\n" in run.stdout
+    code, out, _ = parity("compare", *theirs(backend=record))
+    assert code == 1, out  # it says that a gradient is there, and it is not
+    assert "dx against oracle: missing from the trace" in out
+    assert "look at:  layer.cpp\n" in out
 
 
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ({"layout": "dense"}, "layout"),
+        ({"layout": "dense"}, "is no trace: backend mine has layout 'dense': there are dynamic, "),
         ({"case": '{"name": "zipf", "pattern": "zip"}'}, "is no trace: Invalid enum value 'zip'"),
         ({"backend": "../mine"}, "a backend cannot be called '../mine'"),
         ({"backend": '{"name": "mine"}'}, "is no trace: Object missing required field"),

@@ -56,5 +56,4 @@ def blame(checks: list[Check], backends: Mapping[str, Backend]) -> Blame | None:
 
 def _place(backend: Backend, check: Check) -> str:
     """What to look at: where the stage is written; where the stage alone is right, what passes things on to it."""
-    alone = any(name.startswith(f"isolated/{check.stage}/") for name in backend.provides)
-    return backend.written("layer" if alone and check.mode != "isolated" else check.stage)
+    return backend.written("layer" if backend.alone(check.stage) and check.mode != "isolated" else check.stage)
