@@ -2,6 +2,7 @@
 
 Random inputs load experts evenly; trained routers do not. This trains two blocks of causal attention and
 `torch_impl.moe_layer` (two minutes on two cores), then saves what enters the last block's MoE layer on held-out text.
+`python -m parity.study.pydoc` makes the recording that comes with the presets again; `--help` says with what.
 `init`, `batches` and `learning_rate` are NumPy and plain Python, so that any framework can start from the same weights
 and see the same batches in the same order.
 
