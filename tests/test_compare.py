@@ -4,12 +4,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
+import jax
 import numpy as np
 import pytest
 import torch
 from problems import bits
 from safetensors.numpy import save_file
 
+import jax_impl.dynamic.exchange
+import jax_impl.dynamic.layer
+import jax_impl.layer
+import torch_impl.layer
+import torch_impl.static.layer
 from parity.cases.case import Case
 from parity.cases.presets import command
 from parity.judge.blame import Blame, blame
@@ -19,6 +25,7 @@ from parity.oracle.problem import Problem, draw
 from parity.oracle.quantities import STAGES, names
 from parity.oracle.rows import PADDING, Layout, Table, indices, lay_out, row_tables
 from parity.oracle.tolerances import numpy_dtype
+from parity.run.naming import MADE_BY, MAIN, named, stem
 from parity.run.ours import BACKENDS
 from parity.run.trace import Trace, load_folder
 
@@ -168,6 +175,7 @@ def test_what_is_expected():
         integers[f"{mode}/exchange_counts/send"] = to_rank
         integers[f"{mode}/exchange_counts/receive"] = to_rank.T
         integers[f"{mode}/group_by_expert/assignment"] = np.tile(np.arange(12), 2)
+        integers[f"{mode}/group_by_expert/kept"] = kept
     for name, values in integers.items():
         np.testing.assert_array_equal(wanted[name].values, values)
     x = np.repeat(PROBLEM.x, 3, axis=1).reshape(24, 8)
@@ -185,6 +193,47 @@ def test_what_is_expected():
             value = whole.get(name.removeprefix("isolated/"), value[1:])
             expected = replayed()[value] if "/route/" in name else exact[value]
             np.testing.assert_allclose(want.values, expected.reshape(want.values.shape), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_expected_of_an_uneven_exchange_in_jax():
+    """Which XLA has on GPUs only; but who is told what runs anywhere."""
+    problem = draw(replace(PROBLEM.case, ranks=3, experts=6, pattern="zipf"))
+    wanted = Oracle(problem).expected(BACKENDS["jax-dynamic"].provides, "ragged")
+    sent = np.array([np.bincount(ids.reshape(-1), minlength=6) for ids in problem.expert_id])
+    told = jax.vmap(lambda counts: jax_impl.dynamic.exchange.exchange_counts(counts, "ranks"), axis_name="ranks")(sent)
+    for name, got in named("exchange_counts", told).items():
+        for mode in ("isolated", "e2e"):
+            np.testing.assert_array_equal(wanted[f"{mode}/exchange_counts/{name}"].values, got)
+    S = sent.reshape(3, 3, 2).sum(axis=2)
+    by_hand = {
+        "received_at": [[sum(S[:p, q]) for q in range(3)] for p in range(3)],
+        "returned_at": [[sum(S[p, :q]) for p in range(3)] for q in range(3)],
+    }
+    for name, values in by_hand.items():
+        np.testing.assert_array_equal(wanted[f"e2e/exchange_counts/{name}"].values, values)
+    assert not problem.keep.all()
+    assert wanted["e2e/group_by_expert/kept"].values.tolist() == sent.tolist()
+    assert not wanted["e2e/group_by_expert/dropped_in_all"].values.any()  # what a capacity would drop, is masked
+
+
+CORNERS = {
+    "torch": torch_impl.layer, "torch-static": torch_impl.static.layer, "jax": jax_impl.layer,
+    "jax-dynamic": jax_impl.dynamic.layer,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", CORNERS)
+def test_every_array_that_a_stage_returns_is_compared(backend):
+    provided = {name.split("/", 1)[1] for name in BACKENDS[backend].provides if not name.startswith("repeat")}
+    stages = set()
+    for field, kind in CORNERS[backend].Stages.__annotations__.items():
+        stage, _, value = (MADE_BY.get(field) or MADE_BY[stem(field)]).partition("/")
+        parts = getattr(kind, "__annotations__", {})
+        fields = {stem(name) for name, part in parts.items() if part is not int} if hasattr(kind, "_fields") else None
+        returned = {value or MAIN[stage]} if fields is None else fields
+        assert {f"{stage}/{name}" for name in returned} <= provided
+        stages.add(stage)
+    assert stages == {*STAGES}
 
 
 def replayed() -> dict[str, np.ndarray]:
@@ -256,7 +305,7 @@ def place(backend: str, name: str) -> tuple[int, tuple[int, ...], Where]:
         where.token, where.index = at[0], list(at[1:])
         if shape[-1] == CASE.top_k:
             where.k, where.expert = at[1], PROBLEM.expert_id[rank, *at]
-    elif kind(want) == "rank" and value in ("counts", "dropped") and len(at) == 1:  # of each expert
+    elif kind(want) == "rank" and value in ("counts", "dropped", "kept") and len(at) == 1:  # of each expert
         where.expert = at[0]
     elif kind(want) == "rank" and value == "receive":  # from each rank
         where.source_rank = at[0]

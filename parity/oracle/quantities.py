@@ -107,8 +107,9 @@ _y: Value = lambda o, _: o.y  # noqa: E731
 _dx: Value = lambda o, _: o.dx_rows  # noqa: E731
 _dy: Value = lambda o, _: o.dy  # noqa: E731
 _order: Value = lambda o, _: o.problem.order_probe()[1]  # noqa: E731
+_sent: Value = lambda o, layout: o.sent(layout)  # noqa: E731
 _counts: Value = lambda o, layout: o.received(layout)  # noqa: E731
-_dropped: Value = lambda o, _: o.sent("dynamic") - o.sent("static")  # noqa: E731
+_dropped: Value = lambda o, layout: o.sent("dynamic") - o.sent(layout)  # noqa: E731
 _BOTH: tuple[Mode, ...] = ("isolated", "e2e")
 _ALONE: tuple[Mode, ...] = ("isolated",)
 _WHOLE: tuple[Mode, ...] = ("e2e",)
@@ -116,6 +117,15 @@ _WHOLE: tuple[Mode, ...] = ("e2e",)
 
 def _none(o: Evaluation, _: Layout) -> Array:
     return np.zeros(o.case.ranks, np.int64)
+
+
+def _between(o: Evaluation, layout: Layout) -> Array:
+    """Rows that each rank sends to each, [P, Q]."""
+    return o.sent(layout).reshape(o.case.ranks, o.case.ranks, -1).sum(axis=2)
+
+
+def _before(counts: Array, axis: int) -> Array:
+    return counts.cumsum(axis=axis) - counts
 
 
 def _assignment(o: Evaluation, _: Layout) -> Array:
@@ -142,6 +152,7 @@ _TABLE = [
         _assignment, _assignment,
         order="grouped", past_the_end=lambda case, _: case.assignments,
     ),
+    Quantity("group_by_expert/kept", "P E", "int", "bits", _sent, _sent, layouts=("static", "ragged")),
     Quantity("group_by_expert/dx", "P T D", "case", "allowance", lambda o, _: o.dx_of_group, backward=True),
     Quantity(
         "group_by_expert/dx_order", "P T D", "case", "bits", _order, backward=True, asks=lambda case: case.top_k >= 3
@@ -152,15 +163,23 @@ _TABLE = [
     ),
     Quantity("group_by_expert/dropped", "P E", "int", "bits", e2e=_dropped, layouts=("static",)),
     Quantity(
-        "group_by_expert/dropped_in_all", "P", "int", "bits", e2e=lambda o, _: _dropped(o, "static").sum(axis=1),
-        layouts=("static",),
+        "group_by_expert/dropped_in_all", "P", "int", "bits", e2e=lambda o, layout: _dropped(o, layout).sum(axis=1),
+        layouts=("static", "ragged"),
     ),
     Quantity("exchange_counts/counts", "P P e", "int", "bits", _counts, _counts),
     *(
         Quantity(f"exchange_counts/{name}", axes, "int", "bits", value, value, layouts=("dynamic", "ragged"))
         for name, axes, value in (
-            ("send", "P Q", lambda o, layout: o.sent(layout).reshape(o.case.ranks, o.case.ranks, -1).sum(axis=2)),
+            ("send", "P Q", _between),
             ("receive", "P P", lambda o, layout: o.received(layout).sum(axis=2)),
+        )
+    ),
+    # Where the rows of a rank begin in what another receives, and began in what that one sent.
+    *(
+        Quantity(f"exchange_counts/{name}", axes, "int", "bits", value, value, layouts=("ragged",))
+        for name, axes, value in (
+            ("received_at", "P Q", lambda o, layout: _before(_between(o, layout), 0)),
+            ("returned_at", "P P", lambda o, layout: _before(_between(o, layout), 1).T),
         )
     ),
     Quantity("send_tokens/x", "A D", "case", "bits", _x, _x, order="received", zero_padding=_WHOLE),
