@@ -32,10 +32,11 @@ def route(
 ) -> Routing:
     """Scores, expert ids and counts per expert, in float32 (float64 for float64 input).
 
-        logits = x @ router;  score = softmax or sigmoid of logits;  the K largest logits win
+        logits = x @ router;  score = softmax or sigmoid of logits;  the K largest scores win
 
-    Equal logits go to the lower expert id. `renormalize` divides the K chosen scores by their sum (Mixtral, Qwen3),
-    guarded by 1e-20 as DeepSeek-V3 does; `scale` multiplies them last (DeepSeek-V3's routed scaling factor).
+    Equal scores go to the lower expert id: float32 cannot tell sigmoids of large logits apart. `renormalize` divides
+    the K chosen scores by their sum (Mixtral, Qwen3); `scale` multiplies them last (DeepSeek-V3's routed scaling
+    factor).
     `expert_id_TK` replays a choice made before (a recording, a recomputation): only its scores are computed. An id out
     of range that is not found here gets some expert's score, and is found or dropped later. Under another precision of
     float32 matmuls than PyTorch's default, "highest", other experts can win.
@@ -46,13 +47,18 @@ def route(
     check_router(x_TD, router_DE, router, expert_id_TK)
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     logits_TE = x_TD.to(wide) @ router_DE.to(wide)
-    if expert_id_TK is None:
-        expert_id_TK = logits_TE.argsort(dim=-1, descending=True, stable=True)[:, : router.top_k]
     score_TE = torch.softmax(logits_TE, dim=-1) if router.score_function == "softmax" else torch.sigmoid(logits_TE)
+    if expert_id_TK is None:
+        expert_id_TK = score_TE.argsort(dim=-1, descending=True, stable=True)[:, : router.top_k]
     score_TK = score_TE.gather(1, expert_id_TK.long().clamp(0, router_DE.shape[1] - 1))
     if router.renormalize:
-        score_TK = score_TK / (score_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        score_TK = renormalized(score_TK)
     return Routing(score_TK * router.scale, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
+
+
+def renormalized(score_TK: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+    """A token's scores over their sum, guarded by 1e-20 as DeepSeek-V3 does."""
+    return score_TK / (score_TK.sum(dim=-1, keepdim=True) + 1e-20)
 
 
 def count_per_expert(expert_id_TK: Integer[Tensor, "T K"], n_experts: int) -> Integer[Tensor, " E"]:

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from parity.cases.case import Case, flag
+from parity.cases.pairs import pair_cases
 
 
 def _presets() -> dict[str, Case]:
@@ -40,11 +41,17 @@ def _presets() -> dict[str, Case]:
         "float16": replace(base, dtype="float16", pattern="zipf"),
         "pydoc": replace(pydoc, capacity_factor="1.25"),
         "pydoc-bfloat16": replace(pydoc, dtype="bfloat16"),
+        "in-flight": replace(base, way="in_flight"),
+        "two-groups": replace(base, ranks=2, way="two_groups"),
+        "wide": replace(base, ranks=16, experts=128, top_k=8, tokens=3, capacity_factor="1.25", pattern="zipf"),
     }
     return {name: replace(case, name=name) for name, case in cases.items()}
 
 
-PRESETS = _presets()
+PLAIN = _presets()  # what `check` runs unless told otherwise
+# The same layer run otherwise, and every two values of two fields that can occur together.
+THOROUGH = {way: replace(Case(), name=way, way=way) for way in ("eager", "compiled", "recomputed")} | pair_cases()
+PRESETS = PLAIN | THOROUGH
 
 # Published shapes of real models: width, hidden width of an expert, routed experts, experts per token, whether scores
 # are renormalised. From each model's configuration (config.json) on the Hugging Face hub, where it has the name given.

@@ -8,6 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from parity.cases.pairs import pairs_in, possible_pairs, row_of
 from parity.judge.blame import Blame
 from parity.judge.compare import Check, Where
 from parity.judge.records import CaseRecord, Report
@@ -27,6 +28,7 @@ SHORT = {
     "return_tokens": "8 return",
     "combine": "9 combine",
 }
+MANY = 10  # cases, from which on the report says what pairs of values they cover
 MOST = 60  # cases in the table; of more, those that fail
 VERDICT_STYLE = {"match": "bold green", "mismatch": "bold red", "nothing compared": "bold red"}
 
@@ -155,6 +157,11 @@ def print_report(console: Console, report: Report) -> None:
     )
     for line in unseen(report):
         console.print(line, soft_wrap=True)
+    if foot.cases >= MANY:
+        found, possible = pairs_in(row_of(record.case) for record in report.cases.values()), possible_pairs()
+        console.print(
+            f"{len(found & possible):,} of the {len(possible):,} pairs of values that two fields can have together"
+        )
     console.print("time: " + ", ".join(f"{part} {s:.1f} s" for part, s in foot.seconds.items()))
     failed = [name for name in report.checks if _failed(report, name)]
     names = f" in {len(failed)} of {foot.cases} cases: {', '.join(failed)}" if failed else ""

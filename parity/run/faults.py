@@ -65,8 +65,8 @@ def find(name: str) -> Fault:
 NO_KERNELS = "on a CPU the plain versions run"
 _TORCH = [
     ("tie-to-higher-id", "route", "Equal logits go to the higher expert id.", "routing.py",
-     "logits_TE.argsort(dim=-1, descending=True, stable=True)[:, : router.top_k]",
-     "logits_TE.shape[1] - 1 - logits_TE.flip(1).argsort(dim=-1, descending=True, stable=True)[:, : router.top_k]", "ties"),
+     "score_TE.argsort(dim=-1, descending=True, stable=True)[:, : router.top_k]",
+     "score_TE.shape[1] - 1 - score_TE.flip(1).argsort(dim=-1, descending=True, stable=True)[:, : router.top_k]", "ties"),
     ("replay-ignored", "route", "A recomputation chooses experts anew instead of replaying the forward's.", "routing.py",
      "if expert_id_TK is None:", "if True:", "zipf"),
     ("router-gradient-wrong", "route", "The renormalising sum is cut from the graph: the loss is right, the router's "
@@ -193,7 +193,8 @@ _JAX = [
     ("replay-ignored", "route", "A recomputation chooses experts anew instead of replaying the forward's.", "routing.py",
      "if expert_id_TK is None:", "if True:", "zipf"),
     ("renormalise-over-all", "route", "Scores are divided by the sum over all experts, not over the K chosen.",
-     "routing.py", "score_TK.sum(axis=-1, keepdims=True)", "score_TE.sum(axis=-1, keepdims=True)", "sigmoid"),
+     "routing.py", "score_TK = renormalized(score_TK)",
+     "score_TK = score_TK / (score_TE.sum(axis=-1, keepdims=True) + 1e-20)", "sigmoid"),
     ("capacity-in-float32", "group_by_expert", "The capacity is computed in float32, which is off by one.", "grouping.py",
      "Fraction(str(factor)) * n_tokens", "jnp.finfo('float32').dtype.type(float(Fraction(str(factor)))) * n_tokens",
      "capacity-exact"),

@@ -1,0 +1,145 @@
+"""Presets by pairs: few cases in which every two values of two fields occur together that can.
+
+A fault often needs two things at once (one choice a token and renormalisation, one expert a rank and a capacity per
+expert). What decides a program's shapes is varied in few rows, as JAX compiles each; what only decides its numbers, in
+several cases a row.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from parity.cases.case import Case
+
+Values = Mapping[str, Sequence[Any]]
+Pair = tuple[tuple[str, Any], tuple[str, Any]]
+
+ROWS = Path(__file__).parent / "pairs.jsonl"  # what `python -m parity.cases.pairs` writes, in a quarter of a minute
+
+# Values that are tried with each other. E is ranks times `experts_per_rank`, which is no field but says more than E.
+SHAPES: Values = {
+    "ranks": (1, 2, 4, 8),
+    "experts_per_rank": (1, 2, 3),
+    "top_k": (1, 2, 3),
+    "tokens": (1, 6, 16),
+    "width": (8, 24),
+    "hidden": (5, 16),
+    "dtype": ("float32", "bfloat16", "float16", "float64"),
+    "score_function": ("softmax", "sigmoid"),
+    "renormalize": (False, True),
+    "scale": (1.0, 2.5),
+    "activation": ("silu", "gelu_tanh"),
+    "capacity_factor": (None, "1/2", "5/4"),
+    "capacity_per": ("rank", "expert"),
+    "priority": ("token", "choice", "score"),
+    "align": (1, 8),
+    "way": ("usual", "eager", "compiled", "recomputed", "in_flight", "two_groups"),
+}
+NUMBERS: Values = {
+    "pattern": ("random", "balanced", "zipf", "one_expert", "empty_expert", "idle_rank", "stay_home", "ties"),
+    "logit_scale": (1.0, 50.0),
+    "logit_offset": (0.0, 20.0, -46.0),
+    "outlier": (1.0, 30.0),
+}
+FIELDS: Values = SHAPES | NUMBERS
+
+
+def case_of(row: Mapping[str, Any]) -> Case:
+    """The case of a row of values. Raises ValueError where there can be none."""
+    fields = {name: value for name, value in row.items() if name != "experts_per_rank"}
+    return Case(**fields, experts=row["ranks"] * row["experts_per_rank"])
+
+
+def row_of(case: Case) -> dict[str, Any]:
+    """The values of a case in the fields above."""
+    values = {name: getattr(case, name) for name in FIELDS if name != "experts_per_rank"}
+    return values | {"experts_per_rank": case.experts // case.ranks}
+
+
+def pairs_in(rows: Iterable[Mapping[str, Any]]) -> set[Pair]:
+    """Every two values of two fields that some row has together."""
+    return {
+        ((a, row[a]), (b, row[b]))
+        for row in rows
+        for a, b in combinations(FIELDS, 2)
+        if row[a] in FIELDS[a] and row[b] in FIELDS[b]
+    }
+
+
+def possible_pairs() -> set[Pair]:
+    """Every two values of two fields that some case has together; E, say, cannot be below K."""
+    everything = {((a, x), (b, y)) for a, b in combinations(FIELDS, 2) for x, y in product(FIELDS[a], FIELDS[b])}
+    return {pair for pair in everything if _completed(dict(pair), np.random.default_rng(0)) is not None}
+
+
+def _completed(fixed: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any] | None:
+    """A row with these values and any others that make it a case; None where 300 draws find none."""
+    for _ in range(300):
+        drawn: dict[str, Any] = {name: choices[int(rng.integers(len(choices)))] for name, choices in FIELDS.items()}
+        with suppress(ValueError):
+            case_of(drawn | dict(fixed))
+            return drawn | dict(fixed)
+    return None
+
+
+def covering_rows(seed: int = 0, tried: int = 400) -> list[list[dict[str, Any]]]:
+    """Rows in which every possible pair occurs, in groups that share the fields of `SHAPES`.
+
+    Greedy: of `tried` rows drawn, each around a pair that is missing, the one with the most missing pairs.
+    """
+    rng, missing = np.random.default_rng(seed), possible_pairs()
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+
+    def shape(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: row[name] for name in SHAPES}
+
+    def take(around: Iterable[Mapping[str, Any]], among: set[Pair]) -> None:
+        rows = filter(None, (_completed(fixed, rng) for fixed in around))
+        best = max(rows, key=lambda row: len(pairs_in([row]) & among))
+        missing.difference_update(pairs_in([best]))
+        groups.setdefault(tuple(shape(best).values()), []).append(best)
+
+    def some(pairs: set[Pair]) -> list[dict[str, Any]]:
+        ordered = sorted(pairs, key=str)
+        return [dict(ordered[i]) for i in rng.integers(len(ordered), size=tried)]
+
+    while left := {pair for pair in missing if {name for name, _ in pair} <= SHAPES.keys()}:
+        take(some(left), left)
+    while missing:
+        programs = [shape(rows[0]) for rows in groups.values()]
+        fitting = [
+            program | pair
+            for pair in some(missing)
+            for program in [programs[int(rng.integers(len(programs)))]]
+            if all(program.get(name, value) == value for name, value in pair.items())
+        ]
+        take(fitting or some(missing), missing)
+    return list(groups.values())
+
+
+def write(path: Path = ROWS) -> None:
+    """Find the rows again and write them, a line of JSON each."""
+    rows = [{"group": i + 1} | row for i, rows in enumerate(covering_rows()) for row in rows]
+    path.write_text("".join(msgspec.json.encode(row).decode() + "\n" for row in rows))
+
+
+def pair_cases() -> dict[str, Case]:
+    """The presets by pairs; those that share a program come one after the other."""
+    cases: dict[str, Case] = {}
+    for line in ROWS.read_text().splitlines():
+        row = msgspec.json.decode(line)
+        group = row.pop("group")
+        letter = "abcdefghijklmnopqrstuvwxyz"[sum(name.startswith(f"pairs-{group:02d}") for name in cases)]
+        name = f"pairs-{group:02d}{letter}"
+        cases[name] = replace(case_of(row), name=name, seed=len(cases))
+    return cases
+
+
+if __name__ == "__main__":
+    write()
