@@ -62,7 +62,7 @@ def run(command: Command) -> int:
 def try_fault(fault: faults.Fault, device: str = "cpu") -> Found:
     """Plant a fault, run its preset on its backend only, and say who was blamed.
 
-    A run that ends in an error counts as caught only where the fault is one that ends it.
+    A run that ends in an error, or a rank that raises one, counts as caught only where the fault is one that does that.
     """
     try:
         cases, ranks = [PRESETS[fault.preset]], ranks_of_jax("auto", device, PRESETS[fault.preset].ranks)
@@ -76,4 +76,6 @@ def try_fault(fault: faults.Fault, device: str = "cpu") -> Found:
     verdict = report.blamed(fault.preset)
     if verdict is None:
         return Found(False, "", "", "")
-    return Found(True, " and ".join(verdict.backends), verdict.stage, describe(verdict.check))
+    compared = any(check.rows for check in report.checks[fault.preset])
+    caught = compared or fault.name in faults.END_THE_RUN
+    return Found(caught, " and ".join(verdict.backends), verdict.stage, describe(verdict.check))
