@@ -44,7 +44,7 @@ def in_process(capsys, *arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """Both sides of one case, run apart."""
+    """Both backends of one case, run apart."""
     folder = tmp_path_factory.mktemp("saved")
     for backend in ("torch", "jax"):
         run = parity("check", *SMALL, "--backend", backend, "--save", str(folder / backend), "--json")
@@ -83,10 +83,10 @@ def test_a_wrong_number_in_a_saved_trace_is_a_mismatch(saved, tmp_path, capsys):
     assert "MISMATCH in 1 of 1 cases: custom" in out
 
 
-def test_one_side_alone_cannot_be_compared(saved, capsys):
+def test_one_backend_alone_cannot_be_compared(saved, capsys):
     code, _, err = in_process(capsys, "compare", str(saved / "torch"))
     assert code == 2
-    assert "give a folder of the other side too" in err
+    assert "give a folder of another backend too" in err
 
 
 def test_an_empty_folder_is_named_as_it_is_on_one_line(tmp_path, capsys):
@@ -357,7 +357,7 @@ def test_doctor(capsys):
 
 
 def test_torchrun():
-    """The PyTorch side uses the group it was given."""
+    """PyTorch uses the group it was given."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
         [*torchrun, "-m", "parity", "check", *SMALL, "--json"], capture_output=True, text=True, timeout=180
