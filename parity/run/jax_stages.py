@@ -78,9 +78,13 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
         alone = isolated(at, "the stages on their own", _weights(problem, how), feeds)
         arrays = again | _per_rank(fetch(alone, how), 1)
     for name, ranks in first.items():
+        mode, _, quantity = name.partition("/")
+        if name.endswith(TURNED) or mode not in ("e2e", "second"):
+            continue
         others = [again[n] for n in (name, name + TURNED) if n in again]
         differ = [sum(differing_bits(a, b) for b in of_rank) for a, *of_rank in zip(ranks, *others, strict=True)]
-        arrays[name.replace("e2e", "repeat", 1)] = [np.array(n) for n in differ]
+        before = arrays.get(f"repeat/{quantity}", [np.array(0)] * len(ranks))
+        arrays[f"repeat/{quantity}"] = [np.array(a + b) for a, b in zip(before, differ, strict=True)]
     trace.arrays = {name: arrays[name] for name in backend.provides if name in arrays}
     return trace
 
