@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from parity.cases.case import Case
 from parity.cases.presets import PRESETS
+from parity.cli.check import chosen_backends
 from parity.cli.main import main
 from parity.judge.engine import judge, make_report
 from parity.judge.records import Report, header
@@ -262,6 +263,16 @@ A_DOUBLE = Backend("jax", "none", "opaque", OUTSIDE, run="numpy_backend:run")
 def test_a_backend_that_there_is_not(asked, message):
     with pytest.raises(ValueError, match="^" + message.replace(".", r"\.")):
         find(asked)
+
+
+ANOTHER = msgspec.structs.replace(numpy_backend.BACKEND, files={})
+
+
+def test_each_once_and_two_of_one_name_are_refused():
+    asked = ("numpy_backend:BACKEND", "jax", "torch", "numpy_backend:BACKEND", "both")
+    assert [backend.name for backend in chosen_backends(asked)] == ["torch", "jax", "numpy"]
+    with pytest.raises(ValueError, match="two backends are called numpy"):
+        chosen_backends(("numpy_backend:BACKEND", "test_backend:ANOTHER"))
 
 
 @pytest.mark.parametrize("asked", ["nosuch", "parity.cases.case:Case"])

@@ -124,11 +124,13 @@ def run(command: Command) -> int:
 def chosen_backends(asked: Sequence[str]) -> list[Backend]:
     """The backends named, each once, in the order of this project's and then as asked.
 
-    Raises ValueError on a name that is none.
+    Raises ValueError on a name that is none, or of two.
     """
     asked = asked or ("both",)
     found = [b for name in asked for b in (ours.DEFAULT if name == "both" else [ours.find(name)])]
     order = {name: i for i, name in enumerate(ours.BACKENDS)}
+    if double := [b.name for b in found for other in found if b.name == other.name and b != other]:
+        raise ValueError(f"two backends are called {double[0]}: each name is of one, in files and in the report")
     by_name = {backend.name: backend for backend in sorted(found, key=lambda b: order.get(b.name, len(order)))}
     return list(by_name.values())
 
