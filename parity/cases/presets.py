@@ -41,6 +41,8 @@ def _presets() -> dict[str, Case]:
         "float16": replace(base, dtype="float16", pattern="zipf"),
         "pydoc": replace(pydoc, capacity_factor="1.25"),
         "pydoc-bfloat16": replace(pydoc, dtype="bfloat16"),
+        "large-logits": replace(base, logit_offset=200),
+        "tiny-scores": replace(base, score_function="sigmoid", renormalize=True, scale=2.5, logit_offset=-46),
         "in-flight": replace(base, way="in_flight"),
         "two-groups": replace(base, ranks=2, way="two_groups"),
         "wide": replace(base, ranks=16, experts=128, top_k=8, tokens=3, capacity_factor="1.25", pattern="zipf"),

@@ -42,7 +42,7 @@ def blame(checks: list[Check], backends: Mapping[str, Backend]) -> Blame | None:
         stage = STAGES.index(check.stage)
         phase = {"isolated": 0, "e2e": 1, "second": 3, "repeat": 5}[check.mode]
         backward = is_backward(check)
-        if check.mode in ("e2e", "second") and backward:
+        if check.mode != "isolated" and backward:
             return phase + 1, -stage, check.right != "oracle", -check.worst
         return phase, stage, check.right != "oracle" or backward, -check.worst
 

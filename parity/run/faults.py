@@ -1,4 +1,4 @@
-"""Planted faults: one-sentence changes to one side at one stage, each a bug seen in the wild.
+"""Planted faults: one-sentence changes to one backend at one stage, each constructed after a kind of bug.
 
 A fault is an edit of the source, made in a copy that only the faulty side runs from; the implementations know nothing
 of it. An edit whose old text is not there exactly once is refused, so that a fault cannot go stale unnoticed.
@@ -184,6 +184,41 @@ _TORCH = [
      "tl.load(score + t * K + k).to(wide), 0.0", "tl.load(score + t * K).to(wide), 0.0", "zipf", NO_KERNELS),
     ("kernel-swiglu-without-slope", "apply_experts", "The gate's gradient takes silu for its slope.", "kernels.py",
      "sigmoid * (1 + g * (1 - sigmoid)))", "sigmoid)", "bfloat16", NO_KERNELS),
+    ("state-of-another-forward", "combine", "What the backward needs is kept in one place for all forwards.", "rows.py",
+     "ctx.save_for_backward(y_ND, score_TK, slot_TK, assignment_N)",
+     "kept = globals().setdefault('_KEPT', {}).setdefault(slot_TK.shape, slot_TK.clone())\n"
+     "        kept.data.copy_(slot_TK)\n        ctx.save_for_backward(y_ND, score_TK, kept, assignment_N)", "in-flight"),
+    ("index-of-first-step", "combine", "Every step gathers by the index of the first one, whose step is right.",
+     "grouping.py", "return weighted_sum(y_ND, score_TK, slot_TK, assignment_N)",
+     "kept = globals().setdefault('_KEPT', {})\n"
+     "    return weighted_sum(y_ND, score_TK, kept.setdefault(slot_TK.shape, slot_TK), assignment_N)", "in-flight"),
+    ("wrong-when-compiled", "combine", "The output is 1% too large where a compiler looks.", "rows.py",
+     "return _WeightedSum.apply(y_ND, score_TK, slot_TK, assignment_N).to(y_ND.dtype)",
+     "y_ND = y_ND * 1.01 if torch.compiler.is_compiling() else y_ND\n"
+     "    return _WeightedSum.apply(y_ND, score_TK, slot_TK, assignment_N).to(y_ND.dtype)", "compiled"),
+    ("wrong-when-recomputed", "combine", "The rows that a recomputation keeps are 1% too large.", "rows.py",
+     "ctx.save_for_backward(y_ND, score_TK, slot_TK, assignment_N)",
+     "scale = 1.01 if torch._C._current_graph_task_id() != -1 else 1\n"
+     "        ctx.save_for_backward(y_ND * scale, score_TK, slot_TK, assignment_N)", "recomputed"),
+    ("router-gradient-of-the-world", "route", "The router's gradient is summed over the world, not over the group.",
+     "../parity/run/torch_ranks.py", "dist.all_reduce(a, group=group)", "dist.all_reduce(a)", "two-groups"),
+    ("backward-overwrites-its-gradient", "combine", "The backward clears the gradient that it was given.", "rows.py",
+     "y_ND, score_TK, slot_TK, assignment_N = ctx.saved_tensors",
+     "y_ND, score_TK, slot_TK, assignment_N = ctx.saved_tensors\n"
+     "        dout_TD, given_TD = dout_TD.clone(), dout_TD\n        given_TD.zero_()", "zipf"),
+    ("backward-clears-what-it-kept", "combine", "The backward clears the scores that it kept, and a second one has none.",
+     "rows.py", "score_N = score_TK.reshape(-1)[assignment_N].to(wide)",
+     "score_N = score_TK.reshape(-1)[assignment_N].to(wide)\n        score_TK.data.zero_()", "zipf"),
+    ("wrong-slots-returned", "group_by_expert", "Rows are right; of where they lie, choices change places.", "grouping.py",
+     "return Grouped(expand_rows(x_TD, slot_TK, assignment_N), slot_TK, assignment_N)",
+     "return Grouped(expand_rows(x_TD, slot_TK, assignment_N), slot_TK.flip(1), assignment_N)", "zipf"),
+    ("layer-passes-other-counts", "apply_experts", "The layer passes the counts of the experts in reverse.", "layer.py",
+     "apply_experts(expert_major.x_RD, counts_Pe.sum(dim=0),",
+     "apply_experts(expert_major.x_RD, counts_Pe.sum(dim=0).flip(0),", "zipf"),
+    ("one-rank-raises", "send_tokens", "A rank without rows raises.", "exchange.py",
+     "    check_splits(splits.sent, x_ND.shape[0])\n",
+     "    check_splits(splits.sent, x_ND.shape[0])\n    if splits.total == 0:\n"
+     "        raise RuntimeError('nothing arrives here')\n", "idle-rank"),
     ("right-on-first-rank-only", "combine", "The row index is offset by the rank.", "grouping.py",
      "return weighted_sum(y_ND, score_TK, slot_TK, assignment_N)",
      "import torch\n    return weighted_sum(y_ND, score_TK, (slot_TK + torch.distributed.get_rank()) % len(y_ND), assignment_N)", "zipf"),
@@ -229,6 +264,20 @@ _JAX = [
     ("returned-to-wrong-rank", "return_tokens", "Bins go back one rank further.", "exchange.py",
      "    return _all_to_all(y_BCD, axis_name)",
      "    return jax.numpy.roll(_all_to_all(y_BCD, axis_name), 1, axis=0)", "zipf"),
+    ("renormalise-by-the-square", "route", "The gradient of renormalisation divides by the square of the sum.",
+     "routing.py", "    return ((dweight_TK - mean_T1) / total_T1,)",
+     "    return ((dweight_TK * total_T1 - mean_T1 * total_T1) / total_T1**2,)", "tiny-scores"),
+    ("softmax-without-maximum", "route", "The softmax takes exponentials of the logits as they are.", "routing.py",
+     "jax.nn.softmax(logits_TE, axis=-1)", "(jnp.exp(logits_TE) / jnp.exp(logits_TE).sum(axis=-1, keepdims=True))",
+     "large-logits"),
+    ("wrong-outside-jit", "combine", "The output is 1% too large where nothing is traced.", "rows.py",
+     "    y_MD = y_MD.reshape(-1, y_MD.shape[-1])\n    if kernels.use_kernels(y_MD):\n"
+     "        return kernels.sum_rows(y_MD, slot_TK, score_TK)",
+     "    y_MD = y_MD.reshape(-1, y_MD.shape[-1])\n"
+     "    y_MD = y_MD if 'Dynamic' in type(y_MD).__name__ else y_MD * 1.01\n    if kernels.use_kernels(y_MD):\n"
+     "        return kernels.sum_rows(y_MD, slot_TK, score_TK)", "eager"),
+    ("layer-passes-other-scores", "combine", "The layer passes the squares of the scores.", "layer.py",
+     "combine(returned_BCD, score_TK,", "combine(returned_BCD, score_TK**2,", "zipf"),
     ("default-precision", "apply_experts", "float32 matmuls take JAX's default precision: TF32 on a GPU.", "matmul.py",
      'y_MF = jax.lax.ragged_dot(x_MD, w_eDF, counts_e, precision="highest")',
      "y_MF = jax.lax.ragged_dot(x_MD, w_eDF, counts_e)", "pydoc", "a CPU has no TF32"),
@@ -278,7 +327,7 @@ FAULTS = {
 }  # fmt: skip
 
 # These end the run with an error. Any other that does is not the bug that it describes, but code that fails by itself.
-END_THE_RUN = {"torch-splits-swapped", "torch-idle-rank-detached"}
+END_THE_RUN = {"torch-splits-swapped", "torch-idle-rank-detached", "torch-one-rank-raises"}
 
 assert all(fault.stage in STAGES for fault in FAULTS.values())
 assert FAULTS.keys() >= END_THE_RUN
