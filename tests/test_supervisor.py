@@ -55,7 +55,7 @@ def send_tokens(rank, case):
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Callable[..., Any]:
-    """Write the module above, and run its cases: what was answered for each, in order."""
+    """Write the module above, and run its cases: what was answered for each."""
 
     def answers(line: str = "pass", *, start: str = "pass", everywhere: bool = False, timeout: float = 1.0) -> list:
         home = write_fake(tmp_path, line, start, everywhere)
@@ -64,7 +64,9 @@ def fake(tmp_path: Path) -> Callable[..., Any]:
         found = list(run(home, {"fake": home}, [BACKEND], cases, Setting(timeout=timeout), seconds))
         assert seconds["fake"] > 0
         assert [backend for backend, _, _ in found] == ["fake"] * len(found)
-        return [(case, failure) for _, case, failure in found]
+        return sorted(
+            ((case, failure) for _, case, failure in found), key=lambda answer: answer[0]
+        )  # a case may be run again after a failure
 
     return answers
 
@@ -333,11 +335,11 @@ def test_without_proc_the_clock_on_the_wall_counts(monkeypatch):
     assert watched.over() == "no rank got on for 0.1 s by the clock on the wall, for there is no /proc here"
 
 
-def test_whoever_watches_and_has_no_turn_counts_a_second_at_most(monkeypatch):
+def test_whoever_watches_and_has_no_turn_counts_one_at_most(monkeypatch):
     watched = Patience([os.getpid()], asleep=5)
     monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 1000)
     watched.tick()
-    assert watched.asleep <= 1
+    assert watched.asleep <= patience.TURN
 
 
 def test_a_failure_in_words():

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 START_UP = 60.0  # seconds more before the first step
+TURN = 0.5  # seconds after which whoever watches looks again
 RUNNING = 10.0  # times as long a process may run as all of them may sleep
 BLIND = not os.path.exists("/proc/self/stat")
 
@@ -61,9 +62,9 @@ class Patience:
         self.asleep, self.ran, self.start_up = 0.0, dict.fromkeys(self.pids, 0.0), 0.0
 
     def tick(self) -> None:
-        """Count the time since the last tick, at most a second: of more, this process had no turn."""
+        """Count the time since the last tick, at most a turn: of more, this process had none."""
         now = time.monotonic()
-        passed, self.then = min(1.0, now - self.then), now
+        passed, self.then = min(TURN, now - self.then), now
         before, self.used = self.used, self._used()
         busy = 0.0
         for pid, used in self.used.items():

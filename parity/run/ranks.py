@@ -21,7 +21,7 @@ import msgspec
 
 from parity.oracle.quantities import STAGES
 from parity.run.backend import Backend
-from parity.run.patience import Patience
+from parity.run.patience import TURN, Patience
 from parity.run.supervisor import Failure, answer, end_all, end_with_parent, how_it_ended
 
 Rank = Callable[[int, "Notes", Path, list[Path]], None]  # rank, what it notes, the group's own folder, its problems
@@ -91,7 +91,7 @@ def run_group(
 def _watch(group: "_Group", patience: Patience, tell: Callable[[], None]) -> Failure | None:
     last = group.steps()
     while group.running():
-        wait([process.sentinel for process in group.running()], timeout=0.5)
+        wait([process.sentinel for process in group.running()], timeout=TURN)
         tell()
         failure = group.failure()
         if not failure:
@@ -129,9 +129,9 @@ class _Group:
             time.sleep(0.1)
             patience.tick()
 
-    def steps(self) -> list[int]:
-        """How many steps each has made."""
-        return [self.note(rank).steps for rank in range(len(self.processes))]
+    def steps(self) -> list[tuple[int, int | None]]:
+        """How many steps each has made; its end is one more."""
+        return [(self.note(rank).steps, process.exitcode) for rank, process in enumerate(self.processes)]
 
     def note(self, rank: int) -> "_Note":
         text = _read(self.folder / f"at-{rank}")

@@ -25,7 +25,7 @@ import msgspec
 
 from parity.cases.case import Case
 from parity.run.backend import Backend, BackendError, MissingError, Setting
-from parity.run.patience import START_UP, Patience, under
+from parity.run.patience import START_UP, TURN, Patience, under
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -82,7 +82,7 @@ class Process:
         """What it writes, by line, until it ends; or until it had `limit` seconds, not counting waits for a CPU."""
         limited = limit < math.inf  # else there is nothing to do beside what may be a measurement
         while not self.ended:
-            if not limited or wait([self.stdout], 0.5):
+            if not limited or wait([self.stdout], TURN):
                 yield from self.read()
             if limited:
                 self.patience.tick()
@@ -144,7 +144,7 @@ def run(
         with ExitStack() as stack:
             workers = [_Worker(stack, folder, homes[backend.name], backend, part) for backend, part in group]
             while running := [worker for worker in workers if not worker.process.ended]:
-                heard = wait([worker.process.stdout for worker in running], 0.5)
+                heard = wait([worker.process.stdout for worker in running], TURN)
                 for worker in running:
                     for case, failure in worker.answers(heard):
                         yield worker.backend.name, case, failure
