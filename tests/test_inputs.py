@@ -11,7 +11,7 @@ from problems import bits
 from safetensors.numpy import save_file
 
 from parity.cases.case import Case
-from parity.cases.presets import PRESETS
+from parity.cases.presets import PLAIN, PRESETS
 from parity.cases.recording import case_of_recording, load_recording
 from parity.oracle import reference
 from parity.oracle.problem import Problem, draw, exact_inputs
@@ -23,9 +23,11 @@ SMALL = Case(ranks=2, tokens=4, width=8, hidden=4, experts=4)
 
 
 def values(problem: Problem) -> dict[str, Array]:
-    """Every array of a problem."""
-    own = {f.name: getattr(problem, f.name) for f in fields(problem) if f.name not in ("case", "weights", "exact")}
-    return own | problem.weights._asdict() | {f"exact {k}": v for k, v in problem.exact._asdict().items()}
+    """Every array of a problem, and of the step beside it."""
+    apart = ("case", "weights", "exact", "second", "own_choice")
+    own = {f.name: getattr(problem, f.name) for f in fields(problem) if f.name not in apart}
+    own |= problem.weights._asdict() | {f"exact {k}": v for k, v in problem.exact._asdict().items()}
+    return own | ({f"second {k}": v for k, v in values(problem.second).items()} if problem.second else {})
 
 
 def load(problem: Problem, kept: bool = True) -> Array:
@@ -89,15 +91,16 @@ def test_every_preset_draws(presets, name):
     assert {name: found[name].shape for name in shapes} == shapes
     narrow = ("x", "w_gate", "w_up", "w_down", "dout", "y", "dy", "dx_rows")
     assert {found[name].dtype for name in narrow} == {numpy_dtype(case.dtype)}
-    assert {found[name].dtype for name in ("router", "score", "dscore")} == {np.dtype(np.float32)}
+    wide = np.dtype(np.float64 if case.dtype == "float64" else np.float32)
+    assert {found[name].dtype for name in ("router", "score", "dscore", "aux")} == {wide}
     assert all(np.isfinite(a.astype(np.float64)).all() for a in found.values())
     assert problem.expert_id.dtype == np.int32
     in_order = np.sort(problem.expert_id, axis=-1)
     assert (in_order[..., 1:] != in_order[..., :-1]).all()
 
     x, router, _, _ = exact_inputs(problem)  # the ids are the router's own choice
-    logits, _ = reference.route(case, x, router, Exact())
-    np.testing.assert_array_equal(problem.expert_id, reference.select(case, logits))
+    logits, score = reference.route(case, x, router, Exact())
+    np.testing.assert_array_equal(problem.expert_id, reference.select(case, score))
     if case.pattern != "ties":  # and no close one
         best = np.sort(logits, axis=-1)[..., ::-1]
         assert np.diff(best[..., : K + 1]).max(initial=-1) < -1e-4
@@ -159,12 +162,21 @@ def test_sigmoid(presets):
     np.testing.assert_allclose(problem.score[0, 0], 2.5 * expected / expected.sum(), rtol=1e-5)
 
 
-DROPPING = [name for name in PRESETS if "drop" in name] + ["under-bound", "pydoc", "capacity-exact"]
+DROPPING = [name for name in PRESETS if "drop" in name] + ["under-bound", "pydoc", "capacity-exact", "wide"]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_who_drops(presets, name):
+    assert presets[name].keep.all() == (name not in DROPPING)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_who_drops(presets, name):
-    assert presets[name].keep.all() == (name not in DROPPING)
+def test_a_bin_keeps_as_many_as_it_holds(presets, name):
+    problem, case = presets[name], PRESETS[name]
+    bin_of = problem.expert_id // (case.experts // case.bins)
+    for ids, keep in zip(bin_of, problem.keep, strict=True):
+        wanted, kept = (np.bincount(a.reshape(-1), minlength=case.bins) for a in (ids, ids[keep]))
+        assert kept.tolist() == np.minimum(wanted, case.capacity).tolist()
 
 
 def test_at_the_bound_and_under_it(presets):
