@@ -2,7 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -12,7 +12,8 @@ from parity.cases.presets import PRESETS
 from parity.cli.check import ranks_of_jax
 from parity.cli.shared import MATCH, MISMATCH, Page
 from parity.judge.engine import progress, run_cases
-from parity.report.terminal import Found, describe, fault_table
+from parity.judge.power import power
+from parity.report.terminal import Found, describe, fault_table, power_table
 from parity.run import faults, ours
 from parity.run.backend import BackendError, MissingError, Setting
 
@@ -28,12 +29,16 @@ class Command:
     Examples:
         python -m parity faults
         python -m parity faults torch-row-lost --run
+        python -m parity faults --power
     """
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """Which; all when none is named."""
     run: bool = False
     """Plant each and check."""
+    power: bool = False
+    """Show instead how small an error is caught: the smallest relative error of each array, when one row of it is off
+    (the median and the worst of all rows) and when all are, in float32 and bfloat16."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where; those that need a GPU are neither run nor counted on a CPU."""
 
@@ -42,6 +47,10 @@ def run(command: Command) -> int:
     """Run `faults`; its exit code."""
     chosen = [faults.find(name) for name in command.names or faults.FAULTS]
     console = Page(120)
+    if command.power:
+        base = replace(PRESETS["zipf"], hidden=48)
+        console.print(power_table([power(replace(base, dtype=dtype)) for dtype in ("float32", "bfloat16")]))
+        return MATCH
     if not command.run:
         console.print(fault_table([(fault, None) for fault in chosen]))
         return MATCH

@@ -1,10 +1,7 @@
 """How small an error is caught: what the allowances leave room for, array by array."""
 
-from collections.abc import Sequence
-
 import msgspec
 import numpy as np
-from rich.table import Table
 
 from parity.cases.case import Case
 from parity.oracle.expected import Oracle
@@ -39,17 +36,3 @@ def power(case: Case) -> list[Power]:
         rows = least[np.isfinite(least)]
         found.append(Power(name, case.dtype, float(np.median(rows)), float(rows.max()), float(rows.min())))
     return found
-
-
-def power_table(cases: Sequence[Case]) -> Table:
-    """One line an array: for each case, the smallest relative error that is caught."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("array", no_wrap=True)
-    by_case = [power(case) for case in cases]
-    for case in cases:
-        for column in (f"{case.dtype}: one row", "worst row", "all rows"):
-            table.add_column(column, justify="right", no_wrap=True)
-    for line in zip(*by_case, strict=True):
-        figures = [f"{value:.1e}" for one in line for value in (one.one_row, one.worst_row, one.all_rows)]
-        table.add_row(line[0].name, *figures)
-    return table

@@ -11,6 +11,7 @@ from rich.text import Text
 from parity.cases.pairs import pairs_in, possible_pairs, row_of
 from parity.judge.blame import Blame
 from parity.judge.compare import Check, Where
+from parity.judge.power import Power
 from parity.judge.records import CaseRecord, Report
 from parity.oracle.quantities import STAGES
 from parity.run.backend import Backend
@@ -231,4 +232,17 @@ def fault_table(faults: Sequence[tuple[Fault, Found | None]]) -> Table:
             fault.name, SHORT[fault.stage], fault.preset,
             Text("yes", "green") if found.caught else Text("NO", "bold red"), blamed,
         )  # fmt: skip
+    return result
+
+
+def power_table(of_case: Sequence[Sequence[Power]]) -> Table:
+    """An array a line: the smallest relative error that is caught, in each of some cases with the same arrays."""
+    result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    result.add_column("array", no_wrap=True)
+    for powers in of_case:
+        for column in (f"{powers[0].dtype}: a row", "worst row", "all rows"):
+            result.add_column(column, justify="right", no_wrap=True)
+    for line in zip(*of_case, strict=True):
+        figures = [f"{value:.1e}" for one in line for value in (one.one_row, one.worst_row, one.all_rows)]
+        result.add_row(line[0].name, *figures)
     return result
