@@ -664,9 +664,11 @@ ORDER = [
     "e2e/combine/dscore",
     "e2e/apply_experts/dw_down",
     "e2e/route/dx",
-    # what two runs of it did not have in common
-    "repeat/route/dx",
+    # what two runs of it did not have in common, in the same order
+    "repeat/route/score",
     "repeat/combine/out",
+    "repeat/apply_experts/dw_up",
+    "repeat/route/dx",
 ]
 
 
