@@ -38,7 +38,9 @@ def route_torch(case: Case, logits: np.ndarray, ids: np.ndarray, dscore: np.ndar
 def route_jax(case: Case, logits: np.ndarray, ids: np.ndarray, dscore: np.ndarray) -> list[np.ndarray]:
     router = jnp.eye(logits.shape[1])
     how = jax_impl.Router(*case.router)
-    score, vjp = jax.vjp(lambda x: jax_impl.route(x, router, how, jnp.asarray(ids)).score_TK, jnp.asarray(logits, jnp.float32))
+    score, vjp = jax.vjp(
+        lambda x: jax_impl.route(x, router, how, jnp.asarray(ids)).score_TK, jnp.asarray(logits, jnp.float32)
+    )
     return [np.asarray(a) for a in (score, *vjp(jnp.asarray(dscore)))]
 
 
