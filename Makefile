@@ -1,4 +1,4 @@
-.PHONY: help parity test test-slow test-gpu test-kernels lint format clean
+.PHONY: help parity quick test test-slow test-gpu test-kernels lint format clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -17,6 +17,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 parity: $(VENV)/installed  ## do PyTorch and JAX compute the same thing? (sets up .venv first)
 	$(RUN) parity check --no-json
+
+quick: $(VENV)/installed  ## under a minute: the tests that start no process
+	$(RUN) pytest --quick -n auto --maxprocesses 8
 
 test: $(VENV)/installed  ## the tests
 	$(RUN) pytest -n auto --maxprocesses 8 --dist loadfile
