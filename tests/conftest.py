@@ -40,6 +40,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if not on_gpu:
         jax.config.update("jax_platforms", "cpu")
+        # A test's program runs once. Processes that tests start compile as users do.
+        jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_num_cpu_devices", 8)
     torch.set_num_threads(1)
     # Shapes and dtypes in signatures are checked under test only. Has to come before the packages are imported.

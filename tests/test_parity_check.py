@@ -9,9 +9,7 @@ import pytest
 @pytest.mark.parametrize(
     "case",
     [
-        ["idle-rank"],
-        ["bfloat16-drop"],
-        ["pydoc"],
+        ["idle-rank", "bfloat16-drop", "pydoc"],
         ["drop-expert-choice", "--jax-ranks", "vmap"],
         ["--ranks", "2", "--tokens", "3", "--width", "5", "--hidden", "7", "--dtype", "float64"],
     ],

@@ -6,6 +6,7 @@ of `group_by_expert` is `Grouped.slot_TK`. To compare one more, add its row here
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -246,6 +247,7 @@ def names(layout: Layout) -> tuple[str, ...]:
     return tuple(name for quantity in _TABLE if layout in quantity.layouts for name in quantity.names())
 
 
+@cache  # asked for each stage of each backend of each case
 def quantity_of(name: str) -> Quantity:
     """The row of a name mode/stage/value. Raises ValueError where there is none."""
     rest = name.partition("/")[2]
