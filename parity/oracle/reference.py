@@ -107,30 +107,35 @@ def chosen_scores(case: Case, score_PTE: Array, id_PTK: Array, numbers: Numbers)
     return score_PTK * case.router.scale
 
 
+def score_backward(case: Case, score_PTE: Array, id_PTK: Array, dscore_PTK: Array, numbers: Numbers) -> Array:
+    """The gradient of the logits, [P, T, E], from that of the chosen scores."""
+    score_PTK, d_PTK = np.take_along_axis(score_PTE, id_PTK, axis=2), case.router.scale * dscore_PTK
+    if case.router.renormalize:
+        total_PT1 = numbers.terms(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
+        mean_PT1 = numbers.terms(d_PTK * score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) / total_PT1
+        d_PTK = numbers.round(numbers.round(d_PTK, case.wide) - numbers.round(mean_PT1, case.wide), case.wide)
+        d_PTK = d_PTK / total_PT1
+    d_PTE = np.zeros_like(score_PTE)
+    np.put_along_axis(d_PTE, id_PTK, numbers.round(d_PTK, case.wide), axis=2)
+    if case.router.score_function == "sigmoid":
+        dlogits_PTE = d_PTE * score_PTE * numbers.round(1 - score_PTE, case.wide)
+    else:
+        mean_PT1 = numbers.terms(d_PTE * score_PTE, case.top_k, case.wide).sum(-1, keepdims=True)
+        dlogits_PTE = score_PTE * numbers.round(d_PTE - numbers.round(mean_PT1, case.wide), case.wide)
+    return numbers.round(dlogits_PTE, case.wide)
+
+
 def route_backward(
     case: Case, x_PTD: Array, router_DE: Array, id_PTK: Array, dscore_PTK: Array, numbers: Numbers
 ) -> tuple[Array, Array]:
     """Gradients of the tokens [P, T, D] and of the router [D, E], summed over ranks."""
     _, score_PTE = route(case, x_PTD, router_DE, numbers)
+    dlogits_PTE = score_backward(case, score_PTE, id_PTK, dscore_PTK, numbers)
     dx_PTD, drouter_DE = np.zeros_like(x_PTD), np.zeros_like(router_DE)
     n = x_PTD.shape[0] * x_PTD.shape[1]
     for p, t in np.ndindex(*x_PTD.shape[:2]):
-        score_E, id_K = score_PTE[p, t], id_PTK[p, t]
-        score_K, d_K = score_E[id_K], case.router.scale * dscore_PTK[p, t]
-        if case.router.renormalize:
-            total = numbers.terms(score_K, case.top_k, case.wide).sum() + 1e-20
-            mean = numbers.terms(d_K * score_K, case.top_k, case.wide).sum() / total
-            d_K = numbers.round(numbers.round(d_K, case.wide) - numbers.round(mean, case.wide), case.wide) / total
-        d_E = np.zeros(case.experts)
-        d_E[id_K] = numbers.round(d_K, case.wide)
-        if case.router.score_function == "sigmoid":
-            dlogits_E = d_E * score_E * numbers.round(1 - score_E, case.wide)
-        else:
-            mean = numbers.round(numbers.terms(d_E * score_E, case.top_k, case.wide).sum(), case.wide)
-            dlogits_E = score_E * numbers.round(d_E - mean, case.wide)
-        dlogits_E = numbers.round(dlogits_E, case.wide)
-        dx_PTD[p, t] = numbers.matmul(dlogits_E, router_DE.T, case.experts, case.wide)
-        drouter_DE += numbers.terms(np.outer(x_PTD[p, t], dlogits_E), n, case.wide)
+        dx_PTD[p, t] = numbers.matmul(dlogits_PTE[p, t], router_DE.T, case.experts, case.wide)
+        drouter_DE += numbers.terms(np.outer(x_PTD[p, t], dlogits_PTE[p, t]), n, case.wide)
     return dx_PTD, drouter_DE
 
 

@@ -40,20 +40,7 @@ def route_backward(
 ) -> tuple[Array, Array]:
     """See `reference.route_backward`."""
     _, score_PTE = route(case, x_PTD, router_DE, numbers)
-    score_PTK, d_PTK = np.take_along_axis(score_PTE, id_PTK, axis=2), case.router.scale * dscore_PTK
-    if case.router.renormalize:
-        total_PT1 = numbers.terms(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
-        mean_PT1 = numbers.terms(d_PTK * score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) / total_PT1
-        d_PTK = numbers.round(numbers.round(d_PTK, case.wide) - numbers.round(mean_PT1, case.wide), case.wide)
-        d_PTK = d_PTK / total_PT1
-    d_PTE = np.zeros_like(score_PTE)
-    np.put_along_axis(d_PTE, id_PTK, numbers.round(d_PTK, case.wide), axis=2)
-    if case.router.score_function == "sigmoid":
-        dlogits_PTE = d_PTE * score_PTE * numbers.round(1 - score_PTE, case.wide)
-    else:
-        mean_PT1 = numbers.terms(d_PTE * score_PTE, case.top_k, case.wide).sum(-1, keepdims=True)
-        dlogits_PTE = score_PTE * numbers.round(d_PTE - numbers.round(mean_PT1, case.wide), case.wide)
-    dlogits_PTE = numbers.round(dlogits_PTE, case.wide)
+    dlogits_PTE = reference.score_backward(case, score_PTE, id_PTK, dscore_PTK, numbers)
     dx_PTD = numbers.matmul(dlogits_PTE, router_DE.T, case.experts, case.wide)
     n, D, E = x_PTD.shape[0] * x_PTD.shape[1], *router_DE.shape
     drouter_DE = numbers.matmul(x_PTD.reshape(n, D).T, dlogits_PTE.reshape(n, E), n, case.wide)

@@ -69,8 +69,10 @@ class Backend(msgspec.Struct, frozen=True):
             )
 
     def written(self, stage: str) -> str:
-        """Where a stage is written: its file and function, or the file of all that are not named."""
-        return f"{self.files[stage]}: {stage}" if stage in self.files else self.files.get("", self.name)
+        """Where a stage is written: its file and function, or the file of all that are not named; of "layer", its file."""
+        if stage in self.files:
+            return self.files[stage] if stage == "layer" else f"{self.files[stage]}: {stage}"
+        return self.files.get("", self.name)
 
     def refusal(self, case: Case, setting: Setting) -> str:
         """Why this backend cannot run a case, or an empty string."""
