@@ -169,7 +169,7 @@ def test_two_of_three_are_wrong(three, tmp_path):
     })  # fmt: skip
     text = said(report_of("zipf", traces["zipf", "torch"], jax, wrong))
     assert "zipf: jax and numpy differ from the oracle at stage 9 combine, forward, in the whole layer" in text
-    assert "look at:  jax_impl/layer.py: layer and tests/numpy_backend.py\n" in text
+    assert "look at:  jax_impl/layer.py and tests/numpy_backend.py\n" in text
     assert "repeat:   python -m parity check zipf --backend jax --backend numpy\n" in text
 
 

@@ -69,7 +69,7 @@ class Backend(msgspec.Struct, frozen=True):
             )
 
     def written(self, stage: str) -> str:
-        """Where a stage is written: its file and function, or the file of all that are not named; of "layer", its file."""
+        """Where a stage is written: file and function, or the file of all that are not named; of "layer", its file."""
         if stage in self.files:
             return self.files[stage] if stage == "layer" else f"{self.files[stage]}: {stage}"
         return self.files.get("", self.name)
