@@ -126,7 +126,7 @@ class Case:
     way: Way = _field(
         "usual",
         "How the layer is run. usual: as most do, PyTorch eagerly and JAX under jit. eager: JAX too, an operation at a "
-        "time. compiled: PyTorch by torch.compile (on a CPU its backend is aot_eager). recomputed: forward again in "
+        "time. compiled: PyTorch by torch.compile, whose backend is aot_eager. recomputed: forward again in "
         "backward. in_flight: two steps, both forwards before both backwards. two_groups: two groups of --ranks beside "
         "each other, each with tokens of its own.",
     )

@@ -205,7 +205,7 @@ class Dynamic:
         group: Group,
     ) -> layer.Stages:  # fmt: skip
         """The whole layer; what a capacity would drop has its score masked."""
-        masked = chosen and chosen._replace(score_TK=chosen.score_TK * keep)
+        masked = chosen and with_scores(chosen, chosen.score_TK * keep)
         how: Any = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
         return layer.moe_layer(*inputs, **how, routing=masked, group=group)
 
@@ -266,6 +266,11 @@ class Static:
 
 
 Stages = type[Dynamic] | type[Static]
+
+
+def with_scores(chosen: routing.Routing, score_TK: Tensor) -> routing.Routing:
+    """The routing with other scores. Not `_replace`, of whose result PyTorch 2.11's compiler cannot read the fields."""
+    return routing.Routing(score_TK, chosen.expert_id_TK, chosen.counts_E)
 
 
 def plan(case: Case) -> static.Capacity:
@@ -403,11 +408,8 @@ class Step:
         """The layer, with the oracle's expert ids, or those that the router chooses."""
         case = self.problem.case
         layer = self._chosen if choose else self._replayed
-        if case.way == "compiled":
-            on = (
-                "inductor" if self.x.is_cuda else "aot_eager"
-            )  # on a CPU the seconds of a C++ compiler show nothing more
-            layer = torch.compile(layer, backend=on, dynamic=True)
+        if case.way == "compiled":  # Inductor, which fuses across stages, is under test where captures are
+            layer = torch.compile(layer, backend="aot_eager", dynamic=True)
         if case.way == "recomputed":
             layer = partial(checkpoint, layer, use_reentrant=False)
         with self.waits.counted():
@@ -418,7 +420,7 @@ class Step:
         chosen = routing.route(x, router, routing.Router(*case.router), expert_id_TK=self.ids)
         scores = chosen.score_TK
         if self.score is not None:  # who is dropped goes by scores to the last bit: those of the oracle
-            chosen = chosen._replace(score_TK=scores + (self.score - scores).detach())
+            chosen = with_scores(chosen, scores + (self.score - scores).detach())
         return self.stages_of.layer(case, inputs, chosen, self.keep, self.capacity, self.group), scores
 
     def _chosen(self, *inputs: Tensor) -> tuple[Any, Tensor]:
