@@ -291,10 +291,11 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
             [
                 "if activation == 'silu' and kernels.use_swiglu_kernels(gate):",
                 "    return _SwiGLU.apply(gate, up)",
-                "active = silu(gate) if activation == 'silu' else gelu(gate, approximate='tanh')",
             ],
-            ["active = silu(gate) if activation == 'silu' else gelu(gate, approximate=True)"],
+            [],
         ),
+        "glu.gelu_share": SAME,
+        "routing.renormalized": SAME,
         "checks.check_experts_per_rank": SAME,
     },
     STATIC.left: {
