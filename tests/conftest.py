@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, JAX would take most of its memory
 
+PYTHON = sys.executable
 COMPILED = Path(__file__).parent.parent / ".cache"
 COMPILED_BYTES = 500_000_000
 
@@ -90,6 +91,33 @@ def torch_ranks() -> Iterator["TorchRanks"]:
     ranks = TorchRanks()
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def warm_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """What starts a module as `sys.executable` does, with PyTorch and JAX already imported; see `warm`."""
+    import warm
+
+    if request.config.getoption("markexpr") == "gpu" or not hasattr(os, "pidfd_open"):
+        yield sys.executable
+        return
+    server = warm.Server(tmp_path_factory.mktemp("warm"), sys.executable)
+    yield str(server.python)
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def warm(warm_python: str) -> Iterator[None]:
+    """Processes that tests of this module start are warm."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", warm_python)
+        yield
+
+
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this test are not."""
+    monkeypatch.setattr(sys, "executable", PYTHON)
 
 
 _gpu_tests_left_out: set[str] = set()

@@ -28,6 +28,8 @@ from parity.run.backend import Backend, Setting, spans
 from parity.run.ours import BACKENDS, find
 from parity.run.trace import Trace, load_folder
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 TESTS = Path(__file__).parent
 CASES = ["zipf", "drop-rank-score"]  # of the second 68 assignments are dropped
 IN_PART = "numpy: compared: output, 5 gradients; not seen: stages 1-8"

@@ -26,6 +26,8 @@ from parity.cases.case import Case
 from parity.cli import main
 from parity.run.backend import BackendError
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 TINY = Case("tiny", ranks=2, tokens=16, width=8, hidden=8, experts=4, top_k=2, capacity_factor="1")
 
 
@@ -222,6 +224,7 @@ def test_a_rank_that_fails_ends_the_run(monkeypatch, tmp_path):
         list(run_bench(Plan(shapes=(TINY,), frameworks=("torch",), parts=("exchange",), seconds=0.001, ranks=2)))
 
 
+@pytest.mark.usefixtures("cold")
 def test_nothing_is_left_running_when_it_is_ended():
     """By SIGTERM, which runs no `finally`: the framework's process, and its ranks, see that their parent is gone."""
     arguments = ["bench", "small", "--ranks", "2", "--framework", "torch", "--seconds", "60"]

@@ -24,6 +24,8 @@ from parity.cli.shared import PIPE
 from parity.judge import records
 from parity.run.trace import Trace
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 SMALL = ["--ranks", "2", "--tokens", "3", "--experts", "4", "--width", "8", "--hidden", "8"]
 
 

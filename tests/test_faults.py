@@ -15,6 +15,8 @@ from parity.run.backend import Setting
 from parity.run.faults import FAULTS, ROOT, find, plant
 from parity.run.ours import BACKENDS
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 # One of each stage, of both sides, and of the ways to be caught: a crash, padding, a second step, a hang, a sum.
 QUICK = [
     "torch-router-gradient-wrong", "torch-counts-of-wrong-expert", "torch-stale-buffer", "torch-idle-rank-detached",

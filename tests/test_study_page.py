@@ -23,6 +23,8 @@ from parity.study.routing import places, zipf_routing
 from parity.study.simulate import Simulated, popularities
 from parity.study.sweep import FACTORS, Figures, sweep
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 SMALL = Case(tokens=16, width=8, hidden=8)
 
 
