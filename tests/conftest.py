@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return  # only hands out tests, and needs none of this
     on_gpu = config.getoption("markexpr") == "gpu"
     if not on_gpu:
+        compile_quickly()
         keep_what_xla_compiles()
 
     import jax
@@ -41,8 +43,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if not on_gpu:
         jax.config.update("jax_platforms", "cpu")
-        # A test's program runs once. Processes that tests start compile as users do.
-        jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_num_cpu_devices", 8)
     torch.set_num_threads(1)
     # Shapes and dtypes in signatures are checked under test only. Has to come before the packages are imported.
@@ -52,6 +52,26 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile(config.getoption("--hypothesis-profile") or "repeatable")
     if config.getoption("--quick"):
         start_no_process()
+
+
+def compile_quickly() -> None:
+    """A test's program runs once: XLA should spend little on it. `as_users_compile` is for tests of what users run."""
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if version("jaxlib").startswith("0.10."):  # its older way to write kernels takes half the time; 0.11 has none
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+
+
+@pytest.fixture
+def as_users_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This test, and processes that it starts, compile with the optimisation that XLA has by itself."""
+    import jax
+
+    for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):  # the latter was read here before
+        monkeypatch.delenv(name, raising=False)
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def keep_what_xla_compiles() -> None:

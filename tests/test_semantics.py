@@ -240,6 +240,7 @@ poison.defvjp(
 )
 
 
+@pytest.mark.usefixtures("as_users_compile")  # two programs, the same bits
 @pytest.mark.parametrize("capacity", [Capacity(2, 9), Capacity(8, 2)])
 def test_padding_reaches_nothing(monkeypatch, capacity):
     layer, real = jax_impl.layer, {}
@@ -269,10 +270,10 @@ def test_padding_reaches_nothing(monkeypatch, capacity):
 
     poisoned = (group_by_expert, to_expert_major, apply_experts, to_rank_major, return_tokens)
     stages = {stage.__name__: getattr(layer, stage.__name__) for stage in poisoned}
-    clean = run_problem(STANDARD, capacity)
+    run = partial(jax_ranks.run_layer, router=jax_impl.Router(**STANDARD.how), capacity=capacity, axis_name=AXIS)
+    clean = jax.device_get(over_ranks(run)(*jax_ranks.layer_arguments(STANDARD)))
     for stage in poisoned:
         monkeypatch.setattr(layer, stage.__name__, stage)
-    run = partial(jax_ranks.run_layer, router=jax_impl.Router(**STANDARD.how), capacity=capacity, axis_name=AXIS)
     after, gradients = jax.device_get(over_ranks(run)(*jax_ranks.layer_arguments(STANDARD)))
     for rows in (after.grouped.x_BCD, after.y_SD, after.rank_major_BCD, after.returned_BCD):
         assert np.isnan(rows).any()

@@ -29,11 +29,13 @@ HEAVY = (
 # Read when what is imported here is imported: with others of these, a command runs as it would without a server.
 AT_IMPORT = ("PYTHON", "JAX_", "OMP_", "OPENBLAS_", "MKL_", "LD_", "TORCH_", "PYTORCH_")
 
+OPTIMIZE_LITTLE = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+
 
 def at_import(environment: Mapping[str, str]) -> dict[str, str]:
-    """What was read of an environment. Without a platform, JAX takes the CPU here; a path can be added afterwards."""
+    """What was read of an environment, less what can be changed afterwards. Without a platform, JAX takes the CPU."""
     found = {name: value for name, value in environment.items() if name.startswith(AT_IMPORT)}
-    return {"JAX_PLATFORMS": "cpu"} | found | {"PYTHONPATH": ""}
+    return {"JAX_PLATFORMS": "cpu"} | found | {"PYTHONPATH": "", OPTIMIZE_LITTLE: ""}
 
 
 def path_of(environment: Mapping[str, str]) -> list[str]:
@@ -144,6 +146,7 @@ def _run(arguments: list[str], python: str, inherited: int) -> int:
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    import_module("jax").config.update(OPTIMIZE_LITTLE.lower(), os.environ.get(OPTIMIZE_LITTLE) == "1")
     code: object = 0
     try:
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
