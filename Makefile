@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
+SHARED = -n auto --maxprocesses 8 --dist loadgroup  # out among the cores
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -18,14 +19,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 parity: $(VENV)/installed  ## do PyTorch and JAX compute the same thing? (sets up .venv first)
 	$(RUN) parity check --no-json
 
-quick: $(VENV)/installed  ## under a minute: the tests that start no process
-	$(RUN) pytest --quick -n auto --maxprocesses 8
+quick: $(VENV)/installed  ## the tests that start no process: under a minute
+	$(RUN) pytest $(SHARED) --quick
 
 test: $(VENV)/installed  ## the tests
-	$(RUN) pytest -n auto --maxprocesses 8 --dist loadfile
+	$(RUN) pytest $(SHARED)
 
 test-slow: $(VENV)/installed  ## the tests that take minutes
-	$(RUN) pytest -m slow
+	$(RUN) pytest $(SHARED) -m slow
 
 test-gpu: $(VENV)/installed  ## the tests that need a GPU
 	$(RUN) pytest -m gpu

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU, JAX would take most of its memory
 
+# Files that take long and whose tests share nothing: one by one, to whichever worker is free.
+ONE_BY_ONE = {
+    "test_bench", "test_corners", "test_faults", "test_pallas_kernels", "test_parity_check", "test_parity_stability",
+    "test_supervisor", "test_wheel",
+}  # fmt: skip
+
 PYTHON = sys.executable
 COMPILED = Path(__file__).parent.parent / ".cache"
 COMPILED_BYTES = 500_000_000
@@ -52,6 +58,13 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile(config.getoption("--hypothesis-profile") or "repeatable")
     if config.getoption("--quick"):
         start_no_process()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For --dist loadgroup: a file's tests go to one worker, which has its fixtures, and the longest files first."""
+    for item in items:
+        if item.path.stem not in ONE_BY_ONE:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def compile_quickly() -> None:

@@ -212,6 +212,7 @@ def test_every_figure_across_ranks_comes_out_with_what_left_the_rank(tmp_path):
     assert (tmp_path / "drawn.png").stat().st_size > 2 * (tmp_path / "empty.png").stat().st_size
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_run(monkeypatch, tmp_path):
     """It does not go on to the next figure, where the others would wait for it in this one."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -43,7 +43,7 @@ STEPS_BACK = {
     "no-output-size": ("rows", ", output_size=output_size)", ")", "step", {"syncs", "symbols"}),
     "no-bound": ("layer", "    check_received(", "    (", "bfloat16", {"range"}),
 }  # fmt: skip
-RIGHT = [("step", 2), ("step", 64), ("step", 1024), ("bfloat16", 4), ("bfloat16", 1024), ("float32", 4)]
+RIGHT = [("step", 2), ("step", 64), ("bfloat16", 1024), ("float32", 4)]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_one_symbol(sizes, what, P):
 
 
 def test_what_the_compiler_has_to_look_at_does_not_grow(sizes):
-    steps = [sizes["step", P] for P in (2, 64, 1024)]
+    steps = [sizes["step", P] for P in (2, 64)]
     assert len({(found["nodes"], found["runtime_asserts"], found["symbols_in_all"]) for found in steps}) == 1
 
 
@@ -125,7 +125,9 @@ def test_one_graph_for_fifty_routings_gpu(torch_ranks: TorchRanks, backend, dtyp
     fifty_routings(torch_ranks, 2, backend, dtype, "cuda")
 
 
-@pytest.mark.parametrize("how", ["strict export", "export", "make_fx"])
+@pytest.mark.parametrize(
+    "how", ["strict export", *(pytest.param(how, marks=pytest.mark.slow) for how in ("export", "make_fx"))]
+)
 def test_other_ways_to_capture(torch_ranks: TorchRanks, how):
     results = torch_ranks(capture_ranks.captured_by, [how] * 2, [0, 1], [2] * 2)
     for found in results:
@@ -160,8 +162,24 @@ def test_ids_out_of_range_are_refused_when_compiled(torch_ranks: TorchRanks):
     assert "assertion failed for expression u0 >= 16" in message
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("n_bins", [1, capture_ranks.E])
+@pytest.mark.parametrize(
+    ("dtype", "n_bins"),
+    [
+        ("float32", 1),
+        ("bfloat16", capture_ranks.E),
+        *(
+            pytest.param(dtype, n_bins, marks=pytest.mark.slow)
+            for dtype, n_bins in [
+                ("bfloat16", 1),
+                ("float16", 1),
+                ("float64", 1),
+                ("float32", capture_ranks.E),
+                ("float16", capture_ranks.E),
+                ("float64", capture_ranks.E),
+            ]
+        ),
+    ],
+)
 def test_static_pytorch_compiles_whole_in_every_dtype(torch_ranks: TorchRanks, dtype, n_bins):
     (same,) = torch_ranks(capture_ranks.static_and_compiled, [dtype], [n_bins])
     assert all(same)
@@ -281,6 +299,7 @@ def capture_command(*arguments: str) -> int:
     return code
 
 
+@pytest.mark.slow
 def test_the_command(capsys, tmp_path):
     arguments = ["--ranks", "2", "--ways", "torch_impl", "--no-inductor", "--plot", str(tmp_path / "plot.png")]
     assert capture_command(*arguments, "--json") == 0

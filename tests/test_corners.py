@@ -265,7 +265,13 @@ def test_dynamic_jax_over_ranks_is_the_dense_layer(emulated):
         close(got.reshape(total.shape), total, "float32")
 
 
-DYNAMIC_PRESETS = ["zipf", "idle-rank", "stay-home", "k-all", "p1", "t1", "bfloat16", "pydoc"]
+DYNAMIC_PRESETS = [
+    "zipf",
+    "idle-rank",
+    "p1",
+    "bfloat16",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("stay-home", "k-all", "t1", "pydoc")),
+]
 
 
 @pytest.mark.parametrize("name", DYNAMIC_PRESETS)

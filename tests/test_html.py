@@ -529,6 +529,7 @@ def test_nothing_compared_is_no_match(match):
     assert "never judged" in not_compared(tree(empty))
 
 
+@pytest.mark.slow
 def test_a_thousand_cases(mismatch):
     """All in the table, those that fail drawn first, and the page no larger than a browser can hold."""
     names = [f"case-{i:04d}" for i in range(1000)]

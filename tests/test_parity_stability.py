@@ -48,7 +48,9 @@ def test_a_rank_that_dies_or_hangs_is_named(tmp_path, line, cause):
     assert re.search(cause, " ".join(run.stderr.split())), run.stderr
 
 
-@pytest.mark.parametrize(("how", "rank"), [("shard_map", ""), ("processes", "rank 2 of 4 ")])
+@pytest.mark.parametrize(
+    ("how", "rank"), [("shard_map", ""), pytest.param("processes", "rank 2 of 4 ", marks=pytest.mark.slow)]
+)
 def test_so_it_is_in_jax(tmp_path, how, rank):
     home = broken(tmp_path, "time.sleep(600)", JAX)
     run = subprocess.run([*CHECK, "--backend", "jax", "--jax-ranks", how], cwd=home, **QUIETLY)

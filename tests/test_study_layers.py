@@ -22,7 +22,8 @@ def test_the_factor_that_drops_nothing_is_the_least():
     assert measure(routing, str(factor - Fraction(2, 100)), "rank", "token").dropped > 0
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_table(tmp_path, ranks):
     save = tmp_path / "layers.jsonl"
     command = [*LAYER, "--ranks", str(ranks), "--seconds", "0.05", "--factors", "0.5"]
