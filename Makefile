@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 parity: $(VENV)/installed  ## do PyTorch and JAX compute the same thing? (sets up .venv first)
 	$(RUN) parity check --no-json
 
-quick: $(VENV)/installed  ## the tests that start no process: under a minute
+quick: $(VENV)/installed  ## those that start no process: under a minute
 	$(RUN) pytest $(SHARED) --quick
 
 test: $(VENV)/installed  ## the tests

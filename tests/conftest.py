@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,18 +25,31 @@ ONE_BY_ONE = {
     "test_supervisor", "test_wheel",
 }  # fmt: skip
 
+# For --quick: the oracle, the comparison, both implementations on one rank, and that they are mirrors of each other.
+QUICK = {
+    "test_activations", "test_compare", "test_extremes", "test_fields", "test_imports", "test_inputs",
+    "test_mirror", "test_reference", "test_results", "test_rows", "test_simulate", "test_tolerances", "test_vectorised",
+    "test_worked_examples",
+}  # fmt: skip
+STARTS_PROCESSES = {"torch_ranks", "warm_python", "warm"}
+
 PYTHON = sys.executable
 COMPILED = Path(__file__).parent.parent / ".cache"
 COMPILED_BYTES = 500_000_000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="leave out tests that start processes, where they do")
+    parser.addoption("--quick", action="store_true", help="only files that start no process and compile little")
+
+
+def _hands_out(config: pytest.Config) -> bool:
+    """Whether this process only hands out tests, and needs none of what they need."""
+    return bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
-        return  # only hands out tests, and needs none of this
+    if _hands_out(config):
+        return
     on_gpu = config.getoption("markexpr") == "gpu"
     if not on_gpu:
         compile_quickly()
@@ -56,12 +69,18 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)
     settings.register_profile("explore", deadline=None, max_examples=1000)  # pytest --hypothesis-profile explore
     settings.load_profile(config.getoption("--hypothesis-profile") or "repeatable")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    python = collection_path.name.startswith("test_")
+    return True if python and config.getoption("--quick") and collection_path.stem not in QUICK else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For --dist loadgroup: a file's tests go to one worker, which has its fixtures."""
     if config.getoption("--quick"):
-        start_no_process()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For --dist loadgroup: a file's tests go to one worker, which has its fixtures, and the longest files first."""
+        items[:] = [item for item in items if not STARTS_PROCESSES & set(getattr(item, "fixturenames", ()))]
     for item in items:
         if item.path.stem not in ONE_BY_ONE:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
@@ -99,21 +118,6 @@ def keep_what_xla_compiles() -> None:
     machine = hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:8]
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED / f"jax-{machine}"))
     os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-
-
-def start_no_process() -> None:
-    """From here on, a test that starts a process is left out at the point where it does."""
-    from multiprocessing.process import BaseProcess
-
-    def leave_out(*_: object) -> NoReturn:
-        pytest.skip("starts a process")
-
-    def watch(event: str, _: object) -> None:
-        if event in ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec"):
-            leave_out()
-
-    sys.addaudithook(watch)
-    BaseProcess.start = leave_out  # type: ignore[method-assign, assignment]  # a fork server is started without an event
 
 
 @pytest.fixture(scope="session")

@@ -225,6 +225,7 @@ def test_a_rank_that_fails_ends_the_run(monkeypatch, tmp_path):
         list(run_bench(Plan(shapes=(TINY,), frameworks=("torch",), parts=("exchange",), seconds=0.001, ranks=2)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cold")
 def test_nothing_is_left_running_when_it_is_ended():
     """By SIGTERM, which runs no `finally`: the framework's process, and its ranks, see that their parent is gone."""

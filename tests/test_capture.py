@@ -280,6 +280,7 @@ def test_one_executable_for_fifty_routings():
     assert program._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", capture.JAX_WAYS)
 def test_the_lowered_program_does_not_grow(way):
     small, large = (capture.measured(P, way, timeout=120) for P in (4, 16))

@@ -316,7 +316,7 @@ def spent(program: str, seconds: float) -> Patience:
     return watched
 
 
-@pytest.mark.parametrize("load", [0, 4], ids=["idle", "busy"])
+@pytest.mark.parametrize("load", [0, pytest.param(4, marks=pytest.mark.slow)], ids=["idle", "busy"])
 def test_waiting_for_a_cpu_is_no_sleep(load):
     with busy(load):
         running = spent("print(flush=True)\nwhile True: pass", 3)
