@@ -114,8 +114,10 @@ def _draw(case: Case, recorded: dict[str, Any], router: Array, rng: np.random.Ge
     oracle = oracle_for(case)
     _, score = oracle.route(case, x64, router64, Exact())
     expert_id = recorded["expert_id"] if "expert_id" in recorded else oracle.select(case, score)
-    # Priority goes by the scores that are stored, so rounding to the stored dtype comes first.
+    # Priority goes by the scores that are stored, so rounding to the stored dtype comes first. XLA on a CPU compares
+    # numbers below the normal range as zeros.
     stored = reference.chosen_scores(case, score, expert_id, Exact()).astype(case.wide)
+    stored[np.abs(stored) < np.finfo(case.wide).smallest_normal] = 0
     keep = reference.keep_within_capacity(case, expert_id, stored)
     aux = recorded.get("dscore", np.zeros((P, T, case.top_k))).astype(case.wide)
     exact = oracle.layer(case, x64, router64, weights64, dout64, expert_id, keep, Exact(), aux.astype(np.float64))
