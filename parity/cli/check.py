@@ -15,7 +15,7 @@ from parity.cases.random_cases import random_cases
 from parity.cases.recording import case_of_recording
 from parity.cli.report import publish
 from parity.cli.shared import MATCH, check_writable, not_a_terminal
-from parity.judge.engine import run_cases
+from parity.judge.engine import DiedError, run_cases
 from parity.run import faults, ours
 from parity.run.backend import Backend, Setting
 from parity.run.supervisor import gpus
@@ -117,7 +117,11 @@ def run(command: Command) -> int:
     for backend in backends:
         for reason in filter(None, (backend.refusal(case, setting) for case in cases)):
             raise ValueError(f"--backend {backend.name}: {reason}")
-    report = run_cases(cases, backends, setting, fault=fault, save=command.save, in_torchrun=group_size is not None)
+    try:
+        report = run_cases(cases, backends, setting, fault=fault, save=command.save, in_torchrun=group_size is not None)
+    except DiedError as died:
+        publish(died.report, command.json, command.html)
+        raise
     return MATCH if report is None else publish(report, command.json, command.html)
 
 

@@ -27,6 +27,14 @@ from parity.run.supervisor import Failure
 from parity.run.trace import Trace
 
 
+class DiedError(BackendError):
+    """Processes were killed or hung in some cases; what was found in all others is in `report`."""
+
+    def __init__(self, failure: Failure, report: Report) -> None:
+        super().__init__(failure.backend, str(failure))
+        self.report = report
+
+
 def run_cases(
     cases: Sequence[Case],
     backends: Sequence[Backend],
@@ -41,13 +49,14 @@ def run_cases(
 
     None on every rank but 0 of a torchrun group, which then has nothing left to do.
 
-    Raises BackendError when a package is missing or a run ends in error.
+    Raises BackendError when a package is missing or a backend cannot run, DiedError when it did not survive a case.
     """
     head = header(backends, fault.name if fault else "")
     begin, seconds = time.perf_counter(), {"oracle": 0.0, "compare": 0.0}
     joined = [backend for backend in backends if in_torchrun and backend.framework == "torch"]
     started = [backend for backend in backends if backend not in joined]
     results: dict[str, dict[str, Trace | Failure]] = {case.name: {} for case in cases}
+    died: list[Failure] = []
     judged: dict[str, tuple[CaseRecord, list[Check]]] = {}
     flags = "" if setting.device == "cpu" else f" --device {setting.device}"
     with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress(show_progress) as bar:
@@ -68,8 +77,9 @@ def run_cases(
         tasks = {backend.name: bar.add_task(backend.name, total=len(cases)) for backend in backends}
         with closing(supervisor.run(folder, homes, started, cases, setting, seconds)) as running:
             for backend, name, failure in chain(done, running):
-                if failure and not failure.raised:
+                if failure and not failure.case:
                     raise BackendError(backend, str(failure))
+                died += [failure] if failure and not failure.raised else []
                 bar.advance(tasks[backend])
                 results[name][backend] = failure or Trace.load(folder / f"{name}.{backend}.safetensors")
                 if len(results[name]) == len(backends):
@@ -81,7 +91,10 @@ def run_cases(
             for path in folder.glob("*.safetensors"):
                 shutil.copy(path, save)
     seconds["in all"] = time.perf_counter() - begin
-    return make_report(head, [case.name for case in cases], judged, seconds)
+    report = make_report(head, [case.name for case in cases], judged, seconds)
+    if died:
+        raise DiedError(died[0], report)
+    return report
 
 
 def judge(problem: Problem, results: Sequence[Trace | Failure], flags: str = "") -> tuple[CaseRecord, list[Check]]:
@@ -96,11 +109,12 @@ def judge(problem: Problem, results: Sequence[Trace | Failure], flags: str = "")
 
 
 def raised(failure: Failure) -> Check:
-    """A comparison that fails, as the backend raised an exception: in a stage on its own, or in the whole layer."""
+    """A comparison that fails, as the backend raised an exception or died: in a stage on its own, or in the layer."""
     alone = failure.stage in STAGES
     stage = failure.stage if alone else STAGES[-1]
     rank = f"rank {failure.rank} " if failure.ranks > 1 else ""
-    note = f"{rank}raised {failure.error}" + f" ({failure.line})" * (failure.line != "")
+    how = f"raised {failure.error}" if failure.raised else f"{failure.how} {failure.error}".strip()
+    note = f"{rank}{how}" + f" ({failure.line})" * (failure.line != "")
     return Check(
         failure.case, "isolated" if alone else "e2e", stage, MAIN[stage], failure.backend, "oracle", False, False, 0,
         failing=1, worst=math.inf, note=note,
