@@ -42,7 +42,8 @@ together that can."""
 BACKEND_HELP = f"""What to run, once for each; default: {" and ".join(b.name for b in ours.DEFAULT)}. One alone, with
 --save: the other can run on another machine. There are {
     ", ".join(f"{b.name} ({b.framework}, {b.layout})" for b in ours.BACKENDS.values())
-}; or package.module:name of a record of your own."""
+}; a layer of your own, as mine.py or mine.py:name (see `python -m parity new`); or package.module:name of a function or
+a record."""
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Command:
         python -m parity check zipf --dtype bfloat16  a preset, changed
         python -m parity check --ranks 2 --experts 6 --capacity-factor 5/4
         python -m parity check --recording recording.safetensors
+        python -m parity check --backend mine.py      a layer of your own: python -m parity new mine.py
         python -m parity check --random 100 --seed 1 --dtype bfloat16
     """
 

@@ -22,7 +22,8 @@ from parity.run.backend import BackendError, MissingError, Setting
 class Command:
     """Would a bug be caught, and blamed on the right backend and stage?
 
-    Lists the faults that can be planted, most of them seen in the wild; with --run, plants each and checks.
+    Lists the faults that can be planted, each with where it comes from: a public report of such a bug, or constructed.
+    With --run, plants each and checks.
 
     Exit code with --run: 0 when all were caught and blamed, 1 otherwise.
 

@@ -100,12 +100,13 @@ def run_cases(
 def judge(problem: Problem, results: Sequence[Trace | Failure], flags: str = "") -> tuple[CaseRecord, list[Check]]:
     """Every comparison of one case, and what it looked like; `flags` are those that repeating it needs besides."""
     case, picture = problem.case, blank(problem)
-    traces = [result for result in results if isinstance(result, Trace)]
+    traces = [result for result in results if isinstance(result, Trace) and not result.not_supported]
     checks = [*compare(problem, traces, picture), *(raised(f) for f in results if isinstance(f, Failure))]
     seconds = {trace.backend.name: trace.seconds for trace in traces}
     seconds |= {failure.backend: 0.0 for failure in results if isinstance(failure, Failure)}
     environment = {trace.backend.name: trace.environment for trace in traces}
-    return CaseRecord(case, command(case) + flags, seconds, environment, picture), checks
+    not_supported = {r.backend.name: r.not_supported for r in results if isinstance(r, Trace) and r.not_supported}
+    return CaseRecord(case, command(case) + flags, seconds, environment, picture, not_supported), checks
 
 
 def raised(failure: Failure) -> Check:
@@ -126,8 +127,9 @@ def make_report(
 ) -> Report:
     """The report of cases in the order asked for; those that were never judged are missed in the footer."""
     order = [name for name in names if name in judged]
+    records = {name: judged[name][0] for name in order}
     checks = {name: judged[name][1] for name in order}
-    return Report(head, {name: judged[name][0] for name in order}, checks, footer(checks, len(names), seconds))
+    return Report(head, records, checks, footer(head, records, checks, len(names), seconds))
 
 
 def progress(show: bool = True) -> Progress:

@@ -43,6 +43,7 @@ class CaseRecord(msgspec.Struct, tag_field="kind", tag="case"):
     seconds: dict[str, float]  # by backend
     environment: dict[str, dict[str, str]]
     picture: Picture
+    not_supported: dict[str, str] = {}  # by backend: why a layer does not compute the case
 
 
 class Footer(msgspec.Struct, tag_field="kind", tag="footer"):
@@ -89,10 +90,18 @@ def header(backends: Iterable[Backend], planted: str = "") -> Header:
     return Header(SCHEMA, command, datetime.now(UTC).isoformat(timespec="seconds"), machine, planted, list(backends))
 
 
-def footer(checks: dict[str, list[Check]], cases: int, seconds: dict[str, float]) -> Footer:
-    """The verdict over all comparisons; a case in which nothing was compared is no match."""
+def footer(
+    head: Header, records: dict[str, CaseRecord], checks: dict[str, list[Check]], cases: int, seconds: dict[str, float]
+) -> Footer:
+    """The verdict over all comparisons; a case in which nothing was compared is no match.
+
+    One that a backend does not support is neither, but some case each must support.
+    """
     everything = [c for found in checks.values() for c in found]
-    compared = len(checks) == cases and all(sum(c.rows for c in found) for found in checks.values())
+    compared = len(checks) == cases and all(
+        sum(c.rows for c in found) or not records[name].seconds for name, found in checks.items()
+    )
+    compared &= all(any(backend.name in record.seconds for record in records.values()) for backend in head.backends)
     failing = sum(not c.ok for c in everything)
     verdict, code = ("mismatch", 1) if failing else ("match", 0) if compared and checks else ("nothing compared", 5)
     rows, bitwise = sum(c.rows for c in everything), sum(c.rows for c in everything if c.bitwise)

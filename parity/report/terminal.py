@@ -1,6 +1,7 @@
 """A table for people."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -48,10 +49,10 @@ def table(report: Report) -> Table:
         strip = Text.assemble(
             *(_mark([c for c in found if c.mode == "isolated" and c.stage == s], s in alone) for s in STAGES)
         )
-        end_to_end = _mark([c for c in found if c.mode != "isolated"])
+        end_to_end = _mark([c for c in found if c.mode != "isolated"], declared=bool(record.seconds))
         dropped = sum(map(sum, record.picture.dropped)) if drops(report, record) else "-"
         closest = max((c.worst for c in found if not c.bitwise), default=math.nan)
-        shown = f"{closest:.2f}" if closest < 1000 else ">999"
+        shown = "-" if math.isnan(closest) else f"{closest:.2f}" if closest < 1000 else ">999"
         result.add_row(
             name, str(case.ranks), str(case.tokens), str(case.experts), str(case.top_k), case.dtype, str(case.capacity),
             str(dropped), strip, Text.assemble(end_to_end), shown, f"{sum(record.seconds.values()):.1f}",
@@ -73,6 +74,16 @@ def unseen(report: Report) -> list[str]:
     """Of each backend that ran and of which something is not seen: what is compared, and what not."""
     ran = {name for record in report.cases.values() for name in record.seconds}
     return [f"{name}: {backend.seen()}" for name, backend in report.backends.items() if name in ran and backend.unseen]
+
+
+def not_supported(report: Report) -> list[str]:
+    """Of each backend, how many cases it does not compute, and why."""
+    said = []
+    for name in report.backends:
+        why = Counter(record.not_supported[name] for record in report.cases.values() if name in record.not_supported)
+        reasons = "; ".join(f"{reason} ({n})" for reason, n in why.most_common())
+        said += [f"{name}: {why.total()} of {len(report.cases)} cases not supported: {reasons}"] if why else []
+    return said
 
 
 def _failed(report: Report, name: str) -> bool:
@@ -156,7 +167,7 @@ def print_report(console: Console, report: Report) -> None:
         f"\n{foot.cases} cases, {foot.comparisons} comparisons, {foot.rows:,} rows: "
         f"{foot.bitwise:,} judged bit for bit, {foot.rows - foot.bitwise:,} by their own allowance"
     )
-    for line in unseen(report):
+    for line in unseen(report) + not_supported(report):
         console.print(line, soft_wrap=True)
     if foot.cases >= MANY:
         found, possible = pairs_in(row_of(record.case) for record in report.cases.values()), possible_pairs()
@@ -220,11 +231,11 @@ def fault_table(faults: Sequence[tuple[Fault, Found | None]]) -> Table:
     """The planted faults, and where they were run: caught, and blamed on the right backend and stage?"""
     ran = any(found for _, found in faults)
     result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("fault", "stage", "preset", *(("caught", "blamed") if ran else ("what it does",))):
-        result.add_column(column, no_wrap=column != "what it does")
+    for column in ("fault", "stage", "preset", *(("caught", "blamed") if ran else ("what it does", "source"))):
+        result.add_column(column, no_wrap=column not in ("what it does", "source"), overflow="fold")
     for fault, found in faults:
         if found is None:
-            result.add_row(fault.name, SHORT[fault.stage], fault.preset, fault.sentence)
+            result.add_row(fault.name, SHORT[fault.stage], fault.preset, fault.sentence, fault.source)
             continue
         right = (found.backend, found.stage) == (fault.backend, fault.stage)
         blamed = Text("right", "green") if right else Text(f"WRONG: {found.backend} {found.stage}", "bold red")

@@ -1,4 +1,4 @@
-"""Planted faults: one-sentence changes to one backend at one stage, each constructed after a kind of bug.
+"""Planted faults: one-sentence changes to one backend at one stage, some of them after a public report.
 
 A fault is an edit of the source, made in a copy that only the faulty side runs from; the implementations know nothing
 of it. An edit whose old text is not there exactly once is refused, so that a fault cannot go stale unnoticed.
@@ -28,6 +28,7 @@ class Fault:
     new: str
     preset: str = "zipf"
     gpu_only: str = ""  # why it cannot show on a CPU
+    source: str = "constructed"  # or the address of a public report of a bug of this kind in a layer like this
 
 
 def plant(fault: Fault, folder: Path) -> Path:
@@ -318,9 +319,35 @@ _PLANTED = (
     ("jax", "jax_impl", _JAX),
     ("torch-static", "torch_impl/static", _TORCH_STATIC),
 )
+# Reports of a bug of the same kind: the same mistake, in other code, and not always at the same place in it.
+REPORTED = {
+    "torch-replay-ignored": "NVIDIA-NeMo/Automodel/pull/3140",  # a recomputation takes the top k of ties anew
+    "jax-replay-ignored": "NVIDIA-NeMo/Automodel/pull/3140",
+    "torch-partial-gradients-not-summed": "pytorch/torchtitan/issues/2387",
+    "torch-unstable-sort": "vllm-project/vllm/issues/52525",  # the order within an expert is any, and is felt
+    "torch-idle-rank-detached": "PaddlePaddle/PaddleFormers/pull/3010",
+    "torch-stale-buffer": "deepseek-ai/DeepGEMM/pull/451",  # a flag of the step before says that rows are there
+    "torch-rank-and-expert-swapped": "facebookresearch/fairscale/pull/184",  # with several experts on a rank
+    "torch-silu-on-the-wrong-half": "sgl-project/sglang/pull/32430",
+    "jax-gate-and-up-swapped": "sgl-project/sglang/pull/32430",
+    "torch-expert-gradient-times-ranks": "NVIDIA/Megatron-LM/pull/5956",
+    "torch-empty-expert-gradient-uninitialised": "meta-pytorch/MSLK/pull/158",
+    "torch-other-tokens-matter": "vllm-project/vllm/pull/57092",  # one scale for all rows, from the largest
+    "torch-score-applied-twice": "vllm-project/vllm/pull/43694",
+    "torch-overwrite-instead-of-add": "AviSoori1x/makeMoE/issues/2",
+    "torch-sum-over-k-in-bfloat16": "NVIDIA/TensorRT-LLM/pull/16778",
+    "torch-accumulator-not-zeroed": "vllm-project/vllm-ascend/pull/9992",
+    "torch-stream-not-waited-for": "pytorch/torchtitan/issues/3413",
+    "torch-one-rank-raises": "NVIDIA/Megatron-LM/pull/3626",
+    "torch-right-on-first-rank-only": "flashinfer-ai/flashinfer/issues/3547",
+    "jax-score-gradient-missing": "NVIDIA-NeMo/Automodel/pull/2995",
+    "jax-padding-reaches-experts": "NVIDIA/TransformerEngine/pull/3116",  # in review: NaN of padding in the gradient
+    "torch-static-padding-reaches-experts": "NVIDIA/TransformerEngine/pull/3116",
+}
 FAULTS = {
     f"{backend}-{name}": Fault(
-        f"{backend}-{name}", backend, stage, sentence, file.removeprefix("../") if "/" in file else f"{folder}/{file}", *more
+        f"{backend}-{name}", backend, stage, sentence, file.removeprefix("../") if "/" in file else f"{folder}/{file}", *more,
+        source=f"https://github.com/{report}" if (report := REPORTED.get(f"{backend}-{name}")) else "constructed",
     )
     for backend, folder, faults in _PLANTED
     for name, stage, sentence, file, *more in faults
@@ -330,4 +357,4 @@ FAULTS = {
 END_THE_RUN = {"torch-splits-swapped", "torch-idle-rank-detached", "torch-one-rank-raises"}
 
 assert all(fault.stage in STAGES for fault in FAULTS.values())
-assert FAULTS.keys() >= END_THE_RUN
+assert FAULTS.keys() >= END_THE_RUN | REPORTED.keys()

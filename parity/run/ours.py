@@ -5,6 +5,7 @@ import msgspec
 from parity.cases.case import Case
 from parity.oracle.quantities import names
 from parity.oracle.rows import Layout
+from parity.run import own
 from parity.run.backend import Backend, Setting, resolve
 
 # Where each stage is written, the same in all four.
@@ -61,19 +62,21 @@ DEFAULT = tuple(next(b for b in BACKENDS.values() if b.framework == framework) f
 
 
 def find(name: str) -> Backend:
-    """The backend of that name, or the record that `package.module:name` names.
+    """The backend of that name, the layer in a file, or what `package.module:name` names: a layer, or a record.
 
     Raises ValueError when there is none.
     """
     if name in BACKENDS:
         return BACKENDS[name]
     try:
-        found = resolve(name) if ":" in name else None
+        found = own.read(name) if ":" in name or name.endswith(".py") else None
+        found = found or (resolve(name) if ":" in name else None)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--backend {name}: {error}") from error
     if not isinstance(found, Backend):
         what = f"{name} is a {type(found).__name__} and no Backend" if ":" in name else f"no backend is called {name}"
-        raise ValueError(f"{what}. There are: {', '.join(BACKENDS)}; or name a record as package.module:name")
+        there = ", ".join(BACKENDS)
+        raise ValueError(f"{what}. There are: {there}; or name a file of your own, as mine.py, or package.module:name")
     if found.name in BACKENDS and found != BACKENDS[found.name]:
         raise ValueError(f"--backend {name} is called {found.name}, as one of this project is: give it another name")
     if not found.run:

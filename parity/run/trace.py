@@ -43,6 +43,11 @@ class Trace:
         }
         save_file(tensors, folder / f"{self.case.name}.{self.backend.name}.safetensors", metadata=about)
 
+    @property
+    def not_supported(self) -> str:
+        """Why there are no arrays, where a layer does not compute the case; or an empty string."""
+        return self.environment.get("not supported", "")
+
     @staticmethod
     def load(path: Path) -> "Trace":
         """Read what `save` wrote, or another program: its metadata need `case` and `backend`, which may be a name.

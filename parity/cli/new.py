@@ -1,0 +1,45 @@
+"""`python -m parity new`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from parity.cli.shared import MATCH, say
+from parity.run import own
+
+TEMPLATES = Path(own.__file__).parent
+
+
+@dataclass
+class Command:
+    """Write a layer of your own, to start from.
+
+    A file with one function, which computes the layer as it stands and says what else it can be given. Change it into
+    yours, or call yours from it.
+
+    Exit code: 0, or 2 when the file exists.
+
+    Examples:
+        python -m parity new mine.py --framework jax
+        python -m parity check zipf --backend mine.py
+    """
+
+    file: tyro.conf.Positional[Path]
+    """What to write."""
+    framework: Literal["torch", "jax"] = "torch"
+    """In what."""
+
+
+def run(command: Command) -> int:
+    """Run `new`; its exit code."""
+    file = command.file
+    if file.suffix != ".py":
+        raise ValueError(f"{file} is to be a Python file: call it {file}.py")
+    if file.exists():
+        raise ValueError(f"{file} exists: it is left as it is; name another")
+    text = (TEMPLATES / f"template_in_{command.framework}.py").read_text()
+    file.write_text(text.replace("FILE", str(file)))
+    say(f"wrote {file}; now: python -m parity check zipf --backend {file}")
+    return MATCH

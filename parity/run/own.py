@@ -1,0 +1,176 @@
+"""A layer of the user's own: one function in a file, known by the names of its arguments."""
+
+import ast
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from parity.cases.case import Case
+from parity.oracle.problem import Problem
+from parity.oracle.quantities import OUTSIDE
+from parity.run.backend import Backend
+
+WEIGHTS = ("w_gate", "w_up", "w_down")
+# What an argument may be called, before a suffix that says its shape: x_TD, or x.
+ARGUMENTS = ("x", "router", *WEIGHTS, "expert_id", "score", "keep", "case", "group", "axis_name")
+KNOW_RANKS = {"torch": "group", "jax": "axis_name"}
+
+
+class OwnLayerError(Exception):
+    """A layer of one's own returned something that cannot be compared."""
+
+
+class Signature(NamedTuple):
+    """What a layer is given."""
+
+    arguments: dict[str, str]  # by what each is, its name in the function: {"x": "x_TD"}
+    per_rank: bool  # it is called on each rank, and is given the group or the axis
+    all_experts: bool  # of the weights; else this rank's
+
+    def given(self, name: str) -> bool:
+        """Whether it takes this."""
+        return name in self.arguments
+
+
+def signature(framework: str, names: list[str], where: str) -> Signature:
+    """What a function with these arguments is given.
+
+    Raises ValueError on a name that says nothing.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        stem = re.sub(r"_[A-Za-z]{1,4}$", "", name) if name not in ARGUMENTS else name
+        if stem not in ARGUMENTS:
+            raise ValueError(
+                f"{where} takes {name}: nothing is called so. A layer can take {', '.join(ARGUMENTS)}, each with a "
+                "suffix for its shape if you like, as in x_TD"
+            )
+        found[stem] = name
+    if "x" not in found:
+        raise ValueError(f"{where} takes no x: the tokens, [T, D] on each rank")
+    other = next(word for of, word in KNOW_RANKS.items() if of != framework)
+    if other in found:
+        raise ValueError(f"{where} takes {other}, which a layer in {framework} has not")
+    per_rank = KNOW_RANKS[framework] in found
+    suffixes = {found[w].removeprefix(w).lstrip("_")[:1] for w in WEIGHTS if w in found}
+    return Signature(found, per_rank or framework == "torch", not per_rank if suffixes <= {""} else suffixes == {"E"})
+
+
+def read(asked: str) -> Backend | None:
+    """The backend that `FILE.py`, `FILE.py:name` or `package.module:name` names, without running it.
+
+    None where a module has no function of that name marked as a backend: it may be a record.
+
+    Raises ValueError when the file cannot be read, or is none of this kind.
+    """
+    source, _, name = asked.partition(":")
+    if source.endswith(".py"):
+        path = Path(source)
+    else:
+        spec = find_spec(source)
+        path = Path(spec.origin) if spec and spec.origin else Path(source)
+    try:
+        tree = ast.parse(path.read_text(), str(path))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"--backend {asked}: {error}") from error
+    marked = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef) and _mark_of(node)}
+    if not source.endswith(".py") and name not in marked:
+        return None
+    if name and name not in marked:
+        raise ValueError(f"--backend {asked}: {path} has no function {name} marked @backend(framework=...)")
+    if not name and len(marked) != 1:
+        what = f"{len(marked)} functions" if marked else "no function"
+        which = (
+            f": name one, as {source}:{next(iter(marked))}" if marked else ", as `from parity import backend` has it"
+        )
+        raise ValueError(f"--backend {asked}: {path} has {what} marked @backend(framework=...){which}")
+    return _record(asked, path, marked[name or next(iter(marked))], bool(name) and len(marked) > 1)
+
+
+def _mark_of(node: ast.FunctionDef) -> ast.Call | None:
+    """The call of `backend` or `parity.backend` that a function is decorated with."""
+    for mark in node.decorator_list:
+        called = mark.func if isinstance(mark, ast.Call) else None
+        if isinstance(mark, ast.Call) and getattr(called, "id", getattr(called, "attr", "")) == "backend":
+            return mark
+    return None
+
+
+def _record(asked: str, path: Path, node: ast.FunctionDef, several: bool) -> Backend:
+    where, mark = f"{path.name}:{node.lineno}: {node.name}", _mark_of(node)
+    assert mark
+    given = {keyword.arg: keyword.value for keyword in mark.keywords}
+    framework = getattr(given.get("framework"), "value", None)
+    if framework not in KNOW_RANKS:
+        raise ValueError(f'{where}: write @backend(framework="torch") or @backend(framework="jax")')
+    names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+    provides = provided(signature(framework, names, where))
+    return Backend(
+        path.stem + f".{node.name}" * several, framework, "opaque", provides, {"": where}, needs=(framework,),
+        run=f"parity.run.own_in_{framework}:run_all", stages=f"{path.resolve()}:{node.name}", asked=asked,
+    )  # fmt: skip
+
+
+def provided(takes: Signature) -> tuple[str, ...]:
+    """What is compared: the output and the gradients of what the layer takes; and each again, from a second run."""
+    routed = takes.given("router") or takes.given("score")
+    has = {"route/drouter": routed, **{f"apply_experts/d{w}": takes.given(w) for w in WEIGHTS}}
+    names = [name for name in OUTSIDE if has.get(name.removeprefix("e2e/"), True)]
+    return (*names, *(name.replace("e2e", "repeat", 1) for name in names))
+
+
+def load(backend: Backend) -> tuple[Callable[..., Any], Signature]:
+    """The function, of a file that is run for it, and what it is given."""
+    path, _, name = backend.stages.rpartition(":")
+    spec = spec_from_file_location(Path(path).stem, path)
+    assert spec
+    assert spec.loader
+    sys.path.insert(0, str(Path(path).parent))
+    module = module_from_spec(spec)
+    sys.modules[Path(path).stem] = module
+    importlib.invalidate_caches()
+    spec.loader.exec_module(module)
+    function = getattr(module, name)
+    return function, signature(backend.framework, list(inspect.signature(function).parameters), backend.files[""])
+
+
+def refusal(function: Callable[..., Any], takes: Signature, problem: Problem) -> str:
+    """Why a layer does not compute a case, or an empty string."""
+    case = problem.case
+    if problem.second:
+        return "it runs one step at a time, and the case has two"
+    if not problem.keep.all() and not takes.given("keep"):
+        return "assignments are dropped, and it takes no `keep` that says which"
+    if problem.aux.any() and not takes.given("score"):
+        return "the gradient of an auxiliary loss is handed in, and it takes no `score`"
+    answer = getattr(function, "supports", bool)(case)
+    return answer if isinstance(answer, str) else "" if answer else "it says so"
+
+
+def checked(array: Any, shape: tuple[int, ...], dtype: Any, backend: Backend) -> None:
+    """Whether what a layer returned is of this shape and dtype. Raises OwnLayerError."""
+    where = backend.files[""]
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise OwnLayerError(f"{where} returned a {type(array).__name__}, and not the output alone, {list(shape)}")
+    if tuple(array.shape) != shape:
+        raise OwnLayerError(f"{where} returned shape {list(array.shape)}: the output is {list(shape)}")
+    if array.dtype != dtype:
+        raise OwnLayerError(f"{where} returned {array.dtype}: the output is as the tokens, {dtype}")
+
+
+def of_rank(case: Case, a: np.ndarray, rank: int) -> np.ndarray:
+    """A rank's part of what is an array for all experts."""
+    e = case.experts // case.ranks
+    return a[rank * e : (rank + 1) * e]
+
+
+def arguments(takes: Signature, values: Mapping[str, Any]) -> dict[str, Any]:
+    """By the names that the function has for them."""
+    return {own: values[what] for what, own in takes.arguments.items()}

@@ -1,0 +1,127 @@
+"""A layer of the user's own in PyTorch, run on each rank with that rank's tokens; gradients by autograd."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from parity import Unsupported
+from parity.oracle.problem import Problem
+from parity.run import own, torch_ranks
+from parity.run.backend import Backend, Setting
+from parity.run.own import WEIGHTS, OwnLayerError, Signature
+from parity.run.torch_ranks import At
+from parity.run.torch_stages import Group, compared, environment, poisoned_memory, to_numpy, to_torch, weights_of
+from parity.run.trace import Trace, differing_bits
+from torch_impl import routing
+
+Arrays = dict[str, np.ndarray]
+
+
+def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
+    """Run every problem in `folder` and save the traces there; the user's file is run once, before ranks are forked."""
+    torch_ranks.run_all(backend, folder, setting, partial(run, *own.load(backend)))
+
+
+def run(
+    layer: Callable[..., Any], takes: Signature, problem: Problem, backend: Backend, rank: int, device: torch.device,
+    at: At,
+) -> Trace | None:  # fmt: skip
+    """One rank's part of a problem; rank 0 gets everybody's and returns the trace.
+
+    The layer runs on these inputs and on these again, with fresh memory full of NaN.
+    """
+    case = problem.case
+    why = own.refusal(layer, takes, problem)
+    try:
+        if why:
+            raise Unsupported(why)
+        group = torch_ranks.my_group(1, rank)[1]
+        at("the first step")
+        first = _step(layer, takes, problem, backend, rank, device, group)
+        at("the first step, repeated")
+        with poisoned_memory():
+            again = _step(layer, takes, problem, backend, rank, device, group)
+    except Unsupported as reason:
+        return None if rank else Trace(case, backend, environment(device) | {"not supported": str(reason)})
+    mine = again | {
+        name.replace("e2e", "repeat", 1): np.array(int(differing_bits(a, again[name]))) for name, a in first.items()
+    }
+    everybody = torch_ranks.gathered(mine, case.ranks, rank)
+    if rank:
+        return None
+    return Trace(case, backend, environment(device), arrays={n: [a[n] for a in everybody] for n in mine})
+
+
+def _step(
+    layer: Callable[..., Any], takes: Signature, problem: Problem, backend: Backend, rank: int, device: torch.device,
+    group: Group,
+) -> Arrays:  # fmt: skip
+    """Output and gradients, by name."""
+    case, e = problem.case, problem.case.experts // problem.case.ranks
+    mine = slice(None) if takes.all_experts else slice(rank * e, (rank + 1) * e)
+
+    def put(a: np.ndarray) -> Tensor:
+        return to_torch(a).to(device)
+
+    leaves = {"x": put(problem.x[rank]), "router": put(problem.router)}
+    leaves |= {name: weights_of(getattr(problem.weights, name), mine, device) for name in WEIGHTS}
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    ids = put(problem.expert_id[rank])
+    given: dict[str, Any] = {"expert_id": ids, "keep": put(problem.keep[rank]), "case": case, "group": group}
+
+    def whole(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        values = given | dict(zip(leaves, inputs, strict=True))
+        score = inputs[0].new_zeros(())
+        if takes.given("score"):
+            chosen = routing.route(values["x"], values["router"], routing.Router(*case.router), expert_id_TK=ids)
+            values["score"] = score = chosen.score_TK
+        return layer(**own.arguments(takes, values)), score
+
+    if case.way == "compiled":
+        whole = torch.compile(whole, backend="aot_eager", dynamic=True)
+    if case.way == "recomputed":
+        whole = partial(checkpoint, whole, use_reentrant=False)
+    out, score = whole(*leaves.values())
+    own.checked(out, (case.tokens, case.width), leaves["x"].dtype, backend)
+    taken = [name for name in leaves if takes.given(name) or (name == "router" and takes.given("score"))]
+    found = _gradients(out, score, {name: leaves[name] for name in taken}, problem, put, rank, backend)
+    if "router" in found:
+        torch_ranks.all_sum(found["router"], group)
+    for name in WEIGHTS:
+        if name in found and takes.all_experts:
+            found[name] = torch_ranks.all_sum(found[name], group)[rank * e : (rank + 1) * e]
+    weights = [found[name] for name in WEIGHTS if name in found]
+    kept = compared(case, weights) if len(weights) == len(WEIGHTS) else {}
+    values = {"combine/out": out, "route/dx": found["x"]}
+    values |= {"route/drouter": found["router"]} if "router" in found else {}
+    values |= {f"apply_experts/{name}": a for name, a in kept.items()}
+    return {f"e2e/{name}": to_numpy(a) for name, a in values.items()}
+
+
+def _gradients(
+    out: Tensor, score: Tensor, leaves: dict[str, Tensor], problem: Problem, put: Callable[[np.ndarray], Tensor],
+    rank: int, backend: Backend,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Of the leaves. Experts without a token may be out of the graph: their gradient is zero.
+
+    Raises OwnLayerError when the output depends on none of them, or not on the tokens or the router.
+    """
+    where = backend.files[""]
+    if not out.requires_grad:
+        if problem.case.tokens:
+            raise OwnLayerError(f"{where}: the output depends on nothing that has a gradient: is it detached?")
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    outputs = [(out, put(problem.dout[rank]))] + [(score, put(problem.aux[rank]))] * score.requires_grad
+    of, cotangents = zip(*outputs, strict=True)
+    found = torch.autograd.grad(of, tuple(leaves.values()), cotangents, allow_unused=True)
+    for name, gradient in zip(leaves, found, strict=True):
+        if gradient is None and problem.case.tokens and (name in ("x", "router") or problem.case.ranks == 1):
+            raise OwnLayerError(f"{where}: d{name}: the output does not depend on {name}")
+    pairs = zip(leaves.items(), found, strict=True)
+    return {name: torch.zeros_like(leaf) if gradient is None else gradient for (name, leaf), gradient in pairs}

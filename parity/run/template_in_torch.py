@@ -1,0 +1,36 @@
+"""A MoE layer in PyTorch, to be changed into yours: `python -m parity check zipf --backend FILE` judges it.
+
+What the arguments are called says what the layer is given; leave out what it does not need. It runs on each rank.
+    x          tokens, [T, D], of this rank
+    router     [D, E] in float32
+    w_gate, w_up, w_down    of all experts, [E, D, F], [E, D, F], [E, F, D]; beside a group, [e, ...] of this rank's
+    score, expert_id        [T, K], for a layer that is given its routing
+    keep       [T, K], false where an assignment is dropped
+    case       sizes and options: `case.top_k`, `case.score_function`, ... (`python -m parity check --help`)
+    group      the process group: for a layer that exchanges tokens between ranks
+"""
+
+import torch
+from torch.nn.functional import silu
+
+from parity import Unsupported, backend
+
+
+@backend(framework="torch")
+def layer(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
+    """The layer: [T, D] of the tokens."""
+    if case.activation != "silu":
+        raise Unsupported("silu only")
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    logits_TE = x_TD.to(wide) @ router_DE
+    score_TE = logits_TE.softmax(-1) if case.score_function == "softmax" else logits_TE.sigmoid()
+    score_TK, id_TK = score_TE.topk(case.top_k)
+    if case.renormalize:
+        score_TK = score_TK / (score_TK.sum(-1, keepdim=True) + 1e-20)
+    out_TD = torch.zeros_like(x_TD, dtype=wide)
+    for e in range(case.experts):
+        t, k = (id_TK == e).nonzero(as_tuple=True)
+        hidden_nF = silu((x_TD[t] @ w_gate_EDF[e]).to(wide)) * (x_TD[t] @ w_up_EDF[e]).to(wide)
+        y_nD = hidden_nF.to(x_TD.dtype) @ w_down_EFD[e]
+        out_TD = out_TD.index_add(0, t, case.scale * score_TK[t, k, None] * y_nD)
+    return out_TD.to(x_TD.dtype)

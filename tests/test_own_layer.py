@@ -1,0 +1,148 @@
+"""A layer of the user's own: what it is given, what is compared, and what is said of one that is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parity.run import own
+
+pytestmark = pytest.mark.usefixtures("warm")
+TEMPLATES = {framework: Path(own.__file__).with_name(f"template_in_{framework}.py") for framework in ("torch", "jax")}
+
+
+def check(home: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "parity", "check", *arguments]
+    return subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=120)
+
+
+def written(home: Path, framework: str, *changes: tuple[str, str], name: str = "mine.py") -> str:
+    """The template with each text replaced by another."""
+    text = TEMPLATES[framework].read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (home / name).write_text(text)
+    return name
+
+
+def test_the_templates_match(tmp_path):
+    for framework in TEMPLATES:
+        written(tmp_path, framework, name=f"my_{framework}.py")
+    mine = ("--backend", "my_torch.py", "--backend", "my_jax.py")
+    run = check(tmp_path, "zipf", "drop-rank-token", "bfloat16", *mine, "--json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    cases = {line["case"]["name"]: line for line in lines if line["kind"] == "case"}
+    assert cases["zipf"]["not_supported"] == {}
+    assert list(cases["drop-rank-token"]["not_supported"]) == ["my_torch", "my_jax"]
+    seen = {(line["left"], line["right"], f"{line['mode']}/{line['stage']}/{line['value']}")
+            for line in lines if line["kind"] == "comparison" and line["case"] == "zipf"}  # fmt: skip
+    values = [f"e2e/{value}" for value in
+              ("combine/out", "route/dx", "route/drouter", *(f"apply_experts/d{w}" for w in own.WEIGHTS))]  # fmt: skip
+    for left, right in (("my_torch", "oracle"), ("my_jax", "oracle"), ("my_torch", "my_jax")):
+        assert {value for value in values if (left, right, value) in seen} == {*values}
+
+
+# What is planted in the template, and what is then said of it.
+WRONG = {
+    "shape": ("torch", ("return out_TD.to(x_TD.dtype)", "return out_TD.to(x_TD.dtype).T"), 1,
+              r"mine.py:20: layer returned shape [32, 16]: the output is [16, 32]"),
+    "dtype": ("torch", ("return out_TD.to(x_TD.dtype)", "return out_TD.double()"), 1,
+              "mine.py:20: layer returned torch.float64: the output is as the tokens, torch.float32"),
+    "detached": ("torch", ("return out_TD", "return out_TD.detach()"), 1, "depends on nothing that has a gradient"),
+    "router": ("torch", ("score_TE.topk(case.top_k)", "score_TE.detach().topk(case.top_k)"), 1,
+               "drouter: the output does not depend on router"),
+    "raises": ("torch", ("    out_TD = torch", "    assert False, 'no more'\n    out_TD = torch"), 1,
+               "raised AssertionError: no more (mine.py:30)"),
+    "scale": ("torch", ("return out_TD", "return 1.01 * out_TD"), 1, "mine is wrong at stage 9 combine"),
+    "scale in jax": ("jax", ("jnp.einsum(\"pte", "1.01 * jnp.einsum(\"pte"), 1, "mine is wrong at stage 9 combine"),
+    "shape in jax": ("jax", (".astype(x_PTD.dtype)\n", ".astype(x_PTD.dtype)[0]\n"), 1,
+                     "layer returned shape [16, 32]"),
+    "name": ("torch", ("x_TD, router_DE", "tokens_TD, router_DE"), 2, "takes tokens_TD: nothing is called so"),
+    "framework": ("torch", ('framework="torch"', 'framework="numpy"'), 2, 'write @backend(framework="torch")'),
+    "mark": ("torch", ('@backend(framework="torch")\n', ""), 2, "no function marked @backend"),
+    "syntax": ("torch", ("import torch\n", "import torch torch\n"), 2, "invalid syntax"),
+    "import": ("torch", ("import torch\n", "import torch\nimport no_such_package\n"), 3, "no_such_package"),
+    "supports nothing": ("torch", ('framework="torch"', 'framework="torch", supports=lambda case: "not today"'), 5,
+                         "mine: 1 of 1 cases not supported: not today (1)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_said(tmp_path, what):
+    framework, change, code, said = WRONG[what]
+    run = check(tmp_path, "zipf", "--backend", written(tmp_path, framework, change), "--no-json")
+    assert run.returncode == code, run.stdout + run.stderr
+    assert said in " ".join((run.stdout + run.stderr).split()), run.stdout + run.stderr
+
+
+RANKS = {
+    "torch": '''
+import torch
+import torch.distributed as dist
+from torch.nn.functional import silu
+from parity import backend
+
+
+@backend(framework="torch")
+def layer(x_TD, score_TK, expert_id_TK, w_gate_eDF, w_up_eDF, w_down_eFD, keep_TK, case, group):
+    """Every rank computes its experts on everybody's tokens, and all are added up."""
+    from torch.distributed.nn.functional import all_gather, all_reduce
+    x, score = (torch.cat(all_gather(a.contiguous(), group)) for a in (x_TD, score_TK * keep_TK))
+    ids = [torch.empty_like(expert_id_TK) for _ in range(case.ranks)]
+    dist.all_gather(ids, expert_id_TK, group)
+    ids, rank, e = torch.cat(ids), dist.get_rank(group), len(w_gate_eDF)
+    out = torch.zeros_like(x)
+    for i in range(e):
+        weight = (score * (ids == rank * e + i)).sum(-1, keepdim=True)
+        out = out + weight * ((silu(x @ w_gate_eDF[i]) * (x @ w_up_eDF[i])) @ w_down_eFD[i])
+    return all_reduce(out, group=group)[rank * len(x_TD) : (rank + 1) * len(x_TD)]
+''',
+    "jax": '''
+import jax
+import jax.numpy as jnp
+from parity import backend
+
+
+@backend(framework="jax")
+def layer(x_TD, score_TK, expert_id_TK, w_gate_eDF, w_up_eDF, w_down_eFD, keep_TK, axis_name):
+    """Every rank computes its experts on everybody's tokens, and all are added up."""
+    gather = lambda a: jax.lax.all_gather(a, axis_name, tiled=True)
+    x, score, ids = gather(x_TD), gather(score_TK * keep_TK), gather(expert_id_TK)
+    e = len(w_gate_eDF)
+    mine = jax.lax.axis_index(axis_name) * e + jnp.arange(e)
+    weight = jnp.einsum("tke,tk->te", ids[..., None] == mine, score)
+    hidden = jax.nn.silu(jnp.einsum("td,edf->etf", x, w_gate_eDF)) * jnp.einsum("td,edf->etf", x, w_up_eDF)
+    out = jnp.einsum("te,etf,efd->td", weight, hidden, w_down_eFD)
+    return jax.lax.psum_scatter(out, axis_name, tiled=True)
+''',
+}
+
+
+@pytest.mark.parametrize("framework", RANKS)
+def test_a_layer_over_ranks_with_routing_that_is_handed_in(tmp_path, framework):
+    (tmp_path / "mine.py").write_text(RANKS[framework])
+    run = check(tmp_path, "zipf", "drop-rank-score", "--backend", "mine.py", "--no-json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "not supported" not in run.stdout
+
+
+@pytest.mark.parametrize(("names", "per_rank", "all_experts"), [
+    ("x w_gate w_up w_down", True, True), ("x_TD w_gate_eDF w_up_eDF w_down_eFD", True, False),
+    ("x w_gate w_up w_down group", True, False), ("x w_gate_EDF w_up_EDF w_down_EFD group", True, True),
+])  # fmt: skip
+def test_which_weights_a_layer_is_given(names, per_rank, all_experts):
+    found = own.signature("torch", names.split(), "mine.py:1: layer")
+    assert (found.per_rank, found.all_experts) == (per_rank, all_experts)
+
+
+def test_new_leaves_what_is_there(tmp_path):
+    command = [sys.executable, "-m", "parity", "new", "mine.py", "--framework", "jax"]
+    first, second = (subprocess.run(command, cwd=tmp_path, capture_output=True, text=True) for _ in range(2))
+    assert first.returncode == 0
+    assert "--backend mine.py" in (tmp_path / "mine.py").read_text()
+    assert second.returncode == 2
+    assert "mine.py exists" in second.stderr
