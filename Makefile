@@ -1,4 +1,4 @@
-.PHONY: help parity quick test test-slow test-gpu test-kernels lint format clean
+.PHONY: help parity quick test test-slow test-gpu test-kernels mutants lint format clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -43,6 +43,9 @@ $(VENV)-triton/installed: pyproject.toml constraints.txt
 	$(VENV)-triton/bin/pip install --quiet 'numpy<2.3' triton torch jax==$(JAX) jaxlib==$(JAX) -e '.[test]'
 	$(VENV)-triton/bin/pip install --quiet --no-deps jax-cuda13-plugin==$(JAX) jax-cuda13-pjrt==$(JAX)
 	@touch $@
+
+mutants: $(VENV)/installed  ## change the implementations by machine, one thing at a time: does `check` notice? (hours)
+	$(VENV)/bin/python tests/mutants.py
 
 lint: $(VENV)/installed  ## ruff, who imports whom, and pyright
 	$(RUN) ruff format --check .

@@ -1,0 +1,124 @@
+"""The mutator: what it changes and what not, that each change is one, and that a sample of them is killed."""
+
+import subprocess
+import sys
+
+import mutants
+import pytest
+from mutants import Finder, Known, Mutant
+
+from parity.cases.presets import PRESETS
+from parity.run.faults import ROOT
+
+SOURCE = b'''"""A docstring with 1 + 1."""
+from typing import TYPE_CHECKING
+
+__all__ = ["f"]
+if TYPE_CHECKING:
+    import g
+
+
+def f(x: "Float[Array, 'N 3']", bold: bool = True) -> "1":
+    """And 2 < 3."""
+    if x.ndim != 2:
+        raise ValueError(f"{x.ndim + 1} axes, not 2" + "4")
+    y = x.sum(dim=-1, keepdim=False)[:, None]  # 1 + 1
+    return g(y, y - 1, x, upper=y.mean, lower=x.mean) if bold else y[: x.size]
+'''
+
+
+def changes(source: bytes) -> set[tuple[str, str]]:
+    """Of each mutant its kind, and what it puts where."""
+    return {(m.kind, f"{source[m.start : m.end].decode()} -> {m.new.decode()}") for m in Finder(source, "a.py").found}
+
+
+def test_everything_that_runs_is_changed_and_nothing_else():
+    assert changes(SOURCE) == {
+        ("flag", "True -> False"),
+        ("comparison", "x.ndim != 2 -> (x.ndim == 2)"),
+        ("constant", "2 -> 3"),
+        ("constant", "2 -> 1"),
+        ("axis", "-1 -> 0"),
+        ("flag", "False -> True"),
+        ("index", ":, None -> None, :"),
+        ("condition", "bold -> (not bold)"),
+        ("order", "y, y - 1 -> y - 1, y"),
+        ("order", "y - 1, x -> x, y - 1"),
+        ("order", "y.mean, lower=x.mean -> x.mean, lower=y.mean"),
+        ("operator", "y - 1 -> (y + 1)"),
+        ("constant", "1 -> 2"),
+        ("constant", "1 -> 0"),
+        ("index", "x.size -> x.size + 1"),
+        ("index", "x.size -> x.size - 1"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "change"),
+    [
+        (b"a // b", ("operator", "a // b -> (a * b)")),
+        (b"(a) ** (b)", ("operator", "(a) ** (b) -> ((a) * (b))")),
+        (b"a * b + c", ("operator", "a * b -> (a + b)")),
+        (b"a is not b", ("comparison", "a is not b -> (a is b)")),
+        (b"0 <= a < b", ("comparison", "0 <= a < b -> (0 <= a <= b)")),
+        (b"a and b or c", ("operator", "a and b -> (a or b)")),
+        (b"not a", ("operator", "not -> ")),
+        (b"f(1e-20)", ("constant", "1e-20 -> 1.01e-20")),
+        (b"f(0.0)", ("constant", "0.0 -> 1.0")),
+        (b"a == 'silu'", ("constant", " -> _")),
+        ("f('größer', 1)".encode(), ("constant", "1 -> 2")),
+    ],
+)  # fmt: skip
+def test_what_becomes_of(source, change):
+    found = changes(b"x = " + source)
+    assert change in found, found
+
+
+def test_each_mutant_of_the_implementations_is_another_program():
+    everything = mutants.mutants()
+    assert len({m.id for m in everything}) == len({m.name for m in everything}) == len(everything) > 1000
+    for mutant in everything[::20]:
+        fault = mutant.fault
+        assert fault.old == (ROOT / mutant.file).read_text() != fault.new
+        compile(fault.new, mutant.file, "exec")
+    assert {m.backend for m in everything} == {"torch", "torch-static", "jax", "jax-dynamic"}
+
+
+def test_what_is_called_equivalent_is_a_mutant():
+    assert mutants.EQUIVALENT.keys() <= {m.name for m in mutants.mutants()}
+
+
+def test_every_preset_is_in_a_round_and_every_file_of_tests_is_one():
+    assert sorted(name for names in mutants.presets().values() for name in names) == sorted(PRESETS)
+    assert all(mutants.presets().values())
+    assert all((ROOT / "tests" / f"{name}.py").exists() for name in mutants.TESTS)
+
+
+def test_no_round_is_run_twice_on_the_same_text(tmp_path):
+    mutant = next(m for m in mutants.mutants() if m.backend == "torch" and not m.in_checks)
+    first, second, *_ = mutants.rounds_of(mutant, tests=False)
+    known = Known(tmp_path / "none")
+    assert known.next_round(mutant, tests=False) == 0
+    known.add(line(mutant, first, "match"))
+    assert known.next_round(mutant, tests=False) == 1
+    assert known.outcome(mutant) == "not done"
+    known.add(line(mutant, second, "hang"))
+    assert known.next_round(mutant, tests=True) is None
+    assert known.outcome(mutant) == "check"
+    older = Known(tmp_path / "none")
+    older.add(line(mutant, first, "mismatch") | {"hash": "another text"})
+    assert older.next_round(mutant, tests=False) == 0
+
+
+def line(mutant: Mutant, name: str, verdict: str) -> dict:
+    return {"id": mutant.id, "hash": mutant.hash, "round": name, "verdict": verdict, "how": ""}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["torch", "jax"])
+def test_a_sample_is_killed(tmp_path, side):
+    results = tmp_path / "mutants.jsonl"
+    arguments = ["--only", side, "--sample", "120", "--jobs", "2", "--tests", "--results", str(results)]
+    done = subprocess.run([sys.executable, mutants.__file__, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "NOTHING HERE COUNTS" not in done.stdout
