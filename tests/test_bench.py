@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from problems import close, dense_experts
 from rich.console import Console
 
 from jax_impl.grouping import Capacity
@@ -100,9 +101,10 @@ def test_torch_baseline_computes_the_same():
 
 
 def assert_same_movement(movement):
-    score_TK, ids_TK, counts_E = (torch.from_numpy(a) for a in draw_routing(TINY, seed=0))
-    x_TD = torch.randn(TINY.tokens, TINY.width, requires_grad=True)
-    score_TK.requires_grad_()
+    """Of small integers, whose products and sums are exact in any order: the same bits."""
+    _, ids_TK, counts_E = (torch.from_numpy(a) for a in draw_routing(TINY, seed=0))
+    x_TD = torch.randint(-9, 10, (TINY.tokens, TINY.width)).float().requires_grad_()
+    score_TK = torch.randint(1, 10, ids_TK.shape).float().requires_grad_()
     results = []
     for m in (bench_torch.OURS, movement):
         scores, ids, counts, counts_Pe = m.prepare(score_TK, ids_TK, counts_E, counts_E.reshape(TINY.ranks, -1))
@@ -111,14 +113,17 @@ def assert_same_movement(movement):
         out_TD = m.combine(m.to_rank_major(x_RD, source, target), scores, slot, assignment)
         results.append((x_ND, x_RD, out_TD, *torch.autograd.grad(out_TD.square().sum(), (x_TD, score_TK))))
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rows_per_bin", [TINY.assignments, 12])
 def test_jax_baseline_computes_the_same(rows_per_bin):
-    score_TK, ids_TK, counts_E = (jnp.asarray(a) for a in draw_routing(TINY, seed=0))
+    """Of small integers again."""
+    _, ids_TK, counts_E = (jnp.asarray(a) for a in draw_routing(TINY, seed=0))
     capacity = Capacity(TINY.ranks, rows_per_bin)
-    x_TD = jnp.asarray(np.random.default_rng(0).standard_normal((TINY.tokens, TINY.width), np.float32))
+    rng = np.random.default_rng(0)
+    x_TD = jnp.asarray(rng.integers(-9, 10, (TINY.tokens, TINY.width)), jnp.float32)
+    score_TK = jnp.asarray(rng.integers(1, 10, ids_TK.shape), jnp.float32)
     outs = []
     for movement in (bench_jax.OURS, bench_jax.PLAIN):
         x_BCD, slot_TK, assignment, *_ = movement.group_by_expert(x_TD, ids_TK, score_TK, counts_E, capacity)
@@ -127,7 +132,7 @@ def test_jax_baseline_computes_the_same(rows_per_bin):
         y_BCD = movement.to_rank_major(x_SD, source, target)
         outs.append((x_BCD, x_SD, y_BCD, movement.combine(y_BCD, score_TK, slot_TK, assignment)))
     for ours, plain in zip(*outs, strict=True):
-        np.testing.assert_allclose(ours, plain, rtol=1e-6)
+        np.testing.assert_array_equal(ours, plain)
 
 
 # What peers offer, as far as it is called, in the fewest words.
@@ -169,8 +174,10 @@ def test_a_peer_is_found_where_it_is_installed_and_computes_the_same(fake_peers,
     assert_same_movement(find_peers("torch", TORCH_PEERS)["megatron"])
     x, gate, up, down = (jnp.asarray(np.random.default_rng(0).standard_normal(s)) for s in ((6, 4), *[(2, 4, 4)] * 3))
     counts_e = jnp.asarray([2, 4])
-    theirs = find_peers("jax", JAX_PEERS)["tokamax"](x, counts_e, gate, up, down)
-    np.testing.assert_allclose(theirs, bench_jax.apply_experts(x, counts_e, gate, up, down), rtol=1e-5)
+    x_RD, *weights = (torch.from_numpy(np.array(a)) for a in (x, gate, up, down))
+    expected = dense_experts(x_RD, torch.tensor([2, 4]), (weights[0], weights[1], weights[2]), "float32")
+    for apply_experts in (find_peers("jax", JAX_PEERS)["tokamax"], bench_jax.apply_experts):
+        close(apply_experts(x, counts_e, gate, up, down), expected, "out")
     assert find_peers("jax", {"nobody_has_this": pytest.fail}) == {}
     assert capsys.readouterr().out == ""
 

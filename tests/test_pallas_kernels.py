@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jax_ranks import trace_over_data_and_experts
+from problems import WEIGHTS, close, dense, dense_experts, gamma, who_stays, within
 
 from jax_impl import Router, dynamic, kernels, moe_layer, plan_capacity
 from jax_impl.experts import apply_experts
 from jax_impl.grouping import Capacity, group_by_expert
+from jax_impl.routing import route
 from jax_impl.rows import expand_rows, invert, permute_rows, rank_bins_source, weighted_sum
+from parity.oracle.tolerances import underflow, unit_roundoff
 
 # Counts of rows, rows in all, D, F: tiles with one row and with all, experts without rows, padding and none, widths
 # that are no multiple of a tile's.
@@ -55,12 +59,10 @@ def matmul_and_gradients(x, w, dy, counts):
     return y, *vjp(dy)
 
 
-def close(ours, exact, size, terms, dtype):
-    """Summed in float32, whose error grows at most with the number of terms, and rounded once."""
-    ours, finfo = np.asarray(ours, np.float64), jnp.finfo(dtype)
-    allowed = float(finfo.eps) / 2 * np.abs(exact) + (terms + 1) * 2.0**-24 * size + float(finfo.tiny)
-    assert ours.shape == exact.shape
-    assert (np.abs(ours - exact) <= allowed * (1 + 1e-9)).all()
+def summed_in_float32(ours, exact, size, terms, dtype):
+    """Each a sum of so many products, in any order, that is then rounded once: `size` is the sum of magnitudes."""
+    summed = gamma(terms, "float32") * size
+    within(ours, exact, summed + unit_roundoff(dtype) * (np.abs(exact) + summed) + underflow(dtype))
 
 
 @groups
@@ -79,7 +81,7 @@ def test_each_expert_its_own_rows(backend, group, dtype):
             result[0][rows], result[1][rows] = f(X[rows]) @ f(W[j]), f(DY[rows]) @ f(W[j]).T
             result[2][j] = f(X[rows]).T @ f(DY[rows])
     for ours, theirs, size, terms in zip((y, dx, dw), exact, sizes, (D, F, S), strict=True):
-        close(ours, theirs, size, terms, dtype)
+        summed_in_float32(ours, theirs, size, terms, dtype)
         assert (np.asarray(ours)[size == 0] == 0).all()
 
 
@@ -154,7 +156,12 @@ def test_experts_go_through_them(dtype, monkeypatch):
         np.testing.assert_array_equal(ours, plain)
     else:
         assert len(called) == 3
-        np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(plain, np.float32), rtol=0.02, atol=2)
+        n = sum(GROUPS[0][0])
+        x_RD, w_eDF, w_eFD = (torch.from_numpy(np.array(a, np.float32)) for a in (x[:n], w, w_down))
+        expected = dense_experts(x_RD, torch.tensor(GROUPS[0][0]), (w_eDF, w_eDF, w_eFD), dtype)
+        for y in (ours, plain):
+            close(np.asarray(y, np.float32)[:n], expected, "out")
+            assert not np.asarray(y, np.float32)[n:].any()
 
 
 # T, D, E, K, C of two bins: a token with one expert and with all, drops and padding, wider than a program's tile.
@@ -242,21 +249,18 @@ def test_rows_moved_and_summed_are_bitwise_equal(backend, shape, dtype, both_way
 @rows
 def test_combine_and_its_gradients(backend, shape, dtype, both_ways):
     x, _, y, score, slot, assignment, _ = draw_rows(shape, dtype)
-    eps = float(jnp.finfo(dtype).eps)
     plain, ours = both_ways(weighted_sum, y, score, slot, assignment)
-    K = slot.shape[1]
     gathered = np.append(y.reshape(-1, y.shape[-1]), np.zeros((1, y.shape[-1])), axis=0)[slot].astype(float)
-    size = np.einsum("tk,tkd->td", np.abs(np.asarray(score, np.float64)), np.abs(gathered))
+    terms = np.asarray(score, np.float64)[..., None] * gathered
     # A compiler may round a product and a sum once, or each: K of them in float32, then once to the dtype.
-    allowed = (K + 1) * 2.0**-23 * size + eps * np.abs(np.asarray(plain, np.float64))
-    assert (np.abs(np.asarray(ours, np.float64) - np.asarray(plain, np.float64)) <= allowed).all()
+    for out in (plain, ours):
+        summed_in_float32(out, terms.sum(axis=1), np.abs(terms).sum(axis=1), terms.shape[1], dtype)
 
     plain, ours = both_ways(combine_gradients, y, score, slot, assignment, x)
     same(ours[0], plain[0])  # one product, one rounding; padding is zero
-    # The sum over D has no fixed order: any has an error of at most D roundings of the sum of magnitudes.
     products = np.asarray(x, np.float64)[:, None] * gathered
-    error = np.abs(np.asarray(ours[1], np.float64) - products.sum(axis=2))
-    assert (error <= x.shape[1] * 2.0**-23 * np.abs(products).sum(axis=2)).all()
+    for dscore in (plain[1], ours[1]):  # a sum over D, in any order
+        summed_in_float32(dscore, products.sum(axis=2), np.abs(products).sum(axis=2), x.shape[1], "float32")
 
 
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -300,7 +304,14 @@ def test_the_layer_with_64_bits(layer, dtype, monkeypatch):
             jnp.asarray(rng.normal(size=s), dtype) for s in ((T, D), (D, E), (E, D, F), (E, D, F), (E, F, D))
         ]  # fmt: skip
         inputs[1] = inputs[1].astype(jnp.promote_types(dtype, jnp.float32))
-        results = []
+        ids = np.array(route(inputs[0], inputs[1], Router(K)).expert_id_TK, np.int64)
+        n_bins, C = (1, T * K) if bins is None else bins[:2]
+        keep = torch.from_numpy(who_stays(ids, np.ones((T, K)), E, n_bins, C, "token"))
+        x, router, *weights = (torch.from_numpy(np.array(a, float)) for a in inputs)
+        expected = dense(
+            x, router, (weights[0], weights[1], weights[2]), torch.ones_like(x), {"top_k": K}, torch.from_numpy(ids),
+            keep, dtype=dtype,
+        )  # fmt: skip
         for answer in (False, True):
             monkeypatch.setattr(kernels, "use_kernels", lambda x, answer=answer: answer)
 
@@ -310,9 +321,8 @@ def test_the_layer_with_64_bits(layer, dtype, monkeypatch):
                 return moe_layer(*inputs, router=Router(K), capacity=bins).out_TD
 
             out, vjp = jax.vjp(jax.jit(run), *inputs)
-            results.append((out, *vjp(jnp.ones_like(out))))
-        for plain, ours in zip(*results, strict=True):
-            np.testing.assert_allclose(np.asarray(ours, float), np.asarray(plain, float), rtol=0.05, atol=0.05)
+            for name, a in zip(("out", "x", "router", *WEIGHTS), (out, *vjp(jnp.ones_like(out))), strict=True):
+                close(np.asarray(a, float), expected, name)
 
 
 def test_rows_under_vmap(both_ways):

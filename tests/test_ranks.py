@@ -1,9 +1,10 @@
 """Any number of ranks computes the same: real processes in PyTorch, shard_map and vmap in JAX."""
 
+import numpy as np
 import pytest
 import torch
 from jax_ranks import capacity_of, run_problem
-from problems import STANDARD, bits, close, dense, draw
+from problems import STANDARD, bits, close, dense, draw, gamma, who_stays, within
 from torch_ranks import TorchRanks, layer_arguments, run_layer, second_gradients
 
 from jax_impl import Capacity
@@ -37,14 +38,14 @@ def test_processes_equal_one_rank(torch_ranks: TorchRanks, sizes, ids):
 
     assert [stages.out_TD.shape[0] for stages, _ in results] == sizes
     together = torch.cat([stages.out_TD for stages, _ in results])
-    close(together, expected.out_TD)
-    close(together, alone.out_TD)
+    close(together, expected, "out")
+    close(alone.out_TD, expected, "out")
     for name in expected.gradients:
         parts = [gradients[name] for _, gradients in results]
         # The router's gradient is the sum over ranks; a token's and an expert's are complete where they live.
         gradient = sum(parts) if name == "router" else torch.cat(parts)
-        close(gradient, expected.gradients[name])
-        close(gradient, alone_gradients[name])
+        close(gradient, expected, name)
+        close(alone_gradients[name], expected, name)
 
 
 @pytest.mark.parametrize("capacity", [None, static.Capacity(2, 10), static.Capacity(4, 5)])
@@ -55,7 +56,9 @@ def test_a_gradient_of_a_gradient_crosses_ranks_too(torch_ranks: TorchRanks, cap
     x, dout, ids = (torch.cat([of_rank[i] for of_rank in arguments]) for i in (0, 3, 5))
     alone = second_gradients(x, problem.router_DE, problem.weights, dout, Router(**problem.how), ids, None)
     for expected, parts in zip(alone, zip(*results, strict=True), strict=True):
-        close(torch.cat(parts), expected)
+        # Rows that meet in other matmuls are summed in another order, of at most 10 rows, 8 hidden numbers, 4 features.
+        # Each is five such sums behind the other; relative to the largest number, as of what they cancel is not known.
+        within(torch.cat(parts), expected, gamma(5 * 10, "float64") * float(expected.abs().max()))
 
 
 def test_a_rank_that_receives_nothing_jax():
@@ -64,7 +67,8 @@ def test_a_rank_that_receives_nothing_jax():
     assert stages.counts_Pe.tolist() == [[[0, 0, 0, 0]] * 2, [[6, 6, 0, 6]] * 2]
     for rank in range(2):
         x, router, _, dout, _, ids = layer_arguments(problem, rank, 2)
-        close(stages.out_TD[rank], dense(x, router, problem.weights, dout, problem.how, ids).out_TD, "float32")
+        expected = dense(x, router, problem.weights, dout, problem.how, ids, dtype="float32")
+        close(stages.out_TD[rank], expected, "out")
     for name in ("w_gate", "w_up", "w_down"):
         assert not gradients[name][0].any()
         assert gradients[name][1].any()
@@ -76,7 +80,13 @@ def test_shard_map_equals_vmap(capacity):
     problem = STANDARD._replace(router_DE=torch.zeros_like(STANDARD.router_DE))
     stages, gradients = run_problem(problem, capacity, "shard_map")
     mapped_stages, mapped_gradients = run_problem(problem, capacity, "vmap")
-    close(gradients.pop("router"), mapped_gradients.pop("router"), "float32")
+    both = gradients.pop("router"), mapped_gradients.pop("router")
+    for rank in range(2):
+        x, router, _, dout, _, ids = layer_arguments(problem, rank, 2)
+        keep = torch.from_numpy(who_stays(ids.numpy(), np.ones(ids.shape), 8, *capacity))
+        expected = dense(x, router, problem.weights, dout, problem.how, ids, keep, dtype="float32")
+        for drouter_PDE in both:
+            close(drouter_PDE[rank], expected, "router")
     assert bits((stages, gradients)) == bits((mapped_stages, mapped_gradients))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import who_stays
+from problems import gamma, who_stays, within
 
 from parity.cases.case import Case
 from parity.oracle import reference
@@ -29,7 +29,13 @@ def slope(f: Callable[[Array], Array], at: Array, cotangent: Array) -> Array:
 
 
 def close(actual: Array, expected: Array) -> None:
+    """As a slope: a step h of 1e-5 is off by h**2 of the third derivative, 1e-10, and by 1e-16 / h of the values."""
     np.testing.assert_allclose(actual, expected, rtol=1e-8, atol=1e-8)
+
+
+def same(actual: Array, expected: Array) -> None:
+    """The same formula in another order, of fewer than 64 roundings, of numbers no larger than the largest result."""
+    within(actual, expected, gamma(64, "float64") * np.abs(expected).max())
 
 
 def drawn(case: Case, *, drops: bool) -> tuple[Array, Array, dict[str, Array], Array, Array, Array]:
@@ -80,8 +86,8 @@ def test_the_layer_and_its_gradients(score_function, renormalize, top_k, drops):
     case = replace(SMALL, score_function=score_function, renormalize=renormalize, top_k=top_k)
     x, router, w, dout, ids, keep = drawn(case, drops=drops)
     layer = reference.layer(case, x, router, Weights(**w), dout, ids, keep, Exact())
-    close(layer.score, dense_scores(case, x, router, ids))
-    close(layer.out, dense(case, x, router, w, ids, keep))
+    same(layer.score, dense_scores(case, x, router, ids))
+    same(layer.out, dense(case, x, router, w, ids, keep))
     close(layer.dx, slope(lambda a: dense(case, a, router, w, ids, keep), x, dout))
     close(layer.drouter, slope(lambda a: dense(case, x, a, w, ids, keep), router, dout))
     for name, value in w.items():
@@ -160,11 +166,11 @@ def test_one_token_on_paper(changes, score):
     keep = np.ones(ids.shape, bool)
     layer = reference.layer(case, x, np.array([[0.0, 1.0]]), w, np.ones((1, 1, 1)), ids, keep, Exact())
     y = np.array([6, 3])[: case.top_k] * np.log(3)
-    close(layer.score[0, 0], np.array(score))
-    close(layer.y[0, 0, :, 0], y)
-    close(layer.out[0, 0, 0], score @ y)
-    close(layer.dscore[0, 0], y)
-    close(layer.dy[0, 0, :, 0], np.array(score))
+    same(layer.score[0, 0], np.array(score))
+    same(layer.y[0, 0, :, 0], y)
+    same(layer.out[0, 0, 0], score @ y)
+    same(layer.dscore[0, 0], y)
+    same(layer.dy[0, 0, :, 0], np.array(score))
 
 
 @pytest.mark.parametrize(

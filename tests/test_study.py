@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import gamma
 
 from parity.cases.case import Case
 from parity.cases.presets import PRESETS
@@ -50,7 +51,7 @@ def test_who_is_dropped_is_whom_the_oracle_drops(per, priority, routing, factor)
     ]
     np.testing.assert_array_equal(keep, expected)
     found = measure(routing, factor, per, priority)
-    assert found.dropped == pytest.approx(np.mean(~np.array(expected)))
+    assert found.dropped == np.mean(~np.array(expected))
     assert found.capacity == case.capacity
 
 
@@ -90,8 +91,8 @@ def test_rows_dropped_are_those_of_a_run(run):
     dropped_PE = np.array(trace.arrays["e2e/group_by_expert/dropped"])
     chosen_E = np.bincount(problem.expert_id.reshape(-1), minlength=case.experts)
     assert found.dropped == dropped_PE.sum() / (case.ranks * N)
-    np.testing.assert_allclose(found.dropped_by_rank, dropped_PE.sum(axis=1) / N)
-    np.testing.assert_allclose(found.dropped_by_expert, dropped_PE.sum(axis=0) / np.maximum(chosen_E, 1))
+    np.testing.assert_array_equal(found.dropped_by_rank, dropped_PE.sum(axis=1) / N)
+    np.testing.assert_array_equal(found.dropped_by_expert, dropped_PE.sum(axis=0) / np.maximum(chosen_E, 1))
     # A row of tokens that is all zero is padding; those kept say, by elimination, which position was dropped.
     kept_T = np.zeros(case.tokens)
     for rank, x_rows in enumerate(trace.arrays["e2e/group_by_expert/x"]):
@@ -103,7 +104,7 @@ def test_rows_dropped_are_those_of_a_run(run):
     of_tenth = np.bincount(tenth, minlength=10)
     kept = np.bincount(tenth, kept_T, minlength=10)
     expected = np.where(of_tenth, 1 - kept / np.maximum(of_tenth * case.ranks * case.top_k, 1), 0)
-    np.testing.assert_allclose(found.dropped_by_position, expected, atol=1e-12)
+    np.testing.assert_allclose(found.dropped_by_position, expected, rtol=0, atol=gamma(4, "float64"))  # 1 - kept share
 
 
 def test_padding_bytes_and_memory_are_those_of_a_run(run):
@@ -114,13 +115,13 @@ def test_padding_bytes_and_memory_are_those_of_a_run(run):
     arrays = [trace.arrays[f"e2e/{name}"] for name in names]
     assert found.memory == max(sum(a[rank].nbytes for a in arrays) for rank in range(case.ranks))
     real = np.array([[row.any() for row in x] for x in trace.arrays["e2e/group_by_expert/x"]])
-    assert found.padded == pytest.approx(1 - real.mean())
+    assert found.padded == pytest.approx(1 - real.mean(), abs=gamma(4, "float64"))
     # Bins that go to another rank, and of those the rows that hold something.
     to_rank = np.arange(case.bins) // (case.bins // case.ranks)
     leaves = np.repeat(to_rank[None] != np.arange(case.ranks)[:, None], case.capacity, axis=1)
     row = arrays[0][0][0].nbytes
-    assert found.useful_bytes == pytest.approx(2 * (real & leaves).sum() * row)
-    assert found.wasted_bytes == pytest.approx(2 * (~real & leaves).sum() * row)
+    assert found.useful_bytes == 2 * (real & leaves).sum() * row
+    assert found.wasted_bytes == 2 * (~real & leaves).sum() * row
 
 
 @pytest.mark.parametrize("name", ["drop-rank-score", "drop-expert-token", "pydoc"])
@@ -143,8 +144,10 @@ def test_errors_are_those_of_a_run(name):
     everything = np.ones(with_drops.keep.shape, bool)
     found = study.errors(*(study.evaluate(case, inputs, keep) for keep in (everything, with_drops.keep)))
     weights = [f"apply_experts/dw_{n}" for n in ("gate", "up", "down")]
-    assert found == pytest.approx((relative("combine/out"), relative("route/dx"), relative(*weights)), rel=1e-5)
+    # Of float32 runs, whose numbers are off by u = 6e-8 of the norm: of a hundredth of it at least, by 100 times that.
     assert min(found) > 0.01
+    wanted = (relative("combine/out"), relative("route/dx"), relative(*weights))
+    assert found == pytest.approx(wanted, rel=gamma(1, "float32") / 0.01)
 
 
 def test_dynamic_bytes_and_memory_are_those_of_a_run(torch_ranks):
@@ -178,7 +181,7 @@ def test_first_choices_follow_zipfs_law():
         first = zipf_routing(case, skew, 10).expert_id[..., 0]
         share = np.sort(np.bincount(first.reshape(-1), minlength=8) / first.size)[::-1]
         law = np.arange(1, 9) ** -skew
-        np.testing.assert_allclose(share, law / law.sum(), atol=0.006)  # 4 standard errors of 80,000 draws
+        np.testing.assert_allclose(share, law / law.sum(), rtol=0, atol=0.006)  # 4 standard errors of 80,000 draws
 
 
 def test_a_recording_is_cut_in_order():

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 from browser import said_by
+from problems import gamma
 
 from parity.cases.case import Case
 from parity.judge.records import header
@@ -126,7 +127,8 @@ def test_two_frameworks_track_each_other_for_a_while():
     """Twelve steps; `study --learn` takes 200 and more."""
     torch_loss = learning.train_torch("torch", "none", 0, 0, 12, 1)
     jax_loss = learning.train_jax(0, 12, 1)
-    np.testing.assert_allclose(jax_loss.loss, torch_loss.loss, rtol=2e-6)
+    # A loss is rounded once, and the weights it comes from in each step before: 32 roundings, where 3 were seen.
+    np.testing.assert_allclose(jax_loss.loss, torch_loss.loss, rtol=gamma(32, "float32"))
     dropping = learning.train_torch("token", "1", 0, 0, 3, 1)
     assert min(dropping.dropped) > 0
     assert max(torch_loss.dropped + jax_loss.dropped) == 0
