@@ -1,5 +1,6 @@
 """Every planted fault is caught, and blamed on the side and the stage that it was planted in."""
 
+import re
 from dataclasses import replace
 from io import StringIO
 
@@ -10,7 +11,7 @@ from parity.cases.presets import PRESETS
 from parity.cli.faults import try_fault
 from parity.judge.engine import run_cases
 from parity.oracle.quantities import STAGES
-from parity.report.terminal import print_report
+from parity.report.terminal import fault_table, print_report
 from parity.run.backend import Setting
 from parity.run.faults import FAULTS, ROOT, find, plant
 from parity.run.ours import BACKENDS
@@ -65,6 +66,17 @@ def test_there_are_enough_of_them():
     assert {(fault.backend, fault.stage) for fault in FAULTS.values()} >= {("torch", stage) for stage in STAGES}
     assert {find(name).stage for name in QUICK} == set(STAGES)
     assert all(fault.preset in PRESETS for fault in FAULTS.values())
+
+
+def test_each_says_where_it_comes_from():
+    reported = {fault.source for fault in FAULTS.values()} - {"constructed"}
+    assert len(reported) >= 10
+    for source in reported:
+        assert re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+/(issues|pull)/\d+", source)
+    console = Console(width=160, file=StringIO())
+    console.print(fault_table([(fault, None) for fault in FAULTS.values()]))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("constructed") == sum(fault.source == "constructed" for fault in FAULTS.values())
 
 
 @pytest.mark.parametrize("name", FAULTS)

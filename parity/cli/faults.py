@@ -47,7 +47,7 @@ class Command:
 def run(command: Command) -> int:
     """Run `faults`; its exit code."""
     chosen = [faults.find(name) for name in command.names or faults.FAULTS]
-    console = Page(120)
+    console = Page(172)
     if command.power:
         base = replace(PRESETS["zipf"], hidden=48)
         console.print(power_table([power(replace(base, dtype=dtype)) for dtype in ("float32", "bfloat16")]))

@@ -232,7 +232,10 @@ def fault_table(faults: Sequence[tuple[Fault, Found | None]]) -> Table:
     ran = any(found for _, found in faults)
     result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("fault", "stage", "preset", *(("caught", "blamed") if ran else ("what it does", "source"))):
-        result.add_column(column, no_wrap=column not in ("what it does", "source"), overflow="fold")
+        wraps = column in ("what it does", "source")
+        result.add_column(
+            column, no_wrap=not wraps, overflow="fold", max_width=44 if column == "what it does" else None
+        )
     for fault, found in faults:
         if found is None:
             result.add_row(fault.name, SHORT[fault.stage], fault.preset, fault.sentence, fault.source)

@@ -324,7 +324,7 @@ REPORTED = {
     "torch-replay-ignored": "NVIDIA-NeMo/Automodel/pull/3140",  # a recomputation takes the top k of ties anew
     "jax-replay-ignored": "NVIDIA-NeMo/Automodel/pull/3140",
     "torch-partial-gradients-not-summed": "pytorch/torchtitan/issues/2387",
-    "torch-unstable-sort": "vllm-project/vllm/issues/52525",  # the order within an expert is any, and is felt
+    "torch-unstable-sort": "sgl-project/sglang/pull/33511",
     "torch-idle-rank-detached": "PaddlePaddle/PaddleFormers/pull/3010",
     "torch-stale-buffer": "deepseek-ai/DeepGEMM/pull/451",  # a flag of the step before says that rows are there
     "torch-rank-and-expert-swapped": "facebookresearch/fairscale/pull/184",  # with several experts on a rank
