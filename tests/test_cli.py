@@ -168,9 +168,10 @@ def test_nothing_compared_is_no_match(report, tmp_path):
     whole = records.read(path)
     for comparison in whole.checks["custom"]:
         comparison.rows = 0
-    assert records.footer(whole.checks, 1, {}).exit_code == 5
-    assert records.footer({}, 0, {}).exit_code == 5
-    assert records.footer(records.read(path).checks, 2, {}).exit_code == 5  # a case was never judged
+    assert records.footer(whole.header, whole.cases, whole.checks, 1, {}).exit_code == 5
+    assert records.footer(whole.header, {}, {}, 0, {}).exit_code == 5
+    checks = records.read(path).checks
+    assert records.footer(whole.header, whole.cases, checks, 2, {}).exit_code == 5  # a case was never judged
 
 
 @pytest.mark.parametrize(

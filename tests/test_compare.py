@@ -22,7 +22,7 @@ from parity.judge.blame import Blame, blame
 from parity.judge.compare import Check, MismatchError, Where, canonical, choice_of_experts, compare
 from parity.oracle.expected import Expected, Oracle
 from parity.oracle.problem import Problem, draw
-from parity.oracle.quantities import STAGES, names
+from parity.oracle.quantities import OUTSIDE, STAGES, names
 from parity.oracle.rows import PADDING, Layout, Table, indices, lay_out, row_tables
 from parity.oracle.tolerances import allowance, numpy_dtype
 from parity.run.naming import MADE_BY, MAIN, named, stem
@@ -140,8 +140,9 @@ def test_a_perfect_trace_passes(case):
     problem = draw(case)
     wanted = expectations(problem)
     traces = [perfect(problem, backend, wanted) for backend in SIDES]
-    checks = list(compare(problem, traces))
-    assert all(check.ok and check.worst < 1 and check.rows for check in checks)
+    everything = list(compare(problem, traces))
+    assert all(check.ok and check.worst < 1 and bool(check.rows) == (not check.scale) for check in everything)
+    checks = [check for check in everything if not check.scale]
     for trace in traces:
         mine = [check for check in checks if check.left == trace.backend.name and check.right == "oracle"]
         assert sorted(name_of(check) for check in mine) == sorted(trace.arrays)  # each once, none left out
@@ -562,7 +563,8 @@ def test_two_sides_may_differ_by_both_allowances(torch_and_jax):
         allowed = allowances(backend, name)[1][2, 3]
         trace.arrays[name][1][2, 3] += sign * 0.8 * allowed
         rounded = 2 * gamma(1, "float32") * abs(trace.arrays[name][1][2, 3]) / allowed  # once before, and once added
-    checks = [check for check in compare(PROBLEM, list(torch_and_jax.values())) if name_of(check) == name]
+    found = compare(PROBLEM, list(torch_and_jax.values()))
+    checks = [check for check in found if name_of(check) == name and not check.scale]
     assert [(check.right, check.ok) for check in checks] == [("oracle", True), ("oracle", True), ("jax", True)]
     assert [check.worst for check in checks] == pytest.approx([0.8] * 3, abs=rounded)
     assert checks[2].allowed == 2 * checks[0].allowed
@@ -709,3 +711,38 @@ def test_the_side_of_the_first_divergence_is_blamed(torch_and_jax):
 )
 def test_direction(torch_and_jax, name, direction):
     assert verdict_on(torch_and_jax, ("jax", name)).direction == direction
+
+
+@pytest.fixture(scope="module")
+def half_precision() -> tuple[Problem, Wanted]:
+    """A case of bfloat16, where the allowance of a row is wide."""
+    problem = draw(Case(ranks=2, tokens=64, width=16, hidden=12, experts=4, dtype="bfloat16"))
+    return problem, expectations(problem)
+
+
+def found_in(half_precision: tuple[Problem, Wanted], name: str, factors: tuple[float, float]) -> list[Check]:
+    """What fails when the arrays of a perfect run are too large by a factor on each rank."""
+    problem, wanted = half_precision
+    trace = perfect(problem, "torch", wanted)
+    pairs = zip(trace.arrays[name], factors, strict=False)
+    trace.arrays[name] = [(a.astype(np.float64) * factor).astype(a.dtype) for a, factor in pairs]
+    return [check for check in compare(problem, [trace]) if not check.ok]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_what_is_too_large_everywhere_is_caught_by_its_scale(half_precision, name):
+    """By 1%, which is within the allowance of every row."""
+    (check,) = found_in(half_precision, name, (1.01, 1.01))
+    assert check.scale
+    assert name_of(check) == name
+    assert check.got == pytest.approx(1.01, abs=1e-3)  # the least that a step of bfloat16 averages to
+
+
+def test_one_rank_or_expert_that_is_too_large_is_named(half_precision):
+    (out,) = found_in(half_precision, "e2e/combine/out", (1, 1.015))
+    assert out.where
+    assert (out.scale, out.where.rank) == (True, 1)
+    (dw_up,) = found_in(half_precision, "e2e/apply_experts/dw_up", (1, 1.02))
+    assert dw_up.where
+    assert dw_up.scale
+    assert dw_up.where.expert in (2, 3)

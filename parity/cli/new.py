@@ -14,16 +14,15 @@ TEMPLATES = Path(own.__file__).parent
 
 @dataclass
 class Command:
-    """Write a layer of your own, to start from.
+    """Is the layer right that I have? Write a file to say it in.
 
     A file with one function, which computes the layer as it stands and says what else it can be given. Change it into
-    yours, or call yours from it.
+    yours, or call yours from it; `python -m parity check zipf --backend mine.py` judges it.
 
     Exit code: 0, or 2 when the file exists.
 
     Examples:
         python -m parity new mine.py --framework jax
-        python -m parity check zipf --backend mine.py
     """
 
     file: tyro.conf.Positional[Path]

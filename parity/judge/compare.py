@@ -12,7 +12,7 @@ from parity.oracle.expected import THREADS, Expected, Oracle
 from parity.oracle.problem import Problem, exact_inputs
 from parity.oracle.reference import Exact, Perturbed
 from parity.oracle.rows import PADDING, Table, identity, row_tables
-from parity.oracle.tolerances import DRAWS, allowance, numpy_dtype
+from parity.oracle.tolerances import DRAWS, allowance, numpy_dtype, slope
 from parity.run.trace import Trace
 
 Array = np.ndarray
@@ -61,6 +61,7 @@ class Check(msgspec.Struct, omit_defaults=True, tag_field="kind", tag="compariso
     where: Where | None = None
     common: list[str] = []  # what the failing rows, and not all rows, have in common
     worst_rows: list[Row] = []  # of those that fail, worst first
+    scale: bool = False  # what is compared is by how much the numbers of a rank or an expert are too large
     note: str = ""
 
 
@@ -163,8 +164,12 @@ def compare(problem: Problem, traces: list[Trace], picture: Picture | None = Non
                 problem, want, trace.backend.name, "oracle", have, want.values, want.allowed, have.present, picture
             )
 
-        yield from THREADS.map(against_the_oracle, expected[name].values())
+        checks = list(THREADS.map(against_the_oracle, expected[name].values()))
+        yield from checks
         yield from _moves_its_own_rows(problem, name, mine, expected[name])
+        for check, want in zip(checks, expected[name].values(), strict=True):
+            if check.ok and want.slope is not None:  # where rows show it, they say it better
+                yield _scale(problem, want, name, mine[want.name])
     for i, left in enumerate(traces):
         for right in traces[i + 1 :]:
             yield from _against(problem, left.backend.name, right.backend.name, found, expected)
@@ -199,6 +204,29 @@ def _moves_its_own_rows(
         if a is not None and b is not None:
             want = expected[f"e2e/{after}/y"]
             yield _judge(problem, want, backend, f"its own {before}", b, a.values, None, a.present & b.present)
+
+
+def _scale(problem: Problem, want: Expected, backend: str, have: Canonical) -> Check:
+    """By how much all numbers, each rank's or each expert's are too large; every one may be within its allowance.
+
+    Where only some ranks' or experts' are, the worst is named.
+    """
+    assert want.slope is not None
+    with np.errstate(invalid="ignore"):
+        pairs = zip(want.in_groups(have.values), want.in_groups(want.values), strict=True)
+        found = np.concatenate([slope(got, exact) for got, exact in pairs])
+        off = np.abs(found - 1)
+    ratio = np.where(np.isfinite(off), off / want.slope, np.inf)
+    bad = ratio > 1
+    some = bad[1:].any() and not bad[1:].all()
+    worst = 1 + int(ratio[1:].argmax()) if some else int(ratio.argmax())
+    check = _check(problem, want, backend, "oracle", ok=not bad.any(), bitwise=False)
+    check.scale, check.failing, check.worst = True, int(bad.sum()), float(ratio[worst])
+    check.got, check.expected = float(found[worst]), 1.0
+    check.error, check.allowed = float(off[worst]), float(want.slope[worst])
+    of_rank, group = want.axes[0] == "P", worst - 1 if worst else None
+    check.where = Where(rank=group) if of_rank else Where(expert=group)
+    return check
 
 
 def choice_of_experts(problem: Problem, want: Expected, backend: str, ids: Array) -> Check:

@@ -25,7 +25,7 @@ def power(case: Case) -> list[Power]:
     """Of every array of a case that is judged within an allowance.
 
     A row that was right and is multiplied by 1 + e is caught once e exceeds the least ratio of allowance to number in
-    it; an array in which every row is, once e exceeds the least of all.
+    it; an array in which every row is, once e exceeds the least of all, or how far off its scale may be.
     """
     found = []
     for name, expected in Oracle(draw(case)).expected(names("dynamic"), "dynamic").items():
@@ -34,5 +34,7 @@ def power(case: Case) -> list[Power]:
         with np.errstate(divide="ignore"):
             least = (expected.allowed / np.abs(expected.values)).reshape(-1, expected.values.shape[-1]).min(axis=1)
         rows = least[np.isfinite(least)]
-        found.append(Power(name, case.dtype, float(np.median(rows)), float(rows.max()), float(rows.min())))
+        scale = np.inf if expected.slope is None else expected.slope.min()
+        all_rows = min(float(rows.min()), float(scale))
+        found.append(Power(name, case.dtype, float(np.median(rows)), float(rows.max()), all_rows))
     return found

@@ -9,9 +9,9 @@ import numpy as np
 from parity.cases.case import Case
 from parity.oracle.evaluation import Evaluation
 from parity.oracle.problem import Problem
-from parity.oracle.quantities import Quantity, quantity_of
+from parity.oracle.quantities import OUTSIDE, Quantity, quantity_of
 from parity.oracle.rows import Layout
-from parity.oracle.tolerances import DRAWS, allowance
+from parity.oracle.tolerances import DRAWS, allowance, slope_allowance
 
 Array = np.ndarray
 
@@ -29,6 +29,7 @@ class Expected:
     allowed: Array | None  # None: bitwise
     dtype: str
     case: Case
+    slope: Array | None = None  # `in_groups`, how far from 1 that of got on expected may be
 
     @property
     def mode(self) -> str:
@@ -38,6 +39,10 @@ class Expected:
     def as_second(self) -> "Expected":
         """Of the second step."""
         return replace(self, name=self.name.replace("e2e", "second", 1))
+
+    def in_groups(self, values: Array) -> list[Array]:
+        """[1, n], all numbers, and [groups, n]: of each rank, or each expert, as the router's gradient has columns."""
+        return [values.reshape(1, -1), values.T if self.axes == "D E" else values.reshape(len(values), -1)]
 
     @property
     def axes(self) -> str:
@@ -79,7 +84,12 @@ class Oracle:
             return Expected(name, quantity, np.zeros(1), None, "int", self.problem.case)
         case, exact = self.problem.case, _value(self.exact, name, quantity, layout)
         dtype = {"case": case.dtype, "wide": case.wide, "int": "int"}[quantity.dtype]
-        return Expected(name, quantity, exact, allowance(exact, drawn, dtype) if drawn else None, dtype, case)
+        want = Expected(name, quantity, exact, allowance(exact, drawn, dtype) if drawn else None, dtype, case)
+        if name not in OUTSIDE or not exact.size:
+            return want
+        grouped = zip(*(want.in_groups(a) for a in (exact, *drawn)), strict=True)
+        allowed = [slope_allowance(groups, of_draws, dtype, case.wide) for groups, *of_draws in grouped]
+        return replace(want, slope=np.concatenate(allowed))
 
 
 def _bitwise(name: str, quantity: Quantity) -> bool:

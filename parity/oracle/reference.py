@@ -59,9 +59,10 @@ class Perturbed:
 
         The sum of `terms` of its products: their errors have the variance n * noise**2 / 3 * sum of squared products.
         Perturbing a factor instead would give all numbers of a row one error, which softmax and differences cancel.
-        What underflow takes from each product has one sign, and adds up.
+        What underflow takes from each product, or from a factor of it, has one sign, and adds up.
         """
-        deviation = np.sqrt(max(n, 1) / 3) * noise(dtype) * np.sqrt((a * a) @ (b * b)) + n * underflow(dtype)
+        lost = n + np.abs(a).sum(axis=-1)[..., None] + np.abs(b).sum(axis=-2) if a.ndim > 1 else n
+        deviation = np.sqrt(max(n, 1) / 3) * noise(dtype) * np.sqrt((a * a) @ (b * b)) + lost * underflow(dtype)
         return a @ b + deviation * self.rng.standard_normal(deviation.shape)
 
 

@@ -56,3 +56,27 @@ def allowance(exact: np.ndarray, draws: list[np.ndarray], dtype: str) -> np.ndar
     for draw in draws:
         yardstick = np.maximum(yardstick, np.abs(draw - exact).max(axis=-1, initial=0))
     return half_step + FACTOR * yardstick[..., None]
+
+
+# Units of rounding in float32, or wider, that all numbers of an array may be off by in one direction: what XLA's
+# functions are off by (tanh 4.75, sigmoid 2.4, exp 1.4, of all numbers tried on a CPU), and a half for each rounding.
+SYSTEMATIC = 8
+
+
+def slope(got: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """How many times as large `got` is as `exact`, by least squares over the last axis; 1 where `exact` is zero."""
+    square = (exact * exact).sum(axis=-1)
+    return np.where(square > 0, (got * exact).sum(axis=-1) / np.where(square > 0, square, 1), 1)
+
+
+def slope_allowance(exact: np.ndarray, draws: list[np.ndarray], dtype: str, wide: str) -> np.ndarray:
+    """How far from 1 the slope may be, for `exact` [..., n]. Rounding averages out, so it sees what no row shows.
+
+    FACTOR times the largest deviation of a draw, four standard deviations of what n last roundings make of it, each
+    uniform in half a step, what is lost below the normal range, and SYSTEMATIC.
+    """
+    square = np.maximum((exact * exact).sum(axis=-1), 1e-300)
+    last = unit_roundoff(dtype) / np.sqrt(3) * np.sqrt((exact**4).sum(axis=-1)) / square
+    lost = underflow(dtype) * np.abs(exact).sum(axis=-1) / square
+    worst = np.max([np.abs(slope(draw, exact) - 1) for draw in draws], axis=0)
+    return FACTOR * worst + 4 * last + lost + SYSTEMATIC * noise(wide)

@@ -249,11 +249,14 @@ def chart(view: View) -> Chart | None:
         line = "".join(f"M{x(m.exponent)} {y(m.allowed)}H{x(m.exponent + 1)}" for m in found)
         return Series(backend, points, COLOURS[nth % len(COLOURS)], over, line)
 
-    judged = {(c.left, f"{c.mode}/{c.stage}/{c.value}"): c for c in view.checks if c.right == "oracle"}
+    judged: dict[str, list[Check]] = {}
+    for check in view.checks:
+        if check.right == "oracle":
+            judged.setdefault(f"{check.mode}/{check.stage}/{check.value}", []).append(check)
     arrays = []
     for array, sides in by_array.items():
         mode, stage, value = array.split("/")
-        own = [judged[side, array] for side in sides if (side, array) in judged]
+        own = [check for check in judged.get(array, []) if check.left in sides]
         drawn = [series(side, found) for side, found in sides.items()]
         worst, ok = max((check.worst for check in own), default=math.nan), all(check.ok for check in own)
         empty = [f"; nothing to draw of {side}" for side, found in sides.items() if not found]

@@ -140,6 +140,12 @@ def describe(check: Check) -> str:
         return f"{what}: {check.note}"
     if check.mode == "repeat":
         return f"{what}: {check.got:.0f} numbers differ between two runs on the same input"
+    if check.scale:
+        whose = " of " * (place(check.where) != "") + place(check.where)
+        return (
+            f"{what}: all numbers{whose} together are {check.got:.7g} times what they should be\n"
+            f"  by least squares, in which rounding averages out; allowed 1 give or take {check.allowed:.2g}"
+        )
     where = f"{check.failing} of {check.rows} rows; worst: {place(check.where)}"
     numbers = f"{check.got!r} instead of {check.expected!r}"
     if check.bitwise:

@@ -75,7 +75,9 @@ def read(asked: str) -> Backend | None:
         path = Path(source)
     else:
         spec = find_spec(source)
-        path = Path(spec.origin) if spec and spec.origin else Path(source)
+        if not spec or not spec.origin:
+            return None
+        path = Path(spec.origin)
     try:
         tree = ast.parse(path.read_text(), str(path))
     except (OSError, SyntaxError) as error:
