@@ -1,4 +1,4 @@
-.PHONY: help parity quick test test-slow test-gpu test-kernels mutants lint format clean
+.PHONY: help setup parity quick test test-slow test-gpu test-kernels mutants lint format clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -15,6 +15,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(RUN) pip install --quiet -c constraints.txt torch jax jaxlib
 	$(RUN) pip install --quiet -c constraints.txt -e '.[torch,jax,test]'
 	@touch $@
+
+setup: $(VENV)/installed  ## set up .venv with pinned versions, and no more
 
 parity: $(VENV)/installed  ## do PyTorch and JAX compute the same thing? (sets up .venv first)
 	$(RUN) parity check --no-json

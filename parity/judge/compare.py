@@ -369,7 +369,19 @@ def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array
         if values.size == 1 and np.unique(a).size > 1:
             only = " and no others" if (bad == (a == values[0])).all() else ""
             shared.append(f"all have {name} {values[0]}{only}")
+    if axes.startswith("P T") and (tied := _tied(problem)[present])[bad].all() and not tied.all():
+        shared.append("in all, experts are tied for the last choice: here the lower id is chosen")
     return shared
+
+
+def _tied(problem: Problem) -> Array:
+    """[P, T], tokens whose last choice is as good as one that was left out."""
+    case, (x, router, *_) = problem.case, exact_inputs(problem)
+    _, score = vectorised.route(case, x, router, Exact())
+    best = -np.sort(-score.astype(case.wide), axis=-1)
+    return (
+        best[..., case.top_k - 1] == best[..., case.top_k] if case.top_k < case.experts else np.zeros(x.shape[:2], bool)
+    )
 
 
 def _where(problem: Problem, want: Expected, have: Canonical, first: int, at: tuple[int, ...]) -> Where:
