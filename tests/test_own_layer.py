@@ -146,3 +146,26 @@ def test_new_leaves_what_is_there(tmp_path):
     assert "--backend mine.py" in (tmp_path / "mine.py").read_text()
     assert second.returncode == 2
     assert "mine.py exists" in second.stderr
+
+
+def test_another_interpreter_runs_it(tmp_path):
+    """Here one that knows nothing but where its packages are; the trace says which it was."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    run = check(tmp_path, "p1", "--backend", f"{written(tmp_path, 'torch')}@{python}", "--json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    (backend,) = json.loads(run.stdout.splitlines()[0])["backends"]
+    assert backend["python"] == str(python)
+
+
+def test_an_interpreter_that_lacks_a_package_is_told_which(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'msgspec'\" >&2\nexit 1\n")
+    python.chmod(0o755)
+    run = check(tmp_path, "p1", "--backend", f"{written(tmp_path, 'torch')}@{python}")
+    assert run.returncode == 3
+    assert f"msgspec is not installed there: {python} -m pip install numpy" in " ".join(run.stderr.split())
+    run = check(tmp_path, "p1", "--backend", "mine.py@/no/python")
+    assert run.returncode == 2
+    assert "there is no interpreter /no/python" in run.stderr

@@ -42,7 +42,8 @@ together that can."""
 BACKEND_HELP = f"""What to run, once for each; default: {" and ".join(b.name for b in ours.DEFAULT)}. One alone, with
 --save: the other can run on another machine. There are {
     ", ".join(f"{b.name} ({b.framework}, {b.layout})" for b in ours.BACKENDS.values())
-}; a layer of your own, as mine.py or mine.py:name (see `python -m parity new`); or package.module:name of a function or
+}; a layer of your own, as mine.py or mine.py:name (see `python -m parity new`), or
+mine.py@PYTHON, an interpreter of another environment; or package.module:name of a function or
 a record."""
 
 

@@ -38,6 +38,7 @@ class Backend(msgspec.Struct, frozen=True):
     )
     stages: str = ""  # for `run`: the stages of this backend
     refuses: str = ""  # function (Case, Setting): why it cannot run a case, or ""
+    python: str = ""  # the interpreter that runs it, where that is not this one
     asked: str = ""  # what `--backend` calls it, where that is not its name
 
     def __post_init__(self) -> None:

@@ -69,7 +69,7 @@ def find(name: str) -> Backend:
     if name in BACKENDS:
         return BACKENDS[name]
     try:
-        found = own.read(name) if ":" in name or name.endswith(".py") else None
+        found = own.read(name) if ":" in name or name.partition("@")[0].endswith(".py") else None
         found = found or (resolve(name) if ":" in name else None)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--backend {name}: {error}") from error

@@ -4,12 +4,14 @@ import ast
 import importlib
 import inspect
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from parity.cases.case import Case
@@ -63,13 +65,18 @@ def signature(framework: str, names: list[str], where: str) -> Signature:
     return Signature(found, per_rank or framework == "torch", not per_rank if suffixes <= {""} else suffixes == {"E"})
 
 
-def read(asked: str) -> Backend | None:
+def read(whole: str) -> Backend | None:
     """The backend that `FILE.py`, `FILE.py:name` or `package.module:name` names, without running it.
+
+    `@PYTHON` after it is the interpreter that runs it.
 
     None where a module has no function of that name marked as a backend: it may be a record.
 
     Raises ValueError when the file cannot be read, or is none of this kind.
     """
+    asked, _, python = whole.partition("@")
+    if python and not shutil.which(python):
+        raise ValueError(f"--backend {whole}: there is no interpreter {python}")
     source, _, name = asked.partition(":")
     if source.endswith(".py"):
         path = Path(source)
@@ -93,7 +100,8 @@ def read(asked: str) -> Backend | None:
             f": name one, as {source}:{next(iter(marked))}" if marked else ", as `from parity import backend` has it"
         )
         raise ValueError(f"--backend {asked}: {path} has {what} marked @backend(framework=...){which}")
-    return _record(asked, path, marked[name or next(iter(marked))], bool(name) and len(marked) > 1)
+    found = _record(whole, path, marked[name or next(iter(marked))], bool(name) and len(marked) > 1)
+    return msgspec.structs.replace(found, python=str(Path(shutil.which(python) or python).absolute()) if python else "")
 
 
 def _mark_of(node: ast.FunctionDef) -> ast.Call | None:

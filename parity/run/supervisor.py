@@ -7,6 +7,7 @@ whoever started it is gone. So nothing is left after success, an error, Ctrl-C, 
 import math
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -51,6 +52,8 @@ class Failure(msgspec.Struct, frozen=True):
         line = f" ({self.line})" if self.line and self.how == "hangs" else ""
         return f"{self.backend}: {rank}{self.how}{place}{line}" + f": {self.error}" * (self.error != "")
 
+
+ROOT = Path(__file__).parent.parent.parent
 
 Answer = tuple[str, Failure | None]  # of a worker, in JSON: a case is done, or why it is not; ("", None): it began
 
@@ -158,11 +161,13 @@ class _Worker:
 
     def __init__(self, stack: ExitStack, folder: Path, home: Path, backend: Backend, setting: Setting) -> None:
         asked = [msgspec.json.encode(record).decode() for record in (backend, setting)]
-        command = [sys.executable, "-m", "parity.run.worker", str(folder), *asked]
+        command = [backend.python or sys.executable, "-m", "parity.run.worker", str(folder), *asked]
         # Forked ranks must not find a machine's worth of threads each, nor one framework take all of a GPU's memory.
         own = {"JAX_PLATFORMS": setting.device, "OMP_NUM_THREADS": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         if backend.framework == "jax" and setting.device == "cpu":
             own["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENT_XLA}".strip()
+        if backend.python:
+            own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.backend, self.setting, self.began = backend, setting, False
         self.process = stack.enter_context(Process(command, environment=os.environ | own, cwd=home))
 
@@ -185,6 +190,11 @@ class _Worker:
 
     def _explain(self) -> BackendError:
         name, error = self.backend.name, self.process.error
+        missing = re.search(r"No module named '(\w+)", error)
+        if self.backend.python and missing:
+            needs = " ".join(["numpy", "ml_dtypes", "msgspec", "safetensors", "jaxtyping", *self.backend.needs])
+            what = f"{missing[1]} is not installed there: {self.backend.python} -m pip install {needs}"
+            return MissingError(name, f"{name}: {what}")
         for package in self.backend.needs:
             if f"No module named '{package}'" in error:
                 what = f"{package} is not installed: pip install -e '.[{package}]', or name the other --backend only"
