@@ -62,6 +62,8 @@ WRONG = {
     "shape in jax": ("jax", (".astype(x_PTD.dtype)\n", ".astype(x_PTD.dtype)[0]\n"), 1,
                      "layer returned shape [16, 32]"),
     "name": ("torch", ("x_TD, router_DE", "tokens_TD, router_DE"), 2, "takes tokens_TD: nothing is called so"),
+    "weights": ("torch", ("w_up_EDF, w_down_EFD, case", "w_down_EFD, case"), 2,
+                "takes w_gate and w_down only: take w_gate, w_up, w_down, or none of them"),
     "framework": ("torch", ('framework="torch"', 'framework="numpy"'), 2, 'write @backend(framework="torch")'),
     "mark": ("torch", ('@backend(framework="torch")\n', ""), 2, "no function marked @backend"),
     "syntax": ("torch", ("import torch\n", "import torch torch\n"), 2, "invalid syntax"),
@@ -169,3 +171,18 @@ def test_an_interpreter_that_lacks_a_package_is_told_which(tmp_path):
     run = check(tmp_path, "p1", "--backend", "mine.py@/no/python")
     assert run.returncode == 2
     assert "there is no interpreter /no/python" in run.stderr
+
+
+def test_a_module_of_a_package_imports_from_it(tmp_path):
+    (package := tmp_path / "stack").mkdir()
+    (package / "__init__.py").touch()
+    (package / "more.py").write_text("from torch.nn.functional import silu\n")
+    written(package, "torch", ("from torch.nn.functional import silu", "from .more import silu"), name="moe.py")
+    run = check(tmp_path, "p1", "--backend", "stack.moe:layer", "--no-json")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_what_jax_traces_may_say_that_it_does_not_support_it(tmp_path):
+    run = check(tmp_path, "p1", "--activation", "gelu_tanh", "--backend", written(tmp_path, "jax"), "--no-json")
+    assert run.returncode == 5, run.stdout + run.stderr
+    assert "mine: 1 of 1 cases not supported: silu only (1)" in run.stdout

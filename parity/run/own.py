@@ -1,12 +1,12 @@
 """A layer of the user's own: one function in a file, known by the names of its arguments."""
 
 import ast
-import importlib
 import inspect
 import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 from parity.cases.case import Case
 from parity.oracle.problem import Problem
 from parity.oracle.quantities import OUTSIDE
-from parity.run.backend import Backend
+from parity.run.backend import Backend, resolve
 
 WEIGHTS = ("w_gate", "w_up", "w_down")
 # What an argument may be called, before a suffix that says its shape: x_TD, or x.
@@ -55,6 +55,8 @@ def signature(framework: str, names: list[str], where: str) -> Signature:
                 "suffix for its shape if you like, as in x_TD"
             )
         found[stem] = name
+    if (weights := [w for w in WEIGHTS if w in found]) and len(weights) < len(WEIGHTS):
+        raise ValueError(f"{where} takes {' and '.join(weights)} only: take {', '.join(WEIGHTS)}, or none of them")
     if "x" not in found:
         raise ValueError(f"{where} takes no x: the tokens, [T, D] on each rank")
     other = next(word for of, word in KNOW_RANKS.items() if of != framework)
@@ -100,7 +102,8 @@ def read(whole: str) -> Backend | None:
             f": name one, as {source}:{next(iter(marked))}" if marked else ", as `from parity import backend` has it"
         )
         raise ValueError(f"--backend {asked}: {path} has {what} marked @backend(framework=...){which}")
-    found = _record(whole, path, marked[name or next(iter(marked))], bool(name) and len(marked) > 1)
+    of = str(path.resolve()) if source.endswith(".py") else source
+    found = _record(whole, path, of, marked[name or next(iter(marked))], bool(name) and len(marked) > 1)
     return msgspec.structs.replace(found, python=str(Path(shutil.which(python) or python).absolute()) if python else "")
 
 
@@ -113,7 +116,8 @@ def _mark_of(node: ast.FunctionDef) -> ast.Call | None:
     return None
 
 
-def _record(asked: str, path: Path, node: ast.FunctionDef, several: bool) -> Backend:
+def _record(asked: str, path: Path, source: str, node: ast.FunctionDef, several: bool) -> Backend:
+    """Of a function in a file, which `source` names: by its path, or as a module."""
     where, mark = f"{path.name}:{node.lineno}: {node.name}", _mark_of(node)
     assert mark
     given = {keyword.arg: keyword.value for keyword in mark.keywords}
@@ -124,7 +128,7 @@ def _record(asked: str, path: Path, node: ast.FunctionDef, several: bool) -> Bac
     provides = provided(signature(framework, names, where))
     return Backend(
         path.stem + f".{node.name}" * several, framework, "opaque", provides, {"": where}, needs=(framework,),
-        run=f"parity.run.own_in_{framework}:run_all", stages=f"{path.resolve()}:{node.name}", asked=asked,
+        run=f"parity.run.own_in_{framework}:run_all", stages=f"{source}:{node.name}", asked=asked,
     )  # fmt: skip
 
 
@@ -138,29 +142,35 @@ def provided(takes: Signature) -> tuple[str, ...]:
 
 def load(backend: Backend) -> tuple[Callable[..., Any], Signature]:
     """The function, of a file that is run for it, and what it is given."""
-    path, _, name = backend.stages.rpartition(":")
-    spec = spec_from_file_location(Path(path).stem, path)
+    function = _function(backend.stages)
+    return function, signature(backend.framework, list(inspect.signature(function).parameters), backend.files[""])
+
+
+@cache  # not once for each case
+def _function(named: str) -> Callable[..., Any]:
+    """What `/path/FILE.py:name` or `package.module:name` names."""
+    source, _, name = named.rpartition(":")
+    if not source.endswith(".py"):
+        return resolve(named)
+    path = Path(source)
+    spec = spec_from_file_location(path.stem, path)
     assert spec
     assert spec.loader
-    sys.path.insert(0, str(Path(path).parent))
-    module = module_from_spec(spec)
-    sys.modules[Path(path).stem] = module
-    importlib.invalidate_caches()
+    sys.path.insert(0, str(path.parent))
+    module = sys.modules[path.stem] = module_from_spec(spec)
     spec.loader.exec_module(module)
-    function = getattr(module, name)
-    return function, signature(backend.framework, list(inspect.signature(function).parameters), backend.files[""])
+    return getattr(module, name)
 
 
 def refusal(function: Callable[..., Any], takes: Signature, problem: Problem) -> str:
     """Why a layer does not compute a case, or an empty string."""
-    case = problem.case
     if problem.second:
         return "it runs one step at a time, and the case has two"
     if not problem.keep.all() and not takes.given("keep"):
         return "assignments are dropped, and it takes no `keep` that says which"
     if problem.aux.any() and not takes.given("score"):
         return "the gradient of an auxiliary loss is handed in, and it takes no `score`"
-    answer = getattr(function, "supports", bool)(case)
+    answer = getattr(function, "supports", bool)(problem.case)
     return answer if isinstance(answer, str) else "" if answer else "it says so"
 
 

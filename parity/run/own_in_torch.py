@@ -92,15 +92,14 @@ def _step(
     taken = [name for name in leaves if takes.given(name) or (name == "router" and takes.given("score"))]
     found = _gradients(out, score, {name: leaves[name] for name in taken}, problem, put, rank, backend)
     if "router" in found:
-        torch_ranks.all_sum(found["router"], group)
+        found["router"] = torch_ranks.all_sum(found["router"], group)
     for name in WEIGHTS:
         if name in found and takes.all_experts:
             found[name] = torch_ranks.all_sum(found[name], group)[rank * e : (rank + 1) * e]
     weights = [found[name] for name in WEIGHTS if name in found]
-    kept = compared(case, weights) if len(weights) == len(WEIGHTS) else {}
     values = {"combine/out": out, "route/dx": found["x"]}
     values |= {"route/drouter": found["router"]} if "router" in found else {}
-    values |= {f"apply_experts/{name}": a for name, a in kept.items()}
+    values |= {f"apply_experts/{name}": a for name, a in compared(case, weights).items()} if weights else {}
     return {f"e2e/{name}": to_numpy(a) for name, a in values.items()}
 
 

@@ -26,6 +26,7 @@ import msgspec
 
 from parity.cases.case import Case
 from parity.run.backend import Backend, BackendError, MissingError, Setting
+from parity.run.faults import ROOT
 from parity.run.patience import START_UP, TURN, Patience, under
 
 
@@ -52,8 +53,6 @@ class Failure(msgspec.Struct, frozen=True):
         line = f" ({self.line})" if self.line and self.how == "hangs" else ""
         return f"{self.backend}: {rank}{self.how}{place}{line}" + f": {self.error}" * (self.error != "")
 
-
-ROOT = Path(__file__).parent.parent.parent
 
 Answer = tuple[str, Failure | None]  # of a worker, in JSON: a case is done, or why it is not; ("", None): it began
 
