@@ -5,6 +5,7 @@ random relative error of at most the unit roundoff (`Perturbed`, the yardstick o
 values before their last rounding. Shapes carry the rank in front: x_PTD.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -61,8 +62,10 @@ class Perturbed:
         Perturbing a factor instead would give all numbers of a row one error, which softmax and differences cancel.
         What underflow takes from each product, or from a factor of it, has one sign, and adds up.
         """
-        lost = n + np.abs(a).sum(axis=-1)[..., None] + np.abs(b).sum(axis=-2) if a.ndim > 1 else n
-        deviation = np.sqrt(max(n, 1) / 3) * noise(dtype) * np.sqrt((a * a) @ (b * b)) + lost * underflow(dtype)
+        deviation = np.sqrt((a * a) @ (b * b)) * (math.sqrt(max(n, 1) / 3) * noise(dtype))
+        tiny = underflow(dtype)
+        deviation += np.add.reduce(np.abs(a), -1, keepdims=True) * tiny
+        deviation += (np.add.reduce(np.abs(b), -2) + n) * tiny
         return a @ b + deviation * self.rng.standard_normal(deviation.shape)
 
 
