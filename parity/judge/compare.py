@@ -8,7 +8,7 @@ import numpy as np
 
 from parity.judge.picture import Picture
 from parity.oracle import vectorised
-from parity.oracle.expected import THREADS, Expected, Oracle
+from parity.oracle.expected import Expected, Oracle, map_of
 from parity.oracle.problem import Problem, exact_inputs
 from parity.oracle.reference import Exact, Perturbed
 from parity.oracle.rows import PADDING, Table, identity, row_tables
@@ -164,7 +164,7 @@ def compare(problem: Problem, traces: list[Trace], picture: Picture | None = Non
                 problem, want, trace.backend.name, "oracle", have, want.values, want.allowed, have.present, picture
             )
 
-        checks = list(THREADS.map(against_the_oracle, expected[name].values()))
+        checks = list(map_of(problem.case)(against_the_oracle, expected[name].values()))
         yield from checks
         yield from _moves_its_own_rows(problem, name, mine, expected[name])
         for check, want in zip(checks, expected[name].values(), strict=True):
@@ -192,7 +192,7 @@ def _against(
         return _judge(problem, want, left, right, a, b.values, allowed, a.present & b.present)
 
     names = [name for name in expected[left] if name in found[left] and name in found[right]]
-    yield from filter(None, THREADS.map(of, names))
+    yield from filter(None, map_of(problem.case)(of, names))
 
 
 def _moves_its_own_rows(

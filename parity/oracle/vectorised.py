@@ -18,10 +18,14 @@ Array = np.ndarray
 PLAIN = 2048
 
 
+def small(case: Case) -> bool:
+    """Whether its arrays are so small that Python, and not NumPy, takes most of the time."""
+    return case.ranks * case.tokens * case.top_k <= PLAIN and not case.real_size
+
+
 def oracle_for(case: Case) -> ModuleType:
     """The plain loops where they are quick enough, and these functions elsewhere."""
-    small = case.ranks * case.tokens * case.top_k <= PLAIN and not case.real_size
-    return reference if small else sys.modules[__name__]
+    return reference if small(case) else sys.modules[__name__]
 
 
 def route(case: Case, x_PTD: Array, router_DE: Array, numbers: Numbers) -> tuple[Array, Array]:
