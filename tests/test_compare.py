@@ -181,7 +181,7 @@ def test_what_is_expected():
         np.testing.assert_array_equal(wanted[name].values, values)
     x = np.repeat(PROBLEM.x, 3, axis=1).reshape(24, 8)
     moved = {"/x": x, "/dx": PROBLEM.dx_rows, "/y": PROBLEM.y, "/dy": PROBLEM.dy}
-    exact, drawn = PROBLEM.exact._asdict() | {"x": x}, [draw.layer._asdict() for draw in Oracle(PROBLEM).draws]
+    exact, drawn = PROBLEM.exact._asdict() | {"x": x}, Oracle(PROBLEM).draws[0].layer._asdict()
     for name, want in wanted.items():
         value = name[name.rindex("/") :]
         if want.axes == "A D" and want.allowed is None:
@@ -194,7 +194,7 @@ def test_what_is_expected():
             whole = {"group_by_expert/dx": "dx_experts", "apply_experts/dx": "dx_rows"}
             value = whole.get(name.removeprefix("isolated/"), value[1:])
             expected = replayed()[value] if "/route/" in name else exact[value]
-            allowed = allowance(exact[value], [layer[value] for layer in drawn], "float32")
+            allowed = allowance(exact[value], drawn[value], "float32")
             within(want.values, expected.reshape(want.values.shape), allowed.reshape(want.values.shape))
 
 
@@ -742,7 +742,7 @@ def test_one_rank_or_expert_that_is_too_large_is_named(half_precision):
     (out,) = found_in(half_precision, "e2e/combine/out", (1, 1.015))
     assert out.where
     assert (out.scale, out.where.rank) == (True, 1)
-    (dw_up,) = found_in(half_precision, "e2e/apply_experts/dw_up", (1, 1.02))
+    (dw_up,) = found_in(half_precision, "e2e/apply_experts/dw_up", (1, 1.015))
     assert dw_up.where
     assert dw_up.scale
     assert dw_up.where.expert in (2, 3)

@@ -11,7 +11,7 @@ import numpy as np
 from parity.cases.case import Case, Dtype, Pattern
 
 # Cases in a row with the same shapes: JAX compiles them once, and compiling takes most of the time.
-SHARED = 5
+SHARED = 20
 
 
 def random_cases(n: int, seed: int, fixed: dict[str, Any]) -> list[Case]:

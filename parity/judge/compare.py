@@ -10,9 +10,9 @@ from parity.judge.picture import Picture
 from parity.oracle import vectorised
 from parity.oracle.expected import Expected, Oracle, map_of
 from parity.oracle.problem import Problem, exact_inputs
-from parity.oracle.reference import Exact, Perturbed
+from parity.oracle.reference import Exact
 from parity.oracle.rows import PADDING, Table, identity, row_tables
-from parity.oracle.tolerances import DRAWS, allowance, numpy_dtype, slope
+from parity.oracle.tolerances import allowance, numpy_dtype, slope
 from parity.run.trace import Trace
 
 Array = np.ndarray
@@ -237,9 +237,9 @@ def choice_of_experts(problem: Problem, want: Expected, backend: str, ids: Array
     """
     case = problem.case
     x, router, _, _ = exact_inputs(problem)
-    draws = [Perturbed(np.random.default_rng([case.seed, 2, i])) for i in range(DRAWS)]
     logits, score = vectorised.oracle_for(case).route(case, x, router, Exact())
-    close = 2 * allowance(score, [vectorised.route(case, x, router, n)[1] for n in draws], case.wide).max(axis=-1)
+    drawn = vectorised.drawn_scores(case, x, router, [case.seed, 2])
+    close = 2 * allowance(score, drawn, case.wide).max(axis=-1)
     whole = np.array_equal(x, x.round()) and np.array_equal(router, router.round())
     exact = whole and (np.abs(x) @ np.abs(router)).max(initial=0) < 2**24
     expected = vectorised.oracle_for(case).select(case, score)

@@ -30,32 +30,34 @@ def part(compute: Callable[["Evaluation"], Any]) -> Any:
 class Evaluation:
     """One evaluation of the oracle, each part when it is asked for: stages fed the problem's values, and the layer.
 
-    `draw` None: exact. A number: with every rounding drawn, from a generator for each draw and part, so that no part
-    depends on which others are asked for.
+    `draws` None: exact. Some: with every rounding drawn, and one more axis in front of all numbers, of these draws.
+    Each part has a generator of its own, so that none depends on which others are asked for.
     """
 
-    def __init__(self, problem: Problem, draw: int | None = None) -> None:
-        self.problem, self.case, self.draw = problem, problem.case, draw
+    def __init__(self, problem: Problem, draws: range | None = None) -> None:
+        self.problem, self.case, self.draws = problem, problem.case, draws
         self.parts: dict[str, Any] = {}
-        self.x, self.router, self.weights, self.dout = exact_inputs(problem)
-        self.y, self.dy, self.dx_rows, self.score, self.dscore = (
-            getattr(problem, name).astype(np.float64) for name in ("y", "dy", "dx_rows", "score", "dscore")
-        )
+        x, self.router, self.weights, dout = exact_inputs(problem)
+        names = ("y", "dy", "dx_rows", "score", "dscore")
+        numbers = [x, dout, *(getattr(problem, name).astype(np.float64) for name in names)]
+        if draws:
+            numbers = [np.broadcast_to(a, (len(draws), *a.shape)) for a in numbers]
+        self.x, self.dout, self.y, self.dy, self.dx_rows, self.score, self.dscore = numbers
 
     @property
     def _oracle(self) -> ModuleType:
         """The plain loops where they are quick enough, and only for the exact values: draws are many."""
-        return vectorised.oracle_for(self.case) if self.draw is None else vectorised
+        return vectorised.oracle_for(self.case) if self.draws is None else vectorised
 
     def _numbers(self, part: str) -> Numbers:
-        if self.draw is None:
+        if self.draws is None:
             return Exact()
-        return Perturbed(np.random.default_rng([self.case.seed, 1, self.draw, *part.encode()]))
+        return Perturbed(np.random.default_rng([self.case.seed, 1, self.draws.start, *part.encode()]))
 
     @part
     def layer(self) -> Layer:
         """The whole layer."""
-        if self.draw is None:
+        if self.draws is None:
             return self.problem.exact
         p = self.problem
         return vectorised.layer(

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from parity.cases.case import Case
+from parity.oracle import vectorised
 from parity.oracle.evaluation import Evaluation
 from parity.oracle.problem import Problem
 from parity.oracle.quantities import OUTSIDE, Quantity, quantity_of
 from parity.oracle.rows import Layout
 from parity.oracle.tolerances import DRAWS, allowance, slope_allowance
-from parity.oracle.vectorised import small
 
 Array = np.ndarray
 
@@ -25,7 +25,7 @@ def map_of(case: Case) -> Callable[..., Iterable[Any]]:
 
     On small ones threads take the lock from each other: twice the time, and three times the CPU.
     """
-    return map if small(case) else _THREADS.map
+    return map if vectorised.small(case) else _THREADS.map
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class Oracle:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.exact, self.draws = Evaluation(problem), [Evaluation(problem, i) for i in range(DRAWS)]
+        n = vectorised.draws_at_once(problem.case)
+        self.exact = Evaluation(problem)
+        self.draws = [Evaluation(problem, range(i, i + n)) for i in range(0, DRAWS, n)]
         self.second = Oracle(problem.second) if problem.second else None
 
     def expected(self, names: Iterable[str], layout: Layout) -> dict[str, Expected]:
@@ -79,12 +81,12 @@ class Oracle:
         asked = {name: quantity for name in first if (quantity := quantity_of(name)).asks(self.problem.case)}
         arithmetic = [name for name, quantity in asked.items() if not _bitwise(name, quantity)]
 
-        def evaluated(one: Evaluation) -> dict[str, Array]:
-            return {name: _value(one, name, asked[name], layout) for name in arithmetic}
+        def evaluated(some: Evaluation) -> dict[str, Array]:
+            return {name: _value(some, name, asked[name], layout) for name in arithmetic}
 
         drawn = list(map_of(self.problem.case)(evaluated, self.draws))
         return {
-            name: self._expected(name, quantity, layout, [draw[name] for draw in drawn if name in draw])
+            name: self._expected(name, quantity, layout, [one for some in drawn if name in some for one in some[name]])
             for name, quantity in asked.items()
         } | {want.name: want for want in map(Expected.as_second, beside.values())}
 
@@ -108,5 +110,6 @@ def _bitwise(name: str, quantity: Quantity) -> bool:
 def _value(one: Evaluation, name: str, quantity: Quantity, layout: Layout) -> Array:
     values = getattr(quantity, name.split("/")[0])(one, layout)
     if quantity.axes[0] == "A":
-        return values.reshape(-1, *values.shape[values.ndim - quantity.axes.count("D") :])
+        draws, width = values.shape[: one.draws is not None], values.shape[values.ndim - quantity.axes.count("D") :]
+        return values.reshape(*draws, one.case.ranks * one.case.assignments, *width)
     return values

@@ -10,8 +10,8 @@ import numpy as np
 from parity.cases.case import Case
 from parity.cases.recording import load_recording
 from parity.oracle import reference, vectorised
-from parity.oracle.reference import Exact, Layer, Perturbed, Weights
-from parity.oracle.tolerances import DRAWS, allowance, numpy_dtype
+from parity.oracle.reference import Exact, Layer, Weights
+from parity.oracle.tolerances import allowance, numpy_dtype
 from parity.oracle.vectorised import oracle_for
 from parity.oracle.windows import Windows, draw_windows
 
@@ -130,9 +130,8 @@ def clear_choice(problem: Problem) -> bool:
     """Whether each chosen score is further from the next one than both may be off, so that all choose alike."""
     case = problem.case
     x, router, *_ = exact_inputs(problem)
-    draws = [Perturbed(np.random.default_rng([case.seed, 4, i])) for i in range(DRAWS)]
     _, score = oracle_for(case).route(case, x, router, Exact())
-    allowed = allowance(score, [vectorised.route(case, x, router, draw)[1] for draw in draws], case.wide)
+    allowed = allowance(score, vectorised.drawn_scores(case, x, router, [case.seed, 4]), case.wide)
     order = np.argsort(-score, axis=-1, kind="stable")[..., : case.top_k + 1]
     score, allowed = (np.take_along_axis(a, order, axis=-1) for a in (score, allowed))
     chosen = np.array_equal(order[..., : case.top_k], problem.expert_id)

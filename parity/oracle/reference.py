@@ -2,7 +2,8 @@
 
 Every function takes a `Numbers`, which says what happens at the documented rounding points: nothing (`Exact`), or a
 random relative error of at most the unit roundoff (`Perturbed`, the yardstick of `tolerances.py`). Functions return
-values before their last rounding. Shapes carry the rank in front: x_PTD.
+values before their last rounding. Shapes carry the rank in front: x_PTD. What needs no loop, here and in `vectorised`,
+takes arrays with more axes before it, of draws.
 """
 
 import math
@@ -65,7 +66,7 @@ class Perturbed:
         deviation = np.sqrt((a * a) @ (b * b)) * (math.sqrt(max(n, 1) / 3) * noise(dtype))
         tiny = underflow(dtype)
         deviation += np.add.reduce(np.abs(a), -1, keepdims=True) * tiny
-        deviation += (np.add.reduce(np.abs(b), -2) + n) * tiny
+        deviation += (np.add.reduce(np.abs(b), -2, keepdims=a.ndim > 1) + n) * tiny
         return a @ b + deviation * self.rng.standard_normal(deviation.shape)
 
 
@@ -120,23 +121,29 @@ def select(case: Case, score_PTE: Array) -> Array:
 
 def chosen_scores(case: Case, score_PTE: Array, id_PTK: Array, numbers: Numbers) -> Array:
     """The scores of the chosen experts, renormalised and scaled as the case says: [P, T, K]."""
-    score_PTK = np.take_along_axis(score_PTE, id_PTK, axis=2)
+    score_PTK = np.take_along_axis(score_PTE, _for_each(id_PTK, score_PTE), axis=-1)
     if case.router.renormalize:
         total_PT1 = numbers.terms(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
         score_PTK = numbers.round(score_PTK / total_PT1, case.wide)
     return score_PTK * case.router.scale
 
 
+def _for_each(id_PTK: Array, a: Array) -> Array:
+    """The expert ids with the leading axes of `a`."""
+    return np.broadcast_to(id_PTK, (*a.shape[:-1], id_PTK.shape[-1]))
+
+
 def score_backward(case: Case, score_PTE: Array, id_PTK: Array, dscore_PTK: Array, numbers: Numbers) -> Array:
     """The gradient of the logits, [P, T, E], from that of the chosen scores."""
-    score_PTK, d_PTK = np.take_along_axis(score_PTE, id_PTK, axis=2), case.router.scale * dscore_PTK
+    id_PTK, d_PTK = _for_each(id_PTK, score_PTE), case.router.scale * dscore_PTK
+    score_PTK = np.take_along_axis(score_PTE, id_PTK, axis=-1)
     if case.router.renormalize:
         total_PT1 = numbers.terms(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
         mean_PT1 = numbers.terms(d_PTK * score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) / total_PT1
         d_PTK = numbers.round(numbers.round(d_PTK, case.wide) - numbers.round(mean_PT1, case.wide), case.wide)
         d_PTK = d_PTK / total_PT1
     d_PTE = np.zeros_like(score_PTE)
-    np.put_along_axis(d_PTE, id_PTK, numbers.round(d_PTK, case.wide), axis=2)
+    np.put_along_axis(d_PTE, id_PTK, numbers.round(d_PTK, case.wide), axis=-1)
     if case.router.score_function == "sigmoid":
         dlogits_PTE = d_PTE * score_PTE * numbers.round(1 - score_PTE, case.wide)
     else:

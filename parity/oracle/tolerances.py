@@ -1,5 +1,6 @@
 """How far from exact an implementation may be, per row, derived from the dtype and the case."""
 
+from collections.abc import Iterable
 from functools import cache
 
 import ml_dtypes
@@ -45,7 +46,7 @@ def underflow(dtype: str) -> float:
     return float(info.smallest_subnormal) / 2 if dtype == "float16" else float(info.smallest_normal)
 
 
-def allowance(exact: np.ndarray, draws: list[np.ndarray], dtype: str) -> np.ndarray:
+def allowance(exact: np.ndarray, draws: Iterable[np.ndarray], dtype: str) -> np.ndarray:
     """The largest error that still counts as a match, elementwise, for `exact` [..., n], rows along the last axis.
 
     Half a step of the dtype the result is stored in, for the last rounding, and FACTOR times the row's yardstick: its

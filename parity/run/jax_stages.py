@@ -138,8 +138,9 @@ def environment() -> dict[str, str]:
 
 def _static(case: Case) -> Case:
     """The case less what does not change the program: cases that differ in these share one compilation."""
-    irrelevant = ("name", "pattern", "seed", "recording", "capacity_factor", "capacity_per", "priority", "align")
-    return replace(case, **{field: getattr(Case(), field) for field in irrelevant})
+    numbers = ("name", "pattern", "seed", "recording", "logit_scale", "logit_offset", "outlier")
+    in_capacity = ("capacity_factor", "capacity_per", "priority", "align")
+    return replace(case, **{field: getattr(Case(), field) for field in numbers + in_capacity})
 
 
 # Compiling is most of what a check costs on a CPU, and the code for stages on their own runs once. The whole layer is
