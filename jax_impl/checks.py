@@ -32,7 +32,7 @@ def check_router(x_TD: Array, router_DE: Array, router: "jax_impl.routing.Router
         raise ValueError(f"top_k is {router.top_k} with {router_DE.shape[1]} experts: it must be between 1 and E")
     if router.score_function not in ("softmax", "sigmoid"):
         raise ValueError(f"score_function is {router.score_function!r}: it must be 'softmax' or 'sigmoid'")
-    if not math.isfinite(router.scale):
+    if not abs(router.scale) < math.inf:
         raise ValueError(f"scale is {router.scale}: it must be finite")
     if expert_id_TK is not None:
         if expert_id_TK.shape != (x_TD.shape[0], router.top_k):

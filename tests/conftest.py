@@ -1,8 +1,6 @@
 """One configuration for all tests: eight JAX devices, shapes checked, repeatable examples, nothing compiled twice."""
 
-import hashlib
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from parity.run.worker import keep_what_xla_compiles
 
 if TYPE_CHECKING:
     from torch_ranks import TorchRanks
@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     on_gpu = config.getoption("markexpr") == "gpu"
     if not on_gpu:
         compile_quickly()
-        keep_what_xla_compiles()
+        keep_what_xla_compiles(COMPILED)
 
     import jax
     import torch
@@ -104,20 +104,6 @@ def as_users_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-def keep_what_xla_compiles() -> None:
-    """Every program, for all processes and for the next run: compiling takes longer than all that is compiled.
-
-    JAX finds a program by its text, its options and its own version; machines that differ have folders of their own.
-    """
-    info = Path("/proc/cpuinfo")
-    flags = (
-        next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.exists() else ""
-    )
-    machine = hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:8]
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED / f"jax-{machine}"))
-    os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 
 @pytest.fixture(scope="session")

@@ -57,8 +57,8 @@ class Case:
         "D, model width.",
     )
     hidden: int = _field(
-        32,
-        "F, expert hidden width.",
+        24,
+        "F, expert hidden width; not D, so that a transposed weight has another shape.",
     )
     experts: int = _field(
         8,

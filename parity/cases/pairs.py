@@ -5,7 +5,7 @@ expert). What decides a program's shapes is varied in few rows, as JAX compiles 
 several cases a row.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import combinations, product
@@ -20,16 +20,16 @@ from parity.cases.case import Case
 Values = Mapping[str, Sequence[Any]]
 Pair = tuple[tuple[str, Any], tuple[str, Any]]
 
-ROWS = Path(__file__).parent / "pairs.jsonl"  # what `python -m parity.cases.pairs` writes, in a quarter of a minute
+ROWS = Path(__file__).parent / "pairs.jsonl"  # what `python -m parity.oracle.pairs` writes, in a minute
 
 # Values that are tried with each other. E is ranks times `experts_per_rank`, which is no field but says more than E.
 SHAPES: Values = {
-    "ranks": (1, 2, 4, 8),
+    "ranks": (1, 2, 4),
     "experts_per_rank": (1, 2, 3),
     "top_k": (1, 2, 3),
     "tokens": (1, 6, 16),
-    "width": (8, 24),
-    "hidden": (5, 16),
+    "width": (8, 32),
+    "hidden": (5, 24),
     "dtype": ("float32", "bfloat16", "float16", "float64"),
     "score_function": ("softmax", "sigmoid"),
     "renormalize": (False, True),
@@ -45,7 +45,7 @@ NUMBERS: Values = {
     "pattern": ("random", "balanced", "zipf", "one_expert", "empty_expert", "idle_rank", "stay_home", "ties"),
     "logit_scale": (1.0, 50.0),
     "logit_offset": (0.0, 20.0, -46.0),
-    "outlier": (1.0, 30.0),
+    "outlier": (1.0, 10.0),
 }
 FIELDS: Values = SHAPES | NUMBERS
 
@@ -88,22 +88,35 @@ def _completed(fixed: Mapping[str, Any], rng: np.random.Generator) -> dict[str, 
     return None
 
 
-def covering_rows(seed: int = 0, tried: int = 400) -> list[list[dict[str, Any]]]:
-    """Rows in which every possible pair occurs, in groups that share the fields of `SHAPES`.
+def seconds(row: Mapping[str, Any]) -> float:
+    """About what a program of this row takes to compile on one core, in both frameworks."""
+    ranks = row["ranks"] * (2 if row["way"] == "two_groups" else 1)
+    return 1.5 + 0.1 * ranks + {"eager": 6, "compiled": 3 + ranks, "in_flight": 1.5}.get(row["way"], 0)
 
-    Greedy: of `tried` rows drawn, each around a pair that is missing, the one with the most missing pairs.
+
+def covering_rows(
+    covered: set[Pair], fits: Callable[[Case], bool], seed: int = 0, tried: int = 400
+) -> list[list[dict[str, Any]]]:
+    """Rows in which every possible pair occurs that is not covered yet, in groups that share the fields of `SHAPES`.
+
+    Greedy: of `tried` rows drawn, each around a pair that is missing, the one with the most missing pairs a second.
+    A case of a row must fit: see `write`.
     """
-    rng, missing = np.random.default_rng(seed), possible_pairs()
+    rng, missing = np.random.default_rng(seed), possible_pairs() - covered
     groups: dict[tuple, list[dict[str, Any]]] = {}
 
     def shape(row: Mapping[str, Any]) -> dict[str, Any]:
         return {name: row[name] for name in SHAPES}
 
-    def take(around: Iterable[Mapping[str, Any]], among: set[Pair]) -> None:
-        rows = filter(None, (_completed(fixed, rng) for fixed in around))
-        best = max(rows, key=lambda row: len(pairs_in([row]) & among))
+    def take(around: Iterable[Mapping[str, Any]], among: set[Pair]) -> bool:
+        rows = [row for fixed in around if (row := _completed(fixed, rng))]
+        rows.sort(key=lambda row: len(pairs_in([row]) & among) / seconds(row), reverse=True)
+        best = next((row for row in rows if fits(case_of(row))), None)
+        if best is None or not pairs_in([best]) & missing:
+            return False
         missing.difference_update(pairs_in([best]))
         groups.setdefault(tuple(shape(best).values()), []).append(best)
+        return True
 
     def some(pairs: set[Pair]) -> list[dict[str, Any]]:
         ordered = sorted(pairs, key=str)
@@ -111,7 +124,9 @@ def covering_rows(seed: int = 0, tried: int = 400) -> list[list[dict[str, Any]]]
 
     while left := {pair for pair in missing if {name for name, _ in pair} <= SHAPES.keys()}:
         take(some(left), left)
-    while missing:
+    for _ in range(len(missing)):
+        if not missing:
+            return list(groups.values())
         programs = [shape(rows[0]) for rows in groups.values()]
         fitting = [
             program | pair
@@ -119,13 +134,14 @@ def covering_rows(seed: int = 0, tried: int = 400) -> list[list[dict[str, Any]]]
             for program in [programs[int(rng.integers(len(programs)))]]
             if all(program.get(name, value) == value for name, value in pair.items())
         ]
-        take(fitting or some(missing), missing)
-    return list(groups.values())
+        if not take(fitting, missing):
+            take(some(missing), missing)
+    raise ValueError(f"no case fits that has {missing}")
 
 
-def write(path: Path = ROWS) -> None:
+def write(covered: set[Pair], fits: Callable[[Case], bool], path: Path = ROWS) -> None:
     """Find the rows again and write them, a line of JSON each."""
-    rows = [{"group": i + 1} | row for i, rows in enumerate(covering_rows()) for row in rows]
+    rows = [{"group": i + 1} | row for i, rows in enumerate(covering_rows(covered, fits)) for row in rows]
     path.write_text("".join(msgspec.json.encode(row).decode() + "\n" for row in rows))
 
 
@@ -139,7 +155,3 @@ def pair_cases() -> dict[str, Case]:
         name = f"pairs-{group:02d}{letter}"
         cases[name] = replace(case_of(row), name=name, seed=len(cases))
     return cases
-
-
-if __name__ == "__main__":
-    write()

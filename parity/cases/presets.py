@@ -43,6 +43,7 @@ def _presets() -> dict[str, Case]:
         "pydoc-bfloat16": replace(pydoc, dtype="bfloat16"),
         "large-logits": replace(base, logit_offset=200),
         "tiny-scores": replace(base, score_function="sigmoid", renormalize=True, scale=2.5, logit_offset=-46),
+        **{way: replace(base, way=way) for way in ("eager", "compiled", "recomputed")},
         "in-flight": replace(base, way="in_flight"),
         "two-groups": replace(base, ranks=2, way="two_groups"),
         "wide": replace(base, ranks=16, experts=128, top_k=8, tokens=3, capacity_factor="1.25", pattern="zipf"),
@@ -50,10 +51,8 @@ def _presets() -> dict[str, Case]:
     return {name: replace(case, name=name) for name, case in cases.items()}
 
 
-PLAIN = _presets()  # what `check` runs unless told otherwise
-# The same layer run otherwise, and every two values of two fields that can occur together.
-THOROUGH = {way: replace(Case(), name=way, way=way) for way in ("eager", "compiled", "recomputed")} | pair_cases()
-PRESETS = PLAIN | THOROUGH
+PLAIN = _presets()
+PRESETS = PLAIN | pair_cases()  # with which every two values of two fields that can occur together do
 
 # Published shapes of real models: width, hidden width of an expert, routed experts, experts per token, whether scores
 # are renormalised. From each model's configuration (config.json) on the Hugging Face hub, where it has the name given.

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import tyro
 
 from parity.cases.case import Case, flag
-from parity.cases.presets import MODELS, PLAIN, PRESETS, THOROUGH
+from parity.cases.presets import MODELS, PLAIN, PRESETS
 from parity.cases.random_cases import random_cases
 from parity.cases.recording import case_of_recording
 from parity.cli.report import publish
@@ -34,9 +34,8 @@ def _flag(f: Field) -> tuple[str, Any, Any]:
 Flags = make_dataclass("Flags", [_flag(f) for f in fields(Case)])
 
 PRESETS_HELP = f"""Presets to run; all of these when no preset and no field is given, and `all` means these:
-{", ".join(PLAIN)}. With --thorough, and by name, there are {", ".join(n for n in THOROUGH if "pairs" not in n)}, and
-{len([n for n in THOROUGH if "pairs" in n])} cases pairs-01a and so on, in which every two values of two fields occur
-together that can."""
+{", ".join(PLAIN)}; and {len(PRESETS) - len(PLAIN)} cases pairs-01a and so on, with which every two values of two
+fields that can occur together do."""
 
 
 BACKEND_HELP = f"""What to run, once for each; default: {" and ".join(b.name for b in ours.DEFAULT)}. One alone, with
@@ -57,8 +56,7 @@ class Command:
     Exit code: 0 match, 1 mismatch, 2 wrong usage, 3 a framework is missing or crashed, 5 nothing was compared.
 
     Examples:
-        python -m parity check                        every preset of a minute or two
-        python -m parity check --thorough             and those that take longer
+        python -m parity check                        every preset
         python -m parity check zipf p8                two presets
         python -m parity check zipf --dtype bfloat16  a preset, changed
         python -m parity check --ranks 2 --experts 6 --capacity-factor 5/4
@@ -70,11 +68,9 @@ class Command:
     presets: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(help=PRESETS_HELP)] = ()
     case: Annotated[Any, tyro.conf.arg(name="", constructor=Flags)] = field(default_factory=Flags)
     random: int = 0
-    """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all. Five in
-    a row have the same shapes, which JAX compiles once, and differ in routing."""
+    """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all. Twenty
+    in a row have the same shapes, which JAX compiles once, and differ in routing."""
     backend: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help=BACKEND_HELP)] = ()
-    thorough: bool = False
-    """Every preset: the layer run in other ways too, and every two values of two fields together. Some minutes."""
     model: tuple[str, ...] = ()
     """Check the layer of real models at full width: deepseek-v3, mixtral-8x7b, qwen3-30b-a3b, gpt-oss-120b or
     olmoe-1b-7b."""
@@ -167,8 +163,7 @@ def chosen_cases(command: Command) -> list[Case]:
     if unknown:
         raise ValueError(f"no preset is called {', '.join(unknown)}. There are: {', '.join(PRESETS)}")
     named = [name for name in command.presets if name != "all"]
-    every = [*PLAIN, *(THOROUGH if command.thorough else ())]
-    names = every if "all" in command.presets or command.thorough or not (named or changes) else named
+    names = list(PRESETS) if "all" in command.presets or not (named or changes) else named
     if not names and "recording" in changes:
         return [_recorded(changes)]
     if not names:

@@ -20,8 +20,8 @@ Array = np.ndarray
 # Assignments up to which the plain loops are used where one evaluation is enough: about a second.
 PLAIN = 2048
 
-# Numbers in the largest array up to which all draws are evaluated together: of 16 draws, 16 MB.
-AT_ONCE = 2**17
+# Numbers in the largest array up to which all draws are evaluated together: of 16 draws, 32 MB.
+AT_ONCE = 2**18
 
 
 def small(case: Case) -> bool:

@@ -31,7 +31,7 @@ SHORT = {
     "combine": "9 combine",
 }
 MANY = 10  # cases, from which on the report says what pairs of values they cover
-MOST = 60  # cases in the table; of more, those that fail
+MOST = 60  # cases in the table; of more, those that fail. Those by pairs are listed where there are no others
 VERDICT_STYLE = {"match": "bold green", "mismatch": "bold red", "nothing compared": "bold red"}
 
 
@@ -41,8 +41,9 @@ def table(report: Report) -> Table:
     for column in ("case", "P", "T", "E", "K", "dtype", "C", "dropped", "stages 1-9", "layer", "closest", "s"):
         right = column in ("P", "T", "E", "K", "C", "dropped", "closest", "s")
         result.add_column(column, justify="right" if right else "left", no_wrap=True)
+    listed = [name for name in report.cases if not name.startswith("pairs-")] or [*report.cases]
     for name, record in report.cases.items():
-        if len(report.cases) > MOST and not _failed(report, name):
+        if (len(listed) > MOST or name not in listed) and not _failed(report, name):
             continue
         case, found = record.case, report.checks[name]
         alone = {s for s in STAGES if any(backend.alone(s) for backend in backends(report, record))}
@@ -165,8 +166,11 @@ def place(where: Where) -> str:
 def print_report(console: Console, report: Report) -> None:
     """The table, the failures, one line of summary and where the time went."""
     foot = report.footer
-    if len(report.cases) <= MOST or foot.failing:
-        console.print(table(report))
+    shown = table(report)
+    if shown.row_count:
+        console.print(shown)
+    if 0 < shown.row_count < len(report.cases):
+        console.print(f"and {len(report.cases) - shown.row_count} more, which match")
     if foot.failing:
         console.print(failures(report), soft_wrap=True)  # a command that is broken in two cannot be copied
     console.print(

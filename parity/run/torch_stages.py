@@ -3,7 +3,7 @@
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,12 +65,14 @@ def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at:
         return Step(of, stages_of, rank_in_group, device, group, HostWaits(device))
 
     at("the first step")
-    (first := step(own)).forward()
-    found = first.backward()
+    with poisoned_memory() if case.way == "compiled" else nullcontext():  # whose other mode would compile anew
+        (first := step(own)).forward()
+        found = first.backward()
     at("steps on other inputs")
-    for other in own.steps_between():
-        (between := step(other)).forward()
-        between.backward()
+    with poisoned_memory() if case.way == "compiled" else nullcontext():
+        for other in own.steps_between():
+            (between := step(other)).forward()
+            between.backward()
     at("the first step, repeated")
     with poisoned_memory():
         (again := step(own)).forward()
@@ -398,6 +400,8 @@ class Step:
         self.ids, self.keep = put(problem.expert_id[rank]), put(problem.keep[rank])
         self.score = put(problem.score[rank]) if case.priority == "score" else None
         self.dout, self.aux = put(problem.dout[rank]), put(problem.aux[rank])
+        # Inside one compiled graph autograd sees no scores; what is added to them has the same gradient.
+        self.probe = torch.zeros_like(self.aux).requires_grad_() if case.way == "compiled" else None
         self.given = {
             "route": [self.router], "group_by_expert": [self.x, self.ids], "apply_experts": self.weights,
             "combine": [self.dout],
@@ -409,7 +413,7 @@ class Step:
         case = self.problem.case
         layer = self._chosen if choose else self._replayed
         if case.way == "compiled":  # Inductor, which fuses across stages, is under test where captures are
-            layer = torch.compile(layer, backend="aot_eager", dynamic=True)
+            layer = torch.compile(layer, backend="aot_eager", fullgraph=True)
         if case.way == "recomputed":
             layer = partial(checkpoint, layer, use_reentrant=False)
         with self.waits.counted():
@@ -419,6 +423,9 @@ class Step:
         case, (x, router, *_) = self.problem.case, inputs
         chosen = routing.route(x, router, routing.Router(*case.router), expert_id_TK=self.ids)
         scores = chosen.score_TK
+        if self.probe is not None:
+            scores = scores + self.probe
+            chosen = with_scores(chosen, scores)
         if self.score is not None:  # who is dropped goes by scores to the last bit: those of the oracle
             chosen = with_scores(chosen, scores + (self.score - scores).detach())
         return self.stages_of.layer(case, inputs, chosen, self.keep, self.capacity, self.group), scores
@@ -429,7 +436,7 @@ class Step:
 
     def backward(self) -> Arrays:
         """Every value and every gradient, as e2e/stage/value."""
-        leaves = (self.x, self.scores, self.router, *self.weights)
+        leaves = (self.x, self.scores if self.probe is None else self.probe, self.router, *self.weights)
         with self.waits.counted():
             dx, dscore, drouter, *dw = torch.autograd.grad(
                 (self.stages.out_TD, self.scores), leaves, (self.dout, self.aux)

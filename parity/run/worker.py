@@ -1,5 +1,8 @@
 """A process that runs some of the cases of one backend: `python -m parity.run.worker FOLDER BACKEND SETTING`."""
 
+import hashlib
+import os
+import platform
 import sys
 from pathlib import Path
 
@@ -8,11 +11,30 @@ import msgspec
 from parity.run.backend import Backend, Setting, resolve
 from parity.run.supervisor import answer, end_with_parent, only_answers
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moe-parity"
+
+
+def keep_what_xla_compiles(folder: Path) -> None:
+    """Every program, for all processes and for the next run: compiling takes longer than all that is compiled.
+
+    JAX finds a program by its text, its options and its own version; machines that differ have folders of their own.
+    What the environment says of JAX's cache stays as it is.
+    """
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    machine = hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:8]
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / f"jax-{machine}"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
 if __name__ == "__main__":
     end_with_parent()
     only_answers()
     folder, backend, setting = sys.argv[1:]
     record = msgspec.json.decode(backend, type=Backend)
+    keep_what_xla_compiles(CACHE)
     run = resolve(record.run)
     answer("")
     run(record, Path(folder), msgspec.json.decode(setting, type=Setting))

@@ -1,0 +1,20 @@
+"""Which presets by pairs there are: those that the other presets leave, and that overflow nowhere."""
+
+import numpy as np
+
+from parity.cases import pairs
+from parity.cases.case import Case
+from parity.cases.presets import PLAIN
+from parity.oracle.problem import draw
+from parity.oracle.tolerances import numpy_dtype
+
+
+def fits(case: Case) -> bool:
+    """Whether the dtype holds all that the oracle computes, twice over: infinities are not judged."""
+    with np.errstate(over="ignore"):
+        values = [2 * np.asarray(a).astype(numpy_dtype(case.dtype)) for a in draw(case).exact]
+    return all(bool(np.isfinite(a.astype(np.float64)).all()) for a in values)
+
+
+if __name__ == "__main__":
+    pairs.write(pairs.pairs_in(map(pairs.row_of, PLAIN.values())), fits)
