@@ -1,4 +1,4 @@
-.PHONY: help setup parity quick test test-slow test-gpu test-kernels mutants lint format clean
+.PHONY: help setup parity quick test test-slow test-gpu test-kernels test-published published mutants lint format clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -46,6 +46,20 @@ $(VENV)-triton/installed: pyproject.toml constraints.txt
 	$(VENV)-triton/bin/pip install --quiet --no-deps jax-cuda13-plugin==$(JAX) jax-cuda13-pjrt==$(JAX)
 	@touch $@
 
+test-published: $(VENV)-published/installed  ## published layers, in an environment of their own (Python 3.12)
+	$(VENV)-published/bin/python -m pytest -m published
+
+published: $(VENV)-published/installed  ## the table in docs/published.md: each preset against each published layer
+	@$(VENV)-published/bin/python tests/published_table.py
+
+# Megatron-Core and MaxText need Python 3.12; of jax, MaxText needs a newer release than all else is pinned to.
+PYTHON312 ?= python3.12
+$(VENV)-published/installed: pyproject.toml
+	$(PYTHON312) -m venv $(VENV)-published
+	$(VENV)-published/bin/pip install --quiet torch==2.13.0 jax==0.11.1 jaxlib==0.11.1 transformers==5.24.0 \
+		megatron-core==0.19.2 torchtitan==0.3.0 maxtext==0.2.5 -e '.[transformers,megatron,torchtitan,maxtext,test]'
+	@touch $@
+
 mutants: $(VENV)/installed  ## change the implementations by machine, one thing at a time: does `check` notice? (hours)
 	$(VENV)/bin/python tests/mutants.py
 
@@ -60,4 +74,4 @@ format: $(VENV)/installed  ## let ruff rewrite
 	$(RUN) ruff check --fix .
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) $(VENV)-triton .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(VENV)-triton $(VENV)-published .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

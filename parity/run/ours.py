@@ -1,5 +1,8 @@
 """This project's backends: each implementation in each framework, as a record."""
 
+import re
+from pathlib import Path
+
 import msgspec
 
 from parity.cases.case import Case
@@ -60,14 +63,33 @@ FRAMEWORKS = tuple(dict.fromkeys(backend.framework for backend in BACKENDS.value
 # What `check` runs unless told otherwise: of each framework the first.
 DEFAULT = tuple(next(b for b in BACKENDS.values() if b.framework == framework) for framework in FRAMEWORKS)
 
+# Published layers: a file each, and in it one function, `layer`, or several.
+PUBLISHED = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "published").glob("[!_]*.py")))
+
+
+def _published(name: str) -> Backend | None:
+    """The layer that `maxtext` or `transformers:mixtral` names, or None where it names none of those published."""
+    named = re.fullmatch(r"(\w+)(:\w+)?(@.*)?", name)
+    if not named or named[1] not in PUBLISHED:
+        return None
+    found = own.read(f"parity.published.{named[1]}{named[2] or ':layer'}{named[3] or ''}")
+    if not found:
+        asked = named[2][1:] if named[2] else "layer"
+        raise ValueError(f"--backend {name}: parity/published/{named[1]}.py has no function {asked}: name one it has")
+    return msgspec.structs.replace(found, asked=name, needs=(*found.needs, named[1]))
+
 
 def find(name: str) -> Backend:
-    """The backend of that name, the layer in a file, or what `package.module:name` names: a layer, or a record.
+    """The backend of that name, a published layer, the layer in a file, or what `package.module:name` names.
+
+    The last is a layer, or a record.
 
     Raises ValueError when there is none.
     """
     if name in BACKENDS:
         return BACKENDS[name]
+    if published := _published(name):
+        return published
     try:
         found = own.read(name) if ":" in name or name.partition("@")[0].endswith(".py") else None
         found = found or (resolve(name) if ":" in name else None)
@@ -76,7 +98,10 @@ def find(name: str) -> Backend:
     if not isinstance(found, Backend):
         what = f"{name} is a {type(found).__name__} and no Backend" if ":" in name else f"no backend is called {name}"
         there = ", ".join(BACKENDS)
-        raise ValueError(f"{what}. There are: {there}; or name a file of your own, as mine.py, or package.module:name")
+        also = f". Published layers are in {', '.join(PUBLISHED)}"
+        raise ValueError(
+            f"{what}. There are: {there}; or name a file of your own, as mine.py, or package.module:name{also}"
+        )
     if found.name in BACKENDS and found != BACKENDS[found.name]:
         raise ValueError(f"--backend {name} is called {found.name}, as one of this project is: give it another name")
     if not found.run:

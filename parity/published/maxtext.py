@@ -1,0 +1,62 @@
+"""MaxText's RoutedMoE: dense, or with its experts over the ranks' devices, on a mesh that it makes itself."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import maxtext  # pyright: ignore[reportMissingImports]
+from flax import nnx  # pyright: ignore[reportMissingImports]
+from maxtext.configs import pyconfig  # pyright: ignore[reportMissingImports]
+from maxtext.layers.initializers import nd_dense_init  # pyright: ignore[reportMissingImports]
+from maxtext.layers.moe import RoutedMoE  # pyright: ignore[reportMissingImports]
+from maxtext.utils import maxtext_utils  # pyright: ignore[reportMissingImports]
+
+from parity import Unsupported, backend
+
+
+def run(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, **options):
+    """The output of a layer that is configured so, with our weights, which are laid out as its own."""
+    if (case.score_function, case.renormalize) != ("softmax", True):
+        raise Unsupported("softmax over the chosen only, which is to renormalise")
+    if case.scale != 1:
+        raise Unsupported("no scale")
+    if case.activation != "silu":
+        raise Unsupported("silu only")
+    base = Path(maxtext.__file__).parent / "configs" / "base.yml"
+    config = pyconfig.initialize(
+        ["", str(base)], run_name="", override_model_config=True, enable_checkpointing=False,
+        skip_jax_distributed_system=True, model_name="mixtral-8x7b", base_emb_dim=case.width, base_mlp_dim=case.hidden,
+        base_moe_mlp_dim=case.hidden, num_experts=case.experts, num_experts_per_tok=case.top_k, dtype=case.dtype,
+        weight_dtype=case.dtype, matmul_precision="highest", per_device_batch_size=1, max_target_length=case.tokens,
+        capacity_factor=-1.0, megablox=False, **options,
+    )  # fmt: skip
+    devices = jax.devices()[: options.get("ici_expert_parallelism", 1)]
+    mesh = jax.sharding.Mesh(maxtext_utils.create_device_mesh(config, devices), config.mesh_axes)
+    moe = RoutedMoE(
+        config, case.experts, case.top_k, mesh, nd_dense_init(1.0, "fan_in", "truncated_normal"), ("embed", "mlp"),
+        nnx.Rngs(0), case.hidden, jnp.dtype(case.dtype), jnp.dtype(case.dtype),
+    )  # fmt: skip
+    moe.gate.kernel.value, moe.wi_0.value, moe.wi_1.value, moe.wo.value = router_DE, w_gate_EDF, w_up_EDF, w_down_EFD
+    with mesh:
+        return moe(x_PTD)[0]
+
+
+@backend(framework="jax")
+def dense(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
+    """Every expert on every token, on one device."""
+    ours = (x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
+    return run(*ours, sparse_matmul=False)
+
+
+@backend(framework="jax")
+def dense_over_ranks(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
+    """The same with the experts spread over the devices."""
+    ours = (x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
+    return run(*ours, sparse_matmul=False, ici_expert_parallelism=case.ranks, ici_fsdp_parallelism=1)
+
+
+@backend(framework="jax")
+def ragged(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
+    """Each expert on its own tokens, by a grouped product, on one device."""
+    ours = (x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
+    return run(*ours, sparse_matmul=True)

@@ -1,0 +1,52 @@
+"""Megatron-Core's MoELayer with expert parallelism: its all-gather dispatcher, over the ranks' process group."""
+
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state  # pyright: ignore[reportMissingImports]
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec  # pyright: ignore[reportMissingImports]
+from megatron.core.transformer.transformer_config import TransformerConfig  # pyright: ignore[reportMissingImports]
+from torch._C._distributed_c10d import HashStore
+from torch.nn.functional import gelu, silu
+
+from parity import Unsupported, backend
+
+
+def gelu_tanh(x):
+    """As it calls it: gelu by its tanh approximation."""
+    return gelu(x, approximate="tanh")
+
+
+@cache
+def join(ranks):
+    """Its own groups, once in each process."""
+    if not dist.is_initialized():  # one rank: it asks for a group all the same
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    if not torch.cuda.is_available():  # its router asks for the GPU whatever there is
+        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
+
+
+@backend(framework="torch")
+def layer(x_TD, router_DE, w_gate_eDF, w_up_eDF, w_down_eFD, case, group):  # noqa: ARG001  it makes its own groups
+    """The layer, with its router in float32 and no auxiliary loss."""
+    if case.score_function == "sigmoid" and not case.renormalize and case.top_k > 1:
+        raise Unsupported("sigmoid always renormalises for K > 1")
+    join(case.ranks)
+    config = TransformerConfig(
+        num_layers=1, num_attention_heads=1, hidden_size=case.width, ffn_hidden_size=case.hidden,
+        moe_ffn_hidden_size=case.hidden, num_moe_experts=case.experts, moe_router_topk=case.top_k,
+        moe_router_pre_softmax=case.score_function == "softmax" and not case.renormalize,
+        moe_router_score_function=case.score_function, moe_router_topk_scaling_factor=case.scale,
+        moe_router_dtype="fp64" if case.dtype == "float64" else "fp32", moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="allgather", expert_model_parallel_size=case.ranks,
+        gated_linear_unit=True, activation_func={"silu": silu, "gelu_tanh": gelu_tanh}[case.activation],
+        bias_activation_fusion=False, add_bias_linear=False, use_cpu_initialization=True, params_dtype=x_TD.dtype,
+    )  # fmt: skip
+    moe = get_moe_module_spec(use_te=False, num_experts=case.experts, moe_grouped_gemm=False)(config)
+    weights = {"router.weight": router_DE.T}
+    for i, (gate_DF, up_DF, down_FD) in enumerate(zip(w_gate_eDF, w_up_eDF, w_down_eFD, strict=True)):
+        weights[f"experts.local_experts.{i}.linear_fc1.weight"] = torch.cat([gate_DF, up_DF], 1).T
+        weights[f"experts.local_experts.{i}.linear_fc2.weight"] = down_FD.T
+    return torch.func.functional_call(moe, weights, (x_TD[:, None],))[0][:, 0]

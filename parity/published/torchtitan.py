@@ -1,0 +1,36 @@
+"""torchtitan's MoE, on one rank's tokens with all experts."""
+
+import torch
+from torchtitan.models.common.linear import Linear  # pyright: ignore[reportMissingImports]
+from torchtitan.models.common.moe import (  # pyright: ignore[reportMissingImports]
+    GroupedExperts,
+    MoE,
+    RoutedExperts,
+    TokenChoiceTopKRouter,
+)
+from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher  # pyright: ignore[reportMissingImports]
+
+from parity import Unsupported, backend
+
+
+@backend(framework="torch")
+def layer(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
+    """The layer, without a shared expert and with selection biases of zero."""
+    if case.activation != "silu":
+        raise Unsupported("silu only")
+    if case.dtype != "bfloat16":
+        raise Unsupported("its experts compute in bfloat16, whatever the tokens are")
+    D, F, E, K = case.width, case.hidden, case.experts, case.top_k
+    router = TokenChoiceTopKRouter.Config(
+        num_experts=E, top_k=K, gate=Linear.Config(in_features=D, out_features=E), score_func=case.score_function,
+        route_norm=case.renormalize, route_scale=case.scale,
+    )  # fmt: skip
+    experts = RoutedExperts.Config(
+        inner_experts=GroupedExperts.Config(dim=D, hidden_dim=F, num_experts=E),
+        token_dispatcher=LocalTokenDispatcher.Config(num_experts=E, top_k=K),
+    )
+    moe = MoE(MoE.Config(num_experts=E, load_balance_coeff=1e-3, routed_experts=experts, router=router))
+    weights = {"router.gate.weight": router_DE.T.to(x_TD.dtype)}
+    weights |= {f"routed_experts.inner_experts.{name}": w.mT for name, w in
+                (("w1_EFD", w_gate_EDF), ("w2_EDF", w_down_EFD), ("w3_EFD", w_up_EDF))}  # fmt: skip
+    return torch.func.functional_call(moe, weights, (x_TD[None],))[0]
