@@ -17,6 +17,7 @@ CASES = [
     PRESETS["sigmoid"],
     PRESETS["drop-expert-choice"],
     replace(PRESETS["bfloat16"], renormalize=True, capacity_factor="1/2"),
+    replace(PRESETS["uneven-drop"], renormalize=True),
     Case(tokens=0),
 ]
 
@@ -38,7 +39,7 @@ def test_equal_but_for_the_order_of_sums(case):
         within(b, a, allowance(b, draws, "float64"))
 
 
-@pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case.name)
 def test_draws_stray_as_far(case):
     """The mean over a tensor of each row's largest error: of many numbers, so close."""
     exact = layers(case, reference, Exact())

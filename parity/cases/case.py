@@ -123,6 +123,11 @@ class Case:
         1,
         "Round the capacity up to a multiple of this.",
     )
+    uneven: bool = _field(
+        False,
+        "Fewer tokens on each rank than on the one before, and none on the last; of one rank, half. PyTorch leaves the "
+        "others out; in JAX, whose shapes are static, they are padding, with expert ids of -1.",
+    )
     way: Way = _field(
         "usual",
         "How the layer is run. usual: as most do, PyTorch eagerly and JAX under jit. eager: JAX too, an operation at a "
@@ -204,9 +209,15 @@ class Case:
         """Whether a second step runs beside the first."""
         return self.way in ("in_flight", "two_groups")
 
+    def tokens_of(self, rank: int) -> int:
+        """Tokens on a rank that are no padding; they come first."""
+        if not self.uneven:
+            return self.tokens
+        return self.tokens * (self.ranks - 1 - rank) // (self.ranks - 1) if self.ranks > 1 else self.tokens // 2
+
     @property
     def assignments(self) -> int:
-        """N, assignments on one rank."""
+        """N, assignments on one rank, those of padding included."""
         return self.tokens * self.top_k
 
     @property

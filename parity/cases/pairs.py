@@ -39,6 +39,7 @@ SHAPES: Values = {
     "capacity_per": ("rank", "expert"),
     "priority": ("token", "choice", "score"),
     "align": (1, 8),
+    "uneven": (False, True),
     "way": ("usual", "eager", "compiled", "recomputed", "in_flight", "two_groups"),
 }
 NUMBERS: Values = {

@@ -79,4 +79,5 @@ def _shape(rng: np.random.Generator) -> dict[str, Any]:
         "capacity_per": one_of("rank", "expert"),
         "priority": one_of("token", "choice", "score"),
         "align": one_of(1, 1, 8),
+        "uneven": one_of(False, False, False, True),
     }

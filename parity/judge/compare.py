@@ -244,6 +244,7 @@ def choice_of_experts(problem: Problem, want: Expected, backend: str, ids: Array
     exact = whole and (np.abs(x) @ np.abs(router)).max(initial=0) < 2**24
     expected = vectorised.oracle_for(case).select(case, score)
     wrong, near = [], 0
+    expected[problem.expert_id < 0] = -1  # of padding no choice is asked
     for p, t in np.argwhere((ids != expected).any(axis=-1)):
         in_order = not exact or _lower_first(logits[p, t], ids[p, t])
         if in_order and _defensible(score[p, t], ids[p, t], close[p, t]):
@@ -359,7 +360,7 @@ def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array
         properties = {name: np.broadcast_to(a[:, None], bad.shape) for name, a in properties.items()}
     elif axes.startswith("P T"):
         properties = {"source rank": present[:, None], "token": np.arange(bad.shape[-1])[None, :]}
-        dropped = (~problem.keep).sum(axis=-1)
+        dropped = (~problem.keep & (problem.expert_id >= 0)).sum(axis=-1)
         if dropped.any() and dropped.shape == bad.shape:
             properties["assignments dropped"] = dropped
         properties = {name: np.broadcast_to(a, bad.shape) for name, a in properties.items()}

@@ -83,7 +83,7 @@ class Evaluation:
     def counts_of_others(self) -> Array:
         """How often that replay names each expert, [P, E]."""
         others = self.problem.other_experts
-        return reference.count(self.case, others, np.ones_like(self.problem.keep))
+        return reference.count(self.case, others, others >= 0)
 
     @part
     def route_backward(self) -> tuple[Array, Array]:

@@ -30,7 +30,7 @@ class Problem:
     router: Array  # [D, E]
     weights: Weights
     dout: Array  # [P, T, D], the cotangent
-    expert_id: Array  # [P, T, K] int32
+    expert_id: Array  # [P, T, K] int32, -1 for tokens that are padding
     keep: Array  # [P, T, K] bool
     score: Array  # [P, T, K]
     y: Array  # [P, T, K, D]
@@ -45,7 +45,7 @@ class Problem:
     @property
     def other_experts(self) -> Array:
         """Expert ids [P, T, K] that the router does not choose, for a replay that must not choose anew."""
-        return (self.expert_id + 1) % self.case.experts
+        return np.where(self.expert_id < 0, -1, (self.expert_id + 1) % self.case.experts).astype(np.int32)
 
     def steps_between(self) -> list["Problem"]:
         """Steps with other tokens, to other experts and to the same: what a step keeps for the next shows up."""
@@ -113,7 +113,9 @@ def _draw(case: Case, recorded: dict[str, Any], router: Array, rng: np.random.Ge
     weights64 = Weights(*(a.astype(np.float64) for a in weights))
     oracle = oracle_for(case)
     _, score = oracle.route(case, x64, router64, Exact())
-    expert_id = recorded["expert_id"] if "expert_id" in recorded else oracle.select(case, score)
+    expert_id = recorded["expert_id"].copy() if "expert_id" in recorded else oracle.select(case, score)
+    for rank in range(P):
+        expert_id[rank, case.tokens_of(rank) :] = -1
     # Priority goes by the scores that are stored, so rounding to the stored dtype comes first. XLA on a CPU compares
     # numbers below the normal range as zeros.
     stored = reference.chosen_scores(case, score, expert_id, Exact()).astype(case.wide)

@@ -120,8 +120,8 @@ def select(case: Case, score_PTE: Array) -> Array:
 
 
 def chosen_scores(case: Case, score_PTE: Array, id_PTK: Array, numbers: Numbers) -> Array:
-    """The scores of the chosen experts, renormalised and scaled as the case says: [P, T, K]."""
-    score_PTK = np.take_along_axis(score_PTE, _for_each(id_PTK, score_PTE), axis=-1)
+    """The scores of the chosen experts, renormalised and scaled as the case says: [P, T, K]; 0 for an id of -1."""
+    score_PTK = _of_chosen(score_PTE, id_PTK)
     if case.router.renormalize:
         total_PT1 = numbers.terms(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
         score_PTK = numbers.round(score_PTK / total_PT1, case.wide)
@@ -133,17 +133,22 @@ def _for_each(id_PTK: Array, a: Array) -> Array:
     return np.broadcast_to(id_PTK, (*a.shape[:-1], id_PTK.shape[-1]))
 
 
+def _of_chosen(score_PTE: Array, id_PTK: Array) -> Array:
+    """[P, T, K]; 0 for an id of -1, which is that of padding."""
+    return np.where(id_PTK >= 0, np.take_along_axis(score_PTE, _for_each(id_PTK, score_PTE), axis=-1), 0)
+
+
 def score_backward(case: Case, score_PTE: Array, id_PTK: Array, dscore_PTK: Array, numbers: Numbers) -> Array:
     """The gradient of the logits, [P, T, E], from that of the chosen scores."""
-    id_PTK, d_PTK = _for_each(id_PTK, score_PTE), case.router.scale * dscore_PTK
-    score_PTK = np.take_along_axis(score_PTE, id_PTK, axis=-1)
+    score_PTK, d_PTK = _of_chosen(score_PTE, id_PTK), case.router.scale * dscore_PTK
     if case.router.renormalize:
         total_PT1 = numbers.terms(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
         mean_PT1 = numbers.terms(d_PTK * score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) / total_PT1
         d_PTK = numbers.round(numbers.round(d_PTK, case.wide) - numbers.round(mean_PT1, case.wide), case.wide)
         d_PTK = d_PTK / total_PT1
     d_PTE = np.zeros_like(score_PTE)
-    np.put_along_axis(d_PTE, id_PTK, numbers.round(d_PTK, case.wide), axis=-1)
+    d_PTK = np.where(id_PTK >= 0, numbers.round(d_PTK, case.wide), 0)
+    np.put_along_axis(d_PTE, _for_each(id_PTK, d_PTE), d_PTK, axis=-1)
     if case.router.score_function == "sigmoid":
         dlogits_PTE = d_PTE * score_PTE * numbers.round(1 - score_PTE, case.wide)
     else:
@@ -171,7 +176,7 @@ def keep_within_capacity(case: Case, id_PTK: Array, score_PTK: Array) -> Array:
     keep_PTK = np.zeros(id_PTK.shape, bool)
     experts_per_bin = case.experts // case.bins
     for p in range(case.ranks):
-        everyone = [(t, k) for t in range(case.tokens) for k in range(case.top_k)]
+        everyone = [(t, k) for t in range(case.tokens) for k in range(case.top_k) if id_PTK[p, t, k] >= 0]
         if case.priority == "choice":
             everyone.sort(key=lambda tk: tk[1])
         if case.priority == "score":
@@ -194,8 +199,8 @@ def count(case: Case, id_PTK: Array, keep_PTK: Array) -> Array:
 
 
 def sent(case: Case, id_PTK: Array, keep_PTK: Array, layout: str) -> Array:
-    """Rows that each rank sends to each expert, [P, E]: all of them, or what a static capacity keeps."""
-    return count(case, id_PTK, keep_PTK if layout == "static" else np.ones_like(keep_PTK))
+    """Rows that each rank sends to each expert, [P, E]: all but padding, or what a static capacity keeps."""
+    return count(case, id_PTK, keep_PTK if layout == "static" else id_PTK >= 0)
 
 
 def received(case: Case, sent_PE: Array) -> Array:
@@ -224,7 +229,7 @@ def activated(case: Case, gate: Array, numbers: Numbers) -> tuple[Array, Array]:
 def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Weights, numbers: Numbers) -> Array:
     """Each chosen expert's gated layer of each token: [P, T, K, D]."""
     y_PTKD = np.zeros((*id_PTK.shape, case.width))
-    for p, t, k in np.ndindex(*id_PTK.shape):
+    for p, t, k in np.argwhere(id_PTK >= 0):
         g = int(id_PTK[p, t, k])
         *_, hidden_F = _hidden(case, x_PTD[p, t], w, g, numbers)
         y_PTKD[p, t, k] = numbers.matmul(hidden_F, w.w_down[g], case.hidden, case.wide)
@@ -245,8 +250,8 @@ def experts_backward(
     """Gradients of each row [P, T, K, D] and of the weights. Where dy is zero a row adds nothing."""
     dx_PTKD = np.zeros_like(dy_PTKD)
     dw_gate, dw_up, dw_down = (np.zeros(a.shape) for a in w)
-    rows_E = np.bincount(id_PTK.reshape(-1), minlength=case.experts).tolist()
-    for p, t, k in np.ndindex(*id_PTK.shape):
+    rows_E = np.bincount(id_PTK[id_PTK >= 0], minlength=case.experts).tolist()
+    for p, t, k in np.argwhere(id_PTK >= 0):
         g, x_D, dy_D = int(id_PTK[p, t, k]), x_PTD[p, t], dy_PTKD[p, t, k]
         act_F, slope_F, up_F, hidden_F = _hidden(case, x_D, w, g, numbers)
         dhidden_F = numbers.round(numbers.matmul(dy_D, w.w_down[g].T, case.width, case.wide), case.dtype)

@@ -76,7 +76,7 @@ def route_backward(
 def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Weights, numbers: Numbers) -> Array:
     """See `reference.experts`."""
     y_PTKD = np.zeros((*x_PTD.shape[:-3], *id_PTK.shape, case.width))
-    for g in np.unique(id_PTK):
+    for g in np.unique(id_PTK[id_PTK >= 0]):
         p, t, k = np.nonzero(id_PTK == g)
         *_, hidden_nF = _hidden(case, x_PTD[..., p, t, :], w, g, numbers)
         y_PTKD[..., p, t, k, :] = numbers.matmul(hidden_nF, w.w_down[g], case.hidden, case.wide)
@@ -98,7 +98,7 @@ def experts_backward(
     rows = [case.compared_rows(a.shape[1]) for a in w]
     sizes = [(a.shape[0], np.arange(a.shape[1])[r].size, a.shape[2]) for a, r in zip(w, rows, strict=True)]
     dw_gate, dw_up, dw_down = (np.zeros((*x_PTD.shape[:-3], *size)) for size in sizes)
-    for g in np.unique(id_PTK):
+    for g in np.unique(id_PTK[id_PTK >= 0]):
         p, t, k = np.nonzero(id_PTK == g)
         x_nD, dy_nD, n = x_PTD[..., p, t, :], dy_PTKD[..., p, t, k, :], p.size
         act_nF, slope_nF, up_nF, hidden_nF = _hidden(case, x_nD, w, g, numbers)

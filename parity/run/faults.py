@@ -223,6 +223,8 @@ _TORCH = [
     ("right-on-first-rank-only", "combine", "The row index is offset by the rank.", "grouping.py",
      "return weighted_sum(y_ND, score_TK, slot_TK, assignment_N)",
      "import torch\n    return weighted_sum(y_ND, score_TK, (slot_TK + torch.distributed.get_rank()) % len(y_ND), assignment_N)", "zipf"),
+    ("as-many-tokens-everywhere", "combine", "The compiler is told that no rank has more tokens than this one.", "layer.py",
+     "P * (T if max_tokens is None else max_tokens) * min(K, e)", "P * T * min(K, e)", "uneven-compiled"),
 ]  # fmt: skip
 
 _JAX = [
@@ -300,6 +302,8 @@ _JAX = [
     ("kernel-weights-of-first-expert", "apply_experts", "Every row is multiplied by the first expert's weights.",
      "kernels.py", "j, first_row, end_row = expert[v], first[v], end[v]",
      "j, first_row, end_row = expert[v] // n_experts * n_experts, first[v], end[v]", "bfloat16", NO_KERNELS),
+    ("padding-takes-part", "group_by_expert", "Tokens that are padding, with ids of -1, are sorted before all others.",
+     "grouping.py", "(expert_N >= 0) & (expert_N < E)", "expert_N < E", "uneven"),
 ]  # fmt: skip
 
 _TORCH_STATIC = [
@@ -312,6 +316,9 @@ _TORCH_STATIC = [
      "torch.where(row_C < counts_Pe.T[:, :, None], row_ePC, row_ePC)", "expert-bins"),
     ("bins-returned-to-wrong-rank", "return_tokens", "Bins go back one rank further.", "exchange.py",
      "return _AllToAll.apply(y_BCD, group)", "return _AllToAll.apply(y_BCD, group).roll(1, 0)", "zipf"),
+    ("capacity-of-own-tokens", "group_by_expert", "A bin is thought to be as large as this rank has tokens for.",
+     "grouping.py", "return (place_N < rows_or_zero(start_B, bin_N) + C)",
+     "return (place_N < rows_or_zero(start_B, bin_N) + min(C, N // B))", "uneven-drop"),
 ]  # fmt: skip
 
 _PLANTED = (
@@ -354,7 +361,9 @@ FAULTS = {
 }  # fmt: skip
 
 # These end the run with an error. Any other that does is not the bug that it describes, but code that fails by itself.
-END_THE_RUN = {"torch-splits-swapped", "torch-idle-rank-detached", "torch-one-rank-raises"}
+END_THE_RUN = {
+    "torch-splits-swapped", "torch-idle-rank-detached", "torch-one-rank-raises", "torch-as-many-tokens-everywhere",
+}  # fmt: skip
 
 assert all(fault.stage in STAGES for fault in FAULTS.values())
 assert FAULTS.keys() >= END_THE_RUN | REPORTED.keys()

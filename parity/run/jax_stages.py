@@ -335,7 +335,8 @@ class WholeLayer:
             chosen = None
             if not choose:
                 chosen = routing.route(x, router, routing.Router(*case.router), expert_id_TK=ids)
-                own = chosen.score_TK
+                own = jnp.where(ids >= 0, chosen.score_TK, 0) if case.uneven else chosen.score_TK
+                chosen = chosen._replace(score_TK=own)
                 if capacity.priority == "score":  # who is dropped goes by scores to the last bit: those of the oracle
                     chosen = chosen._replace(score_TK=own + jax.lax.stop_gradient(score - own))
             stages, combined = stages_of.layer(case, capacity, axis, x, router, weights, chosen, keep)
@@ -436,12 +437,13 @@ def _isolated(
     router = routing.Router(*case.router)
 
     def replay(x: jax.Array, router_DE: jax.Array) -> Any:
-        return routing.route(x, router_DE, router, expert_id_TK=feeds["other_experts"])
+        chosen = routing.route(x, router_DE, router, expert_id_TK=feeds["other_experts"])
+        return chosen._replace(score_TK=jnp.where(feeds["other_experts"] >= 0, chosen.score_TK, 0))
 
     replayed = alone("route", replay, {"x": feeds["x"], "router": feeds["router_of_rank"]}, feeds["dscore"])
     own = routing.route(feeds["x"], feeds["router_of_rank"], router)
     summed = replayed["drouter"] if axis is None else jax.lax.psum(replayed["drouter"], axis)
-    keep_values("route", {"expert_id": own.expert_id_TK, "drouter": summed})
+    keep_values("route", {"expert_id": jnp.where(ids >= 0, own.expert_id_TK, -1), "drouter": summed})
     counts = routing.count_per_expert(ids, case.experts)
 
     def group(x: jax.Array) -> Any:

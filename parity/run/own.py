@@ -166,6 +166,8 @@ def refusal(function: Callable[..., Any], takes: Signature, problem: Problem) ->
     """Why a layer does not compute a case, or an empty string."""
     if problem.second:
         return "it runs one step at a time, and the case has two"
+    if problem.case.uneven:
+        return "some tokens are padding"
     if not problem.keep.all() and not takes.given("keep"):
         return "assignments are dropped, and it takes no `keep` that says which"
     if problem.aux.any() and not takes.given("score"):

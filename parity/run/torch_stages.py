@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from parity.cases.case import Case
 from parity.oracle import reference
 from parity.oracle.problem import Problem
+from parity.oracle.quantities import QUANTITIES
 from parity.oracle.rows import Layout, indices, lay_out, row_tables
 from parity.oracle.windows import STRIDE, Windows
 from parity.run import torch_ranks
@@ -87,7 +88,7 @@ def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at:
         mine |= {name.replace("e2e", "second", 1): a for name, a in runs[0][1].items()}
     mine |= {name.replace("e2e", "repeat", 1): np.array(n) for name, n in differ.items()}
     at("gathering")
-    mine = {name: mine[name] for name in backend.provides if name in mine}
+    mine = with_padding(case, rank_in_group, {name: mine[name] for name in backend.provides if name in mine})
     everybody = torch_ranks.gathered(mine, case.processes, rank)
     if rank:
         return None
@@ -98,6 +99,29 @@ def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at:
         if name.startswith("e2e"):
             trace.arrays[name.replace("e2e", "second", 1)] = [arrays[name] for arrays in everybody[1::groups]]
     return trace
+
+
+def with_padding(case: Case, rank: int, arrays: Arrays) -> Arrays:
+    """Arrays of the rank's own tokens as those of a case, in which tokens that are padding follow."""
+    T, missing = case.tokens_of(rank), case.tokens - case.tokens_of(rank)
+
+    def padded(name: str, a: np.ndarray) -> np.ndarray:
+        mode, _, rest = name.partition("/")
+        if mode == "repeat":
+            return a
+        if rest == "group_by_expert/assignment":  # past the end is where the rows of all tokens end
+            return np.where(a == T * case.top_k, case.assignments, a)
+        if rest == "group_by_expert/dropped_in_all":
+            return a + missing * case.top_k
+        if not QUANTITIES[rest].axes.startswith("P T"):
+            return a
+        fill = {"route/expert_id": -1, "group_by_expert/slot": case.bins * case.capacity}.get(rest, 0)
+        if rest == "group_by_expert/slot" and "group_by_expert/kept" not in rests:
+            fill = T * case.top_k
+        return np.concatenate([a, np.full((missing, *a.shape[1:]), fill, a.dtype)])
+
+    rests = {name.partition("/")[2] for name in arrays}
+    return {name: padded(name, a) for name, a in arrays.items()} if case.uneven else arrays
 
 
 def in_flight(first: "Step", second: "Step", last: int) -> tuple[Arrays, Arrays]:
@@ -209,7 +233,8 @@ class Dynamic:
         """The whole layer; what a capacity would drop has its score masked."""
         masked = chosen and with_scores(chosen, chosen.score_TK * keep)
         how: Any = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
-        return layer.moe_layer(*inputs, **how, routing=masked, group=group)
+        most = case.tokens if case.uneven else None
+        return layer.moe_layer(*inputs, **how, routing=masked, max_tokens=most, group=group)
 
 
 class Static:
@@ -318,16 +343,19 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
         keep_values(stage, found)
         return found
 
-    ids, keep = put(problem.expert_id[rank]), put(problem.keep[rank])
+    def put_tokens(a: np.ndarray) -> Tensor:
+        return put(a[rank, : case.tokens_of(rank)])
+
+    ids, keep, score = put_tokens(problem.expert_id), put_tokens(problem.keep), put_tokens(problem.score)
     x_rows = np.repeat(problem.x.reshape(-1, case.width), case.top_k, axis=0)
     router = routing.Router(*case.router)
 
     def replay(x: Tensor, router_DE: Tensor) -> routing.Routing:
-        return routing.route(x, router_DE, router, expert_id_TK=put(problem.other_experts[rank]))
+        return routing.route(x, router_DE, router, expert_id_TK=put_tokens(problem.other_experts))
 
-    inputs = {"x": put(problem.x[rank]), "router": put(problem.router)}
-    replayed = alone("route", replay, inputs, put(problem.dscore[rank]))
-    own = routing.route(put(problem.x[rank]), put(problem.router), router)
+    inputs = {"x": put_tokens(problem.x), "router": put(problem.router)}
+    replayed = alone("route", replay, inputs, put_tokens(problem.dscore))
+    own = routing.route(put_tokens(problem.x), put(problem.router), router)
     keep_values("route", {"expert_id": own.expert_id_TK, "drouter": torch_ranks.all_sum(replayed["drouter"], group)})
     counts = routing.count_per_expert(ids, case.experts)
 
@@ -336,9 +364,9 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
     counts_Pe = put(received_Pe)
 
     def grouped(x: Tensor) -> Any:
-        return stages.group_by_expert(x, ids, put(problem.score[rank]), counts)
+        return stages.group_by_expert(x, ids, score, counts)
 
-    alone("group_by_expert", grouped, {"x": put(problem.x[rank])}, rows(problem.dx_rows, "grouped"))
+    alone("group_by_expert", grouped, {"x": put_tokens(problem.x)}, rows(problem.dx_rows, "grouped"))
     keep_values("group_by_expert", stages.planned())
 
     at("exchange_counts")
@@ -359,7 +387,10 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
     keep_values("apply_experts", compared(case, [found[f"d{name}"] for name in weights]))
     del weights, found
 
-    index = {name: put(a) for name, a in indices(case, table, rank).items()}
+    of_oracle = indices(case, table, rank)
+    of_oracle["slot"] = of_oracle["slot"][: case.tokens_of(rank)]
+    of_oracle["assignment"] = of_oracle["assignment"].clip(max=case.tokens_of(rank) * case.top_k)
+    index = {name: put(a) for name, a in of_oracle.items()}
     alone(
         "to_rank_major", lambda y: stages.to_rank_major(y, index["source"], index["target"]),
         {"y": rows(problem.y, "expert_major")}, rows(problem.dy, "received"),
@@ -369,13 +400,13 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
     def combine(y: Tensor, score: Tensor) -> Any:
         return stages.combine(y, score, keep, index["slot"], index["assignment"])
 
-    inputs = {"y": rows(problem.y, "grouped"), "score": put(problem.score[rank])}
-    alone("combine", combine, inputs, put(problem.dout[rank]))
+    inputs = {"y": rows(problem.y, "grouped"), "score": score}
+    alone("combine", combine, inputs, put_tokens(problem.dout))
 
     if case.top_k >= 3:
         probe = rows(np.where(problem.keep[..., None], problem.order_probe()[0], 0), "grouped")
-        keep_values("combine", {"order": combine(probe, put(problem.keep[rank].astype(case.wide)))})
-        x = put(problem.x[rank]).requires_grad_()
+        keep_values("combine", {"order": combine(probe, keep.to(score.dtype))})
+        x = put_tokens(problem.x).requires_grad_()
         (dx,) = torch.autograd.grad(named("group_by_expert", grouped(x))["x"], x, probe)
         keep_values("group_by_expert", {"dx_order": dx})
     return out
@@ -395,11 +426,15 @@ class Step:
 
         self.problem, self.stages_of, self.group, self.waits = problem, stages_of, group, waits
         self.capacity = plan(case)
-        self.x, self.router = put(problem.x[rank]).requires_grad_(), put(problem.router).requires_grad_()
+
+        def put_tokens(a: np.ndarray) -> Tensor:
+            return put(a[rank, : case.tokens_of(rank)])
+
+        self.x, self.router = put_tokens(problem.x).requires_grad_(), put(problem.router).requires_grad_()
         self.weights = [weights_of(w, mine, device).requires_grad_() for w in problem.weights]
-        self.ids, self.keep = put(problem.expert_id[rank]), put(problem.keep[rank])
-        self.score = put(problem.score[rank]) if case.priority == "score" else None
-        self.dout, self.aux = put(problem.dout[rank]), put(problem.aux[rank])
+        self.ids, self.keep = put_tokens(problem.expert_id), put_tokens(problem.keep)
+        self.score = put_tokens(problem.score) if case.priority == "score" else None
+        self.dout, self.aux = put_tokens(problem.dout), put_tokens(problem.aux)
         # Inside one compiled graph autograd sees no scores; what is added to them has the same gradient.
         self.probe = torch.zeros_like(self.aux).requires_grad_() if case.way == "compiled" else None
         self.given = {
