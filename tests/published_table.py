@@ -1,6 +1,6 @@
 """Each preset against each published layer, as a table: `make published`, or this file in an environment that has them.
 
-Names of layers, as `--backend` knows them, choose which.
+Names of layers, as `--backend` knows them, and of presets choose which.
 """
 
 import json
@@ -17,11 +17,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "transformers:deepseek_v3": SIGMOID, "transformers:glm4_moe": SIGMOID, "transformers:lfm2_moe": SIGMOID,
     "megatron": (), "torchtitan": (),
     "maxtext:dense": SOFTMAX, "maxtext:dense_over_ranks": SOFTMAX, "maxtext:ragged": SOFTMAX,
+    "maxtext:ragged_over_ranks": SOFTMAX,
 }  # fmt: skip
 PRESETS = (
     "balanced", "zipf", "one-expert", "empty-expert", "idle-rank", "stay-home", "ties", "k1", "k-all", "t1", "p1", "p4",
     "p8", "sigmoid", "drop-rank-token", "bfloat16", "float16", "pydoc-bfloat16", "large-logits", "tiny-scores", "eager",
-    "compiled", "recomputed", "in-flight",
+    "recomputed",
 )  # fmt: skip
 PACKAGES = ("torch", "jax", "transformers", "megatron-core", "torchtitan", "maxtext")
 
@@ -41,7 +42,7 @@ def outcome(lines: list[dict], backend: str) -> dict[str, str]:
     return found
 
 
-def check(layer: str) -> dict[str, str]:
+def check(layer: str, presets: list[str]) -> dict[str, str]:
     """What `check` says of all presets against one layer, a preset each where it does not get through all."""
     found: dict[str, str] = {}
     changes = LAYERS[layer]
@@ -53,25 +54,25 @@ def check(layer: str) -> dict[str, str]:
         got = outcome(lines, lines[0]["backends"][0]["name"]) if lines else {}
         return {name.removesuffix("-changed"): what for name, what in got.items()}, done.stderr.strip()
 
-    found, _ = run(*PRESETS)
-    for preset in (p for p in PRESETS if p not in found):
+    found, _ = run(*presets)
+    for preset in (p for p in presets if p not in found):
         got, error = run(preset)
         found |= got or {preset: f"ERROR: {error[-150:]}"}
     return found
 
 
-def main(layers: list[str]) -> None:
+def main(layers: list[str], presets: list[str]) -> None:
     """Print the table: a mark for each, and what the marks mean."""
     print(", ".join(f"{package} {version(package)}" for package in PACKAGES), f"Python {platform.python_version()}",
           sep=", ")  # fmt: skip
     found, notes = {}, {}
     for layer in layers:
-        found[layer] = check(layer)
+        found[layer] = check(layer, presets)
         print(layer, *LAYERS[layer], {what: sum(v.startswith(what) for v in found[layer].values() if v or not what)
               for what in ("MISMATCH", "not supported", "ERROR")}, file=sys.stderr)  # fmt: skip
     columns = {layer: chr(ord("A") + i) for i, layer in enumerate(layers)}
     print(" " * 16, *(f"{letter:3}" for letter in columns.values()))
-    for preset in PRESETS:
+    for preset in presets:
         marks = []
         for layer in layers:
             what = found[layer][preset]
@@ -85,4 +86,5 @@ def main(layers: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(LAYERS))
+    asked = sys.argv[1:]
+    main([a for a in asked if a in LAYERS] or [*LAYERS], [a for a in asked if a in PRESETS] or [*PRESETS])

@@ -1,4 +1,4 @@
-"""MaxText's RoutedMoE: dense, or with its experts over the ranks' devices, on a mesh that it makes itself."""
+"""MaxText's RoutedMoE, on one device or on all ranks' devices, on a mesh that it makes itself."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import maxtext  # pyright: ignore[reportMissingImports]
 from flax import nnx  # pyright: ignore[reportMissingImports]
+from flax.linen.partitioning import axis_rules  # pyright: ignore[reportMissingImports]
 from maxtext.configs import pyconfig  # pyright: ignore[reportMissingImports]
 from maxtext.layers.initializers import nd_dense_init  # pyright: ignore[reportMissingImports]
 from maxtext.layers.moe import RoutedMoE  # pyright: ignore[reportMissingImports]
@@ -37,7 +38,7 @@ def run(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, **options):
         nnx.Rngs(0), case.hidden, jnp.dtype(case.dtype), jnp.dtype(case.dtype),
     )  # fmt: skip
     moe.gate.kernel.value, moe.wi_0.value, moe.wi_1.value, moe.wo.value = router_DE, w_gate_EDF, w_up_EDF, w_down_EFD
-    with mesh:
+    with mesh, axis_rules(config.logical_axis_rules):
         return moe(x_PTD)[0]
 
 
@@ -50,7 +51,7 @@ def dense(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
 
 @backend(framework="jax")
 def dense_over_ranks(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
-    """The same with the experts spread over the devices."""
+    """The same on a mesh of all devices along its axis for experts; what lies where, it leaves to XLA."""
     ours = (x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
     return run(*ours, sparse_matmul=False, ici_expert_parallelism=case.ranks, ici_fsdp_parallelism=1)
 
@@ -60,3 +61,12 @@ def ragged(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """Each expert on its own tokens, by a grouped product, on one device."""
     ours = (x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
     return run(*ours, sparse_matmul=True)
+
+
+@backend(framework="jax")
+def ragged_over_ranks(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
+    """The same on a mesh of all devices along its axis for experts; what lies where, it leaves to XLA."""
+    if case.ranks > 1 and jax.default_backend() == "cpu":
+        raise Unsupported("XLA:CPU has no ragged_all_to_all, which it exchanges tokens by")
+    ours = (x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
+    return run(*ours, sparse_matmul=True, ici_expert_parallelism=case.ranks, ici_fsdp_parallelism=1)

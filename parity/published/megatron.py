@@ -28,7 +28,7 @@ def join(ranks):
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
 
 
-@backend(framework="torch")
+@backend(framework="torch", supports=lambda case: case.way != "compiled" or "it cannot be built within torch.compile")
 def layer(x_TD, router_DE, w_gate_eDF, w_up_eDF, w_down_eFD, case, group):  # noqa: ARG001  it makes its own groups
     """The layer, with its router in float32 and no auxiliary loss."""
     if case.score_function == "sigmoid" and not case.renormalize and case.top_k > 1:
