@@ -164,7 +164,8 @@ _TABLE = [
     ),
     Quantity("group_by_expert/dropped", "P E", "int", "bits", e2e=_dropped, layouts=("static",)),
     Quantity(
-        "group_by_expert/dropped_in_all", "P", "int", "bits", e2e=lambda o, layout: o.case.assignments - o.sent(layout).sum(axis=1),
+        "group_by_expert/dropped_in_all", "P", "int", "bits",
+        e2e=lambda o, layout: o.case.assignments - o.sent(layout).sum(axis=1),  # padding included
         layouts=("static", "ragged"),
     ),
     Quantity("exchange_counts/counts", "P P e", "int", "bits", _counts, _counts),
