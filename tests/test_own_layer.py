@@ -46,6 +46,13 @@ def test_the_templates_match(tmp_path):
         assert {value for value in values if (left, right, value) in seen} == {*values}
 
 
+def test_weights_whose_gradients_share_memory(tmp_path):
+    """As those of two weights do that a layer joins: each is summed over ranks once."""
+    joined = "    w_gate_EDF, w_up_EDF = torch.cat([w_gate_EDF, w_up_EDF], 2).split(case.hidden, 2)\n    score_TE ="
+    run = check(tmp_path, "zipf", "--backend", written(tmp_path, "torch", ("    score_TE =", joined)), "--json")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 # What is planted in the template, and what is then said of it.
 WRONG = {
     "shape": ("torch", ("return out_TD.to(x_TD.dtype)", "return out_TD.to(x_TD.dtype).T"), 1,

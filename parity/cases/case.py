@@ -159,7 +159,9 @@ class Case:
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}: it cannot be negative")
         if self.uneven and self.way == "eager":
-            raise ValueError("--uneven with --way eager: outside jit, JAX's layer refuses the expert ids of padding, -1")
+            raise ValueError(
+                "--uneven with --way eager: outside jit, JAX's layer refuses the expert ids of padding, -1"
+            )
         if self.experts % self.ranks:
             raise ValueError(f"--experts {self.experts} do not divide over --ranks {self.ranks}: use a multiple")
         if self.top_k > self.experts:

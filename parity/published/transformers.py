@@ -26,8 +26,7 @@ def run(path, x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, *, router
     weights = {name: torch.zeros(a.shape, dtype=x_TD.dtype) for name, a in block.state_dict().items()}
     gate = "gate.weight" if "gate.weight" in weights else "router.weight"
     weights[gate] = router_DE.T.to(router_dtype or x_TD.dtype)
-    gate_EDF, up_EDF = w_gate_EDF * 1, w_up_EDF * 1  # so that each gradient is an array of its own, and no part of one
-    weights["experts.gate_up_proj"] = torch.cat([gate_EDF, up_EDF], 2).mT
+    weights["experts.gate_up_proj"] = torch.cat([w_gate_EDF, w_up_EDF], 2).mT
     weights["experts.down_proj"] = w_down_EFD.mT
     out = torch.func.functional_call(block, weights, (x_TD[None],))
     return (out[0] if isinstance(out, tuple) else out)[0]
