@@ -60,7 +60,8 @@ SYMMETRIC = (b"torch.promote_types", b"np.promote_types", b"jnp.minimum")  # who
 # The most telling first; all other presets follow.
 ORDER = (
     "sigmoid", "drop-rank-score", "drop-expert-choice", "bfloat16", "pairs-09", "recomputed", "ties", "p1", "idle-rank",
-    "tiny-scores", "large-logits", "two-groups", "drop-rank-token", "expert-bins", "pairs-11", "pairs-02", "uneven-drop", "compiled",
+    "tiny-scores", "large-logits", "two-groups", "drop-rank-token", "expert-bins", "pairs-11", "pairs-02",
+    "uneven-drop", "compiled",
 )  # fmt: skip
 ROUNDS_OF_CHECKS = 4  # valid input passes a check of arguments, whatever is asked of the layer
 TESTS = (
