@@ -44,7 +44,6 @@ def outcome(lines: list[dict], backend: str) -> dict[str, str]:
 
 def check(layer: str, presets: list[str]) -> dict[str, str]:
     """What `check` says of all presets against one layer, a preset each where it does not get through all."""
-    found: dict[str, str] = {}
     changes = LAYERS[layer]
 
     def run(*presets: str) -> tuple[dict[str, str], str]:

@@ -101,7 +101,9 @@ def covering_rows(
     """Rows in which every possible pair occurs that is not covered yet, in groups that share the fields of `SHAPES`.
 
     Greedy: of `tried` rows drawn, each around a pair that is missing, the one with the most missing pairs a second.
-    A case of a row must fit: see `write`.
+    `fits` says of a case whether it will do.
+
+    Raises ValueError where no row does that has what is missing.
     """
     rng, missing = np.random.default_rng(seed), possible_pairs() - covered
     groups: dict[tuple, list[dict[str, Any]]] = {}
@@ -113,7 +115,7 @@ def covering_rows(
         rows = [row for fixed in around if (row := _completed(fixed, rng))]
         rows.sort(key=lambda row: len(pairs_in([row]) & among) / seconds(row), reverse=True)
         best = next((row for row in rows if fits(case_of(row))), None)
-        if best is None or not pairs_in([best]) & missing:
+        if best is None:
             return False
         missing.difference_update(pairs_in([best]))
         groups.setdefault(tuple(shape(best).values()), []).append(best)
@@ -124,10 +126,9 @@ def covering_rows(
         return [dict(ordered[i]) for i in rng.integers(len(ordered), size=tried)]
 
     while left := {pair for pair in missing if {name for name, _ in pair} <= SHAPES.keys()}:
-        take(some(left), left)
-    for _ in range(len(missing)):
-        if not missing:
-            return list(groups.values())
+        if not take(some(left), left):
+            raise ValueError(f"no case fits that has any of {left}")
+    while missing:
         programs = [shape(rows[0]) for rows in groups.values()]
         fitting = [
             program | pair
@@ -135,9 +136,9 @@ def covering_rows(
             for program in [programs[int(rng.integers(len(programs)))]]
             if all(program.get(name, value) == value for name, value in pair.items())
         ]
-        if not take(fitting, missing):
-            take(some(missing), missing)
-    raise ValueError(f"no case fits that has {missing}")
+        if not (take(fitting, missing) or take(some(missing), missing)):
+            raise ValueError(f"no case fits that has any of {missing}")
+    return list(groups.values())
 
 
 def write(covered: set[Pair], fits: Callable[[Case], bool], path: Path = ROWS) -> None:

@@ -42,6 +42,15 @@ def only(case, *, score_function, renormalize=None, scaled=False):
         raise Unsupported("no scale")
 
 
+def run_deepseek_v3(path, x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
+    """The output of a block that is configured as DeepSeek-V3's is."""
+    only(case, score_function="sigmoid", scaled=True)
+    ours = (x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
+    config = {"moe_intermediate_size": case.hidden, "n_routed_experts": case.experts, "n_group": 1, "topk_group": 1}
+    config |= {"norm_topk_prob": case.renormalize, "routed_scaling_factor": case.scale}
+    return run(path, *ours, router_dtype=torch.float32, **config)
+
+
 @backend(framework="torch")
 def mixtral(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """Mixtral."""
@@ -104,21 +113,13 @@ def qwen3_moe(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
 @backend(framework="torch")
 def deepseek_v3(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """DeepSeek-V3, with its router in float32."""
-    only(case, score_function="sigmoid", scaled=True)
-    ours = (x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
-    config = {"moe_intermediate_size": case.hidden, "n_routed_experts": case.experts, "n_group": 1, "topk_group": 1}
-    config |= {"norm_topk_prob": case.renormalize, "routed_scaling_factor": case.scale}
-    return run("deepseek_v3:DeepseekV3:MoE", *ours, router_dtype=torch.float32, **config)
+    return run_deepseek_v3("deepseek_v3:DeepseekV3:MoE", x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
 
 
 @backend(framework="torch")
 def glm4_moe(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """GLM-4.5, with its router in float32."""
-    only(case, score_function="sigmoid", scaled=True)
-    ours = (x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
-    config = {"moe_intermediate_size": case.hidden, "n_routed_experts": case.experts, "n_group": 1, "topk_group": 1}
-    config |= {"norm_topk_prob": case.renormalize, "routed_scaling_factor": case.scale}
-    return run("glm4_moe:Glm4Moe:MoE", *ours, router_dtype=torch.float32, **config)
+    return run_deepseek_v3("glm4_moe:Glm4Moe:MoE", x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
 
 
 @backend(framework="torch")

@@ -321,6 +321,11 @@ def _capacity(case: Case) -> Capacity:
     )  # fmt: skip
 
 
+def without_padding(chosen: routing.Routing, ids: jax.Array) -> routing.Routing:
+    """The routing with scores of zero for tokens that are padding, whose ids are -1."""
+    return chosen._replace(score_TK=jnp.where(ids >= 0, chosen.score_TK, 0))
+
+
 class WholeLayer:
     """The whole layer on all ranks, with the oracle's expert ids or those that the router chooses: forward at once."""
 
@@ -335,8 +340,8 @@ class WholeLayer:
             chosen = None
             if not choose:
                 chosen = routing.route(x, router, routing.Router(*case.router), expert_id_TK=ids)
-                own = jnp.where(ids >= 0, chosen.score_TK, 0) if case.uneven else chosen.score_TK
-                chosen = chosen._replace(score_TK=own)
+                chosen = without_padding(chosen, ids) if case.uneven else chosen
+                own = chosen.score_TK
                 if capacity.priority == "score":  # who is dropped goes by scores to the last bit: those of the oracle
                     chosen = chosen._replace(score_TK=own + jax.lax.stop_gradient(score - own))
             stages, combined = stages_of.layer(case, capacity, axis, x, router, weights, chosen, keep)
@@ -438,7 +443,7 @@ def _isolated(
 
     def replay(x: jax.Array, router_DE: jax.Array) -> Any:
         chosen = routing.route(x, router_DE, router, expert_id_TK=feeds["other_experts"])
-        return chosen._replace(score_TK=jnp.where(feeds["other_experts"] >= 0, chosen.score_TK, 0))
+        return without_padding(chosen, feeds["other_experts"])
 
     replayed = alone("route", replay, {"x": feeds["x"], "router": feeds["router_of_rank"]}, feeds["dscore"])
     own = routing.route(feeds["x"], feeds["router_of_rank"], router)

@@ -65,12 +65,11 @@ def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at:
     def step(of: Problem) -> Step:
         return Step(of, stages_of, rank_in_group, device, group, HostWaits(device))
 
-    at("the first step")
     with poisoned_memory() if case.way == "compiled" else nullcontext():  # whose other mode would compile anew
+        at("the first step")
         (first := step(own)).forward()
         found = first.backward()
-    at("steps on other inputs")
-    with poisoned_memory() if case.way == "compiled" else nullcontext():
+        at("steps on other inputs")
         for other in own.steps_between():
             (between := step(other)).forward()
             between.backward()
@@ -88,7 +87,8 @@ def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at:
         mine |= {name.replace("e2e", "second", 1): a for name, a in runs[0][1].items()}
     mine |= {name.replace("e2e", "repeat", 1): np.array(n) for name, n in differ.items()}
     at("gathering")
-    mine = with_padding(case, rank_in_group, {name: mine[name] for name in backend.provides if name in mine})
+    mine = {name: mine[name] for name in backend.provides if name in mine}
+    mine = with_padding(case, rank_in_group, backend.layout, mine) if case.uneven else mine
     everybody = torch_ranks.gathered(mine, case.processes, rank)
     if rank:
         return None
@@ -101,9 +101,16 @@ def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at:
     return trace
 
 
-def with_padding(case: Case, rank: int, arrays: Arrays) -> Arrays:
+def tokens_of(case: Case, rank: int, a: np.ndarray) -> np.ndarray:
+    """Of an array [P, T, ...] what belongs to a rank's tokens, without those that are padding."""
+    return a[rank, : case.tokens_of(rank)]
+
+
+def with_padding(case: Case, rank: int, layout: Layout, arrays: Arrays) -> Arrays:
     """Arrays of the rank's own tokens as those of a case, in which tokens that are padding follow."""
     T, missing = case.tokens_of(rank), case.tokens - case.tokens_of(rank)
+    grouped_rows = case.bins * case.capacity if layout == "static" else T * case.top_k
+    fill = {"route/expert_id": -1, "group_by_expert/slot": grouped_rows}
 
     def padded(name: str, a: np.ndarray) -> np.ndarray:
         mode, _, rest = name.partition("/")
@@ -115,13 +122,9 @@ def with_padding(case: Case, rank: int, arrays: Arrays) -> Arrays:
             return a + missing * case.top_k
         if not QUANTITIES[rest].axes.startswith("P T"):
             return a
-        fill = {"route/expert_id": -1, "group_by_expert/slot": case.bins * case.capacity}.get(rest, 0)
-        if rest == "group_by_expert/slot" and "group_by_expert/kept" not in rests:
-            fill = T * case.top_k
-        return np.concatenate([a, np.full((missing, *a.shape[1:]), fill, a.dtype)])
+        return np.concatenate([a, np.full((missing, *a.shape[1:]), fill.get(rest, 0), a.dtype)])
 
-    rests = {name.partition("/")[2] for name in arrays}
-    return {name: padded(name, a) for name, a in arrays.items()} if case.uneven else arrays
+    return {name: padded(name, a) for name, a in arrays.items()}
 
 
 def in_flight(first: "Step", second: "Step", last: int) -> tuple[Arrays, Arrays]:
@@ -344,7 +347,7 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
         return found
 
     def put_tokens(a: np.ndarray) -> Tensor:
-        return put(a[rank, : case.tokens_of(rank)])
+        return put(tokens_of(case, rank, a))
 
     ids, keep, score = put_tokens(problem.expert_id), put_tokens(problem.keep), put_tokens(problem.score)
     x_rows = np.repeat(problem.x.reshape(-1, case.width), case.top_k, axis=0)
@@ -388,8 +391,8 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
     del weights, found
 
     of_oracle = indices(case, table, rank)
-    of_oracle["slot"] = of_oracle["slot"][: case.tokens_of(rank)]
-    of_oracle["assignment"] = of_oracle["assignment"].clip(max=case.tokens_of(rank) * case.top_k)
+    of_oracle["slot"] = of_oracle["slot"][: ids.shape[0]]
+    of_oracle["assignment"] = of_oracle["assignment"].clip(max=ids.numel())
     index = {name: put(a) for name, a in of_oracle.items()}
     alone(
         "to_rank_major", lambda y: stages.to_rank_major(y, index["source"], index["target"]),
@@ -428,7 +431,7 @@ class Step:
         self.capacity = plan(case)
 
         def put_tokens(a: np.ndarray) -> Tensor:
-            return put(a[rank, : case.tokens_of(rank)])
+            return put(tokens_of(case, rank, a))
 
         self.x, self.router = put_tokens(problem.x).requires_grad_(), put(problem.router).requires_grad_()
         self.weights = [weights_of(w, mine, device).requires_grad_() for w in problem.weights]
