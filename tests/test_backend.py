@@ -229,7 +229,7 @@ def test_spans():
         ({"provides": ("e2e/group_by_expert/dx",)}, "e2e/group_by_expert/dx is no quantity"),  # a stage alone has it
         ({"provides": ("combine/out",)}, "combine/out is no quantity"),
         ({"provides": ()}, "backend mine provides nothing to compare"),
-        ({"provides": ("e2e/send_tokens/x",)}, "send_tokens/x, which layout opaque does not have: it is of dynamic, "),
+        ({"provides": ("e2e/group_by_expert/dropped",)}, "dropped, which layout opaque does not have: it is of static"),
         ({"layout": "dynamic", "provides": ("e2e/group_by_expert/dropped",)}, "dynamic does not have: it is of static"),
         ({"layout": "dense"}, "backend mine has layout 'dense': there are dynamic, static, ragged, opaque"),
         ({"files": {"combined": "x.py"}}, "backend mine says where combined is written: stages are route, "),

@@ -18,6 +18,7 @@ from parity.cli.shared import MATCH, check_writable, not_a_terminal
 from parity.judge.engine import DiedError, run_cases
 from parity.run import faults, ours
 from parity.run.backend import Backend, Setting
+from parity.run.inside import Hook
 from parity.run.supervisor import gpus
 
 
@@ -81,6 +82,10 @@ class Command:
     timeout: float = 60
     """A case ends, saying which rank hangs where, when no rank gets on for this many seconds, all asleep, or in ten
     times as many of CPU time. Time in which one waits for a CPU does not count."""
+    record: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """MODULE=STAGE/VALUE, as experts.down_proj=apply_experts/y: compare what a module of your own layer in PyTorch
+    returns. A module is known by its name within the one that is called, or by its class; * stands for anything.
+    gate[1]=route/expert_id is the second of several values; :grouped at the end is the order of rows."""
     save: Path | None = None
     """Keep the traces in this folder, for `python -m parity compare`."""
     json: bool = field(default_factory=not_a_terminal)
@@ -112,7 +117,11 @@ def run(command: Command) -> int:
             raise ValueError(f"{fault.name} cannot be planted under torchrun: start without it")
         cases = of_group(cases, group_size, picked=bool(command.presets))
     jax_ranks = ranks_of_jax(command.jax_ranks, command.device, max(case.ranks for case in cases))
-    setting = Setting(command.device, jax_ranks, command.timeout)
+    for text in command.record:
+        Hook.parse(text)
+    if command.record and not any(backend.run.startswith("parity.run.own_in_torch") for backend in backends):
+        raise ValueError("--record is for a layer of your own in PyTorch: name its file with --backend")
+    setting = Setting(command.device, jax_ranks, command.timeout, record=command.record)
     for backend in backends:
         for reason in filter(None, (backend.refusal(case, setting) for case in cases)):
             raise ValueError(f"--backend {backend.name}: {reason}")

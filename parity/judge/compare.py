@@ -10,6 +10,7 @@ from parity.judge.picture import Picture
 from parity.oracle import vectorised
 from parity.oracle.expected import Expected, Oracle, map_of
 from parity.oracle.problem import Problem, exact_inputs
+from parity.oracle.quantities import OUTSIDE
 from parity.oracle.reference import Exact
 from parity.oracle.rows import PADDING, Table, identity, row_tables
 from parity.oracle.tolerances import allowance, numpy_dtype, slope
@@ -83,8 +84,13 @@ class MismatchError(Exception):
     """An array cannot be compared at all: missing, or of another shape or dtype."""
 
 
-def canonical(P: int, per_rank: list[Array] | None, expected: Expected, table: Table) -> Canonical:
-    """Strip padding and layout from a trace's array.
+def canonical(
+    P: int, per_rank: list[Array] | None, expected: Expected, table: Table, numbers: list[Array] | None = None,
+    inside: bool = False,
+) -> Canonical:  # fmt: skip
+    """Strip padding and layout from a trace's array; `numbers` are its rows', where the layout does not say.
+
+    What a layer gives from its inside may be in any float: it is held against the same allowance.
 
     Raises MismatchError when it is missing, has a shape or dtype of its own, or its padding is not what is promised.
     """
@@ -92,14 +98,15 @@ def canonical(P: int, per_rank: list[Array] | None, expected: Expected, table: T
         raise MismatchError("missing from the trace")
     dtypes = {a.dtype for a in per_rank}
     wanted = {np.dtype("int32"), np.dtype("int64")} if expected.dtype == "int" else {numpy_dtype(expected.dtype)}
-    if not dtypes <= wanted:
+    any_float = inside and expected.dtype != "int" and not any(np.issubdtype(dtype, np.integer) for dtype in dtypes)
+    if not dtypes <= wanted and not any_float:
         raise MismatchError(f"dtype is {', '.join(map(str, dtypes))}, expected {expected.dtype}")
     if len(per_rank) != P and not (expected.quantity.summed and len(per_rank) == 1):
         raise MismatchError(f"{len(per_rank)} arrays, expected one for each of {P} ranks")
     arrays = [a.astype(np.int64 if expected.dtype == "int" else np.float64) for a in per_rank]
     axes, shape = expected.axes[:1], expected.values.shape
     if axes == "A":
-        return _canonical_rows(arrays, expected, table)
+        return _canonical_rows(arrays, expected, table[expected.quantity.order], numbers, inside)
     each = {"": (), "P": shape[1:], "E": (shape[0] // P, *shape[1:])}.get(axes, shape)
     if any(a.shape != each for a in arrays):
         raise MismatchError(f"shapes are {[a.shape for a in arrays]}, expected {P} x {each}")
@@ -116,9 +123,13 @@ def canonical(P: int, per_rank: list[Array] | None, expected: Expected, table: T
     return Canonical(values, np.ones(shape[0], bool), None, None)
 
 
-def _canonical_rows(arrays: list[Array], expected: Expected, table: Table) -> Canonical:
+def _canonical_rows(
+    arrays: list[Array], expected: Expected, order: list[Array], numbers: list[Array] | None, inside: bool
+) -> Canonical:
     quantity, shape = expected.quantity, expected.values.shape
-    order = table[quantity.order]
+    if numbers is None and inside:
+        raise MismatchError("nothing says which rows these are")
+    order = order if numbers is None else numbers
     if [a.shape for a in arrays] != [(rows.size, *shape[1:]) for rows in order]:
         raise MismatchError(
             f"shapes are {[a.shape for a in arrays]}, expected {[(rows.size, *shape[1:]) for rows in order]}"
@@ -127,9 +138,11 @@ def _canonical_rows(arrays: list[Array], expected: Expected, table: Table) -> Ca
     slots, holders = np.full(shape[0], -1), np.full(shape[0], -1)
     for rank, (a, rows) in enumerate(zip(arrays, order, strict=True)):
         real = np.flatnonzero(rows != PADDING)
+        if present[rows[real]].any() or np.unique(rows[real]).size < real.size:
+            raise MismatchError(f"a row is there twice, on rank {rank}")
         values[rows[real]], present[rows[real]] = a[real], True
         slots[rows[real]], holders[rows[real]] = real, rank
-        promised = quantity.padding(expected.mode, expected.case, rows.size)
+        promised = quantity.padding(expected.mode, expected.case, rows.size) if numbers is None else None
         wrong = np.flatnonzero((rows == PADDING) & (a != promised).any(axis=tuple(range(1, a.ndim))))
         if promised is not None and wrong.size:
             raise MismatchError(
@@ -137,6 +150,16 @@ def _canonical_rows(arrays: list[Array], expected: Expected, table: Table) -> Ca
                 f"{a[wrong[0]].flat[0]}"
             )
     return Canonical(values, present, slots, holders)
+
+
+def _all_there(problem: Problem, have: Canonical) -> None:
+    """Raises MismatchError where a row that is not dropped is not there."""
+    if have.slots is None:
+        return
+    missing = np.flatnonzero(~have.present & problem.keep.reshape(-1) & (problem.expert_id.reshape(-1) >= 0))
+    if missing.size:
+        p, t, k = identity(problem.case, missing[0])
+        raise MismatchError(f"{missing.size} rows are missing: first that of source rank {p}, token {t}, k {k}")
 
 
 def compare(problem: Problem, traces: list[Trace], picture: Picture | None = None) -> Iterator[Check]:
@@ -154,7 +177,10 @@ def compare(problem: Problem, traces: list[Trace], picture: Picture | None = Non
 
         def against_the_oracle(want: Expected, trace: Trace = trace, table: Table = table, mine: dict = mine) -> Check:
             try:
-                have = canonical(problem.case.ranks, trace.arrays.get(want.name), want, table)
+                numbers = trace.arrays.get(f"rows/{want.quantity.name}")
+                inside = trace.backend.layout == "opaque" and want.name not in OUTSIDE
+                have = canonical(problem.case.ranks, trace.arrays.get(want.name), want, table, numbers, inside)
+                _all_there(problem, have)
             except MismatchError as mismatch:
                 return _failed(problem, want, trace.backend.name, "oracle", str(mismatch))
             if want.quantity.judged == "choice":
@@ -166,7 +192,8 @@ def compare(problem: Problem, traces: list[Trace], picture: Picture | None = Non
 
         checks = list(map_of(problem.case)(against_the_oracle, expected[name].values()))
         yield from checks
-        yield from _moves_its_own_rows(problem, name, mine, expected[name])
+        if trace.backend.layout != "opaque":  # whose arrays may be in different dtypes
+            yield from _moves_its_own_rows(problem, name, mine, expected[name])
         for check, want in zip(checks, expected[name].values(), strict=True):
             if check.ok and want.slope is not None:  # where rows show it, they say it better
                 yield _scale(problem, want, name, mine[want.name])

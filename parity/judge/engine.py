@@ -1,6 +1,7 @@
 """Run cases through backends and compare: the engine behind `check` and `faults --run`."""
 
 import math
+import shlex
 import shutil
 import tempfile
 import time
@@ -9,6 +10,7 @@ from contextlib import closing
 from itertools import chain
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -58,7 +60,9 @@ def run_cases(
     results: dict[str, dict[str, Trace | Failure]] = {case.name: {} for case in cases}
     died: list[Failure] = []
     judged: dict[str, tuple[CaseRecord, list[Check]]] = {}
+    seen: dict[str, set[str]] = {backend.name: {*backend.provides} for backend in backends}
     flags = "" if setting.device == "cpu" else f" --device {setting.device}"
+    flags += "".join(f" --record {shlex.quote(text)}" for text in setting.record)
     with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress(show_progress) as bar:
         folder = Path(temporary)
         problems = {case.name: draw(case) for case in bar.track(cases, description="oracle")}
@@ -66,9 +70,9 @@ def run_cases(
             problem.save(folder / f"{name}.problem")
         seconds["oracle"] = time.perf_counter() - begin
         if in_torchrun:
-            from parity.run.torch_stages import join_torchrun
+            from parity.run.torch_ranks import join_torchrun
 
-            if join_torchrun(folder, list(problems.values()), setting.device, joined) != 0:
+            if join_torchrun(folder, list(problems.values()), setting, joined) != 0:
                 return None
         done = [(backend.name, case.name, None) for case in cases for backend in joined]
         homes = {backend.name: Path.cwd() for backend in started}
@@ -84,6 +88,9 @@ def run_cases(
                 results[name][backend] = failure or Trace.load(folder / f"{name}.{backend}.safetensors")
                 if len(results[name]) == len(backends):
                     start, found = time.perf_counter(), results.pop(name)
+                    for trace in found.values():
+                        if isinstance(trace, Trace):
+                            seen[trace.backend.name] |= {*trace.backend.provides}
                     judged[name] = judge(problems[name], [found[backend.name] for backend in backends], flags)
                     seconds["compare"] += time.perf_counter() - start
         if save:
@@ -91,6 +98,7 @@ def run_cases(
             for path in folder.glob("*.safetensors"):
                 shutil.copy(path, save)
     seconds["in all"] = time.perf_counter() - begin
+    head = msgspec.structs.replace(head, backends=[_providing(backend, seen[backend.name]) for backend in backends])
     report = make_report(head, [case.name for case in cases], judged, seconds)
     if died:
         raise DiedError(died[0], report)
@@ -107,6 +115,11 @@ def judge(problem: Problem, results: Sequence[Trace | Failure], flags: str = "")
     environment = {trace.backend.name: trace.environment for trace in traces}
     not_supported = {r.backend.name: r.not_supported for r in results if isinstance(r, Trace) and r.not_supported}
     return CaseRecord(case, command(case) + flags, seconds, environment, picture, not_supported), checks
+
+
+def _providing(backend: Backend, seen: set[str]) -> Backend:
+    """The backend with what its traces hold besides what it declares: what a layer gives from its inside."""
+    return msgspec.structs.replace(backend, provides=(*backend.provides, *sorted(seen - {*backend.provides})))
 
 
 def raised(failure: Failure) -> Check:

@@ -11,7 +11,18 @@ from parity.judge.compare import LISTED, Check, Row, Where
 from parity.judge.picture import Magnitude
 from parity.judge.records import CaseRecord, Report
 from parity.oracle.quantities import STAGES
-from parity.report.terminal import SHORT, backends, describe, drops, headline, not_supported, place, repeat, unseen
+from parity.report.terminal import (
+    SHORT,
+    backends,
+    describe,
+    drops,
+    headline,
+    not_supported,
+    of_stage,
+    place,
+    repeat,
+    unseen,
+)
 from parity.run.backend import Backend
 from parity.run.faults import FAULTS
 
@@ -178,8 +189,8 @@ def _tiles(record: CaseRecord, checks: Sequence[Check], ran: Sequence[Backend]) 
     stages = [
         tile(
             SHORT[s],
-            [c for c in checks if c.mode == "isolated" and c.stage == s],
-            {backend.name for backend in ran if backend.alone(s)},
+            of_stage(checks, ran, s)[0],
+            {backend.name for backend in ran if backend.judged(s)},
         )
         for s in STAGES
     ]

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.console import Console, Group
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parity.cases.pairs import pairs_in, possible_pairs, row_of
-from parity.judge.blame import Blame
+from parity.judge.blame import Blame, is_backward
 from parity.judge.compare import Check, Where
 from parity.judge.power import Power
 from parity.judge.records import CaseRecord, Report
@@ -46,10 +46,7 @@ def table(report: Report) -> Table:
         if (len(listed) > MOST or name not in listed) and not _failed(report, name):
             continue
         case, found = record.case, report.checks[name]
-        alone = {s for s in STAGES if any(backend.alone(s) for backend in backends(report, record))}
-        strip = Text.assemble(
-            *(_mark([c for c in found if c.mode == "isolated" and c.stage == s], s in alone) for s in STAGES)
-        )
+        strip = Text.assemble(*(_mark(*of_stage(found, backends(report, record), stage)) for stage in STAGES))
         end_to_end = _mark([c for c in found if c.mode != "isolated"], declared=bool(record.seconds))
         dropped = sum(map(sum, record.picture.dropped)) if drops(report, record) else "-"
         closest = max((c.worst for c in found if not c.bitwise), default=math.nan)
@@ -59,6 +56,16 @@ def table(report: Report) -> Table:
             str(dropped), strip, Text.assemble(end_to_end), shown, f"{sum(record.seconds.values()):.1f}",
         )  # fmt: skip
     return result
+
+
+def of_stage(checks: Iterable[Check], ran: Iterable[Backend], stage: str) -> tuple[list[Check], bool]:
+    """The comparisons that judge a stage, and whether there must be some."""
+    modes = {backend.name: mode for backend in ran if (mode := backend.judged(stage))}
+    found = [
+        c for c in checks
+        if c.stage == stage and c.mode == modes.get(c.left) and (c.mode == "isolated" or not is_backward(c))
+    ]  # fmt: skip
+    return found, bool(modes)
 
 
 def drops(report: Report, record: CaseRecord) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import msgspec
 
 from parity.cases.case import Case
-from parity.oracle.quantities import OUTSIDE, SEEN, STAGES, quantity_of
+from parity.oracle.quantities import OUTSIDE, STAGES, quantity_of
 from parity.oracle.rows import Layout
 
 
@@ -19,6 +19,7 @@ class Setting(msgspec.Struct, frozen=True):
     timeout: float = 60.0  # seconds
     share: int = 0
     shares: int = 1
+    record: tuple[str, ...] = ()  # what modules of a layer of one's own return, as `check --record` has it
 
 
 class Backend(msgspec.Struct, frozen=True):
@@ -57,8 +58,8 @@ class Backend(msgspec.Struct, frozen=True):
                 quantity = quantity_of(name)
             except ValueError as error:
                 raise ValueError(f"backend {self.name} provides {error}") from error
-            opaque = ("opaque",) if quantity.layouts == SEEN and not quantity.order else ()
-            if self.layout not in (*quantity.layouts, *opaque):
+            # Rows of a layer whose layout is not known come with their numbers.
+            if (self.layout if self.layout != "opaque" else "dynamic") not in quantity.layouts:
                 raise ValueError(
                     f"backend {self.name} provides {name}, which layout {self.layout} does not have: it is of "
                     f"{', '.join(quantity.layouts)}"
@@ -82,6 +83,13 @@ class Backend(msgspec.Struct, frozen=True):
     def alone(self, stage: str) -> bool:
         """Whether a stage can be judged fed the oracle's input."""
         return any(name.startswith(f"isolated/{stage}/") for name in self.provides)
+
+    def judged(self, stage: str) -> str:
+        """The mode in which a stage is judged: on its own, or by what a layer gives from its inside; empty for none."""
+        if self.alone(stage):
+            return "isolated"
+        inside = (name for name in {*self.provides} - {*OUTSIDE} if name.startswith(f"e2e/{stage}/"))
+        return "e2e" if self.layout == "opaque" and any(not quantity_of(name).backward for name in inside) else ""
 
     def shows(self, stage: str) -> bool:
         """Whether a stage can be judged, alone or by what it returns within the layer."""

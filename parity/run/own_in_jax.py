@@ -1,6 +1,6 @@
 """A layer of the user's own in JAX: called once with all ranks' tokens, or on each rank; gradients by `vjp`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_impl import routing
-from parity import Unsupported
+from parity import Unsupported, recording
 from parity.cases.case import Case
 from parity.oracle.problem import Problem
-from parity.run import jax_ranks, own
+from parity.run import inside, jax_ranks, own
 from parity.run.backend import Backend, Setting
 from parity.run.jax_ranks import AXIS, At, Eager, Program, over_ranks
 from parity.run.jax_stages import compared, environment
-from parity.run.own import WEIGHTS, Signature
+from parity.run.own import WEIGHTS, OwnLayerError, Signature
 from parity.run.trace import Trace, differing_bits
 
 Arrays = dict[str, jax.Array]
+Found = tuple[tuple[jax.Array, jax.Array], Arrays]  # output and scores; what the layer gives from its inside
 
 
 def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
@@ -38,17 +39,19 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
             raise Unsupported(why)
         with jax.enable_x64(case.dtype == "float64"):
             inputs = {name: jnp.asarray(a) for name, a in _inputs(problem).items()}
-            step = partial(_step, layer, takes, case, backend, how)
+            orders: dict[str, str] = {}
+            step = partial(_step, layer, takes, case, backend, how, orders)
             program = Eager(step) if case.way == "eager" else Program(jax.jit(step))
-            first = jax.device_get(program(at, "the first step", inputs))
-            again = jax.device_get(program(at, "the first step, repeated", inputs))
+            first, _ = jax.device_get(program(at, "the first step", inputs))
+            again, within = jax.device_get(program(at, "the first step, repeated", inputs))
     except Unsupported as reason:
         return Trace(case, backend, environment() | {"not supported": str(reason)})
     arrays = {name: _per_rank(case, name, a) for name, a in again.items()}
     for name, a in first.items():
         differ = differing_bits(a, again[name])
         arrays[name.replace("e2e", "repeat", 1)] = [differ, *[np.zeros_like(differ)] * (len(arrays[name]) - 1)]
-    return Trace(case, backend, environment(), arrays=arrays)
+    given = inside.placed(problem, backend, _per_rank_inside(case, within), orders)
+    return Trace(case, inside.giving(backend, given), environment(), arrays=arrays | given)
 
 
 def _inputs(problem: Problem) -> dict[str, np.ndarray]:
@@ -58,13 +61,14 @@ def _inputs(problem: Problem) -> dict[str, np.ndarray]:
 
 
 def _step(
-    layer: Callable[..., Any], takes: Signature, case: Case, backend: Backend, how: str, inputs: Arrays
-) -> Arrays:
-    """Output and gradients, by name."""
+    layer: Callable[..., Any], takes: Signature, case: Case, backend: Backend, how: str, orders: dict[str, str],
+    inputs: Arrays,
+) -> tuple[Arrays, Arrays]:  # fmt: skip
+    """Output and gradients, by name, and what the layer gives from its inside; `orders` takes those that it names."""
     P, e = case.ranks, case.experts // case.ranks
     taken = ["x", *(n for n in ("router", *WEIGHTS) if takes.given(n) or (n == "router" and takes.given("score")))]
 
-    def call(x: jax.Array, ids: jax.Array, keep: jax.Array, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def call(x: jax.Array, ids: jax.Array, keep: jax.Array, *leaves: jax.Array) -> Found:
         values = {"x": x, "expert_id": ids, "keep": keep, "case": case, "axis_name": AXIS if P > 1 else None}
         values |= dict(zip(taken[1:], leaves, strict=True))
         score = jnp.zeros(ids.shape, inputs["router"].dtype)
@@ -74,11 +78,19 @@ def _step(
                 return routing.route(x, values["router"], routing.Router(*case.router), expert_id_TK=ids).score_TK
 
             values["score"] = score = chosen(x, ids) if takes.per_rank else jax.vmap(chosen)(x, ids)
-        out = layer(**own.arguments(takes, values))
-        own.checked(out, x.shape, x.dtype, backend)
-        return out, score
+        with recording() as recorded:
+            result = layer(**own.arguments(takes, values))
+        if inner := [one.name for one in recorded if _trace(one.array) not in (None, _trace(x))]:
+            raise OwnLayerError(
+                f"{backend.files['']} records {inner[0]} inside a function that it jits, maps, scans or recomputes: "
+                "return the array from that function, and record it outside"
+            )
+        found = inside.split(result, recorded, jnp.concatenate, backend)
+        orders.update(found.orders)
+        own.checked(found.out, x.shape, x.dtype, backend)
+        return (found.out, score), found.arrays
 
-    def whole(x: jax.Array, *leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def whole(x: jax.Array, *leaves: jax.Array) -> Found:
         if not takes.per_rank:
             return call(x, inputs["expert_id"], inputs["keep"], *leaves)
         replicated = [3 + i for i, n in enumerate(taken[1:]) if n == "router" or takes.all_experts]
@@ -87,14 +99,34 @@ def _step(
         return each(x, inputs["expert_id"], inputs["keep"], *split)
 
     whole = jax.checkpoint(whole) if case.way == "recomputed" else whole
-    (out, _), vjp = jax.vjp(whole, *(inputs[name] for name in taken))
+    (out, _), vjp, within = jax.vjp(whole, *(inputs[name] for name in taken), has_aux=True)
     dx, *found = vjp((inputs["dout"], inputs["aux"]))
     gradients = dict(zip(taken[1:], found, strict=True))
     values = {"combine/out": out, "route/dx": dx}
     values |= {"route/drouter": gradients["router"]} if "router" in gradients else {}
     weights = [gradients[name] for name in WEIGHTS if name in gradients]
     values |= {f"apply_experts/{n}": a for n, a in compared(case, weights).items()} if weights else {}
-    return {f"e2e/{name}": a for name, a in values.items()}
+    return {f"e2e/{name}": a for name, a in values.items()}, within
+
+
+def _trace(array: Any) -> object:
+    """What traces an array, below gradients and vmap; None where nothing does, or "ended" where that is over."""
+    trace = getattr(array, "_trace", None)
+    if trace is not None and not trace.is_valid():
+        return "ended"
+    below = "primal" if hasattr(array, "primal") else "val" if hasattr(array, "batch_dim") else ""
+    return _trace(getattr(array, below)) if below else trace
+
+
+def _per_rank_inside(case: Case, given: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """What a layer gives from its inside, for each rank: rows of all ranks together go to those that they are of."""
+    found = {name: list(a) for name, a in given.items()}
+    for name, a in given.items():
+        rows = given.get(inside.ROWS + name)
+        if rows is not None and rows.ndim == 2 and not name.startswith(inside.ROWS):
+            for what, array in ((name, a), (inside.ROWS + name, rows)):
+                found[what] = [array[rows[:, 0] == rank] for rank in range(case.ranks)]
+    return found
 
 
 def _per_rank(case: Case, name: str, a: np.ndarray) -> list[np.ndarray]:

@@ -1,6 +1,9 @@
 """A layer of the user's own in PyTorch, run on each rank with that rank's tokens; gradients by autograd."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint
 
-from parity import Unsupported
+from parity import Unsupported, record, recording
 from parity.oracle.problem import Problem
-from parity.run import own, torch_ranks
+from parity.run import inside, own, torch_ranks
 from parity.run.backend import Backend, Setting
+from parity.run.inside import Hook
 from parity.run.own import WEIGHTS, OwnLayerError, Signature
 from parity.run.torch_ranks import At
 from parity.run.torch_stages import Group, compared, environment, poisoned_memory, to_numpy, to_torch, weights_of
@@ -25,7 +30,19 @@ Arrays = dict[str, np.ndarray]
 
 def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
     """Run every problem in `folder` and save the traces there; the user's file is run once, before ranks are forked."""
-    torch_ranks.run_all(backend, folder, setting, partial(run, *own.load(backend)))
+    torch_ranks.run_all(backend, folder, setting, work(backend, setting))
+
+
+def work(backend: Backend, setting: Setting) -> torch_ranks.Work:
+    """What each rank does."""
+    layer, takes = own.load(backend)
+    hooks = [Hook.parse(text) for text in setting.record]
+
+    def hooked(**arguments: Any) -> Any:
+        with hooks_on_modules(hooks, backend):
+            return layer(**arguments)
+
+    return partial(run, functools.wraps(layer)(hooked) if hooks else layer, takes)
 
 
 def run(
@@ -43,26 +60,67 @@ def run(
             raise Unsupported(why)
         group = torch_ranks.my_group(1, rank)[1]
         at("the first step")
-        first = _step(layer, takes, problem, backend, rank, device, group)
+        first, _, _ = _step(layer, takes, problem, backend, rank, device, group)
         at("the first step, repeated")
         with poisoned_memory():
-            again = _step(layer, takes, problem, backend, rank, device, group)
+            again, within, orders = _step(layer, takes, problem, backend, rank, device, group)
     except Unsupported as reason:
         return None if rank else Trace(case, backend, environment(device) | {"not supported": str(reason)})
     mine = again | {
         name.replace("e2e", "repeat", 1): np.array(int(differing_bits(a, again[name]))) for name, a in first.items()
     }
-    everybody = torch_ranks.gathered(mine, case.ranks, rank)
+    everybody = torch_ranks.gathered(mine | within, case.ranks, rank)
     if rank:
         return None
-    return Trace(case, backend, environment(device), arrays={n: [a[n] for a in everybody] for n in mine})
+    given = inside.placed(problem, backend, {n: inside.of_all(backend, n, everybody) for n in within}, orders)
+    arrays = {n: [a[n] for a in everybody] for n in mine} | given
+    return Trace(case, inside.giving(backend, given), environment(device), arrays=arrays)
+
+
+@contextmanager
+def hooks_on_modules(hooks: Sequence[Hook], backend: Backend) -> Iterator[None]:
+    """Record what modules return within this block, known by their name within the module that is called, or by class.
+
+    Raises OwnLayerError where no module has such a name.
+    """
+    names: dict[torch.nn.Module, str] = {}
+    called: set[str] = set()
+    depth = 0
+
+    def before(module: torch.nn.Module, _: object) -> None:
+        nonlocal depth
+        if depth == 0:
+            names.update({one: name for name, one in module.named_modules()})
+        depth += 1
+
+    def after(module: torch.nn.Module, _: object, output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+        own_names = {names.get(module, ""), type(module).__name__} - {""}
+        called.update(own_names)
+        for hook in hooks:
+            if any(fnmatchcase(name, hook.module) for name in own_names):
+                record(hook.name, output[hook.index] if isinstance(output, tuple) else output, hook.order)
+
+    registered = (register_module_forward_pre_hook(before), register_module_forward_hook(after))
+    try:
+        yield
+    finally:
+        for one in registered:
+            one.remove()
+    for hook in hooks:
+        if not any(fnmatchcase(name, hook.module) for name in called):
+            raise OwnLayerError(
+                f"{backend.files['']} calls no module {hook.module}, which --record names: it calls "
+                f"{', '.join(sorted(called)) or 'none'}"
+            )
 
 
 def _step(
     layer: Callable[..., Any], takes: Signature, problem: Problem, backend: Backend, rank: int, device: torch.device,
     group: Group,
-) -> Arrays:  # fmt: skip
-    """Output and gradients, by name."""
+) -> tuple[Arrays, Arrays, dict[str, str]]:  # fmt: skip
+    """Output and gradients, by name; what the layer gives from its inside, and orders of rows that it names."""
     case, e = problem.case, problem.case.experts // problem.case.ranks
     mine = slice(None) if takes.all_experts else slice(rank * e, (rank + 1) * e)
 
@@ -75,13 +133,21 @@ def _step(
     ids = put(problem.expert_id[rank])
     given: dict[str, Any] = {"expert_id": ids, "keep": put(problem.keep[rank]), "case": case, "group": group}
 
+    within: dict[str, Any] = {}
+    orders: dict[str, str] = {}
+
     def whole(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         values = given | dict(zip(leaves, inputs, strict=True))
         score = inputs[0].new_zeros(())
         if takes.given("score"):
             chosen = routing.route(values["x"], values["router"], routing.Router(*case.router), expert_id_TK=ids)
             values["score"] = score = chosen.score_TK
-        return layer(**own.arguments(takes, values)), score
+        with recording() as recorded:
+            result = layer(**own.arguments(takes, values))
+        found = inside.split(result, recorded, torch.cat, backend)
+        within.update({name: a.detach() for name, a in found.arrays.items()})
+        orders.update(found.orders)
+        return found.out, score
 
     if case.way == "compiled":
         whole = torch.compile(whole, backend="aot_eager", dynamic=True)
@@ -100,7 +166,8 @@ def _step(
     values = {"combine/out": out, "route/dx": found["x"]}
     values |= {"route/drouter": found["router"]} if "router" in found else {}
     values |= {f"apply_experts/{name}": a for name, a in compared(case, weights).items()} if weights else {}
-    return {f"e2e/{name}": to_numpy(a) for name, a in values.items()}
+    outside = {f"e2e/{name}": to_numpy(a) for name, a in values.items()}
+    return outside, {name: to_numpy(a) for name, a in within.items()}, orders
 
 
 def _gradients(

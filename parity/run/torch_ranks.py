@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from parity.oracle.problem import Problem
-from parity.run.backend import Backend, Setting
+from parity.run.backend import Backend, Setting, resolve
 from parity.run.ranks import Notes, run_cases
 from parity.run.trace import Trace
 
@@ -80,14 +80,15 @@ def device_of(on: str, rank: int) -> torch.device:
     return device
 
 
-def join_torchrun(folder: Path, problems: list[Problem], on: str, backends: Iterable[Backend], work: Work) -> int:
+def join_torchrun(folder: Path, problems: list[Problem], setting: Setting, backends: Iterable[Backend]) -> int:
     """Run problems in the group that torchrun gave; rank 0 saves the traces. This process's rank."""
     torch.set_num_threads(1)
-    device = device_of(on, int(os.environ["LOCAL_RANK"]))
+    device = device_of(setting.device, int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group(collectives(on, int(os.environ["WORLD_SIZE"])))
+        dist.init_process_group(collectives(setting.device, int(os.environ["WORLD_SIZE"])))
     rank = dist.get_rank()
     for backend in backends:
+        work: Work = resolve(backend.run.replace(":run_all", ":work"))(backend, setting)
         for problem in problems:
             _run(backend, folder, problem, rank, device, Notes(), work)
     dist.destroy_process_group()

@@ -2,7 +2,7 @@
 
 import platform
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -40,12 +40,12 @@ Group = dist.ProcessGroup | None
 
 def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
     """Run every problem in `folder`, as many processes as each has ranks, and save the traces there."""
-    torch_ranks.run_all(backend, folder, setting, run)
+    torch_ranks.run_all(backend, folder, setting, work(backend, setting))
 
 
-def join_torchrun(folder: Path, problems: list[Problem], on: str, backends: Iterable[Backend]) -> int:
-    """Run problems in the group that torchrun gave; rank 0 saves the traces. This process's rank."""
-    return torch_ranks.join_torchrun(folder, problems, on, backends, run)
+def work(backend: Backend, setting: Setting) -> torch_ranks.Work:  # noqa: ARG001  the same for all
+    """What each rank does."""
+    return run
 
 
 def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at: At) -> Trace | None:

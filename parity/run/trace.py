@@ -20,7 +20,8 @@ Array = np.ndarray
 class Trace:
     """One run's arrays of one case: name -> one array per rank (one in all, for what is summed over ranks).
 
-    A name is mode/stage/value: mode isolated, e2e or repeat, and the rest a name of `oracle.quantities.QUANTITIES`.
+    A name is mode/stage/value: mode isolated, e2e or repeat, and the rest a name of `oracle.quantities.QUANTITIES`; or
+    rows/stage/value, the number of each row (`oracle.rows`), where that is not what the layout says.
     """
 
     case: Case
@@ -91,7 +92,8 @@ def _backend(about: dict[str, str], arrays: dict[str, list[Array]]) -> Backend:
     if about["backend"] in BACKENDS:
         return BACKENDS[about["backend"]]
     layout: Any = about.get("layout", "opaque")  # which `Backend` looks at
-    return Backend(about["backend"], about.get("framework", ""), layout, tuple(arrays))
+    provides = tuple(name for name in arrays if not name.startswith("rows/"))
+    return Backend(about["backend"], about.get("framework", ""), layout, provides)
 
 
 def differing_bits(a: np.ndarray, b: np.ndarray) -> np.ndarray:
