@@ -20,7 +20,7 @@ def backend(*, framework: str, supports: Callable[[Any], Any] = bool) -> Callabl
     assert framework in ("torch", "jax"), framework
 
     def mark(function: Callable) -> Callable:
-        function.supports = supports  # type: ignore[attr-defined]
+        function.framework, function.supports = framework, supports  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -58,3 +58,31 @@ def recording() -> Iterator[list[Recorded]]:
         yield _recorded
     finally:
         _recorded = before
+
+
+def check(*what: Any, timeout: float = 60, record: tuple[str, ...] = (), **changes: Any) -> Any:
+    """Do these layers compute these cases? The report of it, which shows itself as `python -m parity check` does.
+
+        parity.check(layer, "zipf")                          against the oracle
+        parity.check(layer, "jax", "zipf", dtype="bfloat16") and against a backend; a preset, changed
+
+    A layer is a function marked with `parity.backend`, in a module or in a notebook, or a backend as `--backend` names
+    it. A case is a preset's name or a `parity.cases.case.Case`; `changes` are fields of all cases. `timeout` in
+    seconds and `record` are as in `python -m parity check --help`.
+
+    Raises ValueError on a case that cannot be, and `parity.run.backend.BackendError` where a layer cannot run at all.
+    """
+    from parity import api
+
+    return api.check(*what, timeout=timeout, record=record, **changes)
+
+
+def assert_match(*what: Any, timeout: float = 60, **changes: Any) -> None:
+    """In a test: these layers compute these cases; `what` and `changes` are as for `check`.
+
+    Raises AssertionError with the table, the first divergence and its worst row, also where nothing was compared.
+    """
+    __tracebackhide__ = True
+    from parity import api
+
+    api.assert_match(*what, timeout=timeout, **changes)

@@ -17,7 +17,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "transformers:deepseek_v3": SIGMOID, "transformers:glm4_moe": SIGMOID, "transformers:lfm2_moe": SIGMOID,
     "megatron": (), "torchtitan": (),
     "maxtext:dense": SOFTMAX, "maxtext:dense_over_ranks": SOFTMAX, "maxtext:ragged": SOFTMAX,
-    "maxtext:ragged_over_ranks": SOFTMAX,
+    "maxtext:ragged_over_ranks": SOFTMAX, "maxtext:ring_over_ranks": SOFTMAX,
 }  # fmt: skip
 PRESETS = (
     "balanced", "zipf", "one-expert", "empty-expert", "idle-rank", "stay-home", "ties", "k1", "k-all", "t1", "p1", "p4",

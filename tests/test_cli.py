@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -26,6 +27,7 @@ from parity.run.trace import Trace
 
 pytestmark = pytest.mark.usefixtures("warm")
 
+ROOT = Path(__file__).parent.parent
 SMALL = ["--ranks", "2", "--tokens", "3", "--experts", "4", "--width", "8", "--hidden", "8"]
 
 
@@ -359,16 +361,39 @@ def test_doctor(capsys):
         assert word in out
 
 
-def test_torchrun():
-    """PyTorch uses the group it was given."""
+def test_torchrun(tmp_path):
+    """PyTorch uses the group it was given, for a layer of the user's own too."""
+    mine = tmp_path / "mine.py"
+    mine.write_text((ROOT / "parity/run/template_in_torch.py").read_text())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
-        [*torchrun, "-m", "parity", "check", *SMALL, "--json"], capture_output=True, text=True, timeout=180
-    )
+        [*torchrun, "-m", "parity", "check", *SMALL, "--backend", "both", "--backend", mine, "--json"],
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert lines[-1]["verdict"] == "match"
-    assert {line["left"] for line in lines[2:-1]} == {"torch", "jax"}
+    assert {line["left"] for line in lines[2:-1]} == {"torch", "jax", "mine"}
+
+
+def test_processes_of_jax_that_a_cluster_started(tmp_path):
+    """Each runs the command; the first reports, and all end well."""
+    mine = tmp_path / "mine.py"
+    mine.write_text((ROOT / "parity/run/template_in_jax.py").read_text())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "parity", "check", "k1", "--backend", mine, "--json", "--coordinator", address]
+    started = [
+        subprocess.Popen([*command, "--ranks", "2", "--processes", "2", "--process", str(i)],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=180) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    lines = [json.loads(line) for line in said[0][0].splitlines()]
+    assert lines[-1]["verdict"] == "match"
+    assert said[1][0] == ""
 
 
 def test_torchrun_with_another_number_of_ranks(capsys, monkeypatch):

@@ -82,6 +82,13 @@ class Command:
     timeout: float = 60
     """A case ends, saying which rank hangs where, when no rank gets on for this many seconds, all asleep, or in ten
     times as many of CPU time. Time in which one waits for a CPU does not count."""
+    coordinator: str = ""
+    """HOST:PORT, where several processes of JAX meet; auto: where the cluster says, as SLURM or Kubernetes does. Start
+    this command in each of them: JAX's ranks are their devices, and the first reports."""
+    processes: int | None = None
+    """How many they are, where the cluster does not say."""
+    process: int | None = None
+    """Which of them this is, from 0 on, where the cluster does not say."""
     record: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """MODULE=STAGE/VALUE, as experts.down_proj=apply_experts/y: compare what a module of your own layer in PyTorch
     returns. A module is known by its name within the one that is called, or by its class; * stands for anything.
@@ -121,12 +128,18 @@ def run(command: Command) -> int:
         Hook.parse(text)
     if command.record and not any(backend.run.startswith("parity.run.own_in_torch") for backend in backends):
         raise ValueError("--record is for a layer of your own in PyTorch: name its file with --backend")
-    setting = Setting(command.device, jax_ranks, command.timeout, record=command.record)
+    if command.coordinator and (group_size is not None or not any(b.framework == "jax" for b in backends)):
+        raise ValueError("--coordinator is for a backend in JAX, without torchrun: name one with --backend")
+    setting = Setting(
+        command.device, jax_ranks, command.timeout, record=command.record, coordinator=command.coordinator,
+        processes=command.processes, process=command.process,
+    )  # fmt: skip
+    join = "jax" if command.coordinator else "torch" if group_size is not None else ""
     for backend in backends:
         for reason in filter(None, (backend.refusal(case, setting) for case in cases)):
             raise ValueError(f"--backend {backend.name}: {reason}")
     try:
-        report = run_cases(cases, backends, setting, fault=fault, save=command.save, in_torchrun=group_size is not None)
+        report = run_cases(cases, backends, setting, fault=fault, save=command.save, join=join)
     except DiedError as died:
         publish(died.report, command.json, command.html)
         raise

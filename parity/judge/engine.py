@@ -22,7 +22,7 @@ from parity.judge.records import CaseRecord, Header, Report, footer, header
 from parity.oracle.problem import Problem, draw
 from parity.oracle.quantities import STAGES
 from parity.run import supervisor
-from parity.run.backend import Backend, BackendError, Setting
+from parity.run.backend import Backend, BackendError, Setting, resolve
 from parity.run.faults import Fault, plant
 from parity.run.naming import MAIN
 from parity.run.supervisor import Failure
@@ -43,19 +43,20 @@ def run_cases(
     setting: Setting,
     *,
     fault: Fault | None = None,
-    in_torchrun: bool = False,
+    join: str = "",
     save: Path | None = None,
     show_progress: bool = True,
 ) -> Report | None:
     """Draw every case, run the backends at once in processes of their own, compare as their traces come in.
 
-    None on every rank but 0 of a torchrun group, which then has nothing left to do.
+    `join` is a framework whose group this process is in, as torchrun or a cluster started it: backends in it run in
+    that group. None on every process but the first, which then has nothing left to do.
 
     Raises BackendError when a package is missing or a backend cannot run, DiedError when it did not survive a case.
     """
     head = header(backends, fault.name if fault else "")
     begin, seconds = time.perf_counter(), {"oracle": 0.0, "compare": 0.0}
-    joined = [backend for backend in backends if in_torchrun and backend.framework == "torch"]
+    joined = [backend for backend in backends if backend.framework == join]
     started = [backend for backend in backends if backend not in joined]
     results: dict[str, dict[str, Trace | Failure]] = {case.name: {} for case in cases}
     died: list[Failure] = []
@@ -69,11 +70,8 @@ def run_cases(
         for name, problem in problems.items():
             problem.save(folder / f"{name}.problem")
         seconds["oracle"] = time.perf_counter() - begin
-        if in_torchrun:
-            from parity.run.torch_ranks import join_torchrun
-
-            if join_torchrun(folder, list(problems.values()), setting, joined) != 0:
-                return None
+        if join and _join(join, folder, list(problems.values()), setting, joined) != 0:
+            return None
         done = [(backend.name, case.name, None) for case in cases for backend in joined]
         homes = {backend.name: Path.cwd() for backend in started}
         if fault:
@@ -103,6 +101,17 @@ def run_cases(
     if died:
         raise DiedError(died[0], report)
     return report
+
+
+def _join(framework: str, folder: Path, problems: list[Problem], setting: Setting, backends: list[Backend]) -> int:
+    """Run problems in the group that this process is in; its number there. Raises BackendError where that fails."""
+    try:
+        return resolve(f"parity.run.{framework}_ranks:join")(folder, problems, setting, backends)
+    except (ValueError, BackendError):
+        raise
+    except Exception as error:
+        names = ", ".join(backend.name for backend in backends)
+        raise BackendError(names, f"{names}: {type(error).__name__}: {error}") from error
 
 
 def judge(problem: Problem, results: Sequence[Trace | Failure], flags: str = "") -> tuple[CaseRecord, list[Check]]:

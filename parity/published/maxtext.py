@@ -29,7 +29,7 @@ def run(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, **options):
         skip_jax_distributed_system=True, model_name="mixtral-8x7b", base_emb_dim=case.width, base_mlp_dim=case.hidden,
         base_moe_mlp_dim=case.hidden, num_experts=case.experts, num_experts_per_tok=case.top_k, dtype=case.dtype,
         weight_dtype=case.dtype, matmul_precision="highest", per_device_batch_size=1, max_target_length=case.tokens,
-        capacity_factor=-1.0, megablox=False, **options,
+        capacity_factor=-1.0, **({"megablox": False} | options),
     )  # fmt: skip
     devices = jax.devices()[: options.get("ici_expert_parallelism", 1)]
     mesh = jax.sharding.Mesh(maxtext_utils.create_device_mesh(config, devices), config.mesh_axes)
@@ -70,3 +70,11 @@ def ragged_over_ranks(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
         raise Unsupported("XLA:CPU has no ragged_all_to_all, which it exchanges tokens by")
     ours = (x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
     return run(*ours, sparse_matmul=True, ici_expert_parallelism=case.ranks, ici_fsdp_parallelism=1)
+
+
+@backend(framework="jax")
+def ring_over_ranks(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
+    """Expert parallelism by its ring of experts: each rank gathers all tokens, and adds up what its experts make."""
+    ours = (x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
+    options = {"ici_expert_parallelism": case.ranks, "ici_fsdp_parallelism": 1, "use_ring_of_experts": True}
+    return run(*ours, sparse_matmul=True, megablox=True, **options)

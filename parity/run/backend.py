@@ -19,6 +19,9 @@ class Setting(msgspec.Struct, frozen=True):
     timeout: float = 60.0  # seconds
     share: int = 0
     shares: int = 1
+    coordinator: str = ""  # of the processes of JAX that this one joins, HOST:PORT; auto: as the cluster says
+    processes: int | None = None  # how many they are, and which this is; as the cluster says
+    process: int | None = None
     record: tuple[str, ...] = ()  # what modules of a layer of one's own return, as `check --record` has it
 
 

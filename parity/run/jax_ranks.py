@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from parity.oracle.problem import Problem
-from parity.run.backend import Backend, Setting
+from parity.run.backend import Backend, Setting, resolve
 from parity.run.ranks import Notes, run_cases
 from parity.run.trace import Trace
 
@@ -58,6 +58,32 @@ def _rank(
             trace.save(own.parent)
             notes.done(path.stem)
     notes.at("", "its end")
+
+
+def join(folder: Path, problems: Sequence[Problem], setting: Setting, backends: Sequence[Backend]) -> int:
+    """Run problems in the processes that this one is of; the first saves the traces. This process's number.
+
+    Raises ValueError where they have not a device for each rank.
+    """
+    jax.config.update("jax_platforms", setting.device)
+    address = None if setting.coordinator == "auto" else setting.coordinator
+    jax.distributed.initialize(address, setting.processes, setting.process)
+    for problem in problems:
+        if problem.case.processes != jax.device_count():
+            raise ValueError(
+                f"{jax.process_count()} processes have {jax.device_count()} devices, but {problem.case.name} has "
+                f"--ranks {problem.case.ranks}: add --ranks {jax.device_count()}"
+            )
+    for backend in backends:
+        work: Work = resolve(backend.run.replace(":run_all", ":work"))(backend, setting)
+        for problem in problems:
+            start = time.perf_counter()
+            trace = work(problem, backend, "processes", lambda stage: None)  # noqa: ARG005
+            trace.seconds = time.perf_counter() - start
+            if jax.process_index() == 0:
+                trace.save(folder)
+    jax.distributed.shutdown()
+    return jax.process_index()
 
 
 def _meet(file: Path, P: int, rank: int) -> None:
@@ -116,7 +142,15 @@ def put(tree: dict[str, np.ndarray], P: int, how: str, groups: int = 1) -> Array
     return {name: place(name, np.asarray(a)) for name, a in tree.items()}
 
 
-def fetch(arrays: Arrays, how: str) -> dict[str, np.ndarray]:
+def everywhere(tree: dict[str, np.ndarray], P: int, how: str) -> Arrays:
+    """The same on the devices of all processes."""
+    if how != "processes" or P == 1:
+        return {name: jnp.asarray(a) for name, a in tree.items()}
+    whole = sharding(P, split=False)
+    return {n: jax.make_array_from_callback(a.shape, whole, lambda index, a=a: a[index]) for n, a in tree.items()}
+
+
+def fetch(arrays: Any, how: str) -> Any:
     """On the host, those of every process's devices."""
     if how == "processes" and jax.process_count() > 1:
         return multihost_utils.process_allgather(arrays, tiled=True)

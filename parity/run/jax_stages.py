@@ -47,6 +47,11 @@ def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
     jax_ranks.run_all(backend, folder, setting, {path: cases[path].processes for path in paths}, run)
 
 
+def work(backend: Backend, setting: Setting) -> jax_ranks.Work:  # noqa: ARG001  the same for all
+    """What is done with a problem."""
+    return run
+
+
 def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
     """All ranks of a problem: on these inputs, on others, and on these again, which must give the same bits.
 

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import pickle
 import re
 import shutil
 import sys
@@ -116,6 +117,34 @@ def _mark_of(node: ast.FunctionDef) -> ast.Call | None:
     return None
 
 
+def written(function: Callable[..., Any], path: Path) -> Backend:
+    """The backend that a marked function is, wherever it stands; it is pickled into `path`, for another process.
+
+    Raises ValueError when it is not marked, or cannot be pickled.
+    """
+    import cloudpickle  # not above: another interpreter, for which a file is enough, need not have it
+
+    framework, name = getattr(function, "framework", None), getattr(function, "__name__", str(function))
+    if framework is None:
+        raise ValueError(f"{name} is not marked as a layer: put @parity.backend(framework=...) above it")
+    code = inspect.unwrap(function).__code__
+    where = f"{Path(code.co_filename).name}:{code.co_firstlineno}: {name}"
+    provides = provided(signature(framework, list(inspect.signature(function).parameters), where))
+    if module := inspect.getmodule(function):  # whole, as whoever reads it may not find the module
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        path.write_bytes(pickle.dumps((sys.path, cloudpickle.dumps(function))))
+    except Exception as error:
+        raise ValueError(f"{where} cannot be given to another process: {error}") from error
+    finally:
+        if module:
+            cloudpickle.unregister_pickle_by_value(module)
+    return Backend(
+        name, framework, "opaque", provides, {"": where}, needs=(framework,),
+        run=f"parity.run.own_in_{framework}:run_all", stages=f"{path}:{name}",
+    )  # fmt: skip
+
+
 def _record(asked: str, path: Path, source: str, node: ast.FunctionDef, several: bool) -> Backend:
     """Of a function in a file, which `source` names: by its path, or as a module."""
     where, mark = f"{path.name}:{node.lineno}: {node.name}", _mark_of(node)
@@ -148,8 +177,14 @@ def load(backend: Backend) -> tuple[Callable[..., Any], Signature]:
 
 @cache  # not once for each case
 def _function(named: str) -> Callable[..., Any]:
-    """What `/path/FILE.py:name` or `package.module:name` names."""
+    """What `/path/FILE.py:name` or `package.module:name` names, or what was `written`."""
     source, _, name = named.rpartition(":")
+    if source.endswith(".pickle"):
+        import cloudpickle
+
+        path, pickled = pickle.loads(Path(source).read_bytes())
+        sys.path.extend(folder for folder in path if folder not in sys.path)
+        return cloudpickle.loads(pickled)
     if not source.endswith(".py"):
         return resolve(named)
     path = Path(source)

@@ -15,7 +15,7 @@ from parity.cases.case import Case
 from parity.oracle.problem import Problem
 from parity.run import inside, jax_ranks, own
 from parity.run.backend import Backend, Setting
-from parity.run.jax_ranks import AXIS, At, Eager, Program, over_ranks
+from parity.run.jax_ranks import AXIS, At, Eager, Program, fetch, over_ranks
 from parity.run.jax_stages import compared, environment
 from parity.run.own import WEIGHTS, OwnLayerError, Signature
 from parity.run.trace import Trace, differing_bits
@@ -31,6 +31,11 @@ def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
     jax_ranks.run_all(backend, folder, setting, ranks, run)
 
 
+def work(backend: Backend, setting: Setting) -> jax_ranks.Work:  # noqa: ARG001  the same for all
+    """What is done with a problem."""
+    return run
+
+
 def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
     """A problem on all ranks, twice on the same inputs."""
     case, (layer, takes) = problem.case, own.load(backend)
@@ -38,12 +43,12 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
         if why := own.refusal(layer, takes, problem):
             raise Unsupported(why)
         with jax.enable_x64(case.dtype == "float64"):
-            inputs = {name: jnp.asarray(a) for name, a in _inputs(problem).items()}
+            inputs = jax_ranks.everywhere(_inputs(problem), case.ranks, how)
             orders: dict[str, str] = {}
             step = partial(_step, layer, takes, case, backend, how, orders)
             program = Eager(step) if case.way == "eager" else Program(jax.jit(step))
-            first, _ = jax.device_get(program(at, "the first step", inputs))
-            again, within = jax.device_get(program(at, "the first step, repeated", inputs))
+            first, _ = fetch(program(at, "the first step", inputs), how)
+            again, within = fetch(program(at, "the first step, repeated", inputs), how)
     except Unsupported as reason:
         return Trace(case, backend, environment() | {"not supported": str(reason)})
     arrays = {name: _per_rank(case, name, a) for name, a in again.items()}

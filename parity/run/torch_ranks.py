@@ -80,7 +80,7 @@ def device_of(on: str, rank: int) -> torch.device:
     return device
 
 
-def join_torchrun(folder: Path, problems: list[Problem], setting: Setting, backends: Iterable[Backend]) -> int:
+def join(folder: Path, problems: list[Problem], setting: Setting, backends: Iterable[Backend]) -> int:
     """Run problems in the group that torchrun gave; rank 0 saves the traces. This process's rank."""
     torch.set_num_threads(1)
     device = device_of(setting.device, int(os.environ["LOCAL_RANK"]))

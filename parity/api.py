@@ -1,0 +1,66 @@
+"""From a notebook or a test: layers as functions, a report instead of an exit code."""
+
+import io
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from parity.cases.case import Case
+from parity.cases.presets import PRESETS
+from parity.judge.engine import run_cases
+from parity.judge.records import Report
+from parity.report.terminal import print_report
+from parity.run import ours, own
+from parity.run.backend import Backend, Setting
+
+
+class Checked(Report):
+    """A report that shows itself as the table."""
+
+    def __repr__(self) -> str:
+        console = Console(file=io.StringIO(), width=120, highlight=False)
+        print_report(console, self)
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    __str__ = __repr__
+
+
+def check(*what: Callable[..., Any] | Case | str, timeout: float, record: tuple[str, ...], **changes: Any) -> Checked:
+    """See `parity.check`."""
+    layers = [one for one in what if callable(one)]
+    named = [one for one in what if isinstance(one, str) and one not in PRESETS]
+    cases = [PRESETS[one] if isinstance(one, str) else one for one in what if isinstance(one, Case) or one in PRESETS]
+    if len(layers) + len(named) + len(cases) != len(what):
+        raise TypeError("a layer is a function, a backend's name or its file; a case is a preset's name or a Case")
+    if not cases:
+        raise ValueError("on which case? Name presets, as 'zipf', or give a Case")
+    if changes:
+        cases = [replace(case, **({"name": f"{case.name}-changed"} | changes)) for case in cases]
+    with tempfile.TemporaryDirectory(prefix="parity-") as folder:
+        backends = [own.written(layer, Path(folder) / f"{i}.pickle") for i, layer in enumerate(layers)]
+        backends = _told_apart([*backends, *map(ours.find, named)])
+        report = run_cases(cases, backends, Setting(timeout=timeout, record=record))
+    assert report is not None  # as it is only in a group that torchrun started
+    return Checked(**{field: getattr(report, field) for field in Report.__struct_fields__})
+
+
+def assert_match(*what: Callable[..., Any] | Case | str, timeout: float, **changes: Any) -> None:
+    """See `parity.assert_match`."""
+    __tracebackhide__ = True
+    report = check(*what, timeout=timeout, record=(), **changes)
+    if report.footer.exit_code:
+        raise AssertionError(f"\n{report}")
+
+
+def _told_apart(backends: list[Backend]) -> list[Backend]:
+    """Functions of one name in several modules get numbers."""
+    names, told = [backend.name for backend in backends], []
+    for i, backend in enumerate(backends):
+        nth = f".{names[: i + 1].count(backend.name)}" * (names.count(backend.name) > 1)
+        told.append(msgspec.structs.replace(backend, name=backend.name + nth))
+    return told
