@@ -34,7 +34,8 @@ def check(*what: Callable[..., Any] | Case | str, timeout: float, record: tuple[
     """See `parity.check`."""
     layers = [one for one in what if callable(one)]
     named = [one for one in what if isinstance(one, str) and one not in PRESETS]
-    cases = [PRESETS[one] if isinstance(one, str) else one for one in what if isinstance(one, Case) or one in PRESETS]
+    presets = [PRESETS[one] for one in what if isinstance(one, str) and one in PRESETS]
+    cases = presets + [one for one in what if isinstance(one, Case)]
     if len(layers) + len(named) + len(cases) != len(what):
         raise TypeError("a layer is a function, a backend's name or its file; a case is a preset's name or a Case")
     if not cases:

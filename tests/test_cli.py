@@ -354,6 +354,24 @@ def test_no_color_in_help(variable, coloured):
     assert (b"\x1b[" in shown) == coloured
 
 
+def test_backends(capsys):
+    """This project's, and those of others, whether they are installed or not."""
+    code, out, _ = in_process(capsys, "backends", "--json")
+    assert code == 0
+    found = {line["name"]: line for line in map(json.loads, out.splitlines())}
+    assert found.keys() >= {"torch", "jax", "torch-static", "jax-dynamic", "megatron", "torchtitan", "maxtext:dense",
+                            "transformers:mixtral"}  # fmt: skip
+    assert found["maxtext:dense"] == {
+        "name": "maxtext:dense", "framework": "jax", "version": "pip install 'moe-parity[maxtext]'",
+        "about": "Every expert on every token, on one device.",
+        "compared": "output, 5 gradients; not seen: stages 1-8",
+    }  # fmt: skip
+    assert re.match(r"torch \d", found["torch"]["version"])
+    assert all(len(line["about"]) > 5 for line in found.values())
+    _, out, _ = in_process(capsys, "backends", "--no-json")
+    assert "[maxtext]" in out
+
+
 def test_doctor(capsys):
     code, out, _ = in_process(capsys, "doctor")
     assert code == 0, out

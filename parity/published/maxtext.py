@@ -51,7 +51,7 @@ def dense(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
 
 @backend(framework="jax")
 def dense_over_ranks(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
-    """The same on a mesh of all devices along its axis for experts; what lies where, it leaves to XLA."""
+    """Every expert on every token, on a mesh of all devices along its axis for experts; XLA says what lies where."""
     ours = (x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
     return run(*ours, sparse_matmul=False, ici_expert_parallelism=case.ranks, ici_fsdp_parallelism=1)
 
@@ -65,7 +65,7 @@ def ragged(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
 
 @backend(framework="jax")
 def ragged_over_ranks(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
-    """The same on a mesh of all devices along its axis for experts; what lies where, it leaves to XLA."""
+    """Each expert on its own tokens, exchanged by ragged_all_to_all over a mesh of all devices."""
     if case.ranks > 1 and jax.default_backend() == "cpu":
         raise Unsupported("XLA:CPU has no ragged_all_to_all, which it exchanges tokens by")
     ours = (x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)

@@ -79,6 +79,21 @@ def _published(name: str) -> Backend | None:
     return msgspec.structs.replace(found, asked=name, needs=(*found.needs, named[1]))
 
 
+def everything() -> dict[str, tuple[str, Backend]]:
+    """What `--backend` can name without a file of the user's own, and what each is, in a sentence."""
+    layouts = {
+        "dynamic": "as many rows as there are",
+        "static": "padded to a capacity",
+        "ragged": "in the largest buffer",
+    }
+    found = {name: (f"this project's layer, {layouts[b.layout]}", b) for name, b in BACKENDS.items()}
+    for file in PUBLISHED:
+        for function, about in own.marked(Path(__file__).parents[1] / "published" / f"{file}.py").items():
+            name = file if function == "layer" else f"{file}:{function}"
+            found[name] = (about, find(name))
+    return found
+
+
 def find(name: str) -> Backend:
     """The backend of that name, a published layer, the layer in a file, or what `package.module:name` names.
 

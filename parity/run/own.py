@@ -92,7 +92,7 @@ def read(whole: str) -> Backend | None:
         tree = ast.parse(path.read_text(), str(path))
     except (OSError, SyntaxError) as error:
         raise ValueError(f"--backend {asked}: {error}") from error
-    marked = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef) and _mark_of(node)}
+    marked = _marked_in(tree)
     if not source.endswith(".py") and name not in marked:
         return None
     if name and name not in marked:
@@ -106,6 +106,16 @@ def read(whole: str) -> Backend | None:
     of = str(path.resolve()) if source.endswith(".py") else source
     found = _record(whole, path, of, marked[name or next(iter(marked))], bool(name) and len(marked) > 1)
     return msgspec.structs.replace(found, python=str(Path(shutil.which(python) or python).absolute()) if python else "")
+
+
+def marked(path: Path) -> dict[str, str]:
+    """Of a file, the functions that are marked as backends, and the first line of what each says of itself."""
+    of = _marked_in(ast.parse(path.read_text()))
+    return {name: (ast.get_docstring(node) or "").split("\n")[0] for name, node in of.items()}
+
+
+def _marked_in(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef) and _mark_of(node)}
 
 
 def _mark_of(node: ast.FunctionDef) -> ast.Call | None:
