@@ -193,3 +193,36 @@ def test_what_jax_traces_may_say_that_it_does_not_support_it(tmp_path):
     run = check(tmp_path, "p1", "--activation", "gelu_tanh", "--backend", written(tmp_path, "jax"), "--no-json")
     assert run.returncode == 5, run.stdout + run.stderr
     assert "mine: 1 of 1 cases not supported: silu only (1)" in run.stdout
+
+
+def test_one_choice_too_large_shows_in_bfloat16(tmp_path):
+    """Its rows are within their allowances; what all second choices add is not."""
+    change = ("score_TK[t, k, None] * y_nD", "score_TK[t, k, None] * (1 + 0.01 * (k == 1))[:, None] * y_nD")
+    run = check(tmp_path, "bfloat16", "--backend", written(tmp_path, "torch", change), "--json")
+    assert run.returncode == 1, run.stdout + run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    (found,) = [line for line in lines if line["kind"] == "comparison" and line["value"] == "out" and not line["ok"]]
+    assert found["scale"]
+    assert found["where"] == {"k": 1}
+    assert 1.005 < found["got"] < 1.015
+
+
+def test_two_layers_that_have_what_the_oracle_has_not(tmp_path):
+    """They are wrong by the oracle and agree with each other; `--between` judges them by that, and one that differs."""
+    root = {
+        "torch": ("score_TE = logits_TE.softmax(-1)", "score_TE = logits_TE.softmax(-1).sqrt()"),
+        "jax": ("score_PTE = jax.nn.softmax(logits_PTE)", "score_PTE = jnp.sqrt(jax.nn.softmax(logits_PTE))"),
+    }
+    mine = [part for framework, change in root.items()
+            for part in ("--backend", written(tmp_path, framework, change, name=f"my_{framework}.py"))]  # fmt: skip
+    run = check(tmp_path, "p1", *mine, "--no-json")
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "agree with each other, row by row: --between judges them by that" in run.stdout
+    run = check(tmp_path, "p1", *mine, "--no-json", "--between")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "my_jax against the oracle: 0 of 1 cases match; the first, p1: my_jax is wrong at stage" in run.stdout
+    run = check(tmp_path, "p1", *mine[:2], "--backend", "jax", "--no-json", "--between")
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "differ from each other" in run.stdout
+    run = check(tmp_path, "p1", *mine[:2], "--between")
+    assert (run.returncode, "--between needs two backends" in run.stderr) == (2, True), run.stderr

@@ -13,7 +13,7 @@ from parity.oracle.expected import Expected, Oracle
 from parity.oracle.problem import Problem, draw, exact_inputs
 from parity.oracle.quantities import names
 from parity.oracle.reference import Perturbed
-from parity.oracle.tolerances import DRAWS, FACTOR, allowance, numpy_dtype, underflow, unit_roundoff
+from parity.oracle.tolerances import DRAWS, FACTOR, allowance, numpy_dtype, shares_of, underflow, unit_roundoff
 
 Array = np.ndarray
 
@@ -284,3 +284,12 @@ def test_one_lost_assignment_of_32768_tokens_fails():
     assert np.linalg.norm(out - exact) < 0.007 * np.linalg.norm(exact)  # half a per cent, that one, and the roundings
     bad = (np.abs(out - exact) > allowed).any(axis=1)
     assert np.flatnonzero(bad).tolist() == [12345]
+
+
+def test_shares_of_parts_are_found_again():
+    """Each part's own; 0 for one that is zero everywhere."""
+    parts = np.random.default_rng(0).standard_normal((3, 50))
+    parts[1] = 0
+    shares = shares_of(parts)
+    # 50 products and a solve in float64, of parts that are far from parallel
+    np.testing.assert_allclose(shares @ (1.5 * parts[0] + 0.25 * parts[2]), [1.5, 0, 0.25], atol=1e-13)

@@ -82,6 +82,8 @@ class Command:
     timeout: float = 60
     """A case ends, saying which rank hangs where, when no rank gets on for this many seconds, all asleep, or in ten
     times as many of CPU time. Time in which one waits for a CPU does not count."""
+    between: bool = False
+    """Judge backends by each other, as where both have what the oracle lacks; its verdict is printed beside theirs."""
     coordinator: str = ""
     """HOST:PORT, where several processes of JAX meet; auto: where the cluster says, as SLURM or Kubernetes does. Start
     this command in each of them: JAX's ranks are their devices, and the first reports."""
@@ -130,6 +132,8 @@ def run(command: Command) -> int:
         raise ValueError("--record is for a layer of your own in PyTorch: name its file with --backend")
     if command.coordinator and (group_size is not None or not any(b.framework == "jax" for b in backends)):
         raise ValueError("--coordinator is for a backend in JAX, without torchrun: name one with --backend")
+    if command.between and len(backends) < 2:
+        raise ValueError(f"--between needs two backends, and {backends[0].name} is one: name another with --backend")
     setting = Setting(
         command.device, jax_ranks, command.timeout, record=command.record, coordinator=command.coordinator,
         processes=command.processes, process=command.process,
@@ -139,7 +143,7 @@ def run(command: Command) -> int:
         for reason in filter(None, (backend.refusal(case, setting) for case in cases)):
             raise ValueError(f"--backend {backend.name}: {reason}")
     try:
-        report = run_cases(cases, backends, setting, fault=fault, save=command.save, join=join)
+        report = run_cases(cases, backends, setting, fault=fault, save=command.save, join=join, between=command.between)
     except DiedError as died:
         publish(died.report, command.json, command.html)
         raise

@@ -30,6 +30,8 @@ class Command:
     """Folders of traces: one a backend, or one with all."""
     json: bool = field(default_factory=not_a_terminal)
     """Lines of JSON instead of a table: the default where the output is not a terminal."""
+    between: bool = False
+    """Judge backends by each other; the oracle's verdict is printed beside theirs."""
     html: Path | None = None
     """Write the report as a page of its own too."""
 
@@ -60,7 +62,8 @@ def run(command: Command) -> int:
     head, start = records.header(backends.values()), time.perf_counter()
     with progress() as bar:
         judged = {
-            name: judge(draw(found[0].case), found) for name, found in bar.track(traces.items(), description="compare")
+            name: judge(draw(found[0].case), found, between=command.between)
+            for name, found in bar.track(traces.items(), description="compare")
         }
     report = make_report(head, list(traces), judged, {"compare": time.perf_counter() - start})
     return publish(report, command.json, command.html)

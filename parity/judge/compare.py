@@ -196,7 +196,10 @@ def compare(problem: Problem, traces: list[Trace], picture: Picture | None = Non
             yield from _moves_its_own_rows(problem, name, mine, expected[name])
         for check, want in zip(checks, expected[name].values(), strict=True):
             if check.ok and want.slope is not None:  # where rows show it, they say it better
-                yield _scale(problem, want, name, mine[want.name])
+                check = _scale(problem, want, name, mine[want.name])
+                yield check
+                if check.ok and want.choices is not None:
+                    yield _share_of_choices(problem, want, name, mine[want.name])
     for i, left in enumerate(traces):
         for right in traces[i + 1 :]:
             yield from _against(problem, left.backend.name, right.backend.name, found, expected)
@@ -253,6 +256,20 @@ def _scale(problem: Problem, want: Expected, backend: str, have: Canonical) -> C
     check.error, check.allowed = float(off[worst]), float(want.slope[worst])
     of_rank, group = want.axes[0] == "P", worst - 1 if worst else None
     check.where = Where(rank=group) if of_rank else Where(expert=group)
+    return check
+
+
+def _share_of_choices(problem: Problem, want: Expected, backend: str, have: Canonical) -> Check:
+    """By how much what one of the K choices adds to the output is too large, over all tokens."""
+    assert want.choices is not None
+    assert want.share is not None
+    off = want.choices @ (have.values - want.values).reshape(-1)
+    ratio = np.where(np.isfinite(off), np.abs(off) / want.share, np.inf)
+    k = int(ratio.argmax())
+    check = _check(problem, want, backend, "oracle", ok=not (ratio > 1).any(), bitwise=False)
+    check.scale, check.failing, check.worst = True, int((ratio > 1).sum()), float(ratio[k])
+    check.got, check.expected, check.where = float(1 + off[k]), 1.0, Where(k=k)
+    check.error, check.allowed = float(abs(off[k])), float(want.share[k])
     return check
 
 

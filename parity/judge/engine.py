@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from parity.cases.case import Case
 from parity.cases.presets import command
+from parity.judge.blame import blame
 from parity.judge.compare import Check, compare
 from parity.judge.picture import blank
 from parity.judge.records import CaseRecord, Header, Report, footer, header
@@ -44,13 +45,16 @@ def run_cases(
     *,
     fault: Fault | None = None,
     join: str = "",
+    between: bool = False,
     save: Path | None = None,
     show_progress: bool = True,
 ) -> Report | None:
     """Draw every case, run the backends at once in processes of their own, compare as their traces come in.
 
     `join` is a framework whose group this process is in, as torchrun or a cluster started it: backends in it run in
-    that group. None on every process but the first, which then has nothing left to do.
+    that group. `between`: backends are judged by each other, and the oracle's verdict stands beside.
+
+    None on every process of such a group but the first, which then has nothing left to do.
 
     Raises BackendError when a package is missing or a backend cannot run, DiedError when it did not survive a case.
     """
@@ -63,7 +67,7 @@ def run_cases(
     judged: dict[str, tuple[CaseRecord, list[Check]]] = {}
     seen: dict[str, set[str]] = {backend.name: {*backend.provides} for backend in backends}
     flags = "" if setting.device == "cpu" else f" --device {setting.device}"
-    flags += "".join(f" --record {shlex.quote(text)}" for text in setting.record)
+    flags += " --between" * between + "".join(f" --record {shlex.quote(text)}" for text in setting.record)
     with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress(show_progress) as bar:
         folder = Path(temporary)
         problems = {case.name: draw(case) for case in bar.track(cases, description="oracle")}
@@ -89,7 +93,7 @@ def run_cases(
                     for trace in found.values():
                         if isinstance(trace, Trace):
                             seen[trace.backend.name] |= {*trace.backend.provides}
-                    judged[name] = judge(problems[name], [found[backend.name] for backend in backends], flags)
+                    judged[name] = judge(problems[name], [found[backend.name] for backend in backends], flags, between)
                     seconds["compare"] += time.perf_counter() - start
         if save:
             save.mkdir(parents=True, exist_ok=True)
@@ -114,16 +118,27 @@ def _join(framework: str, folder: Path, problems: list[Problem], setting: Settin
         raise BackendError(names, f"{names}: {type(error).__name__}: {error}") from error
 
 
-def judge(problem: Problem, results: Sequence[Trace | Failure], flags: str = "") -> tuple[CaseRecord, list[Check]]:
-    """Every comparison of one case, and what it looked like; `flags` are those that repeating it needs besides."""
+def judge(
+    problem: Problem, results: Sequence[Trace | Failure], flags: str = "", between: bool = False
+) -> tuple[CaseRecord, list[Check]]:
+    """Every comparison of one case, and what it looked like; `flags` are those that repeating it needs besides.
+
+    `between`: those with the oracle do not count, but for what two runs of one backend do not have in common.
+    """
     case, picture = problem.case, blank(problem)
     traces = [result for result in results if isinstance(result, Trace) and not result.not_supported]
-    checks = [*compare(problem, traces, picture), *(raised(f) for f in results if isinstance(f, Failure))]
+    checks, beside = list(compare(problem, traces, picture)), {}
+    if between:
+        names = {trace.backend.name: trace.backend for trace in traces}
+        with_oracle = [check for check in checks if check.right not in names and check.mode != "repeat"]
+        beside = {name: blame([c for c in with_oracle if c.left == name], names) for name in names}
+        checks = [check for check in checks if check.right in names or check.mode == "repeat"]
+    checks += [raised(result) for result in results if isinstance(result, Failure)]
     seconds = {trace.backend.name: trace.seconds for trace in traces}
     seconds |= {failure.backend: 0.0 for failure in results if isinstance(failure, Failure)}
     environment = {trace.backend.name: trace.environment for trace in traces}
     not_supported = {r.backend.name: r.not_supported for r in results if isinstance(r, Trace) and r.not_supported}
-    return CaseRecord(case, command(case) + flags, seconds, environment, picture, not_supported), checks
+    return CaseRecord(case, command(case) + flags, seconds, environment, picture, not_supported, beside), checks
 
 
 def _providing(backend: Backend, seen: set[str]) -> Backend:

@@ -44,6 +44,7 @@ class CaseRecord(msgspec.Struct, tag_field="kind", tag="case"):
     environment: dict[str, dict[str, str]]
     picture: Picture
     not_supported: dict[str, str] = {}  # by backend: why a layer does not compute the case
+    beside: dict[str, Blame | None] = {}  # by backend, judged by each other: the first divergence from the oracle
 
 
 class Footer(msgspec.Struct, tag_field="kind", tag="footer"):

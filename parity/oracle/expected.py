@@ -13,7 +13,7 @@ from parity.oracle.evaluation import Evaluation
 from parity.oracle.problem import Problem
 from parity.oracle.quantities import OUTSIDE, Quantity, quantity_of
 from parity.oracle.rows import Layout
-from parity.oracle.tolerances import DRAWS, allowance, slope_allowance
+from parity.oracle.tolerances import DRAWS, allowance, shares_allowance, shares_of, slope_allowance
 
 Array = np.ndarray
 
@@ -39,6 +39,8 @@ class Expected:
     dtype: str
     case: Case
     slope: Array | None = None  # `in_groups`, how far from 1 that of got on expected may be
+    choices: Array | None = None  # of the layer's output: `shares_of` what each of the K choices adds to it
+    share: Array | None = None  # how far from 1 the share of each may be
 
     @property
     def mode(self) -> str:
@@ -100,7 +102,18 @@ class Oracle:
             return want
         grouped = zip(*(want.in_groups(a) for a in (exact, *drawn)), strict=True)
         allowed = [slope_allowance(groups, of_draws, dtype, case.wide) for groups, *of_draws in grouped]
-        return replace(want, slope=np.concatenate(allowed))
+        want = replace(want, slope=np.concatenate(allowed))
+        if name != OUTSIDE[0] or case.top_k == 1:
+            return want
+        choices = shares_of(self._added_by_choice())
+        of_all = [a.reshape(1, -1) for a in (exact, *drawn)]
+        return replace(want, choices=choices, share=shares_allowance(choices, of_all[0], of_all[1:], dtype, case.wide))
+
+    def _added_by_choice(self) -> Array:
+        """[K, P * T * D], what each token's first choice adds to the output, its second, and so on."""
+        layer, keep = self.exact.layer, self.problem.keep
+        weighted = np.where(keep[..., None], layer.score[..., None] * layer.y, 0)
+        return np.moveaxis(weighted, 2, 0).reshape(self.problem.case.top_k, -1)
 
 
 def _bitwise(name: str, quantity: Quantity) -> bool:

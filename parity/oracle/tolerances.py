@@ -71,13 +71,28 @@ def slope(got: np.ndarray, exact: np.ndarray) -> np.ndarray:
 
 
 def slope_allowance(exact: np.ndarray, draws: list[np.ndarray], dtype: str, wide: str) -> np.ndarray:
-    """How far from 1 the slope may be, for `exact` [..., n]. Rounding averages out, so it sees what no row shows.
+    """How far from 1 the slope may be, for `exact` [..., n]. Rounding averages out, so it sees what no row shows."""
+    square = np.maximum((exact * exact).sum(axis=-1, keepdims=True), 1e-300)
+    return shares_allowance(exact / square, exact, draws, dtype, wide)
+
+
+def shares_of(parts: np.ndarray) -> np.ndarray:
+    """[K, n]: what to multiply numbers [n], a sum of `parts` [K, n], with to have each part's share by least squares.
+
+    That is 1 for each part in the sum itself, and 0 for one that is zero everywhere.
+    """
+    return np.linalg.pinv(parts @ parts.T, hermitian=True) @ parts
+
+
+def shares_allowance(
+    shares: np.ndarray, exact: np.ndarray, draws: list[np.ndarray], dtype: str, wide: str
+) -> np.ndarray:
+    """How far off the sum over n of `shares` [..., n] times numbers may be, for `exact` [..., n].
 
     FACTOR times the largest deviation of a draw, four standard deviations of what n last roundings make of it, each
     uniform in half a step, what is lost below the normal range, and SYSTEMATIC.
     """
-    square = np.maximum((exact * exact).sum(axis=-1), 1e-300)
-    last = unit_roundoff(dtype) / np.sqrt(3) * np.sqrt((exact**4).sum(axis=-1)) / square
-    lost = underflow(dtype) * np.abs(exact).sum(axis=-1) / square
-    worst = np.max([np.abs(slope(draw, exact) - 1) for draw in draws], axis=0)
+    last = unit_roundoff(dtype) / np.sqrt(3) * np.sqrt(((shares * exact) ** 2).sum(axis=-1))
+    lost = underflow(dtype) * np.abs(shares).sum(axis=-1)
+    worst = np.max([np.abs((shares * (draw - exact)).sum(axis=-1)) for draw in draws], axis=0)
     return FACTOR * worst + 4 * last + lost + SYSTEMATIC * noise(wide)

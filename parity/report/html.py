@@ -11,18 +11,7 @@ from parity.judge.compare import LISTED, Check, Row, Where
 from parity.judge.picture import Magnitude
 from parity.judge.records import CaseRecord, Report
 from parity.oracle.quantities import STAGES
-from parity.report.terminal import (
-    SHORT,
-    backends,
-    describe,
-    drops,
-    headline,
-    not_supported,
-    of_stage,
-    place,
-    repeat,
-    unseen,
-)
+from parity.report.terminal import SHORT, backends, describe, drops, headline, notes, of_stage, place, repeat
 from parity.run.backend import Backend
 from parity.run.faults import FAULTS
 
@@ -150,7 +139,7 @@ def page(report: Report) -> str:
         failed=[view for view in views if view.ok is False],
         unjudged=[view for view in views if view.ok is None],
         sides=[name for name in report.backends if any(name in record.seconds for record in report.cases.values())],
-        unseen=unseen(report) + not_supported(report),
+        unseen=notes(report),
         planted=getattr(FAULTS.get(report.header.planted), "sentence", ""),
         missing=missing,
         environment=_environment(report),

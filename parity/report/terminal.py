@@ -94,6 +94,33 @@ def not_supported(report: Report) -> list[str]:
     return said
 
 
+def beside(report: Report) -> list[str]:
+    """Of each backend, where they are judged by each other, what the oracle says of it."""
+    said = []
+    for name in report.backends:
+        found = [record.beside[name] for record in report.cases.values() if name in record.beside]
+        wrong = [verdict for verdict in found if verdict]
+        first = f"; the first, {wrong[0].case}: {headline(wrong[0])}" if wrong else ""
+        if found:
+            said.append(f"{name} against the oracle: {len(found) - len(wrong)} of {len(found)} cases match{first}")
+    return said
+
+
+def notes(report: Report) -> list[str]:
+    """What a report says of backends besides its verdict."""
+    return [*unseen(report), *not_supported(report), *beside(report), *filter(None, [agree(report)])]
+
+
+def agree(report: Report) -> str:
+    """That backends which the oracle faults agree with each other, or an empty string."""
+    failing = [name for name in report.checks if _failed(report, name)]
+    pairs = [c for name in failing for c in report.checks[name] if c.right in report.backends]
+    ours = all(backend.layout == "opaque" for backend in report.backends.values())
+    if not ours or not pairs or not all(check.ok for check in pairs):
+        return ""
+    return f"{' and '.join(report.backends)} agree with each other, row by row: --between judges them by that"
+
+
 def _failed(report: Report, name: str) -> bool:
     return any(not c.ok for c in report.checks[name])
 
@@ -184,7 +211,7 @@ def print_report(console: Console, report: Report) -> None:
         f"\n{foot.cases} cases, {foot.comparisons} comparisons, {foot.rows:,} rows: "
         f"{foot.bitwise:,} judged bit for bit, {foot.rows - foot.bitwise:,} by their own allowance"
     )
-    for line in unseen(report) + not_supported(report):
+    for line in notes(report):
         console.print(line, soft_wrap=True)
     if foot.cases >= MANY:
         found, possible = pairs_in(row_of(record.case) for record in report.cases.values()), possible_pairs()
