@@ -15,7 +15,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "transformers:qwen3_moe": (), "transformers:olmoe": (), "transformers:flex_olmo": (), "transformers:jamba": (),
     "transformers:mixtral": SOFTMAX, "transformers:minimax": SOFTMAX, "transformers:granitemoe": SOFTMAX,
     "transformers:deepseek_v3": SIGMOID, "transformers:glm4_moe": SIGMOID, "transformers:lfm2_moe": SIGMOID,
-    "megatron": (), "torchtitan": (),
+    "megatron": (), "torchtitan": (), "tokamax": (),
     "maxtext:dense": SOFTMAX, "maxtext:dense_over_ranks": SOFTMAX, "maxtext:ragged": SOFTMAX,
     "maxtext:ragged_over_ranks": SOFTMAX, "maxtext:ring_over_ranks": SOFTMAX,
 }  # fmt: skip
@@ -24,7 +24,7 @@ PRESETS = (
     "p8", "sigmoid", "drop-rank-token", "bfloat16", "float16", "pydoc-bfloat16", "large-logits", "tiny-scores", "eager",
     "recomputed",
 )  # fmt: skip
-PACKAGES = ("torch", "jax", "transformers", "megatron-core", "torchtitan", "maxtext")
+PACKAGES = ("torch", "jax", "transformers", "megatron-core", "torchtitan", "tokamax", "maxtext")
 
 
 def outcome(lines: list[dict], backend: str) -> dict[str, str]:

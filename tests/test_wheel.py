@@ -59,3 +59,6 @@ def test_what_it_installs_runs_from_another_folder(wheel, tmp_path):
     small = ["pydoc", "--backend", "torch", "--ranks", "1", "--tokens", "8"]
     assert there(python, "-m", "parity", "check", *small, "--no-json", "--html", "page.html").endswith("match\n")
     assert (elsewhere / "page.html").stat().st_size > 10_000
+    there(python, "-m", "parity", "new", "mine.py")
+    assert there(python, "-m", "parity", "check", "p1", "--backend", "mine.py", "--no-json").endswith("match\n")
+    there(python, "-c", "import parity, mine; parity.assert_match(mine.layer, 'p1')")

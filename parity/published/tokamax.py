@@ -1,0 +1,31 @@
+"""Tokamax's grouped product for the three products of each expert; routing and permute are plain JAX."""
+
+import jax
+import jax.numpy as jnp
+import tokamax  # pyright: ignore[reportMissingImports]
+
+from parity import Unsupported, backend, record
+
+
+@backend(framework="jax")
+def layer(x_PTD, score_PTK, expert_id_PTK, w_gate_EDF, w_up_EDF, w_down_EFD, case):
+    """Each expert on its own tokens, by tokamax.ragged_dot."""
+    if case.activation != "silu":
+        raise Unsupported("silu only")
+
+    def product(x_ND, w_EDF):
+        return tokamax.ragged_dot(x_ND, w_EDF, counts_E, precision="highest", preferred_element_type=x_ND.dtype)
+
+    P, T, K = expert_id_PTK.shape
+    expert_N = expert_id_PTK.reshape(-1)
+    by_expert_N = jnp.argsort(expert_N, stable=True)
+    counts_E = jnp.bincount(expert_N, length=case.experts).astype(jnp.int32)
+    x_ND = x_PTD.reshape(P * T, -1)[by_expert_N // K]
+    wide = jnp.promote_types(x_ND.dtype, jnp.float32)
+    gate_NF, up_NF = (product(x_ND, w).astype(wide) for w in (w_gate_EDF, w_up_EDF))
+    y_ND = product((jax.nn.silu(gate_NF) * up_NF).astype(x_ND.dtype), w_down_EFD)
+    rows_N3 = jnp.stack(jnp.unravel_index(by_expert_N, (P, T, K)), axis=-1)
+    record("apply_experts/y", y_ND, rows_N3)
+    y_PTKD = jnp.zeros_like(y_ND).at[by_expert_N].set(y_ND).reshape(P, T, K, -1)
+    out_PTD = jnp.einsum("ptkd,ptk->ptd", y_PTKD.astype(wide), score_PTK)
+    return out_PTD.astype(x_PTD.dtype)
