@@ -1,5 +1,6 @@
 """The mutator: what it changes and what not, that each change is one, and that a sample of them is killed."""
 
+import re
 import subprocess
 import sys
 
@@ -85,7 +86,8 @@ def test_each_mutant_of_the_implementations_is_another_program():
 
 
 def test_what_is_called_equivalent_is_a_mutant():
-    assert mutants.EQUIVALENT.keys() <= {m.name for m in mutants.mutants()}
+    names = [m.name for m in mutants.mutants()]
+    assert all(any(re.search(pattern, name) for name in names) for pattern in mutants.EQUIVALENT)
 
 
 def test_every_program_is_in_a_round_and_every_file_of_tests_is_one():

@@ -22,8 +22,8 @@ def check(*arguments: str, home: Path = ROOT) -> subprocess.CompletedProcess:
 @pytest.mark.published
 @pytest.mark.parametrize("layer", [
     "transformers:qwen3_moe", "transformers:olmoe", "transformers:jamba", "transformers:mixtral",
-    "transformers:granitemoe", "transformers:deepseek_v3", "megatron", "tokamax", "maxtext:dense", "maxtext:dense_over_ranks",
-    "maxtext:ring_over_ranks",
+    "transformers:granitemoe", "transformers:deepseek_v3", "megatron", "tokamax", "maxtext:dense",
+    "maxtext:dense_over_ranks", "maxtext:ring_over_ranks",
 ])  # fmt: skip
 def test_a_layer_matches_over_four_ranks(layer):
     run = check("zipf", *LAYERS[layer], "--backend", layer)

@@ -21,15 +21,29 @@ class Router(NamedTuple):
     """How scores come out of logits: the fields of a case that say so, as the layers name them."""
 
     top_k: int
-    score_function: str
-    renormalize: bool
-    scale: float
+    score_function: str = "softmax"
+    renormalize: bool = False
+    scale: float = 1.0
 
 
 class Experts(NamedTuple):
     """How an expert computes, likewise."""
 
-    activation: str
+    activation: str = "silu"
+
+
+class CapacityOptions(NamedTuple):
+    """How a capacity drops, likewise."""
+
+    per: str = "rank"
+    priority: str = "token"
+    align: int = 1
+
+
+def not_default(options: Router | Experts | CapacityOptions) -> dict[str, Any]:
+    """What has to be said to a layer: the rest are its defaults, which are under check too."""
+    default = options._field_defaults
+    return {name: value for name, value in options._asdict().items() if name not in default or value != default[name]}
 
 
 def _field(default: Any, help: str) -> Any:
@@ -202,6 +216,11 @@ class Case:
     def expert(self) -> Experts:
         """How an expert computes."""
         return Experts(*(getattr(self, name) for name in Experts._fields))
+
+    @property
+    def capacity_options(self) -> CapacityOptions:
+        """How its capacity drops."""
+        return CapacityOptions(self.capacity_per, self.priority, self.align)
 
     @property
     def processes(self) -> int:

@@ -17,7 +17,7 @@ from jax_impl.dynamic import exchange as dynamic_exchange
 from jax_impl.dynamic import grouping as dynamic_grouping
 from jax_impl.dynamic import layout as dynamic_layout
 from jax_impl.grouping import Capacity, plan_capacity
-from parity.cases.case import Case
+from parity.cases.case import Case, not_default
 from parity.oracle import reference
 from parity.oracle.problem import Problem
 from parity.oracle.rows import Layout, indices, lay_out, row_tables
@@ -171,7 +171,7 @@ class Static:
 
     def __init__(self, case: Case, planned: Capacity, oracle_rows: int, axis: str | None, feeds: Arrays) -> None:
         self.planned, self.capacity, self.axis = planned, planned._replace(rows=oracle_rows), axis
-        self.how = experts.Experts(*case.expert)
+        self.how = experts.Experts(**not_default(case.expert))
         per_rank = planned.n_bins == case.ranks
         self.major = (case.ranks * oracle_rows,) if per_rank else (case.experts // case.ranks, -1)
         self.counts_Pe = feeds["counts_Pe"]
@@ -215,7 +215,7 @@ class Static:
     @staticmethod
     def layer(case, capacity, axis, x, router, weights, chosen, keep) -> tuple[Any, tuple]:  # noqa: ARG004
         """The whole layer, and what the gradient of the scores needs."""
-        how = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
+        how = options_of(case)
         stages = layer.moe_layer(x, router, *weights, **how, capacity=capacity, routing=chosen, axis_name=axis)
         grouped = stages.grouped
         return stages, (stages.returned_BCD, stages.routing.score_TK, grouped.slot_TK, grouped.assignment_BC)
@@ -232,7 +232,7 @@ class Ragged:
 
     def __init__(self, case: Case, planned: Capacity, oracle_rows: int, axis: str | None, feeds: Arrays) -> None:  # noqa: ARG002
         self.case, self.axis, self.counts_Pe = case, axis, feeds["counts_Pe"]
-        self.how = experts.Experts(*case.expert)
+        self.how = experts.Experts(**not_default(case.expert))
         _, self.splits = dynamic_exchange.exchange_counts(feeds["sent_E"], axis)
 
     @staticmethod
@@ -269,7 +269,7 @@ class Ragged:
     @staticmethod
     def layer(case, capacity, axis, x, router, weights, chosen, keep) -> tuple[Any, tuple]:  # noqa: ARG004
         """As `Static.layer`; what a capacity would drop has its score masked."""
-        how = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
+        how = options_of(case)
         masked = chosen and chosen._replace(score_TK=chosen.score_TK * keep)
         stages = dynamic.moe_layer(x, router, *weights, **how, routing=masked, axis_name=axis)
         grouped = stages.grouped
@@ -282,6 +282,12 @@ class Ragged:
 
 
 Stages = type[Static] | type[Ragged]
+
+
+def options_of(case: Case) -> dict[str, Any]:
+    """How the layer routes and computes, for `moe_layer`."""
+    of_router, of_experts = not_default(case.router), not_default(case.expert)
+    return {"router": routing.Router(**of_router), "experts": experts.Experts(**of_experts)}
 
 
 @lru_cache(maxsize=4)  # cases with the same program come one after the other; more would only fill memory
@@ -321,8 +327,7 @@ def programs(
 
 def _capacity(case: Case) -> Capacity:
     return plan_capacity(
-        case.capacity_factor, case.tokens, case.top_k, case.experts, case.ranks,
-        case.capacity_per, case.priority, case.align,
+        case.capacity_factor, case.tokens, case.top_k, case.experts, case.ranks, **not_default(case.capacity_options),
     )  # fmt: skip
 
 
@@ -344,7 +349,7 @@ class WholeLayer:
         def forward(x, router, ids, keep, score, *weights):
             chosen = None
             if not choose:
-                chosen = routing.route(x, router, routing.Router(*case.router), expert_id_TK=ids)
+                chosen = routing.route(x, router, routing.Router(**not_default(case.router)), expert_id_TK=ids)
                 chosen = without_padding(chosen, ids) if case.uneven else chosen
                 own = chosen.score_TK
                 if capacity.priority == "score":  # who is dropped goes by scores to the last bit: those of the oracle
@@ -444,7 +449,7 @@ def _isolated(
         return found
 
     ids, score, keep = (feeds[n] for n in ("expert_id", "score", "keep"))
-    router = routing.Router(*case.router)
+    router = routing.Router(**not_default(case.router))
 
     def replay(x: jax.Array, router_DE: jax.Array) -> Any:
         chosen = routing.route(x, router_DE, router, expert_id_TK=feeds["other_experts"])

@@ -11,7 +11,7 @@ import numpy as np
 
 from jax_impl import routing
 from parity import Unsupported, recording
-from parity.cases.case import Case
+from parity.cases.case import Case, not_default
 from parity.oracle.problem import Problem
 from parity.run import inside, jax_ranks, own
 from parity.run.backend import Backend, Setting
@@ -80,7 +80,9 @@ def _step(
         if takes.given("score"):
 
             def chosen(x: jax.Array, ids: jax.Array) -> jax.Array:
-                return routing.route(x, values["router"], routing.Router(*case.router), expert_id_TK=ids).score_TK
+                return routing.route(
+                    x, values["router"], routing.Router(**not_default(case.router)), expert_id_TK=ids
+                ).score_TK
 
             values["score"] = score = chosen(x, ids) if takes.per_rank else jax.vmap(chosen)(x, ids)
         with recording() as recorded:

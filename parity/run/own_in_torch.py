@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.checkpoint import checkpoint
 
 from parity import Unsupported, record, recording
+from parity.cases.case import not_default
 from parity.oracle.problem import Problem
 from parity.run import inside, own, torch_ranks
 from parity.run.backend import Backend, Setting
@@ -140,7 +141,9 @@ def _step(
         values = given | dict(zip(leaves, inputs, strict=True))
         score = inputs[0].new_zeros(())
         if takes.given("score"):
-            chosen = routing.route(values["x"], values["router"], routing.Router(*case.router), expert_id_TK=ids)
+            chosen = routing.route(
+                values["x"], values["router"], routing.Router(**not_default(case.router)), expert_id_TK=ids
+            )
             values["score"] = score = chosen.score_TK
         with recording() as recorded:
             result = layer(**own.arguments(takes, values))

@@ -17,7 +17,7 @@ import torch.fx.experimental.symbolic_shapes  # as the first gradient does: here
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from parity.cases.case import Case
+from parity.cases.case import Case, not_default
 from parity.oracle import reference
 from parity.oracle.problem import Problem
 from parity.oracle.quantities import QUANTITIES
@@ -197,8 +197,8 @@ class Dynamic:
     padding = np.nan  # what stage 6 is fed where it has no row
 
     def __init__(self, case: Case, group: Group, send_P: Sequence[int], receive_P: Sequence[int]) -> None:
-        self.group = group
-        self.how = experts.Experts(*case.expert)
+        self.group, self.alone = group, case.ranks == 1
+        self.how = experts.Experts(**not_default(case.expert))
         self.splits = exchange.Splits(torch.tensor(send_P), torch.tensor(receive_P), sum(send_P), sum(receive_P))
 
     def group_by_expert(self, x: Tensor, ids: Tensor, score: Tensor, counts: Tensor) -> Any:  # noqa: ARG002
@@ -211,7 +211,8 @@ class Dynamic:
         return exchange.send_tokens(x, self.splits, self.group)
 
     def to_expert_major(self, x: Tensor, counts_Pe: Tensor) -> Any:
-        return layout.to_expert_major(x, counts_Pe, self.splits.total)
+        output_size = None if self.alone else self.splits.total  # without, it is as many as x has rows
+        return layout.to_expert_major(x, counts_Pe, output_size)
 
     def apply_experts(self, x: Tensor, counts_e: Tensor, *weights: Tensor) -> Any:
         return experts.apply_experts(x, counts_e, *weights, experts=self.how)
@@ -235,7 +236,7 @@ class Dynamic:
     ) -> layer.Stages:  # fmt: skip
         """The whole layer; what a capacity would drop has its score masked."""
         masked = chosen and with_scores(chosen, chosen.score_TK * keep)
-        how: Any = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
+        how = options_of(case)
         most = case.tokens if case.uneven else None
         return layer.moe_layer(*inputs, **how, routing=masked, max_tokens=most, group=group)
 
@@ -248,7 +249,7 @@ class Static:
     def __init__(self, case: Case, group: Group, *_: object) -> None:
         self.group = group
         self.case, self.capacity = case, plan(case)._replace(rows=case.capacity)
-        self.how = experts.Experts(*case.expert)
+        self.how = experts.Experts(**not_default(case.expert))
         self.bins = (case.bins, case.capacity)
         per_rank = case.bins == case.ranks
         self.major = (case.bins * case.capacity,) if per_rank else (case.experts // case.ranks, -1)
@@ -291,11 +292,17 @@ class Static:
         group: Group,
     ) -> static.Stages:  # fmt: skip
         """The whole layer; its own capacity drops."""
-        how: Any = {"router": routing.Router(*case.router), "experts": experts.Experts(*case.expert)}
+        how = options_of(case)
         return static.moe_layer(*inputs, **how, capacity=capacity, routing=chosen, group=group)
 
 
 Stages = type[Dynamic] | type[Static]
+
+
+def options_of(case: Case) -> dict[str, Any]:
+    """How the layer routes and computes, for `moe_layer`."""
+    of_router, of_experts = not_default(case.router), not_default(case.expert)
+    return {"router": routing.Router(**of_router), "experts": experts.Experts(**of_experts)}
 
 
 def with_scores(chosen: routing.Routing, score_TK: Tensor) -> routing.Routing:
@@ -306,8 +313,7 @@ def with_scores(chosen: routing.Routing, score_TK: Tensor) -> routing.Routing:
 def plan(case: Case) -> static.Capacity:
     """The capacity that the implementation itself computes."""
     return static.plan_capacity(
-        case.capacity_factor, case.tokens, case.top_k, case.experts, case.ranks,
-        case.capacity_per, case.priority, case.align,
+        case.capacity_factor, case.tokens, case.top_k, case.experts, case.ranks, **not_default(case.capacity_options),
     )  # fmt: skip
 
 
@@ -351,7 +357,7 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
 
     ids, keep, score = put_tokens(problem.expert_id), put_tokens(problem.keep), put_tokens(problem.score)
     x_rows = np.repeat(problem.x.reshape(-1, case.width), case.top_k, axis=0)
-    router = routing.Router(*case.router)
+    router = routing.Router(**not_default(case.router))
 
     def replay(x: Tensor, router_DE: Tensor) -> routing.Routing:
         return routing.route(x, router_DE, router, expert_id_TK=put_tokens(problem.other_experts))
@@ -459,7 +465,7 @@ class Step:
 
     def _replayed(self, *inputs: Tensor) -> tuple[Any, Tensor]:
         case, (x, router, *_) = self.problem.case, inputs
-        chosen = routing.route(x, router, routing.Router(*case.router), expert_id_TK=self.ids)
+        chosen = routing.route(x, router, routing.Router(**not_default(case.router)), expert_id_TK=self.ids)
         scores = chosen.score_TK
         if self.probe is not None:
             scores = scores + self.probe
