@@ -14,7 +14,8 @@ def layer(x_PTD, score_PTK, expert_id_PTK, w_gate_EDF, w_up_EDF, w_down_EFD, cas
         raise Unsupported("silu only")
 
     def product(x_ND, w_EDF):
-        return ragged_dot(x_ND, w_EDF, counts_E, precision="highest", preferred_element_type=x_ND.dtype)
+        options = {"precision": "highest", "preferred_element_type": x_ND.dtype}
+        return ragged_dot(x_ND, w_EDF, counts_E, **options)  # pyright: ignore[reportCallIssue]  this file has its name
 
     P, T, K = expert_id_PTK.shape
     expert_N = expert_id_PTK.reshape(-1)

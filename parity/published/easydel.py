@@ -1,0 +1,34 @@
+"""EasyDeL's Qwen3-MoE block. It needs an environment of its own: easydel 0.3 has JAX 0.9 and imports torch and pillow."""
+
+import easydel  # pyright: ignore[reportMissingImports]
+import jax
+import jax.numpy as jnp
+from flax import nnx  # pyright: ignore[reportMissingImports]
+
+from parity import Unsupported, backend
+
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 1}  # of a model that is never made
+
+
+@backend(framework="jax")
+def layer(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
+    """The block of Qwen3-MoE, on one device."""
+    from easydel.modules.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseBlock  # pyright: ignore
+
+    if case.score_function != "softmax":
+        raise Unsupported("softmax only")
+    if case.scale != 1:
+        raise Unsupported("no scale")
+    if case.activation != "silu":
+        raise Unsupported("silu only")
+    config = easydel.Qwen3MoeConfig(
+        hidden_size=case.width, moe_intermediate_size=case.hidden, num_experts=case.experts,
+        num_experts_per_tok=case.top_k, norm_topk_prob=case.renormalize, **HEADS,
+    )  # fmt: skip
+    dtype = jnp.dtype(case.dtype)
+    with config.mesh:
+        block = Qwen3MoeSparseBlock(config, dtype, dtype, jax.lax.Precision.HIGHEST, rngs=nnx.Rngs(0))
+        block.gate.kernel.value = router_DE.astype(dtype)
+        of = block.experts
+        of.gate_proj.kernel.value, of.up_proj.kernel.value, of.down_proj.kernel.value = w_gate_EDF, w_up_EDF, w_down_EFD
+        return block(x_PTD)[0]
