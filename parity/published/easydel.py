@@ -1,4 +1,4 @@
-"""EasyDeL's Qwen3-MoE block. It needs an environment of its own: easydel 0.3 has JAX 0.9 and imports torch and pillow."""
+"""EasyDeL's block of Qwen3-MoE, in an environment of its own: easydel 0.3 has JAX 0.9, and imports torch and pillow."""
 
 import easydel  # pyright: ignore[reportMissingImports]
 import jax
