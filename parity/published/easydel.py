@@ -15,13 +15,15 @@ def layer(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """The block of Qwen3-MoE, on one device."""
     from easydel.modules.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseBlock  # pyright: ignore
 
+    if jax.device_count() > 1:
+        raise Unsupported("its mesh takes all devices, and on a CPU it cannot exchange: add --ranks 1")
     if case.score_function != "softmax":
         raise Unsupported("softmax only")
     if case.scale != 1:
         raise Unsupported("no scale")
     if case.activation != "silu":
         raise Unsupported("silu only")
-    config = easydel.Qwen3MoeConfig(
+    config = easydel.Qwen3MoeConfig(  # pyright: ignore[reportAttributeAccessIssue]  this file has its name
         hidden_size=case.width, moe_intermediate_size=case.hidden, num_experts=case.experts,
         num_experts_per_tok=case.top_k, norm_topk_prob=case.renormalize, **HEADS,
     )  # fmt: skip

@@ -75,6 +75,8 @@ def ragged_over_ranks(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
 @backend(framework="jax")
 def ring_over_ranks(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """Expert parallelism by its ring of experts: each rank gathers all tokens, and adds up what its experts make."""
+    if case.ranks == 1:
+        raise Unsupported("its ring needs two ranks")
     ours = (x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
     options = {"ici_expert_parallelism": case.ranks, "ici_fsdp_parallelism": 1, "use_ring_of_experts": True}
     return run(*ours, sparse_matmul=True, megablox=True, **options)
