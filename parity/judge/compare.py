@@ -138,10 +138,11 @@ def _canonical_rows(
     slots, holders = np.full(shape[0], -1), np.full(shape[0], -1)
     for rank, (a, rows) in enumerate(zip(arrays, order, strict=True)):
         real = np.flatnonzero(rows != PADDING)
-        if present[rows[real]].any() or np.unique(rows[real]).size < real.size:
-            raise MismatchError(f"a row is there twice, on rank {rank}")
+        seen_before = present[rows[real]].any()
         values[rows[real]], present[rows[real]] = a[real], True
         slots[rows[real]], holders[rows[real]] = real, rank
+        if seen_before or (slots[rows[real]] != real).any():  # of two in one array, the slot is the last one's
+            raise MismatchError(f"a row is there twice, on rank {rank}")
         promised = quantity.padding(expected.mode, expected.case, rows.size) if numbers is None else None
         wrong = np.flatnonzero((rows == PADDING) & (a != promised).any(axis=tuple(range(1, a.ndim))))
         if promised is not None and wrong.size:

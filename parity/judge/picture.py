@@ -44,14 +44,19 @@ class Picture(msgspec.Struct):
         """Error and allowance against the size of what was expected."""
         expected, error, allowed = (a.reshape(-1) for a in (expected, error, np.broadcast_to(allowed, expected.shape)))
         seen = (expected != 0) & np.isfinite(error)
+        if not seen.any():
+            self.magnitudes[name] = []
+            return
         exponent = np.frexp(expected[seen])[1] - 1
+        lowest, at = int(exponent.min()), exponent - exponent.min()
+        count = np.bincount(at)
+        worst, most = np.zeros(count.size), np.zeros(count.size)
+        np.maximum.at(worst, at, error[seen])
+        np.maximum.at(most, at, allowed[seen])
         self.magnitudes[name] = [
-            Magnitude(
-                int(e), int((exponent == e).sum()), float(error[seen][exponent == e].max()),
-                float(allowed[seen][exponent == e].max()),
-            )
-            for e in np.unique(exponent)
-        ]  # fmt: skip
+            Magnitude(lowest + i, int(count[i]), float(worst[i]), float(most[i]))
+            for i in np.flatnonzero(count).tolist()
+        ]
 
 
 def blank(problem: Problem) -> Picture:
