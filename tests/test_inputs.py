@@ -11,6 +11,7 @@ from problems import bits, gamma, within
 from safetensors.numpy import save_file
 
 from parity.cases.case import Case
+from parity.cases.pairs import covered, possible_pairs
 from parity.cases.presets import PLAIN, PRESETS
 from parity.cases.recording import case_of_recording, load_recording
 from parity.oracle import reference
@@ -429,3 +430,11 @@ def test_a_case_that_just_exists(pattern, ranks, top_k):
 def test_a_choice_that_is_none(name):
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is 'other': it must be one of"):
         replace(Case(), **{name: "other"})
+
+
+def test_pairs_of_values_that_no_case_has_are_named():
+    n, missing = covered([PRESETS["zipf"], PRESETS["k1"]])
+    assert n + len(missing) == len(possible_pairs())
+    assert "ranks 1 with top_k 2" in missing
+    assert "ranks 4 with top_k 2" not in missing
+    assert covered(PRESETS.values()) == (len(possible_pairs()), [])

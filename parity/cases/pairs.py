@@ -73,6 +73,13 @@ def pairs_in(rows: Iterable[Mapping[str, Any]]) -> set[Pair]:
     }
 
 
+def covered(cases: Iterable[Case]) -> tuple[int, list[str]]:
+    """Of the pairs that can be, how many some case has, and in words those that none has."""
+    found, possible = pairs_in(map(row_of, cases)), possible_pairs()
+    missing = sorted(possible - found, key=str)
+    return len(possible & found), [" with ".join(f"{name} {value}" for name, value in pair) for pair in missing]
+
+
 def possible_pairs() -> set[Pair]:
     """Every two values of two fields that some case has together; E, say, cannot be below K."""
     everything = {((a, x), (b, y)) for a, b in combinations(FIELDS, 2) for x, y in product(FIELDS[a], FIELDS[b])}

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from parity.cases.case import Case
+from parity.cases.pairs import covered
 from parity.judge.blame import Blame, blame
 from parity.judge.compare import Check
 from parity.judge.picture import Picture
@@ -58,7 +59,11 @@ class Footer(msgspec.Struct, tag_field="kind", tag="footer"):
     bitwise: int
     failing: int
     seconds: dict[str, float]
+    pairs: int = 0  # of values that two fields can have together, those that some case has
+    pairs_missing: list[str] = []  # and those that none has, where there are many cases
 
+
+MANY = 10  # cases, from which on the report says what pairs of values they have
 
 Record = Header | CaseRecord | Check | Blame | Footer
 
@@ -106,7 +111,8 @@ def footer(
     failing = sum(not c.ok for c in everything)
     verdict, code = ("mismatch", 1) if failing else ("match", 0) if compared and checks else ("nothing compared", 5)
     rows, bitwise = sum(c.rows for c in everything), sum(c.rows for c in everything if c.bitwise)
-    return Footer(verdict, code, len(checks), len(everything), rows, bitwise, failing, seconds)
+    pairs, missing = covered(record.case for record in records.values()) if len(records) >= MANY else (0, [])
+    return Footer(verdict, code, len(checks), len(everything), rows, bitwise, failing, seconds, pairs, missing)
 
 
 def encode(record: Record) -> str:

@@ -9,7 +9,6 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from parity.cases.pairs import pairs_in, possible_pairs, row_of
 from parity.judge.blame import Blame, is_backward
 from parity.judge.compare import Check, Where
 from parity.judge.power import Power
@@ -30,7 +29,7 @@ SHORT = {
     "return_tokens": "8 return",
     "combine": "9 combine",
 }
-MANY = 10  # cases, from which on the report says what pairs of values they cover
+SHOWN = 3  # pairs of values that no case has; a report in JSON has all
 MOST = 60  # cases in the table; of more, those that fail. Those by pairs are listed where there are no others
 VERDICT_STYLE = {"match": "bold green", "mismatch": "bold red", "nothing compared": "bold red"}
 
@@ -213,10 +212,12 @@ def print_report(console: Console, report: Report) -> None:
     )
     for line in notes(report):
         console.print(line, soft_wrap=True)
-    if foot.cases >= MANY:
-        found, possible = pairs_in(row_of(record.case) for record in report.cases.values()), possible_pairs()
+    if foot.pairs:
+        some = "; ".join(foot.pairs_missing[:SHOWN])
         console.print(
-            f"{len(found & possible):,} of the {len(possible):,} pairs of values that two fields can have together"
+            f"{foot.pairs:,} of the {foot.pairs + len(foot.pairs_missing):,} pairs of values that two fields can have "
+            "together" + f"; not {some}" * (some != "") + ", and others" * (len(foot.pairs_missing) > SHOWN),
+            soft_wrap=True,
         )
     console.print("time: " + ", ".join(f"{part} {s:.1f} s" for part, s in foot.seconds.items()))
     failed = [name for name in report.checks if _failed(report, name)]
