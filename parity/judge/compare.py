@@ -415,7 +415,7 @@ def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array
         if values.size == 1 and np.unique(a).size > 1:
             only = " and no others" if (bad == (a == values[0])).all() else ""
             shared.append(f"all have {name} {values[0]}{only}")
-    if axes.startswith("P T") and (tied := _tied(problem)[present])[bad].all() and not tied.all():
+    if axes.startswith("P T") and _tied(problem)[present][bad].all():
         shared.append("in all, experts are tied for the last choice: here the lower id is chosen")
     return shared
 
