@@ -65,7 +65,7 @@ WRONG = {
     "raises": ("torch", ("    out_TD = torch", "    assert False, 'no more'\n    out_TD = torch"), 1,
                "raised AssertionError: no more (mine.py:30)"),
     "scale": ("torch", ("return out_TD", "return 1.01 * out_TD"), 1, "mine is wrong at stage 9 combine"),
-    "scale in jax": ("jax", ("jnp.einsum(\"pte", "1.01 * jnp.einsum(\"pte"), 1, "mine is wrong at stage 9 combine"),
+    "scale in jax": ("jax", ("return einsum(", "return 1.01 * einsum("), 1, "mine is wrong at stage 9 combine"),
     "shape in jax": ("jax", (".astype(x_PTD.dtype)\n", ".astype(x_PTD.dtype)[0]\n"), 1,
                      "layer returned shape [16, 32]"),
     "name": ("torch", ("x_TD, router_DE", "tokens_TD, router_DE"), 2, "takes tokens_TD: nothing is called so"),

@@ -11,10 +11,14 @@ the tokens of all ranks and a device for each, and can make a mesh of its own.
     axis_name  beside it, the layer is called on each rank within `shard_map`, and all that is above is that rank's
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from parity import Unsupported, backend
+
+einsum = partial(jnp.einsum, precision="highest")  # without it, GPUs and TPUs round float32 to fewer bits
 
 
 @backend(framework="jax")
@@ -23,13 +27,13 @@ def layer(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     if case.activation != "silu":
         raise Unsupported("silu only")
     wide = jnp.promote_types(x_PTD.dtype, jnp.float32)
-    logits_PTE = x_PTD.astype(wide) @ router_DE
+    logits_PTE = einsum("ptd,de->pte", x_PTD.astype(wide), router_DE)
     score_PTE = jax.nn.softmax(logits_PTE) if case.score_function == "softmax" else jax.nn.sigmoid(logits_PTE)
     score_PTK, id_PTK = jax.lax.top_k(score_PTE, case.top_k)
     if case.renormalize:
         score_PTK = score_PTK / (score_PTK.sum(-1, keepdims=True) + 1e-20)
     weight_PTE = (case.scale * score_PTK[..., None] * jax.nn.one_hot(id_PTK, case.experts, dtype=wide)).sum(-2)
-    gate_EPTF = jnp.einsum("ptd,edf->eptf", x_PTD, w_gate_EDF).astype(wide)
-    up_EPTF = jnp.einsum("ptd,edf->eptf", x_PTD, w_up_EDF).astype(wide)
-    y_EPTD = jnp.einsum("eptf,efd->eptd", (jax.nn.silu(gate_EPTF) * up_EPTF).astype(x_PTD.dtype), w_down_EFD)
-    return jnp.einsum("pte,eptd->ptd", weight_PTE, y_EPTD.astype(wide)).astype(x_PTD.dtype)
+    gate_EPTF = einsum("ptd,edf->eptf", x_PTD, w_gate_EDF).astype(wide)
+    up_EPTF = einsum("ptd,edf->eptf", x_PTD, w_up_EDF).astype(wide)
+    y_EPTD = einsum("eptf,efd->eptd", (jax.nn.silu(gate_EPTF) * up_EPTF).astype(x_PTD.dtype), w_down_EFD)
+    return einsum("pte,eptd->ptd", weight_PTE, y_EPTD.astype(wide)).astype(x_PTD.dtype)

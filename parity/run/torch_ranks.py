@@ -31,7 +31,8 @@ def run_all(backend: Backend, folder: Path, setting: Setting, work: Work) -> Non
     for path in sorted(folder.glob("*.problem")):
         case = Problem.load(path).case
         by_size.setdefault(case.processes, []).append(path)
-        if case.way == "compiled":  # what the first compilation imports, once, before ranks are forked
+        # What the first compilation imports, once, before ranks are forked; with a GPU it is in use from then on.
+        if case.way == "compiled" and setting.device == "cpu":
             for module in ("torch._dynamo", "torch._functorch.aot_autograd", "torch._inductor.pattern_matcher"):
                 import_module(module)
     for P, paths in sorted(by_size.items()):
