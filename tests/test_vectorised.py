@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from problems import within
 
 from parity.cases.case import Case, Dtype
@@ -12,6 +13,7 @@ from parity.oracle import reference, vectorised
 from parity.oracle.problem import draw, exact_inputs
 from parity.oracle.reference import Exact, Perturbed
 from parity.oracle.tolerances import DRAWS, allowance
+from parity.oracle.windows import OnGPU
 
 CASES = [
     PRESETS["sigmoid"],
@@ -67,3 +69,14 @@ def test_selection_breaks_ties_alike():
 def test_big_cases_do_without_loops():
     assert vectorised.oracle_for(PRESETS["pydoc"]) is reference
     assert vectorised.oracle_for(Case(tokens=512, top_k=2)) is vectorised
+
+
+@pytest.mark.parametrize("numbers", [lambda: Exact(), lambda: Perturbed(np.random.default_rng(1))])
+def test_weights_on_a_gpu_are_multiplied_as_arrays_are(numbers):
+    """Every product of the oracle, with a matrix as a GPU holds it; here PyTorch has it on the CPU."""
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((6, 4))
+    for a in (rng.standard_normal(6), rng.standard_normal((3, 6)), rng.standard_normal((2, 3, 6))):
+        there = numbers().matmul(a, OnGPU(torch.from_numpy(matrix)), 6, "float32")
+        # sums of 6 products in float64, in another order
+        np.testing.assert_allclose(there, numbers().matmul(a, matrix, 6, "float32"), rtol=1e-13, atol=1e-13)

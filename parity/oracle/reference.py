@@ -66,7 +66,8 @@ class Perturbed:
         deviation = np.sqrt((a * a) @ (b * b)) * (math.sqrt(max(n, 1) / 3) * noise(dtype))
         tiny = underflow(dtype)
         deviation += np.add.reduce(np.abs(a), -1, keepdims=True) * tiny
-        deviation += (np.add.reduce(np.abs(b), -2, keepdims=a.ndim > 1) + n) * tiny
+        ones = np.ones((1,) * (a.ndim > 1) + a.shape[-1:])  # a product, as b may be on a GPU
+        deviation += (ones @ abs(b) + n) * tiny
         return a @ b + deviation * self.rng.standard_normal(deviation.shape)
 
 

@@ -59,6 +59,9 @@ class OnGPU:
         """Number by number."""
         return OnGPU(self.matrix * other.matrix)
 
+    def __abs__(self) -> "OnGPU":
+        return OnGPU(self.matrix.abs())
+
     def __rmatmul__(self, a: Array) -> Array:
         import torch
 
