@@ -29,6 +29,10 @@ class Checked(Report):
 
     __str__ = __repr__
 
+    def __bool__(self) -> bool:
+        """Whether all matched, and something was compared."""
+        return self.footer.exit_code == 0
+
 
 def check(*what: Callable[..., Any] | Case | str, timeout: float, record: tuple[str, ...], **changes: Any) -> Checked:
     """See `parity.check`."""
@@ -38,13 +42,16 @@ def check(*what: Callable[..., Any] | Case | str, timeout: float, record: tuple[
     cases = presets + [one for one in what if isinstance(one, Case)]
     if len(layers) + len(named) + len(cases) != len(what):
         raise TypeError("a layer is a function, a backend's name or its file; a case is a preset's name or a Case")
+    backends = list(map(ours.find, named))
+    if not layers and not backends:
+        raise ValueError("which layer? Give a function marked with @parity.backend, or a backend's name")
     if not cases:
         raise ValueError("on which case? Name presets, as 'zipf', or give a Case")
     if changes:
         cases = [replace(case, **({"name": f"{case.name}-changed"} | changes)) for case in cases]
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
-        backends = [own.written(layer, Path(folder) / f"{i}.pickle") for i, layer in enumerate(layers)]
-        backends = _told_apart([*backends, *map(ours.find, named)])
+        written = [own.written(layer, Path(folder) / f"{i}.pickle") for i, layer in enumerate(layers)]
+        backends = _told_apart([*written, *backends])
         report = run_cases(cases, backends, Setting(timeout=timeout, record=record))
     assert report is not None  # as it is only in a group that torchrun started
     return Checked(**{field: getattr(report, field) for field in Report.__struct_fields__})
@@ -54,8 +61,8 @@ def assert_match(*what: Callable[..., Any] | Case | str, timeout: float, **chang
     """See `parity.assert_match`."""
     __tracebackhide__ = True
     report = check(*what, timeout=timeout, record=(), **changes)
-    if report.footer.exit_code:
-        raise AssertionError(f"\n{report}")
+    if not report:
+        raise AssertionError(f"{report.footer.verdict}\n{report}")
 
 
 def _told_apart(backends: list[Backend]) -> list[Backend]:

@@ -40,6 +40,7 @@ def test_layers_that_match():
 
 def test_a_report_shows_itself():
     report = parity.check(in_torch, "zipf", ranks=1)
+    assert report
     assert report.footer.verdict == "match"
     assert list(report.cases) == ["zipf-changed"]
     assert "stages 6; not seen" in str(report).replace("stage 6", "stages 6")
@@ -54,6 +55,7 @@ def test_a_layer_that_is_no_module_of_its_own():
     def layer(x_TD, score_TK, expert_id_TK, w_gate_EDF, w_up_EDF, w_down_EFD, case):
         return factor * in_torch(x_TD, score_TK, expert_id_TK, w_gate_EDF, w_up_EDF, w_down_EFD, case)
 
+    assert not parity.check(layer, "p1")
     with pytest.raises(AssertionError, match="layer is wrong at stage 9 combine") as found:
         parity.assert_match(layer, in_torch, "p1")
     assert "test_api.py:" in str(found.value)
@@ -77,6 +79,7 @@ def test_nothing_compared_is_no_match():
 @pytest.mark.parametrize(("what", "error", "said"), [
     ((in_torch,), ValueError, "on which case"), ((print, "p1"), ValueError, "not marked as a layer"),
     ((in_torch, "no-such", "p1"), ValueError, "no backend is called no-such"), ((in_torch, 3), TypeError, "a layer is"),
+    ((in_torch, "zippf"), ValueError, "no backend is called zippf"), (("zipf",), ValueError, "which layer"),
 ])  # fmt: skip
 def test_what_cannot_be(what, error, said):
     with pytest.raises(error, match=said):

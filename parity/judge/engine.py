@@ -151,7 +151,7 @@ def raised(failure: Failure) -> Check:
     alone = failure.stage in STAGES
     stage = failure.stage if alone else STAGES[-1]
     rank = f"rank {failure.rank} " if failure.ranks > 1 else ""
-    how = f"raised {failure.error}" if failure.raised else f"{failure.how} {failure.error}".strip()
+    how = f"raised {failure.error}" if failure.raised else f"{failure.how}: {failure.error}".removesuffix(": ")
     note = f"{rank}{how}" + f" ({failure.line})" * (failure.line != "")
     return Check(
         failure.case, "isolated" if alone else "e2e", stage, MAIN[stage], failure.backend, "oracle", False, False, 0,

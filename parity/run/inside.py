@@ -1,5 +1,6 @@
 """What a layer of the user's own gives from its inside, by the names of the table of quantities."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -80,6 +81,9 @@ def split(result: Any, recorded: Sequence[Recorded], join: Callable[[list[Any]],
         if name not in CAN_GIVE:
             raise OwnLayerError(f"{where} gives {name}, and nothing is called so: there are {', '.join(CAN_GIVE)}")
         parts = [one for one in more if one.name == name]
+        for part in (a for one in parts for a in (one.array, one.rows) if not isinstance(a, str | None)):
+            if not hasattr(part, "shape"):
+                raise OwnLayerError(f"{where} gives {name} as a {type(part).__name__}: it must be an array")
         found.arrays[name] = join([one.array for one in parts])
         if isinstance(parts[0].rows, str):
             found.orders[name] = parts[0].rows
@@ -91,7 +95,11 @@ def split(result: Any, recorded: Sequence[Recorded], join: Callable[[list[Any]],
 def of_all(backend: Backend, name: str, everybody: Sequence[Mapping[str, Array]]) -> list[Array]:
     """An array of each rank. Raises OwnLayerError where one has none."""
     if lacking := [rank for rank, arrays in enumerate(everybody) if name not in arrays]:
-        raise OwnLayerError(f"{backend.files['']} gives {name} on rank 0, and not on rank {lacking[0]}")
+        gives = next(rank for rank, arrays in enumerate(everybody) if name in arrays)
+        raise OwnLayerError(
+            f"{backend.files['']} gives {name} on rank {gives}, and not on rank {lacking[0]}: record it on every rank, "
+            "with no rows where a rank has none"
+        )
     return [arrays[name] for arrays in everybody]
 
 
@@ -114,6 +122,11 @@ def placed(
     k_of = _choices(problem, given.get("route/expert_id", []))
     for name in CAN_GIVE.keys() & given.keys():
         axes, arrays = QUANTITIES[name].axes, given[name]
+        if len(arrays) != problem.case.ranks:
+            raise OwnLayerError(
+                f"{backend.files['']}: {name} begins with an axis of {len(arrays)}: it must be one of the "
+                f"{problem.case.ranks} ranks, or rows must come with identities, [n, 3]"
+            )
         if axes == "P T K" and all(a.size == k.size for a, k in zip(arrays, k_of, strict=True)):
             places = zip(arrays, k_of, strict=True)
             arrays = [np.take_along_axis(a.reshape(k.shape), k.argsort(axis=1), 1) for a, k in places]
@@ -144,7 +157,7 @@ def _numbers(
     in_order = (np.arange(k_of.size) - np.arange(k_of.size) % case.top_k + k_of.reshape(-1)).astype(np.int64)
     in_order = np.append(in_order, PADDING)  # padding stays padding
     if ROWS + name in given:
-        return [in_order[_ravelled(case, rows.reshape(-1, 3), name, where)] for rows in given[ROWS + name]]
+        return [in_order[_ravelled(case, rows, name, where)] for rows in given[ROWS + name]]
     tail = QUANTITIES[name].axes.count("D")
     by_token = all(a.shape[: a.ndim - tail] == (case.tokens, case.top_k) for a in given[name])
     order = order or ("token" if by_token else QUANTITIES[name].order)
@@ -152,11 +165,25 @@ def _numbers(
         return list(in_order[:-1].reshape(case.ranks, -1))
     if order not in ORDERS:
         raise OwnLayerError(f"{where} gives {name} in order {order!r}: there are {', '.join(ORDERS)}")
-    return row_tables(case, problem.expert_id, problem.keep, "dynamic")[order]
+    numbers = row_tables(case, problem.expert_id, problem.keep, "dynamic")[order]
+    for rank, (a, there) in enumerate(zip(given[name], numbers, strict=True)):
+        rows, kept = math.prod(a.shape[: a.ndim - tail]), int(problem.keep.reshape(-1)[there].sum())
+        if rows < kept:
+            raise OwnLayerError(
+                f"{where}: {name} has {rows} rows on rank {rank}, where there are {kept} in order {order}: say which "
+                "they are, by identities or by an order; a layer that exchanges nothing has them 'grouped'"
+            )
+    return numbers
 
 
 def _ravelled(case: Case, identity: Array, name: str, where: str) -> Array:
-    """Row numbers of identities [n, 3]."""
+    """Row numbers of identities [..., 3]."""
+    if identity.shape[-1:] != (3,) or not np.issubdtype(identity.dtype, np.integer):
+        raise OwnLayerError(
+            f"{where}: the rows of {name} are {identity.dtype} {list(identity.shape)}: they must be integers [..., 3], "
+            "(source rank, token, k)"
+        )
+    identity = identity.reshape(-1, 3)
     sizes = np.array((case.ranks, case.tokens, case.top_k))
     too_large = np.any(identity >= sizes, axis=1)
     if too_large.any():

@@ -59,6 +59,8 @@ def run(
     try:
         if why:
             raise Unsupported(why)
+        if takes.given("group"):
+            torch_ranks.alone(device)
         group = torch_ranks.my_group(1, rank)[1]
         at("the first step")
         first, _, _ = _step(layer, takes, problem, backend, rank, device, group)
@@ -73,7 +75,8 @@ def run(
     everybody = torch_ranks.gathered(mine | within, case.ranks, rank)
     if rank:
         return None
-    given = inside.placed(problem, backend, {n: inside.of_all(backend, n, everybody) for n in within}, orders)
+    names = dict.fromkeys(name for arrays in everybody for name in arrays if name not in mine)
+    given = inside.placed(problem, backend, {n: inside.of_all(backend, n, everybody) for n in names}, orders)
     arrays = {n: [a[n] for a in everybody] for n in mine} | given
     return Trace(case, inside.giving(backend, given), environment(device), arrays=arrays)
 
@@ -101,7 +104,12 @@ def hooks_on_modules(hooks: Sequence[Hook], backend: Backend) -> Iterator[None]:
         called.update(own_names)
         for hook in hooks:
             if any(fnmatchcase(name, hook.module) for name in own_names):
-                record(hook.name, output[hook.index] if isinstance(output, tuple) else output, hook.order)
+                values = output if isinstance(output, tuple) else (output,)
+                if hook.index >= len(values):
+                    raise OwnLayerError(
+                        f"{backend.files['']}: --record {hook.module}[{hook.index}]: it returns {len(values)} values"
+                    )
+                record(hook.name, values[hook.index], hook.order)
 
     registered = (register_module_forward_pre_hook(before), register_module_forward_hook(after))
     try:
@@ -191,6 +199,9 @@ def _gradients(
     found = torch.autograd.grad(of, tuple(leaves.values()), cotangents, allow_unused=True)
     for name, gradient in zip(leaves, found, strict=True):
         if gradient is None and problem.case.tokens and (name in ("x", "router") or problem.case.ranks == 1):
-            raise OwnLayerError(f"{where}: d{name}: the output does not depend on {name}")
+            raise OwnLayerError(
+                f"{where}: d{name}: the output does not depend on {name}; weights go into a module by "
+                "torch.func.functional_call, as copied into its parameters they are others"
+            )
     pairs = zip(leaves.items(), found, strict=True)
     return {name: torch.zeros_like(leaf) if gradient is None else gradient for (name, leaf), gradient in pairs}

@@ -65,6 +65,13 @@ def _run(
         notes.done(case)
 
 
+def alone(device: torch.device) -> None:
+    """A group of one, for a layer that asks for its group, where none was started."""
+    if not dist.is_initialized():
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(collectives(device.type, 1), store=store, rank=0, world_size=1)
+
+
 def collectives(on: str, P: int) -> str:
     """NCCL where every rank has a GPU of its own. gloo where they share one, or a CPU: NCCL takes one rank a GPU."""
     return "cpu:gloo,cuda:nccl" if on == "cuda" and torch.cuda.device_count() >= P else "gloo"
