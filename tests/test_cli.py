@@ -114,6 +114,7 @@ def test_lines_of_json_fit_the_schema(report, capsys):
         assert set(kinds[name]["required"]) <= line.keys()
     assert lines[-1] | {"seconds": None} == {
         "kind": "footer", "verdict": "match", "exit_code": 0, "cases": 1, "comparisons": len(lines) - 3,
+        "pairs": 0, "pairs_missing": [],
         "rows": sum(line["rows"] for line in lines[2:-1]),
         "bitwise": sum(line["rows"] for line in lines[2:-1] if line["bitwise"]), "failing": 0, "seconds": None,
     }  # fmt: skip
