@@ -208,7 +208,8 @@ def print_report(console: Console, report: Report) -> None:
         console.print(failures(report), soft_wrap=True)  # a command that is broken in two cannot be copied
     console.print(
         f"\n{foot.cases} cases, {foot.comparisons} comparisons, {foot.rows:,} rows: "
-        f"{foot.bitwise:,} judged bit for bit, {foot.rows - foot.bitwise:,} by their own allowance"
+        f"{foot.bitwise:,} judged bit for bit, {foot.rows - foot.bitwise:,} by their own allowance",
+        soft_wrap=True,
     )
     for line in notes(report):
         console.print(line, soft_wrap=True)
