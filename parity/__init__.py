@@ -40,10 +40,11 @@ _recorded: list[Recorded] | None = None
 def record(name: str, array: Any, rows: Any = None) -> None:
     """Hand over an array from inside a layer, so that `check` compares it; outside of a check this does nothing.
 
-    `name` is stage/value, as "apply_experts/y": the README lists them. For an array of rows, `rows` says which row each
-    is: integers [..., 3], (source rank, token, k), with -1 for padding; or the order that they are in: "token", as
-    [T, K, D]; "grouped", by expert on the rank that has the tokens; "received", by source rank; or "expert_major".
-    Without it, it is the order in which the stage returns rows, or "token" where the array has axes [T, K, D].
+    `name` is stage/value, as "apply_experts/y": docs/own-layer.md lists them. For an array of rows, `rows` says which
+    row each is: integers [..., 3], (source rank, token, k), with -1 for padding; or the order that they are in:
+    "token", as [T, K, D]; "grouped", by expert on the rank that has the tokens; "received", by source rank; or
+    "expert_major". Without it, it is the order in which the stage returns rows, or "token" where the array has axes
+    [T, K, D].
     """
     if _recorded is not None:
         _recorded.append(Recorded(name, array, rows))

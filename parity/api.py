@@ -3,14 +3,13 @@
 import io
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from rich.console import Console
 
-from parity.cases.case import Case
+from parity.cases.case import Case, changed
 from parity.cases.presets import PRESETS
 from parity.judge.engine import run_cases
 from parity.judge.records import Report
@@ -47,8 +46,7 @@ def check(*what: Callable[..., Any] | Case | str, timeout: float, record: tuple[
         raise ValueError("which layer? Give a function marked with @parity.backend, or a backend's name")
     if not cases:
         raise ValueError("on which case? Name presets, as 'zipf', or give a Case")
-    if changes:
-        cases = [replace(case, **({"name": f"{case.name}-changed"} | changes)) for case in cases]
+    cases = [changed(case, changes) for case in cases]
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         written = [own.written(layer, Path(folder) / f"{i}.pickle") for i, layer in enumerate(layers)]
         backends = _told_apart([*written, *backends])

@@ -21,13 +21,13 @@ from parity.cases.case import Case
 from parity.cases.presets import PRESETS
 from parity.cli import check, main
 from parity.cli.main import COMMANDS, parse
+from parity.cli.new import TEMPLATES
 from parity.cli.shared import PIPE
 from parity.judge import records
 from parity.run.trace import Trace
 
 pytestmark = pytest.mark.usefixtures("warm")
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--ranks", "2", "--tokens", "3", "--experts", "4", "--width", "8", "--hidden", "8"]
 
 
@@ -383,7 +383,7 @@ def test_doctor(capsys):
 def test_torchrun(tmp_path):
     """PyTorch uses the group it was given, for a layer of the user's own too."""
     mine = tmp_path / "mine.py"
-    mine.write_text((ROOT / "parity/run/template_in_torch.py").read_text())
+    mine.write_text((TEMPLATES / "template_in_torch.py").read_text())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run = subprocess.run(
         [*torchrun, "-m", "parity", "check", *SMALL, "--backend", "both", "--backend", mine, "--json"],
@@ -398,7 +398,7 @@ def test_torchrun(tmp_path):
 def test_processes_of_jax_that_a_cluster_started(tmp_path):
     """Each runs the command; the first reports, and all end well."""
     mine = tmp_path / "mine.py"
-    mine.write_text((ROOT / "parity/run/template_in_jax.py").read_text())
+    mine.write_text((TEMPLATES / "template_in_jax.py").read_text())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

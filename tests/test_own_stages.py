@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from test_own_layer import check
 
 from parity.cases.presets import PRESETS
 from parity.judge.compare import compare
@@ -13,7 +14,6 @@ from parity.oracle.problem import draw
 from parity.run import inside, own
 from parity.run.backend import Backend
 from parity.run.trace import Trace
-from tests.test_own_layer import check
 
 pytestmark = pytest.mark.usefixtures("warm")
 

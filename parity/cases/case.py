@@ -1,7 +1,7 @@
 """What is compared: one frozen Case."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -279,6 +279,11 @@ class Case:
     def wide(self) -> str:
         """The dtype of scores, router and accumulation."""
         return "float64" if self.dtype == "float64" else "float32"
+
+
+def changed(case: Case, changes: dict[str, Any]) -> Case:
+    """The case with other values in some fields, under a name that says so."""
+    return replace(case, **{"name": f"{case.name}-changed"} | changes) if changes else case
 
 
 def flag(field: str) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
-from parity.cases.case import Case, flag
+from parity.cases.case import Case, changed, flag
 from parity.cases.presets import MODELS, PLAIN, PRESETS
 from parity.cases.random_cases import random_cases
 from parity.cases.recording import case_of_recording
@@ -184,7 +184,7 @@ def chosen_cases(command: Command) -> list[Case]:
         unknown = [name for name in command.model if name not in MODELS]
         if unknown:
             raise ValueError(f"no model is called {', '.join(unknown)}. There are: {', '.join(MODELS)}")
-        return [_changed(MODELS[name], changes) for name in command.model]
+        return [changed(MODELS[name], changes) for name in command.model]
     unknown = [name for name in command.presets if name not in PRESETS and name != "all"]
     if unknown:
         raise ValueError(f"no preset is called {', '.join(unknown)}. There are: {', '.join(PRESETS)}")
@@ -194,7 +194,7 @@ def chosen_cases(command: Command) -> list[Case]:
         return [_recorded(changes)]
     if not names:
         return [Case(**changes)]
-    return [_changed(PRESETS[name], changes) for name in names]
+    return [changed(PRESETS[name], changes) for name in names]
 
 
 def _recorded(changes: dict[str, Any]) -> Case:
@@ -210,10 +210,6 @@ def _recorded(changes: dict[str, Any]) -> Case:
         if getattr(held, name) != getattr(case, name):
             raise ValueError(f"--{flag(name)} is {changes[name]}, but the recording has {getattr(held, name)}")
     return case
-
-
-def _changed(case: Case, changes: dict[str, Any]) -> Case:
-    return replace(case, **{"name": f"{case.name}-changed"} | changes) if changes else case
 
 
 def ranks_of_jax(asked: str, device: str, most: int) -> str:

@@ -246,18 +246,14 @@ def _scale(problem: Problem, want: Expected, backend: str, have: Canonical) -> C
     with np.errstate(invalid="ignore"):
         pairs = zip(want.in_groups(have.values), want.in_groups(want.values), strict=True)
         found = np.concatenate([slope(got, exact) for got, exact in pairs])
-        off = np.abs(found - 1)
-    ratio = np.where(np.isfinite(off), off / want.slope, np.inf)
+    off = found - 1
+    ratio = _over(off, want.slope)
     bad = ratio > 1
     some = bad[1:].any() and not bad[1:].all()
     worst = 1 + int(ratio[1:].argmax()) if some else int(ratio.argmax())
-    check = _check(problem, want, backend, "oracle", ok=not bad.any(), bitwise=False)
-    check.scale, check.failing, check.worst = True, int(bad.sum()), float(ratio[worst])
-    check.got, check.expected = float(found[worst]), 1.0
-    check.error, check.allowed = float(off[worst]), float(want.slope[worst])
-    of_rank, group = want.axes[0] == "P", worst - 1 if worst else None
-    check.where = Where(rank=group) if of_rank else Where(expert=group)
-    return check
+    group = worst - 1 if worst else None
+    where = Where(rank=group) if want.axes[0] == "P" else Where(expert=group)
+    return _factor(problem, want, backend, off, want.slope, worst, where)
 
 
 def _share_of_choices(problem: Problem, want: Expected, backend: str, have: Canonical) -> Check:
@@ -265,12 +261,24 @@ def _share_of_choices(problem: Problem, want: Expected, backend: str, have: Cano
     assert want.choices is not None
     assert want.share is not None
     off = want.choices @ (have.values - want.values).reshape(-1)
-    ratio = np.where(np.isfinite(off), np.abs(off) / want.share, np.inf)
-    k = int(ratio.argmax())
+    k = int(_over(off, want.share).argmax())
+    return _factor(problem, want, backend, off, want.share, k, Where(k=k))
+
+
+def _over(off: Array, allowed: Array) -> Array:
+    """How far factors are off 1, over what they may be."""
+    return np.where(np.isfinite(off), np.abs(off) / allowed, np.inf)
+
+
+def _factor(
+    problem: Problem, want: Expected, backend: str, off: Array, allowed: Array, worst: int, where: Where
+) -> Check:
+    """The comparison of factors with 1; `worst` is the one that it shows, of the numbers at `where`."""
+    ratio = _over(off, allowed)
     check = _check(problem, want, backend, "oracle", ok=not (ratio > 1).any(), bitwise=False)
-    check.scale, check.failing, check.worst = True, int((ratio > 1).sum()), float(ratio[k])
-    check.got, check.expected, check.where = float(1 + off[k]), 1.0, Where(k=k)
-    check.error, check.allowed = float(abs(off[k])), float(want.share[k])
+    check.scale, check.failing, check.worst, check.where = True, int((ratio > 1).sum()), float(ratio[worst]), where
+    check.got, check.expected = float(1 + off[worst]), 1.0
+    check.error, check.allowed = float(abs(off[worst])), float(allowed[worst])
     return check
 
 

@@ -65,7 +65,7 @@ def run_cases(
     results: dict[str, dict[str, Trace | Failure]] = {case.name: {} for case in cases}
     died: list[Failure] = []
     judged: dict[str, tuple[CaseRecord, list[Check]]] = {}
-    seen: dict[str, set[str]] = {backend.name: {*backend.provides} for backend in backends}
+    shown = {backend.name: backend for backend in backends}
     flags = "" if setting.device == "cpu" else f" --device {setting.device}"
     flags += " --between" * between + "".join(f" --record {shlex.quote(text)}" for text in setting.record)
     with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress(show_progress) as bar:
@@ -90,9 +90,9 @@ def run_cases(
                 results[name][backend] = failure or Trace.load(folder / f"{name}.{backend}.safetensors")
                 if len(results[name]) == len(backends):
                     start, found = time.perf_counter(), results.pop(name)
-                    for trace in found.values():
+                    for side, trace in found.items():
                         if isinstance(trace, Trace):
-                            seen[trace.backend.name] |= {*trace.backend.provides}
+                            shown[side] = shown[side].providing(trace.backend.provides)
                     judged[name] = judge(problems[name], [found[backend.name] for backend in backends], flags, between)
                     seconds["compare"] += time.perf_counter() - start
         if save:
@@ -100,7 +100,7 @@ def run_cases(
             for path in folder.glob("*.safetensors"):
                 shutil.copy(path, save)
     seconds["in all"] = time.perf_counter() - begin
-    head = msgspec.structs.replace(head, backends=[_providing(backend, seen[backend.name]) for backend in backends])
+    head = msgspec.structs.replace(head, backends=list(shown.values()))
     report = make_report(head, [case.name for case in cases], judged, seconds)
     if died:
         raise DiedError(died[0], report)
@@ -139,11 +139,6 @@ def judge(
     environment = {trace.backend.name: trace.environment for trace in traces}
     not_supported = {r.backend.name: r.not_supported for r in results if isinstance(r, Trace) and r.not_supported}
     return CaseRecord(case, command(case) + flags, seconds, environment, picture, not_supported, beside), checks
-
-
-def _providing(backend: Backend, seen: set[str]) -> Backend:
-    """The backend with what its traces hold besides what it declares: what a layer gives from its inside."""
-    return msgspec.structs.replace(backend, provides=(*backend.provides, *sorted(seen - {*backend.provides})))
 
 
 def raised(failure: Failure) -> Check:

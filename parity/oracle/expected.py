@@ -100,14 +100,14 @@ class Oracle:
         want = Expected(name, quantity, exact, allowance(exact, drawn, dtype) if drawn else None, dtype, case)
         if name not in OUTSIDE or not exact.size:
             return want
-        grouped = zip(*(want.in_groups(a) for a in (exact, *drawn)), strict=True)
+        grouped = list(zip(*(want.in_groups(a) for a in (exact, *drawn)), strict=True))
         allowed = [slope_allowance(groups, of_draws, dtype, case.wide) for groups, *of_draws in grouped]
         want = replace(want, slope=np.concatenate(allowed))
         if name != OUTSIDE[0] or case.top_k == 1:
             return want
         choices = shares_of(self._added_by_choice())
-        of_all = [a.reshape(1, -1) for a in (exact, *drawn)]
-        return replace(want, choices=choices, share=shares_allowance(choices, of_all[0], of_all[1:], dtype, case.wide))
+        whole, *of_draws = grouped[0]
+        return replace(want, choices=choices, share=shares_allowance(choices, whole, of_draws, dtype, case.wide))
 
     def _added_by_choice(self) -> Array:
         """[K, P * T * D], what each token's first choice adds to the output, its second, and so on."""

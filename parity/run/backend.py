@@ -1,6 +1,7 @@
 """A backend is an implementation under check: one record, from which everything else about it derives."""
 
 import re
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, get_args
 
@@ -82,6 +83,10 @@ class Backend(msgspec.Struct, frozen=True):
     def refusal(self, case: Case, setting: Setting) -> str:
         """Why this backend cannot run a case, or an empty string."""
         return resolve(self.refuses)(case, setting) if self.refuses else ""
+
+    def providing(self, names: Iterable[str]) -> "Backend":
+        """The same with these quantities too: what a layer gives from its inside is known once it has run."""
+        return msgspec.structs.replace(self, provides=tuple(dict.fromkeys((*self.provides, *names))))
 
     def alone(self, stage: str) -> bool:
         """Whether a stage can be judged fed the oracle's input."""

@@ -2,10 +2,9 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 
 from parity import Recorded
@@ -103,10 +102,9 @@ def of_all(backend: Backend, name: str, everybody: Sequence[Mapping[str, Array]]
     return [arrays[name] for arrays in everybody]
 
 
-def giving(backend: Backend, given: Mapping[str, Any]) -> Backend:
-    """The backend that provides these arrays from its inside, too."""
-    more = [name for name in given if not name.startswith(ROWS)]
-    return msgspec.structs.replace(backend, provides=(*backend.provides, *more))
+def quantities(given: Iterable[str]) -> list[str]:
+    """The names of what is compared, without those of arrays that say which rows another holds."""
+    return [name for name in given if not name.startswith(ROWS)]
 
 
 def placed(
@@ -120,7 +118,7 @@ def placed(
     """
     found: dict[str, list[Array]] = {}
     k_of = _choices(problem, given.get("route/expert_id", []))
-    for name in CAN_GIVE.keys() & given.keys():
+    for name in [name for name in CAN_GIVE if name in given]:
         axes, arrays = QUANTITIES[name].axes, given[name]
         if len(arrays) != problem.case.ranks:
             raise OwnLayerError(

@@ -177,7 +177,7 @@ class Static:
 
     def __init__(self, case: Case, planned: Capacity, oracle_rows: int, axis: str | None, feeds: Arrays) -> None:
         self.planned, self.capacity, self.axis = planned, planned._replace(rows=oracle_rows), axis
-        self.how = experts.Experts(**not_default(case.expert))
+        self.how = options_of(case)["experts"]
         per_rank = planned.n_bins == case.ranks
         self.major = (case.ranks * oracle_rows,) if per_rank else (case.experts // case.ranks, -1)
         self.counts_Pe = feeds["counts_Pe"]
@@ -238,7 +238,7 @@ class Ragged:
 
     def __init__(self, case: Case, planned: Capacity, oracle_rows: int, axis: str | None, feeds: Arrays) -> None:  # noqa: ARG002
         self.case, self.axis, self.counts_Pe = case, axis, feeds["counts_Pe"]
-        self.how = experts.Experts(**not_default(case.expert))
+        self.how = options_of(case)["experts"]
         _, self.splits = dynamic_exchange.exchange_counts(feeds["sent_E"], axis)
 
     @staticmethod
@@ -355,7 +355,7 @@ class WholeLayer:
         def forward(x, router, ids, keep, score, *weights):
             chosen = None
             if not choose:
-                chosen = routing.route(x, router, routing.Router(**not_default(case.router)), expert_id_TK=ids)
+                chosen = routing.route(x, router, options_of(case)["router"], expert_id_TK=ids)
                 chosen = without_padding(chosen, ids) if case.uneven else chosen
                 own = chosen.score_TK
                 if capacity.priority == "score":  # who is dropped goes by scores to the last bit: those of the oracle
@@ -455,7 +455,7 @@ def _isolated(
         return found
 
     ids, score, keep = (feeds[n] for n in ("expert_id", "score", "keep"))
-    router = routing.Router(**not_default(case.router))
+    router = options_of(case)["router"]
 
     def replay(x: jax.Array, router_DE: jax.Array) -> Any:
         chosen = routing.route(x, router_DE, router, expert_id_TK=feeds["other_experts"])

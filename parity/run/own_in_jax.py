@@ -11,12 +11,12 @@ import numpy as np
 
 from jax_impl import routing
 from parity import Unsupported, recording
-from parity.cases.case import Case, not_default
+from parity.cases.case import Case
 from parity.oracle.problem import Problem
 from parity.run import inside, jax_ranks, own
 from parity.run.backend import Backend, Setting
 from parity.run.jax_ranks import AXIS, At, Eager, Program, fetch, over_ranks
-from parity.run.jax_stages import compared, environment
+from parity.run.jax_stages import compared, environment, options_of
 from parity.run.own import WEIGHTS, OwnLayerError, Signature
 from parity.run.trace import Trace, differing_bits
 
@@ -56,7 +56,7 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
         differ = differing_bits(a, again[name])
         arrays[name.replace("e2e", "repeat", 1)] = [differ, *[np.zeros_like(differ)] * (len(arrays[name]) - 1)]
     given = inside.placed(problem, backend, _per_rank_inside(case, within), orders)
-    return Trace(case, inside.giving(backend, given), environment(), arrays=arrays | given)
+    return Trace(case, backend.providing(inside.quantities(given)), environment(), arrays=arrays | given)
 
 
 def _inputs(problem: Problem) -> dict[str, np.ndarray]:
@@ -80,9 +80,7 @@ def _step(
         if takes.given("score"):
 
             def chosen(x: jax.Array, ids: jax.Array) -> jax.Array:
-                return routing.route(
-                    x, values["router"], routing.Router(**not_default(case.router)), expert_id_TK=ids
-                ).score_TK
+                return routing.route(x, values["router"], options_of(case)["router"], expert_id_TK=ids).score_TK
 
             values["score"] = score = chosen(x, ids) if takes.per_rank else jax.vmap(chosen)(x, ids)
         with recording() as recorded:

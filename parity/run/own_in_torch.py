@@ -1,10 +1,9 @@
 """A layer of the user's own in PyTorch, run on each rank with that rank's tokens; gradients by autograd."""
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,22 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.checkpoint import checkpoint
 
 from parity import Unsupported, record, recording
-from parity.cases.case import not_default
 from parity.oracle.problem import Problem
 from parity.run import inside, own, torch_ranks
 from parity.run.backend import Backend, Setting
 from parity.run.inside import Hook
 from parity.run.own import WEIGHTS, OwnLayerError, Signature
 from parity.run.torch_ranks import At
-from parity.run.torch_stages import Group, compared, environment, poisoned_memory, to_numpy, to_torch, weights_of
+from parity.run.torch_stages import (
+    Group,
+    compared,
+    environment,
+    options_of,
+    poisoned_memory,
+    to_numpy,
+    to_torch,
+    weights_of,
+)  # fmt: skip
 from parity.run.trace import Trace, differing_bits
 from torch_impl import routing
 
@@ -43,7 +50,7 @@ def work(backend: Backend, setting: Setting) -> torch_ranks.Work:
         with hooks_on_modules(hooks, backend):
             return layer(**arguments)
 
-    return partial(run, functools.wraps(layer)(hooked) if hooks else layer, takes)
+    return partial(run, wraps(layer)(hooked) if hooks else layer, takes)
 
 
 def run(
@@ -78,7 +85,7 @@ def run(
     names = dict.fromkeys(name for arrays in everybody for name in arrays if name not in mine)
     given = inside.placed(problem, backend, {n: inside.of_all(backend, n, everybody) for n in names}, orders)
     arrays = {n: [a[n] for a in everybody] for n in mine} | given
-    return Trace(case, inside.giving(backend, given), environment(device), arrays=arrays)
+    return Trace(case, backend.providing(inside.quantities(given)), environment(device), arrays=arrays)
 
 
 @contextmanager
@@ -149,9 +156,7 @@ def _step(
         values = given | dict(zip(leaves, inputs, strict=True))
         score = inputs[0].new_zeros(())
         if takes.given("score"):
-            chosen = routing.route(
-                values["x"], values["router"], routing.Router(**not_default(case.router)), expert_id_TK=ids
-            )
+            chosen = routing.route(values["x"], values["router"], options_of(case)["router"], expert_id_TK=ids)
             values["score"] = score = chosen.score_TK
         with recording() as recorded:
             result = layer(**own.arguments(takes, values))

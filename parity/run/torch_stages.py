@@ -198,7 +198,7 @@ class Dynamic:
 
     def __init__(self, case: Case, group: Group, send_P: Sequence[int], receive_P: Sequence[int]) -> None:
         self.group, self.alone = group, case.ranks == 1
-        self.how = experts.Experts(**not_default(case.expert))
+        self.how = options_of(case)["experts"]
         self.splits = exchange.Splits(torch.tensor(send_P), torch.tensor(receive_P), sum(send_P), sum(receive_P))
 
     def group_by_expert(self, x: Tensor, ids: Tensor, score: Tensor, counts: Tensor) -> Any:  # noqa: ARG002
@@ -249,7 +249,7 @@ class Static:
     def __init__(self, case: Case, group: Group, *_: object) -> None:
         self.group = group
         self.case, self.capacity = case, plan(case)._replace(rows=case.capacity)
-        self.how = experts.Experts(**not_default(case.expert))
+        self.how = options_of(case)["experts"]
         self.bins = (case.bins, case.capacity)
         per_rank = case.bins == case.ranks
         self.major = (case.bins * case.capacity,) if per_rank else (case.experts // case.ranks, -1)
@@ -357,7 +357,7 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
 
     ids, keep, score = put_tokens(problem.expert_id), put_tokens(problem.keep), put_tokens(problem.score)
     x_rows = np.repeat(problem.x.reshape(-1, case.width), case.top_k, axis=0)
-    router = routing.Router(**not_default(case.router))
+    router = options_of(case)["router"]
 
     def replay(x: Tensor, router_DE: Tensor) -> routing.Routing:
         return routing.route(x, router_DE, router, expert_id_TK=put_tokens(problem.other_experts))
@@ -465,7 +465,7 @@ class Step:
 
     def _replayed(self, *inputs: Tensor) -> tuple[Any, Tensor]:
         case, (x, router, *_) = self.problem.case, inputs
-        chosen = routing.route(x, router, routing.Router(**not_default(case.router)), expert_id_TK=self.ids)
+        chosen = routing.route(x, router, options_of(case)["router"], expert_id_TK=self.ids)
         scores = chosen.score_TK
         if self.probe is not None:
             scores = scores + self.probe
