@@ -15,10 +15,10 @@ from jaxtyping import Float, Integer
 
 from jax_impl.checks import check_bins, check_experts, check_routing
 from jax_impl.exchange import exchange_counts, n_ranks, return_tokens, send_tokens
-from jax_impl.experts import Experts, apply_experts
+from jax_impl.experts import Biases, Experts, Shared, apply_experts, shared_expert
 from jax_impl.grouping import Capacity, Grouped, combine, group_by_expert
 from jax_impl.layout import ExpertMajor, to_expert_major, to_rank_major
-from jax_impl.routing import Router, Routing, route
+from jax_impl.routing import PerExpert, Router, Routing, route, weigh_input
 
 
 class Stages(NamedTuple):
@@ -32,6 +32,7 @@ class Stages(NamedTuple):
     y_SD: Float[Array, "*S D"]
     rank_major_BCD: Float[Array, "B C D"]
     returned_BCD: Float[Array, "B C D"]
+    shared_TD: Float[Array, "T D"] | None  # what the shared expert adds
     out_TD: Float[Array, "T D"]
     dropped_E: Integer[Array, " E"]  # this rank's assignments dropped, per expert
     dropped: Integer[Array, ""]  # and in all, ids out of range included
@@ -40,38 +41,47 @@ class Stages(NamedTuple):
 def moe_layer(
     x_TD: Float[Array, "T D"],
     router_DE: Float[Array, "D E"],
-    w_gate_eDF: Float[Array, "e D F"],
+    w_gate_eDF: Float[Array, "e D F"] | None,
     w_up_eDF: Float[Array, "e D F"],
     w_down_eFD: Float[Array, "e F D"],
     router: Router,
     capacity: Capacity,
     experts: Experts = Experts(),
     routing: Routing | None = None,
+    per_expert: PerExpert = PerExpert(),
+    biases: Biases = Biases(),
+    shared: Shared | None = None,
     axis_name: str | None = None,
 ) -> Stages:
     """One MoE layer over the ranks of the mapped axis `axis_name` (`shard_map` or `vmap`; None means one rank).
 
     Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. `routing`, made
-    before, takes the place of stage 1 and its arguments: a recording, a recomputation, scores that were masked.
+    before, takes the place of stage 1 and its arguments: a recording, a recomputation, scores that were masked. What a
+    model does not have is None: a gate, biases, a shared expert.
 
     Raises ValueError on wrong input, before anything is sent to another rank.
     """
-    routing = route(x_TD, router_DE, router) if routing is None else routing
+    routing = route(x_TD, router_DE, router, per_expert=per_expert) if routing is None else routing
     score_TK, expert_id_TK, counts_E = routing
     check_routing(x_TD, score_TK, expert_id_TK, counts_E)
-    check_experts(x_TD, counts_E.shape[0], n_ranks(axis_name), w_gate_eDF, w_up_eDF, w_down_eFD, experts)
+    check_experts(
+        x_TD, counts_E.shape[0], n_ranks(axis_name), w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases, shared
+    )
     check_bins(capacity.n_bins, n_ranks(axis_name), counts_E.shape[0])
 
-    grouped = group_by_expert(x_TD, expert_id_TK, score_TK, counts_E, capacity)
+    input_TD, weight_TK = weigh_input(x_TD, score_TK, router.score_on)
+    grouped = group_by_expert(input_TD, expert_id_TK, score_TK, counts_E, capacity)
     counts_Pe = exchange_counts(grouped.kept_E, axis_name)
     received_BCD = send_tokens(grouped.x_BCD, axis_name)
     expert_major = to_expert_major(received_BCD, counts_Pe)
-    y_SD = apply_experts(expert_major.x_SD, counts_Pe.sum(axis=0), w_gate_eDF, w_up_eDF, w_down_eFD, experts)
+    y_SD = apply_experts(expert_major.x_SD, counts_Pe.sum(axis=0), w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases)
     rank_major_BCD = to_rank_major(y_SD, expert_major.source_S, expert_major.target_BC)
     returned_BCD = return_tokens(rank_major_BCD, axis_name)
-    out_TD = combine(returned_BCD, score_TK, grouped.slot_TK, grouped.assignment_BC)
+    out_TD = combine(returned_BCD, weight_TK, grouped.slot_TK, grouped.assignment_BC)
+    shared_TD = None if shared is None else shared_expert(x_TD, shared, experts)
+    out_TD = out_TD if shared_TD is None else out_TD + shared_TD
     dropped_E = counts_E - grouped.kept_E
     return Stages(
-        routing, grouped, counts_Pe, received_BCD, expert_major, y_SD, rank_major_BCD, returned_BCD, out_TD,
+        routing, grouped, counts_Pe, received_BCD, expert_major, y_SD, rank_major_BCD, returned_BCD, shared_TD, out_TD,
         dropped_E, expert_id_TK.size - grouped.kept_E.sum(),
     )  # fmt: skip

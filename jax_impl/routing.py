@@ -1,12 +1,13 @@
 """Stage 1: every token chooses K of E experts."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 
 from jax_impl.checks import check_router
 
@@ -15,9 +16,25 @@ class Router(NamedTuple):
     """How many experts a token chooses, and how its scores come out of the logits."""
 
     top_k: int
-    score_function: str = "softmax"  # or "sigmoid"
+    score_function: str = "softmax"  # or "sigmoid", "sqrt_softplus", "softmax_of_chosen"
     renormalize: bool = False  # divide a token's K scores by their sum
+    epsilon: float = 1e-20  # added to that sum
     scale: float = 1.0  # and multiply them
+    groups: int = 1  # of experts, of which a token chooses within the best
+    top_groups: int = 1  # so many of them
+    group_score: str = "top2"  # the sum of a group's two largest scores; or "max", its largest
+    outside_groups: str = "minus_inf"  # the scores of experts outside the best groups; or "zero"
+    score_on: str = "output"  # what a score multiplies, of an expert; or "input", with one expert a token
+    router_dtype: str = "wide"  # of the logits: float32, or float64 for float64; or "float32", "activations"
+    cast_scores: bool = False  # round the scores to the dtype of the tokens
+
+
+class PerExpert(NamedTuple):
+    """What a router knows of each expert beside its logits; None where a model has none."""
+
+    bias_E: Float[Array, " E"] | None = None  # added to the logits
+    selection_bias_E: Float[Array, " E"] | None = None  # added to the scores for the choice, which alone sees it
+    scale_E: Float[Array, " E"] | None = None  # multiplies the scores
 
 
 class Routing(NamedTuple):
@@ -31,10 +48,11 @@ def route(
     router_DE: Float[Array, "D E"],
     router: Router,
     expert_id_TK: Integer[Array, "T K"] | None = None,
+    per_expert: PerExpert = PerExpert(),
 ) -> Routing:
     """Scores, expert ids and counts per expert, in float32 (float64 for float64 input).
 
-        logits = x @ router;  score = softmax or sigmoid of logits;  the K largest scores win
+        logits = x @ router + bias;  score = score_function(logits);  the K largest of score + selection bias win
 
     Equal scores go to the lower expert id: float32 cannot tell sigmoids of large logits apart. `renormalize` divides
     the K chosen scores by their sum (Mixtral, Qwen3); `scale` multiplies them last (DeepSeek-V3's routed scaling
@@ -42,39 +60,113 @@ def route(
     `expert_id_TK` replays a choice made before (a recording, a recomputation): only its scores are computed. An id out
     of range that is not found here gets some expert's score, and is found or dropped later.
 
-    Raises ValueError on a wrong shape, dtype, `top_k` or `score_function`, and on replayed ids out of range where
-    their values are at hand: not traced.
+    Raises ValueError on a wrong shape, dtype or option, and on replayed ids out of range where their values are at
+    hand: not traced.
     """
-    check_router(x_TD, router_DE, router, expert_id_TK)
-    wide = np.promote_types(x_TD.dtype, np.float32)
-    logits_TE = jnp.matmul(x_TD.astype(wide), router_DE.astype(wide), precision="highest")
-    score_TE = jax.nn.softmax(logits_TE, axis=-1) if router.score_function == "softmax" else jax.nn.sigmoid(logits_TE)
+    check_router(x_TD, router_DE, router, expert_id_TK, per_expert)
+    score_TE = SCORE_FUNCTIONS[router.score_function](logits(x_TD, router_DE, router.router_dtype, per_expert.bias_E))
     if expert_id_TK is None:
-        expert_id_TK = score_TE.argsort(axis=-1, descending=True, stable=True)[:, : router.top_k]
-    score_TK = jnp.take_along_axis(score_TE, expert_id_TK.clip(0, router_DE.shape[1] - 1), axis=1)
+        expert_id_TK = choose(score_TE, router, per_expert.selection_bias_E)
+    known_TK = expert_id_TK.clip(0, router_DE.shape[1] - 1)
+    score_TK = jnp.take_along_axis(score_TE, known_TK, axis=1)
+    if router.score_function == "softmax_of_chosen":
+        score_TK = jax.nn.softmax(score_TK, axis=-1)
     if router.renormalize:
-        score_TK = renormalized(score_TK)
-    return Routing(score_TK * router.scale, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
+        score_TK = renormalized(score_TK, router.epsilon)
+    if per_expert.scale_E is not None:
+        scale_TE = jnp.broadcast_to(per_expert.scale_E.astype(score_TK.dtype), score_TE.shape)
+        score_TK = score_TK * jnp.take_along_axis(scale_TE, known_TK, axis=1)
+    score_TK = score_TK * router.scale
+    score_TK = score_TK.astype(x_TD.dtype) if router.cast_scores else score_TK
+    return Routing(score_TK, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
+
+
+def logits(
+    x_TD: Float[Array, "T D"], router_DE: Float[Array, "D E"], dtype: str, bias_E: Float[Array, " E"] | None
+) -> Float[Array, "T E"]:
+    """x @ router + bias, in the dtype that `router_dtype` says, as numbers of float32 or wider."""
+    wide = np.dtype(np.float32) if dtype == "float32" else np.promote_types(x_TD.dtype, np.float32)
+    narrow = x_TD.dtype if dtype == "activations" else wide
+    logits_TE = jnp.matmul(x_TD.astype(narrow), router_DE.astype(narrow), precision="highest")
+    return (logits_TE if bias_E is None else logits_TE + bias_E.astype(narrow)).astype(wide)
+
+
+def sqrt_softplus(logits_TE: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    """sqrt(log(1 + exp(logits))), as DeepSeek-V4 scores; from -40 down exp(logits / 2), whose slope is finite."""
+    small_TE = jnp.exp(logits_TE.clip(max=-40) / 2)
+    softplus_TE = jnp.logaddexp(logits_TE.clip(min=-40), jnp.zeros_like(logits_TE))
+    return jnp.where(logits_TE < -40, small_TE, jnp.sqrt(softplus_TE))
+
+
+# By name. "softmax_of_chosen" chooses by logits, and its softmax is over the K chosen (gpt-oss).
+SCORE_FUNCTIONS = {
+    "softmax": partial(jax.nn.softmax, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+    "sqrt_softplus": sqrt_softplus,
+    "softmax_of_chosen": lambda logits_TE: logits_TE,
+}
+
+
+def choose(
+    score_TE: Float[Array, "T E"], router: Router, selection_bias_E: Float[Array, " E"] | None
+) -> Integer[Array, "T K"]:
+    """The K experts whose scores, plus the selection bias, are largest; within the best groups where there are some."""
+    if selection_bias_E is not None:
+        score_TE = score_TE + selection_bias_E.astype(score_TE.dtype)
+    if router.groups > 1:
+        outside = 0 if router.outside_groups == "zero" else -jnp.inf
+        score_TE = jnp.where(in_best_groups(score_TE, router), score_TE, outside)
+    return largest(score_TE, router.top_k)
+
+
+def in_best_groups(score_TE: Float[Array, "T E"], router: Router) -> Bool[Array, "T E"]:
+    """Which experts are in the groups whose best expert, or best two, have the largest scores."""
+    score_TGn = score_TE.reshape(score_TE.shape[0], router.groups, -1)
+    best_TGn = jnp.sort(score_TGn, axis=-1, descending=True)[..., : 2 if router.group_score == "top2" else 1]
+    best_TG = largest(best_TGn.sum(axis=-1), router.top_groups)
+    inside_TG = jnp.put_along_axis(jnp.zeros(score_TGn.shape[:2], bool), best_TG, True, axis=1, inplace=False)
+    return jnp.broadcast_to(inside_TG[..., None], score_TGn.shape).reshape(score_TE.shape)
+
+
+def largest(score_Tn: Float[Array, "T n"], k: int) -> Integer[Array, "T k"]:
+    """Where each row's k largest numbers are, the largest first; of equal ones, the first."""
+    return score_Tn.argsort(axis=-1, descending=True, stable=True)[:, :k]
 
 
 @jax.custom_vjp
-def renormalized(score_TK: Float[Array, "T K"]) -> Float[Array, "T K"]:
-    """A token's scores over their sum, guarded by 1e-20 as DeepSeek-V3 does."""
-    return score_TK / (score_TK.sum(axis=-1, keepdims=True) + 1e-20)
+def renormalized(score_TK: Float[Array, "T K"], epsilon: float) -> Float[Array, "T K"]:
+    """A token's scores over their sum, which `epsilon` guards: 1e-20 in DeepSeek-V3, none in Mixtral."""
+    return score_TK / (score_TK.sum(axis=-1, keepdims=True) + epsilon)
 
 
-def _renormalized_forward(score_TK):
-    return renormalized(score_TK), score_TK
+def _renormalized_forward(score_TK, epsilon):
+    return renormalized(score_TK, epsilon), (score_TK, epsilon)
 
 
-def _renormalized_backward(score_TK, dweight_TK):
+def _renormalized_backward(kept, dweight_TK):
     # (dw_k - sum over j of dw_j w_j) / total. JAX's own rule divides by the square of the total, which underflows.
-    total_T1 = score_TK.sum(axis=-1, keepdims=True) + 1e-20
+    score_TK, epsilon = kept
+    total_T1 = score_TK.sum(axis=-1, keepdims=True) + epsilon
     mean_T1 = (dweight_TK * (score_TK / total_T1)).sum(axis=-1, keepdims=True)
-    return ((dweight_TK - mean_T1) / total_T1,)
+    return (dweight_TK - mean_T1) / total_T1, None
 
 
 renormalized.defvjp(_renormalized_forward, _renormalized_backward)
+
+
+def weigh_input(
+    x_TD: Float[Array, "T D"], score_TK: Float[Array, "T K"], score_on: str
+) -> tuple[Float[Array, "T D"], Float[Array, "T K"]]:
+    """What the experts are given, and what multiplies what they return.
+
+    The tokens and their scores; or, where scores are on the input (Llama 4), tokens times their one score, and ones.
+
+    Shapes: input_TD, weight_TK.
+    """
+    if score_on == "output":
+        return x_TD, score_TK
+    wide = np.promote_types(x_TD.dtype, score_TK.dtype)
+    return (x_TD.astype(wide) * score_TK.astype(wide)).astype(x_TD.dtype), jnp.ones_like(score_TK)
 
 
 def count_per_expert(expert_id_TK: Integer[Array, "T K"], n_experts: int) -> Integer[Array, " E"]:

@@ -14,11 +14,25 @@ if TYPE_CHECKING:  # they import what is here
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# What each option may be that is a word.
+ROUTER_WORDS = {
+    "score_function": ("softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen"),
+    "group_score": ("top2", "max"),
+    "outside_groups": ("minus_inf", "zero"),
+    "score_on": ("output", "input"),
+    "router_dtype": ("wide", "float32", "activations"),
+}
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu2")
+
 
 def check_router(
-    x_TD: Tensor, router_DE: Tensor, router: "torch_impl.routing.Router", expert_id_TK: Tensor | None
+    x_TD: Tensor,
+    router_DE: Tensor,
+    router: "torch_impl.routing.Router",
+    expert_id_TK: Tensor | None,
+    per_expert: "torch_impl.routing.PerExpert",
 ) -> None:
-    """Raises ValueError unless these make a router: shapes, dtypes, devices, K <= E, known score function."""
+    """Raises ValueError unless these make a router: shapes, dtypes, devices, K <= E, options."""
     check_autocast(x_TD)
     if x_TD.ndim != 2 or router_DE.ndim != 2 or x_TD.shape[1] != router_DE.shape[0]:
         raise ValueError(
@@ -34,10 +48,8 @@ def check_router(
         raise ValueError(f"x is on {x_TD.device} and router on {router_DE.device}: move one to the other's device")
     if not 1 <= router.top_k <= router_DE.shape[1]:
         raise ValueError(f"top_k is {router.top_k} with {router_DE.shape[1]} experts: it must be between 1 and E")
-    if router.score_function not in ("softmax", "sigmoid"):
-        raise ValueError(f"score_function is {router.score_function!r}: it must be 'softmax' or 'sigmoid'")
-    if not abs(router.scale) < math.inf:
-        raise ValueError(f"scale is {router.scale}: it must be finite")
+    check_options(router, router_DE.shape[1])
+    check_per_expert(per_expert, router_DE.shape[1])
     if expert_id_TK is not None:
         if expert_id_TK.shape != (x_TD.shape[0], router.top_k):
             raise ValueError(
@@ -45,6 +57,38 @@ def check_router(
                 "replay the ids of the same tokens and the same top_k"
             )
         check_expert_ids(expert_id_TK, router_DE.shape[1])
+
+
+def check_options(router: "torch_impl.routing.Router", n_experts: int) -> None:
+    """Raises ValueError on a word that is none of those known, a scale or an epsilon that cannot be, and on groups
+    that do not divide the experts, or among whose best ones a token cannot choose."""
+    for name, words in ROUTER_WORDS.items():
+        if getattr(router, name) not in words:
+            raise ValueError(f"{name} is {getattr(router, name)!r}: it must be one of {', '.join(map(repr, words))}")
+    if not abs(router.scale) < math.inf:
+        raise ValueError(f"scale is {router.scale}: it must be finite")
+    if not 0 <= router.epsilon < math.inf:
+        raise ValueError(f"epsilon is {router.epsilon}: it must be finite, and not negative")
+    if router.score_on == "input" and router.top_k != 1:
+        raise ValueError(f"score_on is 'input' with top_k {router.top_k}: a token has one input, so it takes top_k 1")
+    if router.groups < 1 or n_experts % router.groups or not 1 <= router.top_groups <= router.groups:
+        raise ValueError(
+            f"{router.top_groups} of {router.groups} groups of {n_experts} experts: groups must divide the experts, "
+            "and top_groups be between 1 and groups"
+        )
+    size = n_experts // router.groups
+    if router.groups > 1 and (router.top_k > router.top_groups * size or (router.group_score == "top2" and size < 2)):
+        raise ValueError(
+            f"top_k is {router.top_k} with {router.top_groups} groups of {size} experts to choose in: use more or "
+            "larger groups, of two experts at least where their best two are added up"
+        )
+
+
+def check_per_expert(per_expert: "torch_impl.routing.PerExpert", n_experts: int) -> None:
+    """Raises ValueError unless what a router has of each expert is [E] and floating point."""
+    for name, a in per_expert._asdict().items():
+        if a is not None and (a.shape != (n_experts,) or not a.is_floating_point()):
+            raise ValueError(f"{name} is {a.dtype} {tuple(a.shape)}: it must be floating point, [{n_experts}]")
 
 
 def check_routing(x_TD: Tensor, score_TK: Tensor, expert_id_TK: Tensor, counts_E: Tensor) -> None:
@@ -107,30 +151,54 @@ def check_experts(
     x_TD: Tensor,
     n_experts: int,
     n_ranks: int,
-    w_gate_eDF: Tensor,
+    w_gate_eDF: Tensor | None,
     w_up_eDF: Tensor,
     w_down_eFD: Tensor,
     experts: "torch_impl.experts.Experts",
+    biases: "torch_impl.experts.Biases",
+    shared: "torch_impl.experts.Shared | None",
 ) -> None:
     """Raises ValueError unless the weights are this rank's E // P experts, in x's dtype and on x's device."""
     check_experts_per_rank(n_experts, n_ranks)
     check_autocast(x_TD)
     if x_TD.dtype not in DTYPES:
         raise ValueError(f"x is {x_TD.dtype}: it must be float32, bfloat16, float16 or float64")
-    e, D, F = n_experts // n_ranks, x_TD.shape[1], w_gate_eDF.shape[-1]
+    e, D, F = n_experts // n_ranks, x_TD.shape[1], w_up_eDF.shape[-1]
     weights = {"w_gate": (w_gate_eDF, (e, D, F)), "w_up": (w_up_eDF, (e, D, F)), "w_down": (w_down_eFD, (e, F, D))}
-    for name, (w, shape) in weights.items():
-        if w.shape != shape:
+    weights |= {"b_gate": (biases.gate_eF, (e, F)), "b_up": (biases.up_eF, (e, F)), "b_down": (biases.down_eD, (e, D))}
+    if w_gate_eDF is None and biases.gate_eF is not None:
+        raise ValueError("there is a bias of the gate, and no w_gate: pass both, or neither")
+    if shared is not None:
+        H = shared.w_up_DH.shape[-1]
+        weights |= {"shared w_gate": (shared.w_gate_DH, (D, H)), "shared w_up": (shared.w_up_DH, (D, H))}
+        weights |= {"shared w_down": (shared.w_down_HD, (H, D)), "shared score": (shared.score_D, (D,))}
+        if (shared.w_gate_DH is None) != (w_gate_eDF is None):
             raise ValueError(
-                f"{name} has shape {tuple(w.shape)}, expected {shape}: this rank holds "
+                "experts have a gate and the shared expert has none, or the other way round: they compute alike"
+            )
+    for name, (a, shape) in weights.items():
+        if a is None:
+            continue
+        if a.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(a.shape)}, expected {shape}: this rank holds "
                 f"e = {n_experts} // {n_ranks} = {e} experts of width D = {D} and hidden width F = {F}"
             )
-        if w.dtype != x_TD.dtype or w.device != x_TD.device:
+        if a.dtype != x_TD.dtype or a.device != x_TD.device:
             raise ValueError(
-                f"{name} is {w.dtype} on {w.device} and x is {x_TD.dtype} on {x_TD.device}: convert one to the other"
+                f"{name} is {a.dtype} on {a.device} and x is {x_TD.dtype} on {x_TD.device}: convert one to the other"
             )
-    if experts.activation not in ("silu", "gelu_tanh"):
-        raise ValueError(f"activation is {experts.activation!r}: it must be 'silu' or 'gelu_tanh'")
+    check_expert_options(experts, gated=w_gate_eDF is not None)
+
+
+def check_expert_options(experts: "torch_impl.experts.Experts", gated: bool) -> None:
+    """Raises ValueError on an unknown activation, a clamp that is not positive, and what needs a gate without one."""
+    if experts.activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {experts.activation!r}: it must be one of {', '.join(map(repr, ACTIVATIONS))}")
+    if experts.clamp is not None and not experts.clamp > 0:
+        raise ValueError(f"clamp is {experts.clamp}: it must be positive, or None")
+    if not gated and (experts.clamp is not None or experts.up_offset):
+        raise ValueError("clamp and up_offset are of experts with a gate: pass w_gate, or leave them out")
 
 
 def check_autocast(x_TD: Tensor) -> None:

@@ -1,33 +1,55 @@
 """The gated activation, plain, or through kernels where they serve."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from torch_impl import kernels
 
+if TYPE_CHECKING:  # it imports what is here
+    import torch_impl.experts
 
-def glu(gate_MF: Float[Tensor, "*M F"], up_MF: Float[Tensor, "*M F"], activation: str) -> Float[Tensor, "*M F"]:
-    """activation(gate) * up in float32, rounded once.
 
-    silu       g * sigmoid(g): SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer")
-    gelu_tanh  g/2 * (1 + tanh(sqrt(2/pi) * (g + 0.044715 * g**3))): GEGLU as Gemma computes it; past +-10 the tanh is
-               +-1 and its slope 0, where the cube would overflow and make the slope NaN
+def glu(
+    gate_MF: Float[Tensor, "*M F"] | None, up_MF: Float[Tensor, "*M F"], experts: "torch_impl.experts.Experts"
+) -> Float[Tensor, "*M F"]:
+    """activation(gate) * (up + up_offset), each clamped before, in float32, rounded once; without a gate, of up alone.
+
+    silu        g * sigmoid(g): SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer")
+    gelu        g * Phi(g), of the normal distribution (Hendrycks and Gimpel 2016, "Gaussian Error Linear Units")
+    gelu_tanh   g/2 * (1 + tanh(sqrt(2/pi) * (g + 0.044715 * g**3))): GEGLU as Gemma computes it
+    quick_gelu  g * sigmoid(1.702 * g): gpt-oss, with a clamp at 7 and up + 1
+    relu2       relu(g)**2: Nemotron-H, without a gate
     """
-    if activation == "silu" and kernels.use_swiglu_kernels(gate_MF):
+    if gate_MF is not None and experts == ("silu", None, 0) and kernels.use_swiglu_kernels(gate_MF):
         return _SwiGLU.apply(gate_MF, up_MF)  # type: ignore[no-any-return]
-    wide = torch.promote_types(gate_MF.dtype, torch.float32)
-    gate, up = gate_MF.to(wide), up_MF.to(wide)
-    active = silu(gate) if activation == "silu" else gate * gelu_share(gate.clip(-10, 10))
-    return (active * up).to(gate_MF.dtype)
+    activated, dtype = ACTIVATIONS[experts.activation], up_MF.dtype
+    up = up_MF.to(torch.promote_types(dtype, torch.float32))
+    if gate_MF is None:
+        return activated(up).to(dtype)
+    gate = gate_MF.to(up.dtype)
+    if experts.clamp is not None:
+        gate, up = gate.clamp(max=experts.clamp), up.clamp(-experts.clamp, experts.clamp)
+    return (activated(gate) * (up + experts.up_offset)).to(dtype)
 
 
-def gelu_share(gate: Float[Tensor, "*M F"]) -> Float[Tensor, "*M F"]:
-    """The share of a gate that gelu_tanh lets through."""
-    return (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) / 2
+def gelu_tanh(gate: Float[Tensor, "*M F"]) -> Float[Tensor, "*M F"]:
+    """Past +-10 the tanh is +-1 and its slope 0, where the cube would overflow and make the slope NaN."""
+    near = gate.clamp(-10, 10)
+    return gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (near + 0.044715 * near**3))) / 2
+
+
+ACTIVATIONS = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": lambda gate: gate * torch.sigmoid(1.702 * gate),
+    "relu2": lambda gate: torch.relu(gate) ** 2,
+}
 
 
 class _SwiGLU(torch.autograd.Function):

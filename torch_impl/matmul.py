@@ -1,7 +1,7 @@
-"""Matmuls of rows grouped by expert, each with its own expert's weights."""
+"""Matmuls of rows grouped by expert, each with its own expert's weights, and biases."""
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
@@ -24,6 +24,34 @@ def grouped_matmul(
         return grouped_mm(x_RD.contiguous(), w_eDF, offs=group_ends(counts_e))
     rows = x_RD.split(counts_e.tolist())
     return torch.cat([x @ w for x, w in zip(rows, w_eDF.unbind(), strict=True)])
+
+
+def grouped_linear(
+    x_RD: Float[Tensor, "R D"],
+    w_eDF: Float[Tensor, "e D F"],
+    counts_e: Integer[Tensor, " e"],
+    b_eF: Float[Tensor, "e F"] | None,
+) -> Float[Tensor, "R F"]:
+    """Rows of expert j times w[j], plus b[j] where there are biases."""
+    y_RF = grouped_matmul(x_RD, w_eDF, counts_e)
+    return y_RF if b_eF is None else add_bias(y_RF, b_eF, counts_e)
+
+
+def add_bias(
+    y_RF: Float[Tensor, "R F"], b_eF: Float[Tensor, "e F"], counts_e: Integer[Tensor, " e"]
+) -> Float[Tensor, "R F"]:
+    """Each row plus its expert's bias.
+
+    The bias of each row is a product with ones and zeros, whose gradient sums an expert's rows: no scatter-add.
+    """
+    return y_RF + rows_of_experts(counts_e, y_RF.shape[0]).to(b_eF.dtype) @ b_eF
+
+
+def rows_of_experts(counts_e: Integer[Tensor, " e"], n_rows: int) -> Bool[Tensor, "R e"]:
+    """Which rows are each expert's."""
+    row_R1 = torch.arange(n_rows, device=counts_e.device)[:, None]
+    end_e = counts_e.cumsum(dim=0)
+    return (row_R1 >= end_e - counts_e) & (row_R1 < end_e)
 
 
 def fits_grouped_mm(x: Tensor, w: Tensor) -> bool:

@@ -1,9 +1,10 @@
 """Stage 1: every token chooses K of E experts."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from torch_impl.checks import check_router
@@ -13,9 +14,25 @@ class Router(NamedTuple):
     """How many experts a token chooses, and how its scores come out of the logits."""
 
     top_k: int
-    score_function: str = "softmax"  # or "sigmoid"
+    score_function: str = "softmax"  # or "sigmoid", "sqrt_softplus", "softmax_of_chosen"
     renormalize: bool = False  # divide a token's K scores by their sum
+    epsilon: float = 1e-20  # added to that sum
     scale: float = 1.0  # and multiply them
+    groups: int = 1  # of experts, of which a token chooses within the best
+    top_groups: int = 1  # so many of them
+    group_score: str = "top2"  # the sum of a group's two largest scores; or "max", its largest
+    outside_groups: str = "minus_inf"  # the scores of experts outside the best groups; or "zero"
+    score_on: str = "output"  # what a score multiplies, of an expert; or "input", with one expert a token
+    router_dtype: str = "wide"  # of the logits: float32, or float64 for float64; or "float32", "activations"
+    cast_scores: bool = False  # round the scores to the dtype of the tokens
+
+
+class PerExpert(NamedTuple):
+    """What a router knows of each expert beside its logits; None where a model has none."""
+
+    bias_E: Float[Tensor, " E"] | None = None  # added to the logits
+    selection_bias_E: Float[Tensor, " E"] | None = None  # added to the scores for the choice, which alone sees it
+    scale_E: Float[Tensor, " E"] | None = None  # multiplies the scores
 
 
 class Routing(NamedTuple):
@@ -29,10 +46,11 @@ def route(
     router_DE: Float[Tensor, "D E"],
     router: Router,
     expert_id_TK: Integer[Tensor, "T K"] | None = None,
+    per_expert: PerExpert = PerExpert(),
 ) -> Routing:
     """Scores, expert ids and counts per expert, in float32 (float64 for float64 input).
 
-        logits = x @ router;  score = softmax or sigmoid of logits;  the K largest scores win
+        logits = x @ router + bias;  score = score_function(logits);  the K largest of score + selection bias win
 
     Equal scores go to the lower expert id: float32 cannot tell sigmoids of large logits apart. `renormalize` divides
     the K chosen scores by their sum (Mixtral, Qwen3); `scale` multiplies them last (DeepSeek-V3's routed scaling
@@ -41,24 +59,95 @@ def route(
     of range that is not found here gets some expert's score, and is found or dropped later. Under another precision of
     float32 matmuls than PyTorch's default, "highest", other experts can win.
 
-    Raises ValueError on a wrong shape, dtype, device, `top_k` or `score_function`, under autocast, and on replayed ids
-    out of range where their values are at hand: on a CPU, not captured.
+    Raises ValueError on a wrong shape, dtype, device or option, under autocast, and on replayed ids out of range where
+    their values are at hand: on a CPU, not captured.
     """
-    check_router(x_TD, router_DE, router, expert_id_TK)
-    wide = torch.promote_types(x_TD.dtype, torch.float32)
-    logits_TE = x_TD.to(wide) @ router_DE.to(wide)
-    score_TE = torch.softmax(logits_TE, dim=-1) if router.score_function == "softmax" else torch.sigmoid(logits_TE)
+    check_router(x_TD, router_DE, router, expert_id_TK, per_expert)
+    score_TE = SCORE_FUNCTIONS[router.score_function](logits(x_TD, router_DE, router.router_dtype, per_expert.bias_E))
     if expert_id_TK is None:
-        expert_id_TK = score_TE.argsort(dim=-1, descending=True, stable=True)[:, : router.top_k]
-    score_TK = score_TE.gather(1, expert_id_TK.long().clamp(0, router_DE.shape[1] - 1))
+        expert_id_TK = choose(score_TE, router, per_expert.selection_bias_E)
+    known_TK = expert_id_TK.long().clamp(0, router_DE.shape[1] - 1)
+    score_TK = score_TE.gather(1, known_TK)
+    if router.score_function == "softmax_of_chosen":
+        score_TK = torch.softmax(score_TK, dim=-1)
     if router.renormalize:
-        score_TK = renormalized(score_TK)
-    return Routing(score_TK * router.scale, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
+        score_TK = renormalized(score_TK, router.epsilon)
+    if per_expert.scale_E is not None:
+        score_TK = score_TK * per_expert.scale_E.to(score_TK.dtype).expand_as(score_TE).gather(1, known_TK)
+    score_TK = score_TK * router.scale
+    score_TK = score_TK.to(x_TD.dtype) if router.cast_scores else score_TK
+    return Routing(score_TK, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
 
 
-def renormalized(score_TK: Float[Tensor, "T K"]) -> Float[Tensor, "T K"]:
-    """A token's scores over their sum, guarded by 1e-20 as DeepSeek-V3 does."""
-    return score_TK / (score_TK.sum(dim=-1, keepdim=True) + 1e-20)
+def logits(
+    x_TD: Float[Tensor, "T D"], router_DE: Float[Tensor, "D E"], dtype: str, bias_E: Float[Tensor, " E"] | None
+) -> Float[Tensor, "T E"]:
+    """x @ router + bias, in the dtype that `router_dtype` says, as numbers of float32 or wider."""
+    wide = torch.float32 if dtype == "float32" else torch.promote_types(x_TD.dtype, torch.float32)
+    narrow = x_TD.dtype if dtype == "activations" else wide
+    logits_TE = x_TD.to(narrow) @ router_DE.to(narrow)
+    return (logits_TE if bias_E is None else logits_TE + bias_E.to(narrow)).to(wide)
+
+
+def sqrt_softplus(logits_TE: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+    """sqrt(log(1 + exp(logits))), as DeepSeek-V4 scores; from -40 down exp(logits / 2), whose slope is finite."""
+    small_TE = torch.exp(logits_TE.clamp(max=-40) / 2)
+    softplus_TE = torch.logaddexp(logits_TE.clamp(min=-40), torch.zeros_like(logits_TE))
+    return torch.where(logits_TE < -40, small_TE, softplus_TE.sqrt())
+
+
+# By name. "softmax_of_chosen" chooses by logits, and its softmax is over the K chosen (gpt-oss).
+SCORE_FUNCTIONS = {
+    "softmax": partial(torch.softmax, dim=-1),
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": sqrt_softplus,
+    "softmax_of_chosen": lambda logits_TE: logits_TE,
+}
+
+
+def choose(
+    score_TE: Float[Tensor, "T E"], router: Router, selection_bias_E: Float[Tensor, " E"] | None
+) -> Integer[Tensor, "T K"]:
+    """The K experts whose scores, plus the selection bias, are largest; within the best groups where there are some."""
+    if selection_bias_E is not None:
+        score_TE = score_TE + selection_bias_E.to(score_TE.dtype)
+    if router.groups > 1:
+        outside_TE = ~in_best_groups(score_TE, router)
+        score_TE = score_TE.masked_fill(outside_TE, 0 if router.outside_groups == "zero" else -torch.inf)
+    return largest(score_TE, router.top_k)
+
+
+def in_best_groups(score_TE: Float[Tensor, "T E"], router: Router) -> Bool[Tensor, "T E"]:
+    """Which experts are in the groups whose best expert, or best two, have the largest scores."""
+    score_TGn = score_TE.unflatten(1, (router.groups, -1))
+    best_TGn = score_TGn.sort(dim=-1, descending=True).values[..., : 2 if router.group_score == "top2" else 1]
+    best_TG = largest(best_TGn.sum(dim=-1), router.top_groups)
+    inside_TG = torch.zeros_like(score_TGn[..., 0], dtype=torch.bool).scatter(1, best_TG, True)
+    return inside_TG[..., None].expand_as(score_TGn).flatten(1)
+
+
+def largest(score_Tn: Float[Tensor, "T n"], k: int) -> Integer[Tensor, "T k"]:
+    """Where each row's k largest numbers are, the largest first; of equal ones, the first."""
+    return score_Tn.argsort(dim=-1, descending=True, stable=True)[:, :k]
+
+
+def renormalized(score_TK: Float[Tensor, "T K"], epsilon: float) -> Float[Tensor, "T K"]:
+    """A token's scores over their sum, which `epsilon` guards: 1e-20 in DeepSeek-V3, none in Mixtral."""
+    return score_TK / (score_TK.sum(dim=-1, keepdim=True) + epsilon)
+
+
+def weigh_input(
+    x_TD: Float[Tensor, "T D"], score_TK: Float[Tensor, "T K"], score_on: str
+) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T K"]]:
+    """What the experts are given, and what multiplies what they return.
+
+    The tokens and their scores; or, where scores are on the input (Llama 4), tokens times their one score, and ones.
+
+    Shapes: input_TD, weight_TK.
+    """
+    if score_on == "output":
+        return x_TD, score_TK
+    return (x_TD * score_TK).to(x_TD.dtype), torch.ones_like(score_TK)
 
 
 def count_per_expert(expert_id_TK: Integer[Tensor, "T K"], n_experts: int) -> Integer[Tensor, " E"]:

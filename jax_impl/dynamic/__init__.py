@@ -5,7 +5,7 @@ sent nowhere, and counted.
 """
 
 from jax_impl.dynamic.layer import Stages, moe_layer
-from jax_impl.experts import Experts
-from jax_impl.routing import Router, Routing, route
+from jax_impl.experts import Biases, Experts, Shared
+from jax_impl.routing import PerExpert, Router, Routing, route
 
-__all__ = ["Experts", "Router", "Routing", "Stages", "moe_layer", "route"]
+__all__ = ["Biases", "Experts", "PerExpert", "Router", "Routing", "Shared", "Stages", "moe_layer", "route"]

@@ -14,6 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Way = Literal["usual", "eager", "compiled", "recomputed", "in_flight", "two_groups"]
+Kind = Literal["case", "logits", "score", "weight", "int"]
 Pattern = Literal["random", "balanced", "zipf", "one_expert", "empty_expert", "idle_rank", "stay_home", "ties"]
 
 
@@ -23,13 +24,23 @@ class Router(NamedTuple):
     top_k: int
     score_function: str = "softmax"
     renormalize: bool = False
+    epsilon: float = 1e-20
     scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_score: str = "top2"
+    outside_groups: str = "minus_inf"
+    score_on: str = "output"
+    router_dtype: str = "wide"
+    cast_scores: bool = False
 
 
 class Experts(NamedTuple):
     """How an expert computes, likewise."""
 
     activation: str = "silu"
+    clamp: float | None = None
+    up_offset: float = 0.0
 
 
 class CapacityOptions(NamedTuple):
@@ -84,23 +95,96 @@ class Case:
     )
     dtype: Dtype = _field(
         "float32",
-        "Of tokens and expert weights. Router and scores are float32 (float64 for float64).",
+        "Of tokens and expert weights. Router and scores: see --router-dtype.",
     )
-    score_function: Literal["softmax", "sigmoid"] = _field(
+    score_function: Literal["softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen"] = _field(
         "softmax",
-        "Turns router logits into scores.",
+        "Turns router logits into scores. sqrt_softplus: the square root of log(1 + exp) (DeepSeek-V4). "
+        "softmax_of_chosen: experts are chosen by logits, and the softmax is over the K chosen (gpt-oss).",
     )
     renormalize: bool = _field(
         False,
         "Divide the K chosen scores by their sum.",
     )
+    epsilon: float = _field(
+        1e-20,
+        "Added to that sum (DeepSeek-V3: 1e-20, LFM2: 1e-6, Mixtral: 0).",
+    )
     scale: float = _field(
         1.0,
         "Multiply the scores (DeepSeek-V3's routed scaling factor).",
     )
-    activation: Literal["silu", "gelu_tanh"] = _field(
+    groups: int = _field(
+        1,
+        "Groups of experts, of which a token chooses within the best (DeepSeek-V3: 8).",
+    )
+    top_groups: int = _field(
+        1,
+        "How many groups a token chooses within (DeepSeek-V3: 4).",
+    )
+    group_score: Literal["top2", "max"] = _field(
+        "top2",
+        "What the best groups are told by: the sum of a group's two largest scores (DeepSeek-V3), or its largest "
+        "(DeepSeek-V2).",
+    )
+    outside_groups: Literal["minus_inf", "zero"] = _field(
+        "minus_inf",
+        "The scores of experts outside the best groups, for the choice; with zero, one of them wins over a score and "
+        "bias below zero.",
+    )
+    score_on: Literal["output", "input"] = _field(
+        "output",
+        "What the score of an expert multiplies: what it returns, or what it is given (Llama 4, with --top-k 1).",
+    )
+    router_dtype: Literal["wide", "float32", "activations"] = _field(
+        "wide",
+        "Of router weights and logits. wide: float32, or float64 where the tokens are. float32: also then. "
+        "activations: as the tokens; scores are computed from them in float32, or float64.",
+    )
+    cast_scores: bool = _field(
+        False,
+        "Round the scores to the dtype of the tokens before they weigh anything.",
+    )
+    router_bias: bool = _field(
+        False,
+        "There is a bias on the logits (gpt-oss).",
+    )
+    selection_bias: bool = _field(
+        False,
+        "There is a bias on the scores that only the choice of experts sees (DeepSeek-V3).",
+    )
+    expert_scale: bool = _field(
+        False,
+        "There is a learned scale for each expert, which multiplies its scores (Gemma 4).",
+    )
+    activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu2"] = _field(
         "silu",
-        "Of the experts' gate; gelu_tanh: gelu by its tanh approximation (Gemma).",
+        "Of the experts' gate, or of up where there is none. gelu_tanh: gelu by its tanh approximation (Gemma). "
+        "quick_gelu: g * sigmoid(1.702 * g) (gpt-oss). relu2: relu squared (Nemotron-H).",
+    )
+    clamp: float | None = _field(
+        None,
+        "The gate is at most this, and up between minus this and this (gpt-oss: 7).",
+    )
+    up_offset: float = _field(
+        0.0,
+        "Added to up after the clamp (gpt-oss: 1).",
+    )
+    gated: bool = _field(
+        True,
+        "Experts have a gate. False: activation(x @ w_up) @ w_down (Nemotron-H).",
+    )
+    expert_bias: bool = _field(
+        False,
+        "Each projection of an expert has a bias (gpt-oss).",
+    )
+    shared_hidden: int = _field(
+        0,
+        "Hidden width of a shared expert, to which every token goes; 0: there is none.",
+    )
+    shared_score: bool = _field(
+        False,
+        "The shared expert is weighed by the sigmoid of a score of its own (Qwen2-MoE, Qwen3-Next).",
     )
     pattern: Pattern = _field(
         "random",
@@ -166,12 +250,14 @@ class Case:
                 raise ValueError(
                     f"--{flag(f.name)} is {getattr(self, f.name)!r}: it must be one of {', '.join(get_args(f.type))}"
                 )
-        for name in ("ranks", "width", "hidden", "experts", "top_k", "align"):
+        for name in ("ranks", "width", "hidden", "experts", "top_k", "align", "groups", "top_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{flag(name)} is {getattr(self, name)}: it must be at least 1")
-        for name in ("tokens", "seed"):
+        for name in ("tokens", "seed", "shared_hidden", "epsilon"):
             if getattr(self, name) < 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}: it cannot be negative")
+                raise ValueError(f"--{flag(name)} is {getattr(self, name)}: it cannot be negative")
+        self._check_router()
+        self._check_experts()
         if self.uneven and self.way == "eager":
             raise ValueError(
                 "--uneven with --way eager: outside jit, JAX's layer refuses the expert ids of padding, -1"
@@ -180,7 +266,7 @@ class Case:
             raise ValueError(f"--experts {self.experts} do not divide over --ranks {self.ranks}: use a multiple")
         if self.top_k > self.experts:
             raise ValueError(f"--top-k is {self.top_k} with --experts {self.experts}: a token cannot choose more")
-        for name in ("scale", "logit_scale", "logit_offset", "outlier"):
+        for name in ("scale", "epsilon", "up_offset", "logit_scale", "logit_offset", "outlier"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"--{flag(name)} is {getattr(self, name)}: it must be finite")
         if self.outlier == 0:
@@ -205,6 +291,33 @@ class Case:
             raise ValueError(
                 f"--capacity-factor is {self.capacity_factor!r}: it must be finite and positive, a decimal (1.25) or "
                 "a fraction (5/4); leave it out for the bound at which nothing drops"
+            )
+
+    def _check_router(self) -> None:
+        size = self.experts // self.groups
+        if self.experts % self.groups or self.top_groups > self.groups:
+            raise ValueError(
+                f"--groups {self.groups} must divide --experts {self.experts}, and --top-groups {self.top_groups} be "
+                "no more than they are"
+            )
+        if self.groups > 1 and (self.top_k > self.top_groups * size or (self.group_score == "top2" and size < 2)):
+            raise ValueError(
+                f"--top-k {self.top_k} of --top-groups {self.top_groups} of {size} experts each: use larger groups, of "
+                "two experts at least where the best two are added up"
+            )
+        if self.score_on == "input" and self.top_k != 1:
+            raise ValueError(f"--score-on input with --top-k {self.top_k}: a token has one input, so use --top-k 1")
+
+    def _check_experts(self) -> None:
+        if self.clamp is not None and not 0 < self.clamp < math.inf:
+            raise ValueError(f"--clamp is {self.clamp}: it must be positive; leave it out for none")
+        if not self.gated and (self.clamp is not None or self.up_offset):
+            raise ValueError("--clamp and --up-offset are of experts with a gate: leave them out with --gated False")
+        if self.shared_score and not self.shared_hidden:
+            raise ValueError("--shared-score weighs a shared expert: say how wide that is with --shared-hidden")
+        if self.shared_hidden and self.uneven:
+            raise ValueError(
+                "--shared-hidden with --uneven: in JAX, tokens that are padding would go through the shared expert too"
             )
 
     @property
@@ -277,8 +390,19 @@ class Case:
 
     @property
     def wide(self) -> str:
-        """The dtype of scores, router and accumulation."""
+        """The dtype of accumulation, and of the router unless it says otherwise."""
         return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def score_dtype(self) -> str:
+        """The dtype that scores are computed in."""
+        return "float32" if self.router_dtype == "float32" else self.wide
+
+    def dtype_of(self, kind: Kind) -> str:
+        """The dtype of an array: of tokens and experts, logits and router, scores before and after they are cast."""
+        cast = self.dtype if self.cast_scores else self.score_dtype
+        logits = self.dtype if self.router_dtype == "activations" else self.score_dtype
+        return {"case": self.dtype, "logits": logits, "score": self.score_dtype, "weight": cast, "int": "int"}[kind]
 
 
 def changed(case: Case, changes: dict[str, Any]) -> Case:

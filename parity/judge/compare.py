@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from parity.cases.case import Case
 from parity.judge.picture import Picture
-from parity.oracle import vectorised
+from parity.oracle import reference, vectorised
 from parity.oracle.expected import Expected, Oracle, map_of
 from parity.oracle.problem import Problem, exact_inputs
 from parity.oracle.quantities import OUTSIDE
@@ -104,7 +105,8 @@ def canonical(
     if len(per_rank) != P and not (expected.quantity.summed and len(per_rank) == 1):
         raise MismatchError(f"{len(per_rank)} arrays, expected one for each of {P} ranks")
     arrays = [a.astype(np.int64 if expected.dtype == "int" else np.float64) for a in per_rank]
-    axes, shape = expected.axes[:1], expected.values.shape
+    axes, shape = "" if expected.mode == "repeat" else expected.axes[:1], expected.values.shape
+    axes = "summed" if expected.quantity.summed and axes else axes
     if axes == "A":
         return _canonical_rows(arrays, expected, table[expected.quantity.order], numbers, inside)
     each = {"": (), "P": shape[1:], "E": (shape[0] // P, *shape[1:])}.get(axes, shape)
@@ -289,18 +291,20 @@ def choice_of_experts(problem: Problem, want: Expected, backend: str, ids: Array
     exact in float32 (small integers), equal ones have equal scores, and must go to the lower id.
     """
     case = problem.case
-    x, router, _, _ = exact_inputs(problem)
-    logits, score = vectorised.oracle_for(case).route(case, x, router, Exact())
-    drawn = vectorised.drawn_scores(case, x, router, [case.seed, 2])
-    close = 2 * allowance(score, drawn, case.wide).max(axis=-1)
-    whole = np.array_equal(x, x.round()) and np.array_equal(router, router.round())
-    exact = whole and (np.abs(x) @ np.abs(router)).max(initial=0) < 2**24
-    expected = vectorised.oracle_for(case).select(case, score)
+    x, parameters, _ = exact_inputs(problem)
+    logits, score = vectorised.oracle_for(case).route(case, x, parameters, Exact())
+    drawn = vectorised.drawn_scores(case, x, parameters, [case.seed, 2])
+    close = 2 * allowance(score, drawn, case.score_dtype).max(axis=-1)
+    router, alone = parameters.router, parameters.router_bias is None and parameters.selection_bias is None
+    whole = alone and np.array_equal(x, x.round()) and np.array_equal(router, router.round())
+    exact = whole and case.groups == 1 and (np.abs(x) @ np.abs(router)).max(initial=0) < 2**24
+    expected = vectorised.oracle_for(case).select(case, score, parameters)
+    keys = reference.stored_keys(case, score, parameters)
     wrong, near = [], 0
     expected[problem.expert_id < 0] = -1  # of padding no choice is asked
     for p, t in np.argwhere((ids != expected).any(axis=-1)):
         in_order = not exact or _lower_first(logits[p, t], ids[p, t])
-        if in_order and _defensible(score[p, t], ids[p, t], close[p, t]):
+        if in_order and _defensible(case, keys[p, t], ids[p, t], close[p, t]):
             near += 1
         else:
             wrong.append((int(p), int(t)))
@@ -315,8 +319,19 @@ def choice_of_experts(problem: Problem, want: Expected, backend: str, ids: Array
     return check
 
 
-def _defensible(score_E: Array, id_K: Array, close: float) -> bool:
-    """Whether each choice, in turn, was as good as any left, but for `close`."""
+def _defensible(case: Case, score_E: Array, id_K: Array, close: float) -> bool:
+    """Whether each choice, in turn, was as good as any left, but for `close`; and so were the groups chosen in."""
+    if not 0 <= id_K.min(initial=0) <= id_K.max(initial=0) < case.experts:
+        return False
+    if case.groups > 1:
+        group_G = reference.group_scores(case, score_E)
+        last = -np.sort(-group_G)[case.top_groups - 1]
+        chosen = {*(id_K // (case.experts // case.groups)).tolist()}
+        surely = {*np.flatnonzero(group_G > last + 2 * close).tolist()}
+        perhaps = {*np.flatnonzero(group_G >= last - 2 * close).tolist()}
+        within = surely | (chosen & perhaps)
+        others = sorted(perhaps - within, key=lambda group: -group_G[group])
+        score_E = reference.within(case, score_E, [*within, *others][: case.top_groups])
     left = set(range(score_E.size))
     for g in id_K.tolist():
         if g not in left or score_E[g] < max(score_E[h] for h in left) - close:
@@ -410,7 +425,8 @@ def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array
         rows = np.bincount(problem.expert_id[problem.keep], minlength=case.experts)
         properties = {"expert": present, "rank": present // (case.experts // case.ranks)}
         properties |= {"rows for their expert": rows[present]}
-        properties = {name: np.broadcast_to(a[:, None], bad.shape) for name, a in properties.items()}
+        of_experts = (-1, *[1] * (bad.ndim - 1))
+        properties = {name: np.broadcast_to(a.reshape(of_experts), bad.shape) for name, a in properties.items()}
     elif axes.startswith("P T"):
         properties = {"source rank": present[:, None], "token": np.arange(bad.shape[-1])[None, :]}
         dropped = (~problem.keep & (problem.expert_id >= 0)).sum(axis=-1)
@@ -430,9 +446,9 @@ def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array
 
 def _tied(problem: Problem) -> Array:
     """[P, T], tokens whose last choice is as good as one that was left out."""
-    case, (x, router, *_) = problem.case, exact_inputs(problem)
-    _, score = vectorised.route(case, x, router, Exact())
-    best = -np.sort(-score.astype(case.wide), axis=-1)
+    case, (x, parameters, _) = problem.case, exact_inputs(problem)
+    _, score = vectorised.route(case, x, parameters, Exact())
+    best = -np.sort(-reference.stored_keys(case, score, parameters), axis=-1)
     return (
         best[..., case.top_k - 1] == best[..., case.top_k] if case.top_k < case.experts else np.zeros(x.shape[:2], bool)
     )
@@ -448,9 +464,11 @@ def _where(problem: Problem, want: Expected, have: Canonical, first: int, at: tu
         expert = int(problem.expert_id[p, t, k])
         return Where(int(have.holders[first]), p, t, k, expert, int(have.slots[first]), list(at[1:]))
     axes, at = want.axes.split(), (first, *at[1:])
+    if axes == ["E"]:
+        return Where(expert=first)
     if axes[:1] == ["E"]:
         size = {"D": case.width, "F": case.hidden}[axes[1]]
-        row = int(np.arange(size)[case.compared_rows(size)][at[1]])
+        row = int(np.arange(size)[case.compared_rows(size)][at[1]]) if len(axes) == 3 else at[1]
         return Where(rank=first // e, expert=first, index=[row, *at[2:]])
     if axes[:1] != ["P"]:
         return Where(index=list(at) if axes else [])

@@ -9,7 +9,7 @@ import numpy as np
 
 from parity.oracle import reference, vectorised
 from parity.oracle.problem import Problem, exact_inputs
-from parity.oracle.reference import Exact, Layer, Numbers, Perturbed
+from parity.oracle.reference import Exact, Gradients, Layer, Numbers, Perturbed
 from parity.oracle.rows import Layout, Table, row_tables
 
 Array = np.ndarray
@@ -37,12 +37,12 @@ class Evaluation:
     def __init__(self, problem: Problem, draws: range | None = None) -> None:
         self.problem, self.case, self.draws = problem, problem.case, draws
         self.parts: dict[str, Any] = {}
-        x, self.router, self.weights, dout = exact_inputs(problem)
-        names = ("y", "dy", "dx_rows", "score", "dscore")
+        x, self.parameters, dout = exact_inputs(problem)
+        names = ("y", "dy", "dx_rows", "score", "dscore", "given")
         numbers = [x, dout, *(getattr(problem, name).astype(np.float64) for name in names)]
         if draws:
             numbers = [np.broadcast_to(a, (len(draws), *a.shape)) for a in numbers]
-        self.x, self.dout, self.y, self.dy, self.dx_rows, self.score, self.dscore = numbers
+        self.x, self.dout, self.y, self.dy, self.dx_rows, self.score, self.dscore, self.given = numbers
 
     @property
     def _oracle(self) -> ModuleType:
@@ -63,8 +63,7 @@ class Evaluation:
         return vectorised.layer(
             self.case,
             self.x,
-            self.router,
-            self.weights,
+            self.parameters,
             self.dout,
             p.expert_id,
             p.keep,
@@ -76,8 +75,10 @@ class Evaluation:
     def score_of_others(self) -> Array:
         """[P, T, K], for a replay of experts that the router does not choose."""
         numbers = self._numbers("score_of_others")
-        _, score_PTE = self._oracle.route(self.case, self.x, self.router, numbers)
-        return reference.chosen_scores(self.case, score_PTE, self.problem.other_experts, numbers)
+        _, score_PTE = self._oracle.route(self.case, self.x, self.parameters, numbers)
+        return reference.chosen_scores(
+            self.case, score_PTE, self.problem.other_experts, self.parameters, numbers
+        ).weight
 
     @property
     def counts_of_others(self) -> Array:
@@ -86,20 +87,31 @@ class Evaluation:
         return reference.count(self.case, others, others >= 0)
 
     @part
-    def route_backward(self) -> tuple[Array, Array]:
-        """dx [P, T, D] and drouter [D, E] of that replay."""
+    def route_backward(self) -> tuple[Array, Gradients]:
+        """dx [P, T, D] of that replay, and the gradients of what the router has learned."""
         others = self.problem.other_experts
         return self._oracle.route_backward(
-            self.case, self.x, self.router, others, self.dscore, self._numbers("route_backward")
+            self.case, self.x, self.parameters, others, self.dscore, self._numbers("route_backward")
         )
 
     @part
-    def experts_backward(self) -> tuple[Array, tuple[Array, Array, Array]]:
-        """dx [P, T, K, D] and the gradients of the weights."""
+    def experts_backward(self) -> tuple[Array, Gradients]:
+        """dx [P, T, K, D] and the gradients of what the experts have learned."""
         ids = self.problem.expert_id
         return self._oracle.experts_backward(
-            self.case, self.x, ids, self.weights, self.dy, self._numbers("experts_backward")
+            self.case, self.given, ids, self.parameters, self.dy, self._numbers("experts_backward")
         )
+
+    @part
+    def shared(self) -> Array:
+        """What the shared expert adds, [P, T, D]."""
+        return reference.shared_expert(self.case, self.x, self.parameters, self._numbers("shared"))
+
+    @part
+    def shared_backward(self) -> tuple[Array, Gradients]:
+        """dx [P, T, D] and the gradients of what the shared expert has learned."""
+        numbers = self._numbers("shared_backward")
+        return reference.shared_backward(self.case, self.x, self.parameters, self.dout, numbers)
 
     @part
     def out_of_combine(self) -> Array:
@@ -121,8 +133,12 @@ class Evaluation:
 
     @part
     def x_rows(self) -> Array:
-        """The token of every assignment, [P, T, K, D]."""
-        return np.repeat(self.x[:, :, None], self.case.top_k, axis=2)
+        """What the expert of every assignment is given, [P, T, K, D]."""
+        return self.rows_of(self.given)
+
+    def rows_of(self, a: Array) -> Array:
+        """[P, T, K, D] of [P, T, D], draws in front."""
+        return np.repeat(a[..., None, :], self.case.top_k, axis=-2)
 
     def sent(self, layout: Layout) -> Array:
         """Rows that each rank sends to each expert, [P, E]: all assignments, or those that a static capacity keeps."""

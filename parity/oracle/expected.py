@@ -53,7 +53,11 @@ class Expected:
 
     def in_groups(self, values: Array) -> list[Array]:
         """[1, n], all numbers, and [groups, n]: of each rank, or each expert, as the router's gradient has columns."""
-        return [values.reshape(1, -1), values.T if self.axes == "D E" else values.reshape(len(values), -1)]
+        by_group = values.T if self.axes == "D E" else values
+        return [
+            values.reshape(1, -1),
+            *[by_group.reshape(len(by_group), -1)] * (self.axes[0] in "PE" or self.axes == "D E"),
+        ]
 
     @property
     def axes(self) -> str:
@@ -81,7 +85,7 @@ class Oracle:
         beside = self.second.expected(seconds, layout) if self.second else {}
         first = [name for name in names if not name.startswith("second")]
         asked = {name: quantity for name in first if (quantity := quantity_of(name)).asks(self.problem.case)}
-        arithmetic = [name for name, quantity in asked.items() if not _bitwise(name, quantity)]
+        arithmetic = [name for name, quantity in asked.items() if not _bitwise(name, quantity, self.problem.case)]
 
         def evaluated(some: Evaluation) -> dict[str, Array]:
             return {name: _value(some, name, asked[name], layout) for name in arithmetic}
@@ -96,7 +100,7 @@ class Oracle:
         if name.startswith("repeat"):
             return Expected(name, quantity, np.zeros(1), None, "int", self.problem.case)
         case, exact = self.problem.case, _value(self.exact, name, quantity, layout)
-        dtype = {"case": case.dtype, "wide": case.wide, "int": "int"}[quantity.dtype]
+        dtype = case.dtype_of(quantity.dtype)
         want = Expected(name, quantity, exact, allowance(exact, drawn, dtype) if drawn else None, dtype, case)
         if name not in OUTSIDE or not exact.size:
             return want
@@ -111,13 +115,14 @@ class Oracle:
 
     def _added_by_choice(self) -> Array:
         """[K, P * T * D], what each token's first choice adds to the output, its second, and so on."""
-        layer, keep = self.exact.layer, self.problem.keep
-        weighted = np.where(keep[..., None], layer.score[..., None] * layer.y, 0)
-        return np.moveaxis(weighted, 2, 0).reshape(self.problem.case.top_k, -1)
+        layer, keep, case = self.exact.layer, self.problem.keep, self.problem.case
+        weight = np.ones_like(layer.score) if case.score_on == "input" else layer.score
+        weighted = np.where(keep[..., None], weight[..., None] * layer.y, 0)
+        return np.moveaxis(weighted, 2, 0).reshape(case.top_k, -1)
 
 
-def _bitwise(name: str, quantity: Quantity) -> bool:
-    return name.startswith("repeat") or quantity.bitwise(name.split("/")[0])
+def _bitwise(name: str, quantity: Quantity, case: Case) -> bool:
+    return name.startswith("repeat") or quantity.bitwise(name.split("/")[0], case)
 
 
 def _value(one: Evaluation, name: str, quantity: Quantity, layout: Layout) -> Array:

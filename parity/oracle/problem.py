@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from parity.cases.case import Case
+from parity.cases.parameters import Parameter, Parameters, parameters_of, shape
 from parity.cases.recording import load_recording
 from parity.oracle import reference, vectorised
-from parity.oracle.reference import Exact, Layer, Weights
-from parity.oracle.tolerances import allowance, numpy_dtype
+from parity.oracle.reference import Exact, Layer
+from parity.oracle.tolerances import allowance, numpy_dtype, underflow
 from parity.oracle.vectorised import oracle_for
 from parity.oracle.windows import Windows, draw_windows
 
@@ -27,8 +28,7 @@ class Problem:
 
     case: Case
     x: Array  # [P, T, D]
-    router: Array  # [D, E]
-    weights: Weights
+    parameters: Parameters
     dout: Array  # [P, T, D], the cotangent
     expert_id: Array  # [P, T, K] int32, -1 for tokens that are padding
     keep: Array  # [P, T, K] bool
@@ -41,6 +41,11 @@ class Problem:
     exact: Layer  # float64, end to end
     second: "Problem | None" = None  # the step beside this one: the same weights, other tokens
     own_choice: bool = False  # nothing dropped, and no choice too close to call: a router may choose for itself
+
+    @property
+    def given(self) -> Array:
+        """What experts are given, [P, T, D]: the tokens, or the tokens times their scores."""
+        return self.exact.input.astype(self.x.dtype) if self.case.score_on == "input" else self.x
 
     @property
     def other_experts(self) -> Array:
@@ -90,64 +95,103 @@ def draw(case: Case) -> Problem:
         others = {
             name: np.roll(a, 1, axis=1) if name in ("x", "expert_id", "dscore") else a for name, a in recorded.items()
         }
-        second = _draw(case, others | problem.weights._asdict(), router, np.random.default_rng([case.seed, 3]))
+        second = _draw(case, others, router, np.random.default_rng([case.seed, 3]), problem.parameters)
         second.own_choice = bool(second.keep.all()) and clear_choice(second)
         problem.second = second
     return problem
 
 
-def _draw(case: Case, recorded: dict[str, Any], router: Array, rng: np.random.Generator) -> Problem:
-    """What is recorded, and the rest drawn."""
-    P, T, D, F, E = case.ranks, case.tokens, case.width, case.hidden, case.experts
+def _draw(
+    case: Case, recorded: dict[str, Any], router: Array, rng: np.random.Generator, beside: Parameters | None = None
+) -> Problem:
+    """What is recorded, and the rest drawn; what is learned is that of the step `beside`, if there is one."""
+    P, T, D = case.ranks, case.tokens, case.width
     wanted, x = recorded.get("expert_id"), recorded.get("x")
     if x is None:
         wanted = _wanted_experts(case, rng) if wanted is None else wanted
         x, router = stretched(case, tokens_that_choose(case, wanted, router, rng), router)
     dtype = numpy_dtype(case.dtype)
-    router, x = recorded.get("router", router).astype(case.wide), x.astype(dtype)
-    drawn = Weights(*(_weights(case, shape, rng) for shape in [(E, D, F), (E, D, F), (E, F, D)]))
-    weights = Weights(*(recorded.get(n, a).astype(dtype) for n, a in zip(Weights._fields, drawn, strict=True)))
+    x = x.astype(dtype)
+    drawn = {one.name: router if one.name == "router" else _learned(case, one, rng) for one in parameters_of(case)}
+    parameters = beside or Parameters(
+        **{
+            one.name: recorded.get(one.name, drawn[one.name]).astype(numpy_dtype(case.dtype_of(one.dtype)))
+            for one in parameters_of(case)
+        }
+    )
     dout = rng.standard_normal((P, T, D)).astype(dtype)
 
-    x64, router64, dout64 = (a.astype(np.float64) for a in (x, router, dout))
-    weights64 = Weights(*(a.astype(np.float64) for a in weights))
+    x64, dout64 = x.astype(np.float64), dout.astype(np.float64)
+    exact_parameters = in_float64(parameters)
     oracle = oracle_for(case)
-    _, score = oracle.route(case, x64, router64, Exact())
-    expert_id = recorded["expert_id"].copy() if "expert_id" in recorded else oracle.select(case, score)
+    _, score = oracle.route(case, x64, exact_parameters, Exact())
+    expert_id = (
+        recorded["expert_id"].copy() if "expert_id" in recorded else oracle.select(case, score, exact_parameters)
+    )
     for rank in range(P):
         expert_id[rank, case.tokens_of(rank) :] = -1
     # Priority goes by the scores that are stored, so rounding to the stored dtype comes first. XLA on a CPU compares
     # numbers below the normal range as zeros.
-    stored = reference.chosen_scores(case, score, expert_id, Exact()).astype(case.wide)
-    stored[np.abs(stored) < np.finfo(case.wide).smallest_normal] = 0
+    of_scores = numpy_dtype(case.dtype_of("weight"))
+    stored = reference.chosen_scores(case, score, expert_id, exact_parameters, Exact()).weight.astype(of_scores)
+    stored[np.abs(stored) < underflow(case.dtype_of("weight"))] = 0
     keep = reference.keep_within_capacity(case, expert_id, stored)
-    aux = recorded.get("dscore", np.zeros((P, T, case.top_k))).astype(case.wide)
-    exact = oracle.layer(case, x64, router64, weights64, dout64, expert_id, keep, Exact(), aux.astype(np.float64))
+    aux = recorded.get("dscore", np.zeros((P, T, case.top_k))).astype(of_scores)
+    exact = oracle.layer(case, x64, exact_parameters, dout64, expert_id, keep, Exact(), aux.astype(np.float64))
     rows = {name: getattr(exact, name).astype(dtype) for name in ("y", "dy", "dx_rows")}
-    dscore = exact.dscore.astype(case.wide)
-    return Problem(case, x, router, weights, dout, expert_id, keep, stored, aux=aux, exact=exact, dscore=dscore, **rows)
+    dscore = exact.dscore.astype(of_scores)
+    return Problem(case, x, parameters, dout, expert_id, keep, stored, aux=aux, exact=exact, dscore=dscore, **rows)
+
+
+def in_float64(parameters: Parameters) -> Parameters:
+    """The same, exactly."""
+    return parameters._replace(**{name: a.astype(np.float64) for name, a in parameters.there().items()})
 
 
 def clear_choice(problem: Problem) -> bool:
     """Whether each chosen score is further from the next one than both may be off, so that all choose alike."""
     case = problem.case
-    x, router, *_ = exact_inputs(problem)
-    _, score = oracle_for(case).route(case, x, router, Exact())
-    allowed = allowance(score, vectorised.drawn_scores(case, x, router, [case.seed, 4]), case.wide)
-    order = np.argsort(-score, axis=-1, kind="stable")[..., : case.top_k + 1]
-    score, allowed = (np.take_along_axis(a, order, axis=-1) for a in (score, allowed))
-    chosen = np.array_equal(order[..., : case.top_k], problem.expert_id)
-    return chosen and bool((-np.diff(score, axis=-1) > allowed[..., 1:] + allowed[..., :-1]).all())
+    x, parameters, _ = exact_inputs(problem)
+    _, score = oracle_for(case).route(case, x, parameters, Exact())
+    drawn = vectorised.drawn_scores(case, x, parameters, [case.seed, 4])
+    close = 2 * allowance(score, drawn, case.score_dtype).max(axis=-1)
+    keys = reference.stored_keys(case, score, parameters)
+    chosen = np.array_equal(oracle_for(case).select(case, score, parameters), problem.expert_id)
+    return chosen and all(_far_apart(case, keys[p, t], close[p, t]) for p, t in np.ndindex(*close.shape))
 
 
-def _weights(case: Case, shape: tuple[int, int, int], rng: np.random.Generator) -> Array | Windows:
-    return draw_windows(shape, rng) if case.real_size else rng.standard_normal(shape) / np.sqrt(shape[1])
+def _far_apart(case: Case, key_E: Array, close: float) -> bool:
+    """Whether what a token chooses, and the groups that it chooses in, are further than `close` from the next."""
+    if case.groups > 1:
+        best_G = -np.sort(-reference.group_scores(case, key_E))[: case.top_groups + 1]
+        if case.top_groups < case.groups and best_G[-2] - best_G[-1] <= 2 * close:
+            return False
+        key_E = reference.within(case, key_E, reference.best_groups(case, key_E))
+    best_K = -np.sort(-key_E)[: case.top_k + 1]
+    with np.errstate(invalid="ignore"):  # of the groups left out, which are all at minus infinity
+        return bool((-np.diff(best_K) > close).all())
 
 
-def exact_inputs(problem: Problem) -> tuple[Array, Array, Weights, Array]:
-    """Tokens, router, weights and cotangent in float64."""
-    x, router, dout = (a.astype(np.float64) for a in (problem.x, problem.router, problem.dout))
-    return x, router, Weights(*(a.astype(np.float64) for a in problem.weights)), dout
+def _learned(case: Case, parameter: Parameter, rng: np.random.Generator) -> Array | Windows:
+    """Weights as a linear layer's are drawn; what is added or multiplied, of the size of what it meets."""
+    of = shape(case, parameter)
+    # A clamp that no gate reaches is not checked: at this size one gate in six is beyond it, and one up in three.
+    reach = case.clamp or 1
+    if len(of) == 3:
+        size = reach if parameter.name in ("w_gate", "w_up") else 1
+        return draw_windows(of, rng, size) if case.real_size else rng.standard_normal(of) * (size / np.sqrt(of[1]))
+    if parameter.name == "selection_bias":  # scores are below 1
+        return rng.uniform(-0.2, 0.2, of)
+    if parameter.name == "expert_scale":
+        return rng.uniform(0.5, 1.5, of)
+    if len(of) == 2 and parameter.stage == "apply_experts" and parameter.axes[0] != "E":
+        return rng.standard_normal(of) / np.sqrt(of[0]) * (reach if parameter.name != "shared_w_down" else 1)
+    return rng.standard_normal(of) / (np.sqrt(of[0]) if parameter.name == "shared_score" else 2)
+
+
+def exact_inputs(problem: Problem) -> tuple[Array, Parameters, Array]:
+    """Tokens, what is learned, and the cotangent, in float64."""
+    return problem.x.astype(np.float64), in_float64(problem.parameters), problem.dout.astype(np.float64)
 
 
 def _router(case: Case, rng: np.random.Generator) -> Array:

@@ -7,11 +7,12 @@ of `group_by_expert` is `Grouped.slot_TK`. To compare one more, add its row here
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from parity.cases.case import Case
+from parity.cases.case import Case, Kind
+from parity.cases.parameters import PARAMETERS, Parameter
 from parity.oracle.evaluation import Evaluation, Value
 from parity.oracle.rows import Layout, indices, positions_by_row
 
@@ -33,13 +34,12 @@ STAGES = (
 # isolated: a stage fed the oracle's values. e2e: the whole layer. second: the whole layer in a second step beside the
 # first. repeat: how many numbers of the whole layer differ when it runs on the same inputs again.
 Mode = Literal["isolated", "e2e", "second", "repeat"]
-WEIGHTS = ("gate", "up", "down")
 TAKE_INPUTS = ("route", "group_by_expert", "apply_experts", "combine")  # of the layer: router, x, weights, dout
 SEEN: tuple[Layout, ...] = tuple(layout for layout in get_args(Layout) if layout != "opaque")
 
 
-# What a layer gives that shows nothing of its inside: the output and five gradients.
-OUTSIDE = ("e2e/combine/out", "e2e/route/dx", "e2e/route/drouter", *(f"e2e/apply_experts/dw_{w}" for w in WEIGHTS))
+# What a layer gives that shows nothing of its inside: the output and gradients.
+OUTSIDE = ("e2e/combine/out", "e2e/route/dx", *(f"e2e/{one.gradient}" for one in PARAMETERS if one.learned))
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Quantity:
     # Letters; A: assignments of all ranks, known by (source rank, token, k) wherever their row lies. After the rank
     # that holds it, P is the rank that rows come from and Q the rank that they go to.
     axes: str
-    dtype: Literal["case", "wide", "int"]
+    dtype: Kind
     judged: Literal["bits", "allowance", "choice"]
     isolated: Value | None = None
     e2e: Value | None = None
@@ -59,8 +59,10 @@ class Quantity:
     zero_padding: tuple[Mode, ...] = ()  # modes in which the rows between are promised to be zero
     past_the_end: Callable[[Case, int], int] | None = None  # of an index: what stands in padding, given the rows there
     layouts: tuple[Layout, ...] = field(default=SEEN)
-    computed_e2e: bool = False  # bits that are moved on their own, but numbers that were computed in the whole layer
-    asks: Callable[[Case], bool] = lambda case: True  # noqa: ARG005  cases in which there is something to compare
+    # Cases in which what is moved, and on its own is equal bit for bit, was computed in the whole layer.
+    computed_e2e: Callable[[Case], bool] = lambda case: False  # noqa: ARG005
+    summed: bool = False  # over ranks, and the same on all: one array may stand for them
+    asks: Callable[[Case], Any] = lambda case: True  # noqa: ARG005  cases in which there is something to compare
 
     @property
     def stage(self) -> str:
@@ -72,20 +74,15 @@ class Quantity:
         """Its name within the stage."""
         return self.name.split("/")[1]
 
-    def bitwise(self, mode: str) -> bool:
+    def bitwise(self, mode: str, case: Case) -> bool:
         """Whether it must be equal bit for bit in this mode."""
-        return self.judged != "allowance" and not (mode == "e2e" and self.computed_e2e)
+        return self.judged != "allowance" and not (mode == "e2e" and self.computed_e2e(case))
 
     def padding(self, mode: str, case: Case, rows: int) -> int | None:
         """What stands between the rows of an array of so many, or None where nothing is promised."""
         if self.past_the_end:
             return self.past_the_end(case, rows)
         return 0 if mode in self.zero_padding else None
-
-    @property
-    def summed(self) -> bool:
-        """Whether it is the same on all ranks, as a sum over them: one array may stand for all."""
-        return self.axes[0] not in "PEA"
 
     def names(self) -> list[str]:
         """mode/stage/value, for each mode that has it."""
@@ -104,6 +101,7 @@ def _slot(o: Evaluation, layout: Layout) -> Array:
 
 
 _x: Value = lambda o, _: o.x_rows  # noqa: E731
+_given: Value = lambda o, _: o.rows_of(o.layer.input)  # noqa: E731
 _y: Value = lambda o, _: o.y  # noqa: E731
 _dx: Value = lambda o, _: o.dx_rows  # noqa: E731
 _dy: Value = lambda o, _: o.dy  # noqa: E731
@@ -133,20 +131,48 @@ def _assignment(o: Evaluation, _: Layout) -> Array:
     return np.tile(np.arange(o.case.assignments), o.case.ranks)
 
 
-def _weight(name: str, axes: str, i: int) -> Quantity:
-    alone: Value = lambda o, _: o.experts_backward[1][i]  # noqa: E731
-    return Quantity(f"apply_experts/{name}", axes, "case", "allowance", alone, _layer(name), backward=True)
+def _gradient(parameter: Parameter) -> Quantity:
+    """That of what a layer has learned, from a stage on its own and from the whole layer."""
+    part = (
+        "shared_backward"
+        if parameter.name.startswith("shared")
+        else f"{parameter.stage}_backward".removeprefix("apply_")
+    )
+
+    def alone(o: Evaluation, _: Layout) -> Array:
+        return getattr(o, part)[1][parameter.name]
+
+    def whole(o: Evaluation, _: Layout) -> Array:
+        return o.layer.gradients[parameter.name]
+
+    return Quantity(
+        parameter.gradient, parameter.axes, parameter.dtype, "allowance", alone, whole, backward=True,
+        summed=not parameter.per_rank, asks=parameter.there,
+    )  # fmt: skip
+
+
+def _gradients(stage: str) -> list[Quantity]:
+    return [_gradient(one) for one in PARAMETERS if one.stage == stage and one.learned]
+
+
+def _scores_on_input(case: Case) -> bool:
+    return case.score_on == "input"
+
+
+def _is_shared(case: Case) -> bool:
+    return case.shared_hidden > 0
 
 
 _TABLE = [
     Quantity("route/expert_id", "P T K", "int", "choice", lambda o, _: o.problem.expert_id),
-    Quantity("route/score", "P T K", "wide", "allowance", lambda o, _: o.score_of_others, _layer("score")),
+    Quantity("route/score", "P T K", "weight", "allowance", lambda o, _: o.score_of_others, _layer("score")),
     Quantity("route/counts", "P E", "int", "bits", lambda o, _: o.counts_of_others, lambda o, _: o.sent("dynamic")),
     Quantity("route/dx", "P T D", "case", "allowance", lambda o, _: o.route_backward[0], _layer("dx"), backward=True),
+    *_gradients("route"),
     Quantity(
-        "route/drouter", "D E", "wide", "allowance", lambda o, _: o.route_backward[1], _layer("drouter"), backward=True
+        "group_by_expert/x", "A D", "case", "bits", _x, _given,
+        order="grouped", zero_padding=_BOTH, computed_e2e=_scores_on_input,
     ),
-    Quantity("group_by_expert/x", "A D", "case", "bits", _x, _x, order="grouped", zero_padding=_BOTH),
     Quantity("group_by_expert/slot", "P T K", "int", "bits", _slot, _slot),
     Quantity(
         "group_by_expert/assignment", "A", "int", "bits",
@@ -184,9 +210,15 @@ _TABLE = [
             ("returned_at", "P P", lambda o, layout: _before(_between(o, layout), 1).T),
         )
     ),
-    Quantity("send_tokens/x", "A D", "case", "bits", _x, _x, order="received", zero_padding=_WHOLE),
+    Quantity(
+        "send_tokens/x", "A D", "case", "bits", _x, _given,
+        order="received", zero_padding=_WHOLE, computed_e2e=_scores_on_input,
+    ),
     Quantity("send_tokens/dx", "A D", "case", "bits", _dx, order="grouped", backward=True),
-    Quantity("to_expert_major/x", "A D", "case", "bits", _x, _x, order="expert_major", zero_padding=_BOTH),
+    Quantity(
+        "to_expert_major/x", "A D", "case", "bits", _x, _given,
+        order="expert_major", zero_padding=_BOTH, computed_e2e=_scores_on_input,
+    ),
     *(
         Quantity(
             f"to_expert_major/{name}", "A", "int", "bits", value, value,
@@ -205,17 +237,22 @@ _TABLE = [
         "apply_experts/dx", "A D", "case", "allowance", lambda o, _: o.experts_backward[0],
         order="expert_major", backward=True,
     ),
-    _weight("dw_gate", "E D F", 0),
-    _weight("dw_up", "E D F", 1),
-    _weight("dw_down", "E F D", 2),
+    *_gradients("apply_experts"),
+    Quantity(
+        "apply_experts/shared", "P T D", "case", "allowance", lambda o, _: o.shared, _layer("shared"), asks=_is_shared,
+    ),
+    Quantity(
+        "apply_experts/dshared_x", "P T D", "case", "allowance", lambda o, _: o.shared_backward[0],
+        backward=True, asks=_is_shared,
+    ),
     Quantity(
         "to_rank_major/y", "A D", "case", "bits", _y, _layer("y"),
-        order="received", zero_padding=_BOTH, computed_e2e=True,
+        order="received", zero_padding=_BOTH, computed_e2e=lambda _: True,
     ),
     Quantity("to_rank_major/dy", "A D", "case", "bits", _dy, order="expert_major", backward=True, zero_padding=_ALONE),
     Quantity(
         "return_tokens/y", "A D", "case", "bits", _y, _layer("y"),
-        order="grouped", zero_padding=_WHOLE, computed_e2e=True,
+        order="grouped", zero_padding=_WHOLE, computed_e2e=lambda _: True,
     ),
     Quantity("return_tokens/dy", "A D", "case", "bits", _dy, order="received", backward=True),
     Quantity("combine/out", "P T D", "case", "allowance", lambda o, _: o.out_of_combine, _layer("out")),
@@ -224,8 +261,8 @@ _TABLE = [
         order="grouped", backward=True, zero_padding=_ALONE,
     ),
     Quantity(
-        "combine/dscore", "P T K", "wide", "allowance", lambda o, _: o.combine_backward[1], _layer("dscore"),
-        backward=True,
+        "combine/dscore", "P T K", "weight", "allowance", lambda o, _: o.combine_backward[1], _layer("dscore"),
+        backward=True, asks=lambda case: case.score_on == "output",  # else nothing is weighed here
     ),
     # How many numbers of what a stage, or the layer, was given are others after its backward: PyTorch can write there.
     *(

@@ -8,17 +8,20 @@ takes arrays with more axes before it, of draws.
 
 import math
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import erf
 
 from parity.cases.case import Case
+from parity.cases.parameters import BY_NAME, Parameters
 from parity.oracle.tolerances import noise, underflow
-from parity.oracle.windows import Windows
 
 Array = np.ndarray
+Gradients = dict[str, Array]  # by the name of what has it
 
 
 class Exact:
@@ -77,6 +80,10 @@ Numbers = Exact | Perturbed
 # (all of 4,000,001 float32 between -10 and 10 on a CPU, jax 0.10.2), PyTorch's by 1.0.
 TANH = 5
 
+# The same of an erf: XLA's is off by up to 5.3 (4,000,001 float32 between -4 and 4 on a CPU, jax 0.10.2), PyTorch's by
+# 1.2, and by 4.7 within its gelu.
+ERF = 6
+
 
 def sigmoid(a: Array) -> Array:
     """1 / (1 + exp(-a)), which is 0 where the power is beyond float64."""
@@ -84,49 +91,116 @@ def sigmoid(a: Array) -> Array:
         return 1 / (1 + np.exp(-a))
 
 
-class Weights(NamedTuple):
-    """Of all experts: [E, D, F], [E, D, F], [E, F, D]."""
-
-    w_gate: Array | Windows
-    w_up: Array | Windows
-    w_down: Array | Windows
-
-
-def route(case: Case, x_PTD: Array, router_DE: Array, numbers: Numbers) -> tuple[Array, Array]:
+def route(case: Case, x_PTD: Array, w: Parameters, numbers: Numbers) -> tuple[Array, Array]:
     """Logits and scores of all experts, [P, T, E] each, before selection."""
+    x_PTD = as_router_takes(case, x_PTD, numbers)
     logits_PTE = np.zeros((*x_PTD.shape[:2], case.experts))
     for p, t in np.ndindex(*x_PTD.shape[:2]):
-        logits_PTE[p, t] = numbers.matmul(x_PTD[p, t], router_DE, case.width, case.wide)
-    logits_PTE = numbers.round(logits_PTE, case.wide)
+        logits_PTE[p, t] = numbers.matmul(x_PTD[p, t], w.router, case.width, case.score_dtype)
+    logits_PTE = biased(logits_PTE, w.router_bias, case.dtype_of("logits"), numbers)
     return logits_PTE, scores(case, logits_PTE, numbers)
 
 
+def as_router_takes(case: Case, x: Array, numbers: Numbers) -> Array:
+    """The tokens; where a float64 layer has a router in float32, rounded to that."""
+    return numbers.round(x, "float32") if case.dtype == "float64" and case.dtype_of("logits") == "float32" else x
+
+
+def biased(a: Array, bias: Array | None, dtype: str, numbers: Numbers) -> Array:
+    """Rounded, and with a bias rounded again."""
+    a = numbers.round(a, dtype)
+    return a if bias is None else numbers.round(a + bias, dtype)
+
+
 def scores(case: Case, logits_PTE: Array, numbers: Numbers) -> Array:
-    """Softmax or sigmoid of the logits: [P, T, E]."""
-    if case.router.score_function == "sigmoid":
-        return numbers.round(sigmoid(logits_PTE), case.wide)
-    below_PTE = numbers.round(logits_PTE - logits_PTE.max(-1, keepdims=True), case.wide)
-    power_PTE = numbers.round(np.exp(below_PTE), case.wide)
-    total_PT1 = numbers.terms(power_PTE, case.experts, case.wide).sum(-1, keepdims=True)
-    return numbers.round(power_PTE / total_PT1, case.wide)
+    """The score function of the logits, as far as it comes before the choice: [P, T, E]."""
+    function, dtype = case.router.score_function, case.score_dtype
+    if function == "softmax":
+        return softmax(logits_PTE, case.experts, dtype, numbers)
+    if function == "sigmoid":
+        return numbers.round(sigmoid(logits_PTE), dtype)
+    if function == "sqrt_softplus":
+        return numbers.round(np.sqrt(numbers.round(np.logaddexp(logits_PTE, 0), dtype)), dtype)
+    assert function == "softmax_of_chosen"
+    return logits_PTE
 
 
-def select(case: Case, score_PTE: Array) -> Array:
-    """The K largest scores of each token as they are stored, ties to the lower expert id: [P, T, K]."""
+def softmax(a: Array, n: int, dtype: str, numbers: Numbers) -> Array:
+    """Over the last axis, of n."""
+    below = numbers.round(a - a.max(-1, keepdims=True), dtype)
+    power = numbers.round(np.exp(below), dtype)
+    total = numbers.terms(power, n, dtype).sum(-1, keepdims=True)
+    return numbers.round(power / total, dtype)
+
+
+def select(case: Case, score_PTE: Array, w: Parameters) -> Array:
+    """The K experts that each token chooses, ties to the lower expert id: [P, T, K]."""
     id_PTK = np.zeros((*score_PTE.shape[:2], case.top_k), np.int32)
     for p, t in np.ndindex(*score_PTE.shape[:2]):
-        score_E = score_PTE[p, t].astype(case.wide)
-        id_PTK[p, t] = sorted(range(case.experts), key=lambda g: (-score_E[g], g))[: case.top_k]
+        key_E = stored_keys(case, score_PTE[p, t], w)
+        if case.groups > 1:
+            key_E = within(case, key_E, best_groups(case, key_E))
+        id_PTK[p, t] = largest(key_E, case.top_k)
     return id_PTK
 
 
-def chosen_scores(case: Case, score_PTE: Array, id_PTK: Array, numbers: Numbers) -> Array:
-    """The scores of the chosen experts, renormalised and scaled as the case says: [P, T, K]; 0 for an id of -1."""
+def stored_keys(case: Case, score: Array, w: Parameters) -> Array:
+    """What experts are chosen by, as it is stored: scores, plus the selection bias; groups not yet looked at."""
+    key = score.astype(case.score_dtype)
+    return key if w.selection_bias is None else key + w.selection_bias.astype(case.score_dtype)
+
+
+def group_scores(case: Case, key_E: Array) -> Array:
+    """The sum of the two largest of each group, or its largest: [groups]."""
+    best_Gn = -np.sort(-key_E.reshape(case.groups, -1), axis=1)
+    return best_Gn[:, 0] + best_Gn[:, 1] if case.group_score == "top2" else best_Gn[:, 0]
+
+
+def best_groups(case: Case, key_E: Array) -> list[int]:
+    """Those that a token chooses within."""
+    return largest(group_scores(case, key_E), case.top_groups)
+
+
+def within(case: Case, key_E: Array, groups: Iterable[int]) -> Array:
+    """What experts are chosen by, of those outside these groups zero or nothing."""
+    inside_E = np.isin(np.arange(case.experts) // (case.experts // case.groups), [*groups])
+    return np.where(inside_E, key_E, 0 if case.outside_groups == "zero" else -np.inf)
+
+
+def largest(a_n: Array, k: int) -> list[int]:
+    """Where the k largest are, the largest first; of equal ones, the first."""
+    return sorted(range(a_n.size), key=lambda i: (-a_n[i], i))[:k]
+
+
+class Chosen(NamedTuple):
+    """The scores of the chosen experts on their way, [P, T, K] each, 0 for an id of -1."""
+
+    score: Array  # as the score function has them
+    share: Array  # of their sum, where they are renormalised; else themselves
+    weight: Array  # scaled; not yet rounded
+
+
+def chosen_scores(case: Case, score_PTE: Array, id_PTK: Array, w: Parameters, numbers: Numbers) -> Chosen:
+    """The scores of the chosen experts, renormalised and scaled as the case says."""
     score_PTK = _of_chosen(score_PTE, id_PTK)
+    if case.router.score_function == "softmax_of_chosen":
+        score_PTK = np.where(id_PTK >= 0, softmax(score_PTK, case.top_k, case.score_dtype, numbers), 0)
+    share_PTK = score_PTK
     if case.router.renormalize:
-        total_PT1 = numbers.terms(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
-        score_PTK = numbers.round(score_PTK / total_PT1, case.wide)
-    return score_PTK * case.router.scale
+        share_PTK = numbers.round(score_PTK / _total(case, score_PTK, numbers), case.score_dtype)
+    weight_PTK = share_PTK
+    if w.expert_scale is not None:
+        weight_PTK = numbers.round(share_PTK * w.expert_scale[id_PTK], case.score_dtype)
+    weight_PTK = weight_PTK * case.router.scale
+    if case.cast_scores:
+        weight_PTK = numbers.round(weight_PTK, case.score_dtype)
+    return Chosen(score_PTK, share_PTK, weight_PTK)
+
+
+def _total(case: Case, score_PTK: Array, numbers: Numbers) -> Array:
+    """The sum that scores are divided by, [P, T, 1]; 1 for padding, whose scores are zero."""
+    total_PT1 = numbers.terms(score_PTK, case.top_k, case.score_dtype).sum(-1, keepdims=True) + case.router.epsilon
+    return np.where(total_PT1 == 0, 1, total_PT1)
 
 
 def _for_each(id_PTK: Array, a: Array) -> Array:
@@ -139,37 +213,75 @@ def _of_chosen(score_PTE: Array, id_PTK: Array) -> Array:
     return np.where(id_PTK >= 0, np.take_along_axis(score_PTE, _for_each(id_PTK, score_PTE), axis=-1), 0)
 
 
-def score_backward(case: Case, score_PTE: Array, id_PTK: Array, dscore_PTK: Array, numbers: Numbers) -> Array:
-    """The gradient of the logits, [P, T, E], from that of the chosen scores."""
-    score_PTK, d_PTK = _of_chosen(score_PTE, id_PTK), case.router.scale * dscore_PTK
+def score_backward(
+    case: Case, logits_PTE: Array, score_PTE: Array, id_PTK: Array, w: Parameters, dscore_PTK: Array, numbers: Numbers
+) -> tuple[Array, Array]:
+    """The gradient of the logits, [P, T, E], from that of the chosen scores; and of the experts' scales, [P, E]."""
+    dtype, chosen = case.score_dtype, chosen_scores(case, score_PTE, id_PTK, w, numbers)
+    d_PTK = numbers.round(case.router.scale * dscore_PTK, dtype)
+    dscale_PTE = np.zeros_like(score_PTE)
+    if w.expert_scale is not None:
+        _put(dscale_PTE, id_PTK, numbers.round(d_PTK * chosen.share, dtype))
+        d_PTK = numbers.round(d_PTK * w.expert_scale[id_PTK], dtype)
     if case.router.renormalize:
-        total_PT1 = numbers.terms(score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) + 1e-20
-        mean_PT1 = numbers.terms(d_PTK * score_PTK, case.top_k, case.wide).sum(-1, keepdims=True) / total_PT1
-        d_PTK = numbers.round(numbers.round(d_PTK, case.wide) - numbers.round(mean_PT1, case.wide), case.wide)
-        d_PTK = d_PTK / total_PT1
+        total_PT1 = _total(case, chosen.score, numbers)
+        mean_PT1 = numbers.terms(d_PTK * chosen.score, case.top_k, dtype).sum(-1, keepdims=True) / total_PT1
+        d_PTK = numbers.round(d_PTK - numbers.round(mean_PT1, dtype), dtype) / total_PT1
+    if case.router.score_function == "softmax_of_chosen":
+        d_PTK = softmax_backward(chosen.score, d_PTK, case.top_k, dtype, numbers)
     d_PTE = np.zeros_like(score_PTE)
-    d_PTK = np.where(id_PTK >= 0, numbers.round(d_PTK, case.wide), 0)
-    np.put_along_axis(d_PTE, _for_each(id_PTK, d_PTE), d_PTK, axis=-1)
+    _put(d_PTE, id_PTK, numbers.round(d_PTK, dtype))
+    dlogits_PTE = d_PTE
+    if case.router.score_function == "softmax":
+        dlogits_PTE = softmax_backward(score_PTE, d_PTE, case.experts, dtype, numbers)
     if case.router.score_function == "sigmoid":
-        dlogits_PTE = d_PTE * score_PTE * numbers.round(1 - score_PTE, case.wide)
-    else:
-        mean_PT1 = numbers.terms(d_PTE * score_PTE, case.top_k, case.wide).sum(-1, keepdims=True)
-        dlogits_PTE = score_PTE * numbers.round(d_PTE - numbers.round(mean_PT1, case.wide), case.wide)
-    return numbers.round(dlogits_PTE, case.wide)
+        dlogits_PTE = d_PTE * score_PTE * numbers.round(1 - score_PTE, dtype)
+    if case.router.score_function == "sqrt_softplus":
+        share_PTE = numbers.round(sigmoid(logits_PTE), dtype)
+        dlogits_PTE = numbers.round(d_PTE / (2 * np.maximum(score_PTE, 1e-300)), dtype) * share_PTE
+    return numbers.round(dlogits_PTE, case.dtype_of("logits")), numbers.terms(dscale_PTE, case.tokens, dtype).sum(
+        axis=-2
+    )
+
+
+def softmax_backward(score: Array, d: Array, n: int, dtype: str, numbers: Numbers) -> Array:
+    """The gradient of the logits of a softmax over the last axis, of n."""
+    mean = numbers.terms(d * score, n, dtype).sum(-1, keepdims=True)
+    return score * numbers.round(d - numbers.round(mean, dtype), dtype)
+
+
+def _put(into_PTE: Array, id_PTK: Array, values_PTK: Array) -> None:
+    """The values of the chosen experts, in their places; none of padding, whose id is -1."""
+    np.put_along_axis(into_PTE, _for_each(id_PTK, into_PTE), np.where(id_PTK >= 0, values_PTK, 0), axis=-1)
 
 
 def route_backward(
-    case: Case, x_PTD: Array, router_DE: Array, id_PTK: Array, dscore_PTK: Array, numbers: Numbers
-) -> tuple[Array, Array]:
-    """Gradients of the tokens [P, T, D] and of the router [D, E], summed over ranks."""
-    _, score_PTE = route(case, x_PTD, router_DE, numbers)
-    dlogits_PTE = score_backward(case, score_PTE, id_PTK, dscore_PTK, numbers)
-    dx_PTD, drouter_DE = np.zeros_like(x_PTD), np.zeros_like(router_DE)
-    n = x_PTD.shape[0] * x_PTD.shape[1]
+    case: Case, x_PTD: Array, w: Parameters, id_PTK: Array, dscore_PTK: Array, numbers: Numbers
+) -> tuple[Array, Gradients]:
+    """Gradients of the tokens [P, T, D], and of what the router has learned, summed over ranks."""
+    logits_PTE, score_PTE = route(case, x_PTD, w, numbers)
+    dlogits_PTE, dscale_PE = score_backward(case, logits_PTE, score_PTE, id_PTK, w, dscore_PTK, numbers)
+    x_PTD = as_router_takes(case, x_PTD, numbers)
+    dx_PTD, drouter_PDE = np.zeros_like(x_PTD), np.zeros((case.ranks, case.width, case.experts))
     for p, t in np.ndindex(*x_PTD.shape[:2]):
-        dx_PTD[p, t] = numbers.matmul(dlogits_PTE[p, t], router_DE.T, case.experts, case.wide)
-        drouter_DE += numbers.terms(np.outer(x_PTD[p, t], dlogits_PTE[p, t]), n, case.wide)
-    return dx_PTD, drouter_DE
+        dx_PTD[p, t] = numbers.matmul(dlogits_PTE[p, t], w.router.T, case.experts, case.score_dtype)
+        drouter_PDE[p] += numbers.terms(np.outer(x_PTD[p, t], dlogits_PTE[p, t]), case.tokens, case.score_dtype)
+    return dx_PTD, router_gradients(case, w, drouter_PDE, dlogits_PTE, dscale_PE, numbers)
+
+
+def router_gradients(
+    case: Case, w: Parameters, drouter_PDE: Array, dlogits_PTE: Array, dscale_PE: Array, numbers: Numbers
+) -> Gradients:
+    """Those of each rank summed over ranks, of what there is."""
+    dbias_PE = numbers.terms(dlogits_PTE, case.tokens, case.score_dtype).sum(axis=-2)
+    of_ranks = {"router": (drouter_PDE, -3), "router_bias": (dbias_PE, -2), "expert_scale": (dscale_PE, -2)}
+    return {n: over_ranks(case, n, a, axis, numbers) for n, (a, axis) in of_ranks.items() if n in w.there()}
+
+
+def over_ranks(case: Case, name: str, a: Array, axis: int, numbers: Numbers) -> Array:
+    """The sum over ranks of a gradient, which each rounds to its dtype."""
+    dtype = case.dtype_of(BY_NAME[name].dtype)
+    return numbers.terms(numbers.round(a, dtype), case.ranks, dtype).sum(axis=axis)
 
 
 def keep_within_capacity(case: Case, id_PTK: Array, score_PTK: Array) -> Array:
@@ -212,59 +324,192 @@ def received(case: Case, sent_PE: Array) -> Array:
 def activated(case: Case, gate: Array, numbers: Numbers) -> tuple[Array, Array]:
     """The activation of a gate and its derivative, in the wide dtype.
 
-    silu(g) = g * sigmoid(g). gelu_tanh(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 * g**3))): Hendrycks and
-    Gimpel 2016, "Gaussian Error Linear Units".
+    silu(g) = g * sigmoid(g). gelu(g) = g * Phi(g), and gelu_tanh(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 *
+    g**3))): Hendrycks and Gimpel 2016, "Gaussian Error Linear Units". quick_gelu(g) = g * sigmoid(1.702 * g): the same
+    paper. relu2(g) = max(g, 0)**2: So et al. 2021, "Primer".
     """
-    if case.expert.activation == "silu":
-        share = numbers.round(sigmoid(gate), case.wide)
-        slope = share * (1 + gate * numbers.round(1 - share, case.wide))
-        return numbers.round(gate * share, case.wide), numbers.round(slope, case.wide)
-    inner = numbers.round(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3), case.wide)
-    tanh = numbers.round(np.tanh(inner), case.wide, TANH)
-    half = numbers.round((1 + tanh) / 2, case.wide)
+    dtype, activation = case.wide, case.expert.activation
+    if activation in ("silu", "quick_gelu"):
+        times = 1.0 if activation == "silu" else 1.702
+        inner = gate if activation == "silu" else numbers.round(times * gate, dtype)
+        share = numbers.round(sigmoid(inner), dtype)
+        slope = share * (1 + times * gate * numbers.round(1 - share, dtype))
+        return numbers.round(gate * share, dtype), numbers.round(slope, dtype)
+    if activation == "relu2":
+        above = np.maximum(gate, 0)
+        return numbers.round(above**2, dtype), numbers.round(2 * above, dtype)
+    if activation == "gelu":
+        share = numbers.round((1 + numbers.round(erf(gate / math.sqrt(2)), dtype, ERF)) / 2, dtype)
+        density = numbers.round(np.exp(-numbers.round(gate**2 / 2, dtype)), dtype) / math.sqrt(2 * math.pi)
+        return numbers.round(gate * share, dtype), numbers.round(share + numbers.round(gate * density, dtype), dtype)
+    assert activation == "gelu_tanh"
+    inner = numbers.round(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3), dtype)
+    tanh = numbers.round(np.tanh(inner), dtype, TANH)
+    half = numbers.round((1 + tanh) / 2, dtype)
     bend = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * gate**2)
-    slope = half + numbers.round(gate / 2 * numbers.round(1 - tanh**2, case.wide) * bend, case.wide)
-    return numbers.round(gate * half, case.wide), numbers.round(slope, case.wide)
+    slope = half + numbers.round(gate / 2 * numbers.round(1 - tanh**2, dtype) * bend, dtype)
+    return numbers.round(gate * half, dtype), numbers.round(slope, dtype)
 
 
-def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Weights, numbers: Numbers) -> Array:
-    """Each chosen expert's gated layer of each token: [P, T, K, D]."""
+class Hidden(NamedTuple):
+    """What the backward of a gated activation needs."""
+
+    value: Array
+    of_gate: Array | None  # the derivative by the gate, over the gradient of the value; None without a gate
+    of_up: Array  # by up
+
+
+def hidden(case: Case, gate: Array | None, up: Array, numbers: Numbers) -> Hidden:
+    """activation(gate) * (up + offset), each clamped before; without a gate, activation(up)."""
+    if gate is None:
+        act, slope = activated(case, up, numbers)
+        return Hidden(numbers.round(act, case.dtype), None, slope)
+    clamp = math.inf if case.clamp is None else case.clamp
+    act, slope = activated(case, np.minimum(gate, clamp), numbers)
+    lifted = np.clip(up, -clamp, clamp)
+    if case.up_offset:
+        lifted = numbers.round(lifted + case.up_offset, case.wide)
+    value = numbers.round(act * lifted, case.dtype)
+    return Hidden(value, slope * lifted * (gate <= clamp), act * (np.abs(up) <= clamp))
+
+
+def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Parameters, numbers: Numbers) -> Array:
+    """Each chosen expert's gated layer of each token: [P, T, K, D]; before the last rounding, or the last bias."""
     y_PTKD = np.zeros((*id_PTK.shape, case.width))
     for p, t, k in np.argwhere(id_PTK >= 0):
         g = int(id_PTK[p, t, k])
-        *_, hidden_F = _hidden(case, x_PTD[p, t], w, g, numbers)
-        y_PTKD[p, t, k] = numbers.matmul(hidden_F, w.w_down[g], case.hidden, case.wide)
+        y_PTKD[p, t, k] = down(case, hidden_of(case, x_PTD[p, t], w, g, numbers).value, w, g, numbers)
     return y_PTKD
 
 
-def _hidden(case: Case, x_D: Array, w: Weights, g: int, numbers: Numbers) -> tuple[Array, Array, Array, Array]:
-    """Activated gate, its derivative, up, and their product."""
-    gate_F = numbers.round(numbers.matmul(x_D, w.w_gate[g], case.width, case.wide), case.dtype)
-    up_F = numbers.round(numbers.matmul(x_D, w.w_up[g], case.width, case.wide), case.dtype)
-    act_F, slope_F = activated(case, gate_F, numbers)
-    return act_F, slope_F, up_F, numbers.round(act_F * up_F, case.dtype)
+def hidden_of(case: Case, x: Array, w: Parameters, g: int, numbers: Numbers) -> Hidden:
+    """What an expert makes of tokens [..., D] before its last matmul."""
+    gate, up = (
+        None if weight is None else biased(
+            numbers.matmul(x, weight[g], case.width, case.wide), None if bias is None else bias[g], case.dtype, numbers
+        )
+        for weight, bias in ((w.w_gate, w.b_gate), (w.w_up, w.b_up))
+    )  # fmt: skip
+    assert up is not None
+    return hidden(case, gate, up, numbers)
+
+
+def down(case: Case, hidden: Array, w: Parameters, g: int, numbers: Numbers) -> Array:
+    """An expert's last matmul, and its bias."""
+    y = numbers.matmul(hidden, w.w_down[g], case.hidden, case.wide)
+    return y if w.b_down is None else numbers.round(y, case.dtype) + w.b_down[g]
 
 
 def experts_backward(
-    case: Case, x_PTD: Array, id_PTK: Array, w: Weights, dy_PTKD: Array, numbers: Numbers
-) -> tuple[Array, tuple[Array, Array, Array]]:
-    """Gradients of each row [P, T, K, D] and of the weights. Where dy is zero a row adds nothing."""
+    case: Case, x_PTD: Array, id_PTK: Array, w: Parameters, dy_PTKD: Array, numbers: Numbers
+) -> tuple[Array, Gradients]:
+    """Gradients of each row [P, T, K, D], and of what experts have learned. Where dy is zero a row adds nothing."""
     dx_PTKD = np.zeros_like(dy_PTKD)
-    dw_gate, dw_up, dw_down = (np.zeros(a.shape) for a in w)
+    found = {name: np.zeros(a.shape) for name, a in of_experts(w).items()}
     rows_E = np.bincount(id_PTK[id_PTK >= 0], minlength=case.experts).tolist()
     for p, t, k in np.argwhere(id_PTK >= 0):
         g, x_D, dy_D = int(id_PTK[p, t, k]), x_PTD[p, t], dy_PTKD[p, t, k]
-        act_F, slope_F, up_F, hidden_F = _hidden(case, x_D, w, g, numbers)
-        dhidden_F = numbers.round(numbers.matmul(dy_D, w.w_down[g].T, case.width, case.wide), case.dtype)
-        dgate_F = numbers.round(numbers.round(dhidden_F * up_F, case.wide) * slope_F, case.dtype)
-        dup_F = numbers.round(dhidden_F * act_F, case.dtype)
-        through_gate_D = numbers.matmul(dgate_F, w.w_gate[g].T, case.hidden, case.wide)
-        through_up_D = numbers.matmul(dup_F, w.w_up[g].T, case.hidden, case.wide)
-        dx_PTKD[p, t, k] = numbers.round(through_gate_D, case.dtype) + numbers.round(through_up_D, case.dtype)
-        dw_gate[g] += numbers.terms(np.outer(x_D, dgate_F), rows_E[g], case.wide)
-        dw_up[g] += numbers.terms(np.outer(x_D, dup_F), rows_E[g], case.wide)
-        dw_down[g] += numbers.terms(np.outer(hidden_F, dy_D), rows_E[g], case.wide)
-    return dx_PTKD, (dw_gate, dw_up, dw_down)
+        hid = hidden_of(case, x_D, w, g, numbers)
+        dgate_F, dup_F = gate_and_up_backward(case, hid, dy_D, w.w_down[g], case.width, numbers)
+        dx_PTKD[p, t, k] = dx_of(case, ((dgate_F, w.w_gate), (dup_F, w.w_up)), g, numbers)
+        products = {"w_up": (x_D, dup_F), "w_down": (hid.value, dy_D), "b_up": (dup_F,), "b_down": (dy_D,)}
+        if dgate_F is not None:
+            products |= {"w_gate": (x_D, dgate_F), "b_gate": (dgate_F,)}
+        for name in found:
+            product = products[name][0] if len(products[name]) == 1 else np.outer(*products[name])
+            found[name][g] += numbers.terms(product, rows_E[g], case.wide)
+    return dx_PTKD, found
+
+
+def of_experts(w: Parameters) -> dict[str, Any]:
+    """What each rank has of its own experts."""
+    return {name: a for name, a in w.there().items() if BY_NAME[name].per_rank}
+
+
+def gate_and_up_backward(
+    case: Case, hid: Hidden, dy: Array, w_down: Any, n: int, numbers: Numbers
+) -> tuple[Array | None, Array]:
+    """Gradients of gate and up; None without a gate."""
+    dhidden = numbers.round(numbers.matmul(dy, w_down.T, n, case.wide), case.dtype)
+    dup = numbers.round(dhidden * hid.of_up, case.dtype)
+    if hid.of_gate is None:
+        return None, dup
+    return numbers.round(numbers.round(dhidden * hid.of_gate, case.wide), case.dtype), dup
+
+
+def dx_of(case: Case, through: Iterable[tuple[Array | None, Any]], g: int, numbers: Numbers) -> Array:
+    """The gradient of an expert's tokens, by gate and up: each rounded, and added."""
+    parts = [
+        numbers.round(numbers.matmul(d, weight[g].T, case.hidden, case.wide), case.dtype)
+        for d, weight in through
+        if d is not None
+    ]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def shared_expert(case: Case, x_PTD: Array, w: Parameters, numbers: Numbers) -> Array:
+    """What the shared expert adds to each token: [P, T, D]."""
+    y_PTD = numbers.matmul(
+        _shared_hidden(case, x_PTD, w, numbers).value, w.shared_w_down, case.shared_hidden, case.wide
+    )
+    if w.shared_score is None:
+        return y_PTD
+    return _shared_weight(case, x_PTD, w, numbers) * numbers.round(y_PTD, case.dtype)
+
+
+def _shared_hidden(case: Case, x_PTD: Array, w: Parameters, numbers: Numbers) -> Hidden:
+    gate_PTH, up_PTH = (
+        None if weight is None else numbers.round(numbers.matmul(x_PTD, weight, case.width, case.wide), case.dtype)
+        for weight in (w.shared_w_gate, w.shared_w_up)
+    )
+    assert up_PTH is not None
+    return hidden(case, gate_PTH, up_PTH, numbers)
+
+
+def _shared_weight(case: Case, x_PTD: Array, w: Parameters, numbers: Numbers) -> Array:
+    """The sigmoid of its score: [P, T, 1]."""
+    logit_PT1 = numbers.round(numbers.matmul(x_PTD, w.shared_score[:, None], case.width, case.wide), case.dtype)
+    return numbers.round(sigmoid(logit_PT1), case.dtype)
+
+
+def shared_backward(
+    case: Case, x_PTD: Array, w: Parameters, dout_PTD: Array, numbers: Numbers
+) -> tuple[Array, Gradients]:
+    """Gradients of the tokens [P, T, D], and of what the shared expert has learned, summed over ranks."""
+    hid = _shared_hidden(case, x_PTD, w, numbers)
+    found, parts, dy_PTD, x_PDT = {}, [], dout_PTD, np.swapaxes(x_PTD, -1, -2)
+
+    def over_tokens(name: str, a: Array, d_PTn: Array) -> None:
+        of_ranks = numbers.matmul(a, d_PTn, case.tokens, case.wide)
+        found[name] = over_ranks(case, name, of_ranks, -3, numbers)
+
+    if w.shared_score is not None:
+        y_PTD = numbers.matmul(hid.value, w.shared_w_down, case.shared_hidden, case.wide)
+        weight_PT1 = _shared_weight(case, x_PTD, w, numbers)
+        dy_PTD = numbers.round(weight_PT1 * dout_PTD, case.dtype)
+        product_PTD = numbers.round(numbers.round(y_PTD, case.dtype) * dout_PTD, case.dtype)
+        dweight_PT1 = numbers.terms(product_PTD, case.width, case.wide).sum(-1, keepdims=True)
+        slope_PT1 = numbers.round(weight_PT1 * numbers.round(1 - weight_PT1, case.dtype), case.dtype)
+        dlogit_PT1 = numbers.round(numbers.round(dweight_PT1, case.dtype) * slope_PT1, case.dtype)
+        parts.append(numbers.round(dlogit_PT1 * w.shared_score, case.dtype))
+        over_tokens("shared_score", x_PDT, dlogit_PT1)
+        found["shared_score"] = found["shared_score"][..., 0]
+    dgate_PTH, dup_PTH = gate_and_up_backward(case, hid, dy_PTD, w.shared_w_down, case.width, numbers)
+    over_tokens("shared_w_down", np.swapaxes(hid.value, -1, -2), dy_PTD)
+    for name, d_PTH in (("shared_w_up", dup_PTH), ("shared_w_gate", dgate_PTH)):
+        if d_PTH is not None:
+            over_tokens(name, x_PDT, d_PTH)
+            dx_PTD = numbers.matmul(d_PTH, getattr(w, name).T, case.shared_hidden, case.wide)
+            parts.append(numbers.round(dx_PTD, case.dtype))
+    return added_up(parts, case.dtype, numbers), found
+
+
+def added_up(parts: Sequence[Array], dtype: str, numbers: Numbers) -> Array:
+    """The sum, one after the other, rounded on the way."""
+    total = parts[0]
+    for part in parts[1:-1]:
+        total = numbers.round(total + part, dtype)
+    return total + parts[-1] if len(parts) > 1 else total
 
 
 def combine(case: Case, y_PTKD: Array, score_PTK: Array, keep_PTK: Array, numbers: Numbers) -> Array:
@@ -302,7 +547,9 @@ class Layer(NamedTuple):
 
     logits: Array  # [P, T, E]
     score: Array  # [P, T, K]
+    input: Array  # [P, T, D], what experts are given
     y: Array  # [P, T, K, D]
+    shared: Array  # [P, T, D], what the shared expert adds; zero without one
     out: Array  # [P, T, D]
     dy: Array  # [P, T, K, D]
     dscore: Array  # [P, T, K]
@@ -310,32 +557,48 @@ class Layer(NamedTuple):
     dx_experts: Array  # [P, T, D], without the router's part
     dx_router: Array  # [P, T, D]
     dx: Array  # [P, T, D]
-    drouter: Array  # [D, E]
-    dw_gate: Array
-    dw_up: Array
-    dw_down: Array
+    gradients: Gradients  # of what there is to learn, by name
 
 
 def layer(
-    case: Case, x_PTD: Array, router_DE: Array, w: Weights, dout_PTD: Array, id_PTK: Array, keep_PTK: Array,
-    numbers: Numbers, aux_PTK: Array | float = 0.0, oracle: ModuleType | None = None,
+    case: Case, x_PTD: Array, w: Parameters, dout_PTD: Array, id_PTK: Array, keep_PTK: Array, numbers: Numbers,
+    aux_PTK: Array | float = 0.0, oracle: ModuleType | None = None,
 ) -> Layer:  # fmt: skip
     """Forward, and backward from the cotangent `dout`, with the expert ids given; of `oracle`'s functions, or these.
 
     `aux` is added to the gradient of the scores, as that of an auxiliary loss is.
     """
     oracle = oracle or sys.modules[__name__]
-    logits, score_PTE = oracle.route(case, x_PTD, router_DE, numbers)
-    score = chosen_scores(case, score_PTE, id_PTK, numbers)
-    score_r = numbers.round(score, case.wide)
-    y = oracle.experts(case, x_PTD, id_PTK, w, numbers)
+    logits, score_PTE = oracle.route(case, x_PTD, w, numbers)
+    score = chosen_scores(case, score_PTE, id_PTK, w, numbers).weight
+    score_r = numbers.round(score, case.dtype_of("weight"))
+    on_input = case.router.score_on == "input"
+    given = numbers.round(x_PTD * score_r, case.dtype) if on_input else x_PTD
+    weight = np.ones_like(score_r) if on_input else score_r
+    y = oracle.experts(case, given, id_PTK, w, numbers)
     y_r = numbers.round(y, case.dtype)
-    out = oracle.combine(case, y_r, score_r, keep_PTK, numbers)
-    dy, dscore = oracle.combine_backward(case, y_r, score_r, keep_PTK, dout_PTD, numbers)
-    dscore = numbers.round(dscore, case.wide) + aux_PTK
-    dx_rows, dw = oracle.experts_backward(case, x_PTD, id_PTK, w, numbers.round(dy, case.dtype), numbers)
+    out = oracle.combine(case, y_r, weight, keep_PTK, numbers)
+    dy, dscore = oracle.combine_backward(case, y_r, weight, keep_PTK, dout_PTD, numbers)
+    dx_rows, gradients = oracle.experts_backward(case, given, id_PTK, w, numbers.round(dy, case.dtype), numbers)
     dx_experts = oracle.group_backward(case, numbers.round(dx_rows, case.dtype), keep_PTK, numbers)
-    dscore_r = numbers.round(dscore, case.wide)
-    dx_router, drouter = oracle.route_backward(case, x_PTD, router_DE, id_PTK, dscore_r, numbers)
-    dx = numbers.round(dx_experts, case.dtype) + numbers.round(dx_router, case.dtype)
-    return Layer(logits, score, y, out, dy, dscore, dx_rows, dx_experts, dx_router, dx, drouter, *dw)
+    if on_input:
+        dgiven = numbers.round(dx_experts, case.dtype)
+        dscore = numbers.terms(dgiven * x_PTD, case.width, case.wide).sum(-1, keepdims=True)
+        dx_experts = dgiven * score_r
+    dscore = numbers.round(dscore, case.dtype_of("weight")) + aux_PTK
+    dscore_r = numbers.round(dscore, case.dtype_of("weight"))
+    dx_router, of_router = oracle.route_backward(case, x_PTD, w, id_PTK, dscore_r, numbers)
+    dx_parts = [
+        numbers.round(a, dtype) for a, dtype in ((dx_router, case.dtype_of("logits")), (dx_experts, case.dtype))
+    ]
+    shared, of_shared = np.zeros_like(out), {}
+    if w.shared_w_up is not None:
+        shared = shared_expert(case, x_PTD, w, numbers)
+        out = numbers.round(out, case.dtype) + numbers.round(shared, case.dtype)
+        dx_shared, of_shared = shared_backward(case, x_PTD, w, dout_PTD, numbers)
+        dx_parts.insert(0, numbers.round(dx_shared, case.dtype))
+    dx = added_up([numbers.round(a, case.dtype) for a in dx_parts], case.dtype, numbers)
+    return Layer(
+        logits, score, given, y, shared, out, dy, dscore, dx_rows, dx_experts, dx_router, dx,
+        of_router | gradients | of_shared,
+    )  # fmt: skip

@@ -11,8 +11,9 @@ from types import ModuleType
 import numpy as np
 
 from parity.cases.case import Case
+from parity.cases.parameters import Parameters
 from parity.oracle import reference
-from parity.oracle.reference import Layer, Numbers, Perturbed, Weights, activated
+from parity.oracle.reference import Gradients, Layer, Numbers, Perturbed
 from parity.oracle.tolerances import DRAWS
 
 Array = np.ndarray
@@ -40,78 +41,77 @@ def oracle_for(case: Case) -> ModuleType:
     return reference if small(case) else sys.modules[__name__]
 
 
-def route(case: Case, x_PTD: Array, router_DE: Array, numbers: Numbers) -> tuple[Array, Array]:
+def route(case: Case, x_PTD: Array, w: Parameters, numbers: Numbers) -> tuple[Array, Array]:
     """See `reference.route`."""
-    logits_PTE = numbers.round(numbers.matmul(x_PTD, router_DE, case.width, case.wide), case.wide)
+    x_PTD = reference.as_router_takes(case, x_PTD, numbers)
+    logits_PTE = numbers.matmul(x_PTD, w.router, case.width, case.score_dtype)
+    logits_PTE = reference.biased(logits_PTE, w.router_bias, case.dtype_of("logits"), numbers)
     return logits_PTE, reference.scores(case, logits_PTE, numbers)
 
 
-def drawn_scores(case: Case, x_PTD: Array, router_DE: Array, seed: Sequence[int]) -> Iterator[Array]:
+def drawn_scores(case: Case, x_PTD: Array, w: Parameters, seed: Sequence[int]) -> Iterator[Array]:
     """Scores of all experts, [P, T, E], with every rounding drawn, `DRAWS` times."""
     n = draws_at_once(case)
     for first in range(0, DRAWS, n):
         numbers = Perturbed(np.random.default_rng([*seed, first]))
-        yield from route(case, np.broadcast_to(x_PTD, (n, *x_PTD.shape)), router_DE, numbers)[1]
+        yield from route(case, np.broadcast_to(x_PTD, (n, *x_PTD.shape)), w, numbers)[1]
 
 
-def select(case: Case, score_PTE: Array) -> Array:
+def select(case: Case, score_PTE: Array, w: Parameters) -> Array:
     """See `reference.select`."""
-    return np.argsort(-score_PTE.astype(case.wide), axis=-1, kind="stable")[..., : case.top_k].astype(np.int32)
+    if case.groups > 1:
+        return reference.select(case, score_PTE, w)
+    keys_PTE = reference.stored_keys(case, score_PTE, w)
+    return np.argsort(-keys_PTE, axis=-1, kind="stable")[..., : case.top_k].astype(np.int32)
 
 
 def route_backward(
-    case: Case, x_PTD: Array, router_DE: Array, id_PTK: Array, dscore_PTK: Array, numbers: Numbers
-) -> tuple[Array, Array]:
+    case: Case, x_PTD: Array, w: Parameters, id_PTK: Array, dscore_PTK: Array, numbers: Numbers
+) -> tuple[Array, Gradients]:
     """See `reference.route_backward`."""
-    _, score_PTE = route(case, x_PTD, router_DE, numbers)
-    dlogits_PTE = reference.score_backward(case, score_PTE, id_PTK, dscore_PTK, numbers)
-    dx_PTD = numbers.matmul(dlogits_PTE, router_DE.T, case.experts, case.wide)
-    *draws, P, T, D = x_PTD.shape
-    x_Dn = x_PTD.reshape(*draws, P * T, D).swapaxes(-1, -2)
-    dlogits_nE = dlogits_PTE.reshape(*draws, P * T, case.experts)
-    drouter_DE = numbers.matmul(x_Dn, dlogits_nE, P * T, case.wide)
-    return dx_PTD, drouter_DE
+    logits_PTE, score_PTE = route(case, x_PTD, w, numbers)
+    dlogits_PTE, dscale_PE = reference.score_backward(case, logits_PTE, score_PTE, id_PTK, w, dscore_PTK, numbers)
+    x_PTD = reference.as_router_takes(case, x_PTD, numbers)
+    dx_PTD = numbers.matmul(dlogits_PTE, w.router.T, case.experts, case.score_dtype)
+    drouter_PDE = numbers.matmul(x_PTD.swapaxes(-1, -2), dlogits_PTE, case.tokens, case.score_dtype)
+    return dx_PTD, reference.router_gradients(case, w, drouter_PDE, dlogits_PTE, dscale_PE, numbers)
 
 
-def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Weights, numbers: Numbers) -> Array:
+def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Parameters, numbers: Numbers) -> Array:
     """See `reference.experts`."""
     y_PTKD = np.zeros((*x_PTD.shape[:-3], *id_PTK.shape, case.width))
     for g in np.unique(id_PTK[id_PTK >= 0]):
         p, t, k = np.nonzero(id_PTK == g)
-        *_, hidden_nF = _hidden(case, x_PTD[..., p, t, :], w, g, numbers)
-        y_PTKD[..., p, t, k, :] = numbers.matmul(hidden_nF, w.w_down[g], case.hidden, case.wide)
+        hidden_nF = reference.hidden_of(case, x_PTD[..., p, t, :], w, g, numbers).value
+        y_PTKD[..., p, t, k, :] = reference.down(case, hidden_nF, w, g, numbers)
     return y_PTKD
 
 
-def _hidden(case: Case, x_nD: Array, w: Weights, g: int, numbers: Numbers) -> tuple[Array, Array, Array, Array]:
-    gate_nF = numbers.round(numbers.matmul(x_nD, w.w_gate[g], case.width, case.wide), case.dtype)
-    up_nF = numbers.round(numbers.matmul(x_nD, w.w_up[g], case.width, case.wide), case.dtype)
-    act_nF, slope_nF = activated(case, gate_nF, numbers)
-    return act_nF, slope_nF, up_nF, numbers.round(act_nF * up_nF, case.dtype)
-
-
 def experts_backward(
-    case: Case, x_PTD: Array, id_PTK: Array, w: Weights, dy_PTKD: Array, numbers: Numbers
-) -> tuple[Array, tuple[Array, Array, Array]]:
+    case: Case, x_PTD: Array, id_PTK: Array, w: Parameters, dy_PTKD: Array, numbers: Numbers
+) -> tuple[Array, Gradients]:
     """See `reference.experts_backward`; of the weights' gradients only the rows that are compared."""
-    dx_PTKD = np.zeros_like(dy_PTKD)
-    rows = [case.compared_rows(a.shape[1]) for a in w]
-    sizes = [(a.shape[0], np.arange(a.shape[1])[r].size, a.shape[2]) for a, r in zip(w, rows, strict=True)]
-    dw_gate, dw_up, dw_down = (np.zeros((*x_PTD.shape[:-3], *size)) for size in sizes)
+    dx_PTKD, found = np.zeros_like(dy_PTKD), {}
+    rows = {name: case.compared_rows(a.shape[1]) for name, a in reference.of_experts(w).items()}
+    for name, a in reference.of_experts(w).items():
+        size = a.shape if len(a.shape) == 2 else (a.shape[0], np.arange(a.shape[1])[rows[name]].size, a.shape[2])
+        found[name] = np.zeros((*x_PTD.shape[:-3], *size))
     for g in np.unique(id_PTK[id_PTK >= 0]):
         p, t, k = np.nonzero(id_PTK == g)
         x_nD, dy_nD, n = x_PTD[..., p, t, :], dy_PTKD[..., p, t, k, :], p.size
-        act_nF, slope_nF, up_nF, hidden_nF = _hidden(case, x_nD, w, g, numbers)
-        dhidden_nF = numbers.round(numbers.matmul(dy_nD, w.w_down[g].T, case.width, case.wide), case.dtype)
-        dgate_nF = numbers.round(numbers.round(dhidden_nF * up_nF, case.wide) * slope_nF, case.dtype)
-        dup_nF = numbers.round(dhidden_nF * act_nF, case.dtype)
-        through_gate_nD = numbers.matmul(dgate_nF, w.w_gate[g].T, case.hidden, case.wide)
-        through_up_nD = numbers.matmul(dup_nF, w.w_up[g].T, case.hidden, case.wide)
-        dx_PTKD[..., p, t, k, :] = numbers.round(through_gate_nD, case.dtype) + numbers.round(through_up_nD, case.dtype)
-        dw_gate[..., g, :, :] = numbers.matmul(x_nD[..., rows[0]].swapaxes(-1, -2), dgate_nF, n, case.wide)
-        dw_up[..., g, :, :] = numbers.matmul(x_nD[..., rows[1]].swapaxes(-1, -2), dup_nF, n, case.wide)
-        dw_down[..., g, :, :] = numbers.matmul(hidden_nF[..., rows[2]].swapaxes(-1, -2), dy_nD, n, case.wide)
-    return dx_PTKD, (dw_gate, dw_up, dw_down)
+        hid = reference.hidden_of(case, x_nD, w, g, numbers)
+        dgate_nF, dup_nF = reference.gate_and_up_backward(case, hid, dy_nD, w.w_down[g], case.width, numbers)
+        through = ((dgate_nF, w.w_gate), (dup_nF, w.w_up))
+        dx_PTKD[..., p, t, k, :] = reference.dx_of(case, through, g, numbers)
+        of_weights = {"w_gate": (x_nD, dgate_nF), "w_up": (x_nD, dup_nF), "w_down": (hid.value, dy_nD)}
+        of_biases = {"b_gate": dgate_nF, "b_up": dup_nF, "b_down": dy_nD}
+        for name, gradient in found.items():
+            if name in of_weights:
+                a, d = of_weights[name]
+                gradient[..., g, :, :] = numbers.matmul(a[..., rows[name]].swapaxes(-1, -2), d, n, case.wide)
+            else:
+                gradient[..., g, :] = numbers.terms(of_biases[name], n, case.wide).sum(axis=-2)
+    return dx_PTKD, found
 
 
 def combine(case: Case, y_PTKD: Array, score_PTK: Array, keep_PTK: Array, numbers: Numbers) -> Array:
@@ -135,10 +135,8 @@ def group_backward(case: Case, dx_PTKD: Array, keep_PTK: Array, numbers: Numbers
 
 
 def layer(
-    case: Case, x_PTD: Array, router_DE: Array, w: Weights, dout_PTD: Array, id_PTK: Array, keep_PTK: Array,
-    numbers: Numbers, aux_PTK: Array | float = 0.0,
+    case: Case, x_PTD: Array, w: Parameters, dout_PTD: Array, id_PTK: Array, keep_PTK: Array, numbers: Numbers,
+    aux_PTK: Array | float = 0.0,
 ) -> Layer:  # fmt: skip
     """See `reference.layer`."""
-    return reference.layer(
-        case, x_PTD, router_DE, w, dout_PTD, id_PTK, keep_PTK, numbers, aux_PTK, oracle=sys.modules[__name__]
-    )
+    return reference.layer(case, x_PTD, w, dout_PTD, id_PTK, keep_PTK, numbers, aux_PTK, oracle=sys.modules[__name__])

@@ -36,11 +36,11 @@ class Windows:
         return Windows(self.bank.astype(dtype), self.shape, self.first)
 
 
-def draw_windows(shape: tuple[int, int, int], rng: np.random.Generator) -> Windows:
-    """Random weights [E, rows, columns], scaled as a linear layer's are."""
+def draw_windows(shape: tuple[int, int, int], rng: np.random.Generator, size: float = 1) -> Windows:
+    """Random weights [E, rows, columns], scaled as a linear layer's are, and by `size`."""
     E, rows, columns = shape
     bank = rng.standard_normal(rows * columns + (E - 1) * STRIDE, dtype=np.float32)
-    return Windows(bank / np.sqrt(rows).astype(np.float32), shape)
+    return Windows(bank * np.float32(size / np.sqrt(rows)), shape)
 
 
 @dataclass(frozen=True)

@@ -130,16 +130,16 @@ class Eager:
         return jax.block_until_ready(self.function(*arguments))
 
 
-def put(tree: dict[str, np.ndarray], P: int, how: str, groups: int = 1) -> Arrays:
-    """On the devices: a rank's part on the rank's device, the router on all of its group."""
+def put(tree: dict[str, np.ndarray], P: int, how: str, *, split: bool = True, groups: int = 1) -> Arrays:
+    """On the devices: a rank's part on the rank's device; without `split`, all of it on every device of its group."""
     if how == "vmap" or P * groups == 1:
         return {name: jnp.asarray(a) for name, a in tree.items()}
 
-    def place(name: str, a: np.ndarray) -> jax.Array:
+    def place(a: np.ndarray) -> jax.Array:
         # Not device_put, which compares what the processes give it, and to which NaN is not equal to NaN.
-        return jax.make_array_from_callback(a.shape, sharding(P, name != "router", groups), lambda index: a[index])
+        return jax.make_array_from_callback(a.shape, sharding(P, split, groups), lambda index: a[index])
 
-    return {name: place(name, np.asarray(a)) for name, a in tree.items()}
+    return {name: place(np.asarray(a)) for name, a in tree.items()}
 
 
 def everywhere(tree: dict[str, np.ndarray], P: int, how: str) -> Arrays:

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jax_impl
 from jax_impl import dynamic, exchange, experts, grouping, layer, layout, routing
 from jax_impl.dynamic import exchange as dynamic_exchange
 from jax_impl.dynamic import grouping as dynamic_grouping
 from jax_impl.dynamic import layout as dynamic_layout
 from jax_impl.grouping import Capacity, plan_capacity
 from parity.cases.case import Case, not_default
+from parity.cases.parameters import BY_NAME, Parameter, parameters_of
 from parity.oracle import reference
 from parity.oracle.problem import Problem
 from parity.oracle.rows import Layout, indices, lay_out, row_tables
@@ -25,7 +27,7 @@ from parity.oracle.windows import STRIDE, Windows
 from parity.run import jax_ranks
 from parity.run.backend import Backend, Setting, resolve
 from parity.run.jax_ranks import AXIS, At, Eager, Program, fetch, over_ranks, put
-from parity.run.naming import MAIN, named, named_stages
+from parity.run.naming import MAIN, named, named_stages, together
 from parity.run.trace import Trace, differing_bits
 
 Arrays = dict[str, jax.Array]
@@ -68,17 +70,17 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
             stages_of, _static(case), _capacity(case), case.capacity, how,
             bool(problem.second and problem.second.own_choice), frozenset(backend.provides),
         )  # fmt: skip
-        weights = _weights(problem, how_whole, groups)
+        learned = _learned(problem, how_whole, groups)
 
         def whole(first: Problem, stage: str) -> dict[str, np.ndarray]:
             steps = [stages_of.inputs(one) for one in (first, problem.second) if one]
             if groups > 1:
                 steps = [{name: np.stack([step[name] for step in steps]) for name in steps[0]}]
-            inputs = [put(step, case.ranks, how_whole, groups) for step in steps]
+            inputs = [put(step, case.ranks, how_whole, groups=groups) for step in steps]
             # Outside a program, checks of arguments read them: there is no step that must not wait for the host.
             guard = "allow" if case.way == "eager" else "disallow"
             with jax.transfer_guard_device_to_host(guard):
-                arrays = whole_layer(at, stage, weights, *inputs)
+                arrays = whole_layer(at, stage, learned, *inputs)
             return fetch(arrays, how_whole)
 
         first = _per_rank(whole(problem, "the first step"), groups)
@@ -86,7 +88,7 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
             whole(other, "steps on other inputs")
         again = _per_rank(whole(problem, "the first step, repeated"), groups)
         feeds = put(_feeds(problem, stages_of), case.ranks, how)
-        alone = isolated(at, "the stages on their own", _weights(problem, how), feeds)
+        alone = isolated(at, "the stages on their own", _learned(problem, how), feeds)
         arrays = again | _per_rank(fetch(alone, how), 1)
     for name, ranks in first.items():
         mode, _, quantity = name.partition("/")
@@ -100,18 +102,19 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
     return trace
 
 
-def _weights(problem: Problem, how: str, groups: int = 1) -> Arrays:
-    """[P, e, ...], for several groups with one more axis.
+def _learned(problem: Problem, how: str, groups: int = 1) -> Arrays:
+    """Of the experts [P, e, ...], the same on all ranks of the rest; for several groups with one more axis.
 
-    Those of real size are put together from their bank where they are needed.
+    Weights of real size are put together from their bank where they are needed.
     """
     P, e = problem.case.ranks, problem.case.experts // problem.case.ranks
     split = None if how == "vmap" or P == 1 else jax_ranks.sharding(P, True)
 
-    def on_devices(w: np.ndarray | Windows) -> jax.Array:
+    def on_devices(parameter: Parameter, w: np.ndarray | Windows) -> jax.Array:
         if not isinstance(w, Windows):
-            of_ranks = w.reshape(P, e, *w.shape[1:])
-            return put({"w": np.stack([of_ranks] * groups) if groups > 1 else of_ranks}, P, how, groups)["w"]
+            of_ranks = w.reshape(P, e, *w.shape[1:]) if parameter.per_rank else w
+            of_groups = np.stack([of_ranks] * groups) if groups > 1 else of_ranks
+            return put({"w": of_groups}, P, how, split=parameter.per_rank, groups=groups)["w"]
         _, rows, columns = w.shape
 
         def windows(bank):
@@ -119,10 +122,10 @@ def _weights(problem: Problem, how: str, groups: int = 1) -> Arrays:
             flat = jax.vmap(lambda start: jax.lax.dynamic_slice(bank, (start,), (rows * columns,)))(starts)
             return flat.reshape(P, e, rows, columns)
 
-        bank = put({"router": w.bank}, P, how)["router"]
+        bank = put({"w": w.bank}, P, how, split=False)["w"]
         return jax.jit(windows, out_shardings=split)(bank)
 
-    return {name: on_devices(w) for name, w in problem.weights._asdict().items()}
+    return {name: on_devices(BY_NAME[name], w) for name, w in problem.parameters.there().items()}
 
 
 TURNED = "'"  # ends the name of an array of two steps in flight whose backwards came in the other order
@@ -136,8 +139,13 @@ def _per_rank(arrays: dict[str, np.ndarray], groups: int) -> dict[str, list[np.n
     if groups > 1:
         of_group = enumerate(("e2e", "second"))
         arrays = {name.replace("e2e", mode, 1): a[g] for g, mode in of_group for name, a in arrays.items()}
-    one_for_all = ("e2e/route/drouter", "second/route/drouter")
-    return {name: [a] if name.removesuffix(TURNED) in one_for_all else list(a) for name, a in arrays.items()}
+    summed = {one.gradient for one in BY_NAME.values() if not one.per_rank}
+
+    def one_for_all(name: str) -> bool:
+        mode, _, value = name.removesuffix(TURNED).partition("/")
+        return mode in ("e2e", "second") and value in summed
+
+    return {name: [a] if one_for_all(name) else list(a) for name, a in arrays.items()}
 
 
 def environment() -> dict[str, str]:
@@ -184,7 +192,7 @@ class Static:
 
     @staticmethod
     def inputs(problem: Problem) -> dict[str, np.ndarray]:
-        return {name: getattr(problem, name) for name in ("x", "router", "expert_id", "score", "dout", "aux")}
+        return {name: getattr(problem, name) for name in ("x", "expert_id", "score", "dout", "aux")}
 
     def in_bins(self, rows: jax.Array) -> jax.Array:
         return rows.reshape(self.capacity.n_bins, self.capacity.rows, *rows.shape[1:])
@@ -201,9 +209,9 @@ class Static:
     def to_expert_major(self, x):
         return layout.to_expert_major(self.in_bins(x), self.counts_Pe)
 
-    def apply_experts(self, x, *weights):
-        major = x.reshape(*self.major, x.shape[1])
-        return experts.apply_experts(major, self.counts_Pe.sum(axis=0), *weights, experts=self.how)
+    def apply_experts(self, x, learned):
+        major, counts_e = x.reshape(*self.major, x.shape[1]), self.counts_Pe.sum(axis=0)
+        return experts.apply_experts(major, counts_e, *weights_in(learned), experts=self.how, **biases_in(learned))
 
     def to_rank_major(self, y, source, target):
         major = y.reshape(*self.major, y.shape[1])
@@ -219,10 +227,10 @@ class Static:
         return {"capacity": jnp.array(self.planned.rows)}
 
     @staticmethod
-    def layer(case, capacity, axis, x, router, weights, chosen, keep) -> tuple[Any, tuple]:  # noqa: ARG004
+    def layer(case, capacity, axis, x, learned, chosen, keep) -> tuple[Any, tuple]:  # noqa: ARG004
         """The whole layer, and what the gradient of the scores needs."""
-        how = options_of(case)
-        stages = layer.moe_layer(x, router, *weights, **how, capacity=capacity, routing=chosen, axis_name=axis)
+        how = options_of(case) | together(jax_impl, learned) | {"routing": chosen, "axis_name": axis}
+        stages = layer.moe_layer(x, learned["router"], *weights_in(learned), **how, capacity=capacity)
         grouped = stages.grouped
         return stages, (stages.returned_BCD, stages.routing.score_TK, grouped.slot_TK, grouped.assignment_BC)
 
@@ -257,8 +265,9 @@ class Ragged:
     def to_expert_major(self, x):
         return dynamic_layout.to_expert_major(x, self.counts_Pe)
 
-    def apply_experts(self, x, *weights):
-        return experts.apply_experts(x, self.counts_Pe.sum(axis=0), *weights, experts=self.how)
+    def apply_experts(self, x, learned):
+        counts_e = self.counts_Pe.sum(axis=0)
+        return experts.apply_experts(x, counts_e, *weights_in(learned), experts=self.how, **biases_in(learned))
 
     def to_rank_major(self, y, source, target):
         return dynamic_layout.to_rank_major(y, source, target)
@@ -273,11 +282,11 @@ class Ragged:
         return {}
 
     @staticmethod
-    def layer(case, capacity, axis, x, router, weights, chosen, keep) -> tuple[Any, tuple]:  # noqa: ARG004
+    def layer(case, capacity, axis, x, learned, chosen, keep) -> tuple[Any, tuple]:  # noqa: ARG004
         """As `Static.layer`; what a capacity would drop has its score masked."""
-        how = options_of(case)
         masked = chosen and chosen._replace(score_TK=chosen.score_TK * keep)
-        stages = dynamic.moe_layer(x, router, *weights, **how, routing=masked, axis_name=axis)
+        how = options_of(case) | together(jax_impl, learned) | {"routing": masked, "axis_name": axis}
+        stages = dynamic.moe_layer(x, learned["router"], *weights_in(learned), **how)
         grouped = stages.grouped
         own = chosen or stages.routing
         return stages, (stages.returned_ND, own.score_TK, grouped.slot_TK, grouped.assignment_N)
@@ -296,6 +305,16 @@ def options_of(case: Case) -> dict[str, Any]:
     return {"router": routing.Router(**of_router), "experts": experts.Experts(**of_experts)}
 
 
+def weights_in(learned: Arrays) -> tuple[Any, Any, Any]:
+    """The experts' weights; None for a gate that there is not."""
+    return learned.get("w_gate"), learned["w_up"], learned["w_down"]
+
+
+def biases_in(learned: Arrays) -> dict[str, Any]:
+    """The experts' biases, as the argument of `apply_experts`; nothing where there are none."""
+    return together(jax_impl, learned, "biases")
+
+
 @lru_cache(maxsize=4)  # cases with the same program come one after the other; more would only fill memory
 def programs(
     stages_of: Stages, case: Case, capacity: Capacity, oracle_rows: int, how: str, choose: bool, wanted: frozenset[str]
@@ -306,25 +325,30 @@ def programs(
     def provided(arrays: Arrays) -> Arrays:
         return {name: a for name, a in arrays.items() if name.removesuffix(TURNED) in wanted}
 
-    def layer_of(weights: Arrays, inputs: Arrays, choose: bool = False) -> WholeLayer:
+    def layer_of(learned: Arrays, inputs: Arrays, choose: bool = False) -> WholeLayer:
         how_whole, groups = ("vmap" if case.way == "eager" else how), case.processes // case.ranks
         each = partial(over_ranks, P=case.ranks, how=how_whole, groups=groups)
-        return WholeLayer(stages_of, case, capacity, axis, each, weights | inputs, choose)
+        return WholeLayer(stages_of, case, capacity, axis, each, learned, inputs, choose)
 
-    def end_to_end(weights: Arrays, *steps: Arrays) -> Arrays:
+    def end_to_end(learned: Arrays, *steps: Arrays) -> Arrays:
         if len(steps) == 1:
-            return provided(layer_of(weights, *steps).backward("e2e"))
+            return provided(layer_of(learned, *steps).backward("e2e"))
         found: Arrays = {}
         for turned in (False, True):  # both forwards before both backwards
-            both = [layer_of(weights, steps[0]), layer_of(weights, steps[1], choose)]
+            both = [layer_of(learned, steps[0]), layer_of(learned, steps[1], choose)]
             for i in (1, 0) if turned else (0, 1):
                 arrays = both[i].backward(("e2e", "second")[i])
                 found |= {name + TURNED * turned: a for name, a in arrays.items()}
         return provided(found)
 
-    def isolated(weights: Arrays, feeds: Arrays) -> Arrays:
+    def isolated(learned: Arrays, feeds: Arrays) -> Arrays:
+        # Those that are the same on all ranks have one copy for each here, so that their gradients are the ranks' own.
+        own = {
+            name: a if BY_NAME[name].per_rank else jnp.broadcast_to(a, (case.ranks, *a.shape))
+            for name, a in learned.items()
+        }
         each = over_ranks(partial(_isolated, stages_of, case, capacity, oracle_rows, axis), case.ranks, how)
-        return provided(each(weights | feeds))
+        return provided(each(own, feeds))
 
     options = _AS_USERS_DO if case.way == "compiled" and jax.default_backend() == "cpu" else None
     whole = Eager(end_to_end) if case.way == "eager" else Program(jax.jit(end_to_end, compiler_options=options))
@@ -346,35 +370,42 @@ class WholeLayer:
     """The whole layer on all ranks, with the oracle's expert ids or those that the router chooses: forward at once."""
 
     def __init__(
-        self, stages_of: Stages, case: Case, capacity: Capacity, axis: str | None, each: Callable, whole: Arrays,
-        choose: bool,
+        self, stages_of: Stages, case: Case, capacity: Capacity, axis: str | None, each: Callable, learned: Arrays,
+        whole: Arrays, choose: bool,
     ) -> None:  # fmt: skip
         self.stages_of, self.case, self.each, self.whole = stages_of, case, each, whole
+        self.names = [one.name for one in parameters_of(case) if one.learned]
+        known = {name: a for name, a in learned.items() if name not in self.names}
         self.keep = whole.get("keep", whole["expert_id"])  # of use to the layout that asks for it
 
-        def forward(x, router, ids, keep, score, *weights):
-            chosen = None
+        def forward(x, ids, keep, score, *values):
+            learned, chosen = dict(zip([*self.names, *known], values, strict=True)), None
             if not choose:
-                chosen = routing.route(x, router, options_of(case)["router"], expert_id_TK=ids)
+                more = together(jax_impl, learned, "per_expert")
+                chosen = routing.route(x, learned["router"], options_of(case)["router"], expert_id_TK=ids, **more)
                 chosen = without_padding(chosen, ids) if case.uneven else chosen
                 own = chosen.score_TK
                 if capacity.priority == "score":  # who is dropped goes by scores to the last bit: those of the oracle
                     chosen = chosen._replace(score_TK=own + jax.lax.stop_gradient(score - own))
-            stages, combined = stages_of.layer(case, capacity, axis, x, router, weights, chosen, keep)
+            stages, combined = stages_of.layer(case, capacity, axis, x, learned, chosen, keep)
             own = stages.routing.score_TK if choose else own
             return (stages.out_TD, own), (named_stages(stages) | {"route/score": own}, combined)
 
         forward = jax.checkpoint(forward) if case.way == "recomputed" else forward
 
-        def differentiable(x, router, *weights):
-            return each(forward, replicated=(1,))(x, router, whole["expert_id"], self.keep, whole["score"], *weights)
+        replicated = tuple(4 + i for i, name in enumerate([*self.names, *known]) if not BY_NAME[name].per_rank)
 
-        inputs = tuple(whole[n] for n in ("x", "router", "w_gate", "w_up", "w_down"))
-        _, self.vjp, (self.values, self.combined) = jax.vjp(differentiable, *inputs, has_aux=True)
+        def differentiable(x, *values):
+            inputs = (x, whole["expert_id"], self.keep, whole["score"])
+            return each(forward, replicated=replicated)(*inputs, *values, *known.values())
+
+        values = (learned[name] for name in self.names)
+        _, self.vjp, (self.values, self.combined) = jax.vjp(differentiable, whole["x"], *values, has_aux=True)
 
     def backward(self, mode: str) -> Arrays:
         """Every value and every gradient, as mode/stage/value."""
-        dx, drouter, *dw = self.vjp((self.whole["dout"], self.whole["aux"]))
+        dx, *found = self.vjp((self.whole["dout"], self.whole["aux"]))
+        gradients = compared(self.case, dict(zip(self.names, found, strict=True)))
 
         def score_gradient(y, score, slot, assignment, keep, dout):
             return jax.vjp(lambda score: self.stages_of.weigh(y, score, slot, assignment, keep), score)[1](dout)[0]
@@ -382,18 +413,22 @@ class WholeLayer:
         values = self.values | {
             "combine/dscore": self.each(score_gradient)(*self.combined, self.keep, self.whole["dout"])
             + self.whole["aux"],
-            **{f"apply_experts/{name}": a for name, a in compared(self.case, dw).items()},
-            "route/drouter": drouter,
+            **{BY_NAME[name].gradient: a for name, a in gradients.items()},
             "route/dx": dx,
         }
         return {f"{mode}/{name}": value for name, value in values.items()}
 
 
-def compared(case: Case, dw: Sequence[jax.Array]) -> Arrays:
-    """Of the weights' gradients, the rows that are compared."""
-    names = ("dw_gate", "dw_up", "dw_down")
-    rows = [case.compared_rows(a.shape[-2]) for a in dw]
-    return {n: a[..., r if isinstance(r, slice) else np.array(r), :] for n, a, r in zip(names, dw, rows, strict=True)}
+def compared(case: Case, gradients: Arrays) -> Arrays:
+    """Of the gradients of what is learned, by name, the rows that are compared."""
+
+    def some(name: str, a: jax.Array) -> jax.Array:
+        if len(BY_NAME[name].axes.split()) < 3:
+            return a
+        rows = case.compared_rows(a.shape[-2])
+        return a[..., rows if isinstance(rows, slice) else np.array(rows), :]
+
+    return {name: some(name, a) for name, a in gradients.items()}
 
 
 # What each isolated stage is fed: the oracle's value, and the row order it comes in. Padding is NaN where the stage
@@ -418,22 +453,24 @@ _FEEDS = {
 def _feeds(problem: Problem, stages_of: Stages) -> dict[str, np.ndarray]:
     case, P = problem.case, problem.case.ranks
     table = row_tables(case, problem.expert_id, problem.keep, stages_of.layout)
-    rows = {"x": np.repeat(problem.x.reshape(-1, case.width), case.top_k, axis=0)}
+    rows = {"x": np.repeat(problem.given.reshape(-1, case.width), case.top_k, axis=0)}
     rows |= {n: getattr(problem, n).reshape(-1, case.width) for n in ("y", "dy", "dx_rows")}
     rows["order"] = np.where(problem.keep[..., None], problem.order_probe()[0], 0).reshape(-1, case.width)
     feeds = {n: np.stack(lay_out(rows[of], table[where], fill)) for n, (of, where, fill) in _FEEDS.items()}
     if case.bins == P or stages_of is Ragged:  # rows past the groups, which no expert may read
         feeds["x_expert_major"] = np.stack(lay_out(rows["x"], table["expert_major"], np.nan))
-    feeds |= {n: getattr(problem, n) for n in ("x", "expert_id", "other_experts", "score", "dscore", "dout", "keep")}
+    feeds |= {
+        n: getattr(problem, n) for n in ("x", "given", "expert_id", "other_experts", "score", "dscore", "dout", "keep")
+    }
     sent_PE = reference.sent(case, problem.expert_id, problem.keep, stages_of.layout)
     feeds |= {"sent_E": sent_PE.astype(np.int32), "counts_Pe": reference.received(case, sent_PE).astype(np.int32)}
     index = [indices(case, table, rank) for rank in range(P)]
     feeds |= {name: np.stack([i[name] for i in index]).astype(np.int32) for name in index[0]}
-    return feeds | {"router_of_rank": np.broadcast_to(problem.router, (P, *problem.router.shape))}
+    return feeds
 
 
 def _isolated(
-    stages_of: Stages, case: Case, planned: Capacity, oracle_rows: int, axis: str | None, feeds: Arrays
+    stages_of: Stages, case: Case, planned: Capacity, oracle_rows: int, axis: str | None, learned: Arrays, feeds: Arrays
 ) -> Arrays:
     """Every stage of one rank fed the oracle's input, forward and backward."""
     out: Arrays = {}
@@ -442,12 +479,15 @@ def _isolated(
     def keep_values(stage: str, values: Arrays) -> None:
         out.update({f"isolated/{stage}/{key}": value for key, value in values.items()})
 
-    def alone(stage: str, f: Callable[..., Any], inputs: Arrays, cotangent: jax.Array) -> Arrays:
-        """What the stage returns, and the gradient of each input from the cotangent of what the next stage takes."""
+    def alone(stage: str, f: Callable[..., Any], inputs: Arrays, cotangent: jax.Array, returns: str = "") -> Arrays:
+        """What the stage returns, and the gradient of each input from the cotangent of what the next stage takes.
+
+        `returns` is the name of that, where it is not what the next stage takes.
+        """
 
         def named_result(*leaves: jax.Array) -> tuple[jax.Array, Arrays]:
-            values = named(stage, f(*leaves))
-            return values[MAIN[stage]], values
+            values = {returns: f(*leaves)} if returns else named(stage, f(*leaves))
+            return values[returns or MAIN[stage]], values
 
         _, vjp, values = jax.vjp(named_result, *inputs.values(), has_aux=True)
         found = values | {f"d{name}": g for name, g in zip(inputs, vjp(cotangent), strict=True)}
@@ -455,22 +495,35 @@ def _isolated(
         return found
 
     ids, score, keep = (feeds[n] for n in ("expert_id", "score", "keep"))
-    router = options_of(case)["router"]
+    how = options_of(case)
 
-    def replay(x: jax.Array, router_DE: jax.Array) -> Any:
-        chosen = routing.route(x, router_DE, router, expert_id_TK=feeds["other_experts"])
+    def of_stage(wanted: Callable[[Parameter], bool]) -> Arrays:
+        return {one.name: learned[one.name] for one in parameters_of(case) if one.learned and wanted(one)}
+
+    def summed(found: Arrays, names: Iterable[str]) -> Arrays:
+        gradients = {f"d{name}": found[f"d{name}"] for name in names}
+        return gradients if axis is None else jax.lax.psum(gradients, axis)
+
+    def route(x: jax.Array, of_router: Arrays, ids: jax.Array | None) -> routing.Routing:
+        values = learned | of_router
+        more = together(jax_impl, values, "per_expert")
+        return routing.route(x, values["router"], how["router"], expert_id_TK=ids, **more)
+
+    of_router = of_stage(lambda one: one.stage == "route")
+
+    def replay(x: jax.Array, *w: jax.Array) -> Any:
+        chosen = route(x, dict(zip(of_router, w, strict=True)), feeds["other_experts"])
         return without_padding(chosen, feeds["other_experts"])
 
-    replayed = alone("route", replay, {"x": feeds["x"], "router": feeds["router_of_rank"]}, feeds["dscore"])
-    own = routing.route(feeds["x"], feeds["router_of_rank"], router)
-    summed = replayed["drouter"] if axis is None else jax.lax.psum(replayed["drouter"], axis)
-    keep_values("route", {"expert_id": jnp.where(ids >= 0, own.expert_id_TK, -1), "drouter": summed})
+    replayed = alone("route", replay, {"x": feeds["x"]} | of_router, feeds["dscore"])
+    own = route(feeds["x"], {}, None)
+    keep_values("route", {"expert_id": jnp.where(ids >= 0, own.expert_id_TK, -1)} | summed(replayed, of_router))
     counts = routing.count_per_expert(ids, case.experts)
 
     def group(x: jax.Array) -> Any:
         return stages.group_by_expert(x, ids, score, counts)
 
-    alone("group_by_expert", group, {"x": feeds["x"]}, feeds["dx_grouped"])
+    alone("group_by_expert", group, {"x": feeds["given"]}, feeds["dx_grouped"])
     keep_values("group_by_expert", stages.planned_rows())
 
     keep_values("exchange_counts", named("exchange_counts", stages.exchange_counts(feeds["sent_E"])))
@@ -478,10 +531,24 @@ def _isolated(
     alone("send_tokens", stages.send_tokens, {"x": feeds["x_grouped"]}, feeds["dx_received"])
     alone("to_expert_major", stages.to_expert_major, {"x": feeds["x_received"]}, feeds["dx_expert_major"])
 
-    weights = {n: feeds[n] for n in ("w_gate", "w_up", "w_down")}
-    inputs = {"x": feeds["x_expert_major"]} | weights
-    found = alone("apply_experts", stages.apply_experts, inputs, feeds["dy_expert_major"])
-    keep_values("apply_experts", compared(case, [found[f"d{name}"] for name in weights]))
+    of_experts = of_stage(lambda one: one.per_rank)
+
+    def apply_experts(x: jax.Array, *w: jax.Array) -> Any:
+        return stages.apply_experts(x, dict(zip(of_experts, w, strict=True)))
+
+    inputs = {"x": feeds["x_expert_major"]} | of_experts
+    found = alone("apply_experts", apply_experts, inputs, feeds["dy_expert_major"])
+    gradients = compared(case, {name: found[f"d{name}"] for name in of_experts})
+    keep_values("apply_experts", {f"d{name}": a for name, a in gradients.items()})
+    of_shared = of_stage(lambda one: one.name.startswith("shared"))
+    if of_shared:
+
+        def shared_expert(x: jax.Array, *w: jax.Array) -> jax.Array:
+            shared = together(jax_impl, dict(zip(of_shared, w, strict=True)), "shared")
+            return experts.shared_expert(x, **shared, experts=how["experts"])
+
+        found = alone("apply_experts", shared_expert, {"shared_x": feeds["x"]} | of_shared, feeds["dout"], "shared")
+        keep_values("apply_experts", summed(found, of_shared))
 
     def back(y: jax.Array) -> Any:
         return stages.to_rank_major(y, feeds["source"], feeds["target"])

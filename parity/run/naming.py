@@ -1,6 +1,8 @@
 """What a stage returns, as arrays named like quantities: `Grouped.slot_TK` of `group_by_expert` is its `slot`."""
 
 import re
+from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from parity.oracle.quantities import QUANTITIES
@@ -29,10 +31,29 @@ MADE_BY = {
     "y": "apply_experts",
     "rank_major": "to_rank_major",
     "returned": "return_tokens",
+    "shared": "apply_experts/shared",
     "out": "combine",
     "dropped_E": "group_by_expert/dropped",
     "dropped": "group_by_expert/dropped_in_all",
 }
+
+
+# What the layers take together: the argument, its type, and the names of its fields here, in order.
+TOGETHER = {
+    "per_expert": ("PerExpert", ("router_bias", "selection_bias", "expert_scale")),
+    "biases": ("Biases", ("b_gate", "b_up", "b_down")),
+    "shared": ("Shared", ("shared_w_gate", "shared_w_up", "shared_w_down", "shared_score")),
+}
+
+
+def together(package: ModuleType, values: Mapping[str, Any], *wanted: str) -> dict[str, Any]:
+    """Of these arguments those of which there is something: the others are left to the layer's defaults."""
+    kinds = {argument: TOGETHER[argument] for argument in wanted or TOGETHER}
+    return {
+        argument: getattr(package, kind)(*(values.get(name) for name in names))
+        for argument, (kind, names) in kinds.items()
+        if any(values.get(name) is not None for name in names)
+    }
 
 
 def stem(field: str) -> str:
@@ -57,6 +78,8 @@ def named_stages(stages: Any) -> dict[str, Any]:
     """The arrays of a whole layer's `Stages`, as stage/value."""
     found: dict[str, Any] = {}
     for field, part in stages._asdict().items():
+        if part is None:
+            continue
         made = MADE_BY.get(field) or MADE_BY[stem(field)]
         stage, _, value = made.partition("/")
         found |= {made: part} if value else {f"{stage}/{key}": a for key, a in named(stage, part).items()}

@@ -6,7 +6,7 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -16,13 +16,15 @@ import msgspec
 import numpy as np
 
 from parity.cases.case import Case
+from parity.cases.parameters import BY_NAME, PARAMETERS, parameters_of
 from parity.oracle.problem import Problem
 from parity.oracle.quantities import OUTSIDE
 from parity.run.backend import Backend, resolve
 
-WEIGHTS = ("w_gate", "w_up", "w_down")
 # What an argument may be called, before a suffix that says its shape: x_TD, or x.
-ARGUMENTS = ("x", "router", *WEIGHTS, "expert_id", "score", "keep", "case", "group", "axis_name")
+ARGUMENTS = ("x", *BY_NAME, "expert_id", "score", "keep", "case", "group", "axis_name")
+# What a layer may have of its own, and so not take: it then differs, and that is shown.
+BASIC = ("router", "w_gate", "w_up", "w_down")
 KNOW_RANKS = {"torch": "group", "jax": "axis_name"}
 
 
@@ -35,15 +37,16 @@ class Signature(NamedTuple):
 
     arguments: dict[str, str]  # by what each is, its name in the function: {"x": "x_TD"}
     per_rank: bool  # it is called on each rank, and is given the group or the axis
-    all_experts: bool  # of the weights; else this rank's
+    all_experts: bool  # of what is learned of each expert; else this rank's
+    optional: frozenset[str] = frozenset()  # of the arguments, those that have a default: None is given where it is not
 
     def given(self, name: str) -> bool:
         """Whether it takes this."""
         return name in self.arguments
 
 
-def signature(framework: str, names: list[str], where: str) -> Signature:
-    """What a function with these arguments is given.
+def signature(framework: str, names: list[str], where: str, optional: Collection[str] = ()) -> Signature:
+    """What a function with these arguments is given; `optional` are those that have a default.
 
     Raises ValueError on a name that says nothing.
     """
@@ -56,16 +59,22 @@ def signature(framework: str, names: list[str], where: str) -> Signature:
                 "suffix for its shape if you like, as in x_TD"
             )
         found[stem] = name
-    if (weights := [w for w in WEIGHTS if w in found]) and len(weights) < len(WEIGHTS):
-        raise ValueError(f"{where} takes {' and '.join(weights)} only: take {', '.join(WEIGHTS)}, or none of them")
+    of_experts = [one.name for one in PARAMETERS if one.per_rank and one.name in found]
+    if of_experts and not {"w_up", "w_down"} <= found.keys():
+        raise ValueError(
+            f"{where} takes {' and '.join(of_experts)} only: take w_gate (where experts have a gate), w_up and w_down, "
+            "or none of them"
+        )
     if "x" not in found:
         raise ValueError(f"{where} takes no x: the tokens, [T, D] on each rank")
     other = next(word for of, word in KNOW_RANKS.items() if of != framework)
     if other in found:
         raise ValueError(f"{where} takes {other}, which a layer in {framework} has not")
     per_rank = KNOW_RANKS[framework] in found
-    suffixes = {found[w].removeprefix(w).lstrip("_")[:1] for w in WEIGHTS if w in found}
-    return Signature(found, per_rank or framework == "torch", not per_rank if suffixes <= {""} else suffixes == {"E"})
+    suffixes = {found[w].removeprefix(w).lstrip("_")[:1] for w in of_experts}
+    all_experts = not per_rank if suffixes <= {""} else suffixes == {"E"}
+    has_default = frozenset(what for what, name in found.items() if name in optional)
+    return Signature(found, per_rank or framework == "torch", all_experts, has_default)
 
 
 def read(whole: str) -> Backend | None:
@@ -173,16 +182,22 @@ def _record(asked: str, path: Path, source: str, node: ast.FunctionDef, several:
 
 def provided(takes: Signature) -> tuple[str, ...]:
     """What is compared: the output and the gradients of what the layer takes; and each again, from a second run."""
-    routed = takes.given("router") or takes.given("score")
-    has = {"route/drouter": routed, **{f"apply_experts/d{w}": takes.given(w) for w in WEIGHTS}}
-    names = [name for name in OUTSIDE if has.get(name.removeprefix("e2e/"), True)]
+    has = {f"e2e/{one.gradient}": needs(takes, one.name) for one in PARAMETERS}
+    names = [name for name in OUTSIDE if has.get(name, True)]
     return (*names, *(name.replace("e2e", "repeat", 1) for name in names))
+
+
+def needs(takes: Signature, name: str) -> bool:
+    """Whether what a layer returns depends on what is learned: it takes it, or the scores that are made with it."""
+    return takes.given(name) or (BY_NAME[name].stage == "route" and takes.given("score"))
 
 
 def load(backend: Backend) -> tuple[Callable[..., Any], Signature]:
     """The function, of a file that is run for it, and what it is given."""
     function = _function(backend.stages)
-    return function, signature(backend.framework, list(inspect.signature(function).parameters), backend.files[""])
+    arguments = inspect.signature(function).parameters
+    optional = [name for name, argument in arguments.items() if argument.default is not argument.empty]
+    return function, signature(backend.framework, list(arguments), backend.files[""], optional)
 
 
 @cache  # not once for each case
@@ -217,6 +232,11 @@ def refusal(function: Callable[..., Any], takes: Signature, problem: Problem) ->
         return "assignments are dropped, and it takes no `keep` that says which"
     if problem.aux.any() and not takes.given("score"):
         return "the gradient of an auxiliary loss is handed in, and it takes no `score`"
+    there = {one.name for one in parameters_of(problem.case)}
+    if lacking := [name for name in BY_NAME if name in there and not needs(takes, name) and name not in BASIC]:
+        return f"it takes no {', '.join(f'`{name}`' for name in lacking)}"
+    if absent := [name for name in BY_NAME if takes.given(name) and name not in there and name not in takes.optional]:
+        return f"there is no {', '.join(f'`{name}`' for name in absent)}, and it has no default for that"
     answer = getattr(function, "supports", bool)(problem.case)
     return answer if isinstance(answer, str) else "" if answer else "it says so"
 
@@ -239,5 +259,5 @@ def of_rank(case: Case, a: np.ndarray, rank: int) -> np.ndarray:
 
 
 def arguments(takes: Signature, values: Mapping[str, Any]) -> dict[str, Any]:
-    """By the names that the function has for them."""
-    return {own: values[what] for what, own in takes.arguments.items()}
+    """By the names that the function has for them; what there is not is left to its default."""
+    return {own: values[what] for what, own in takes.arguments.items() if what in values}

@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jax_impl
 from jax_impl import routing
 from parity import Unsupported, recording
 from parity.cases.case import Case
+from parity.cases.parameters import BY_NAME, parameters_of
 from parity.oracle.problem import Problem
 from parity.run import inside, jax_ranks, own
 from parity.run.backend import Backend, Setting
 from parity.run.jax_ranks import AXIS, At, Eager, Program, fetch, over_ranks
 from parity.run.jax_stages import compared, environment, options_of
-from parity.run.own import WEIGHTS, OwnLayerError, Signature
+from parity.run.naming import together
+from parity.run.own import OwnLayerError, Signature
 from parity.run.trace import Trace, differing_bits
 
 Arrays = dict[str, jax.Array]
@@ -61,8 +64,8 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
 
 def _inputs(problem: Problem) -> dict[str, np.ndarray]:
     """Of all ranks: [P, T, ...], and the weights of all experts."""
-    names = ("x", "router", "expert_id", "keep", "dout", "aux")
-    return {name: getattr(problem, name) for name in names} | problem.weights._asdict()
+    names = ("x", "expert_id", "keep", "dout", "aux")
+    return {name: getattr(problem, name) for name in names} | problem.parameters.there()
 
 
 def _step(
@@ -71,16 +74,19 @@ def _step(
 ) -> tuple[Arrays, Arrays]:  # fmt: skip
     """Output and gradients, by name, and what the layer gives from its inside; `orders` takes those that it names."""
     P, e = case.ranks, case.experts // case.ranks
-    taken = ["x", *(n for n in ("router", *WEIGHTS) if takes.given(n) or (n == "router" and takes.given("score")))]
+    learned = {one.name: one.learned for one in parameters_of(case) if own.needs(takes, one.name)}
+    taken = ["x", *(name for name in learned if learned[name])]
+    known = {name: inputs[name] for name in learned if not learned[name]}
 
     def call(x: jax.Array, ids: jax.Array, keep: jax.Array, *leaves: jax.Array) -> Found:
         values = {"x": x, "expert_id": ids, "keep": keep, "case": case, "axis_name": AXIS if P > 1 else None}
-        values |= dict(zip(taken[1:], leaves, strict=True))
-        score = jnp.zeros(ids.shape, inputs["router"].dtype)
+        values |= dict(zip(taken[1:], leaves, strict=True)) | known
+        score = jnp.zeros(ids.shape, inputs["aux"].dtype)
         if takes.given("score"):
 
             def chosen(x: jax.Array, ids: jax.Array) -> jax.Array:
-                return routing.route(x, values["router"], options_of(case)["router"], expert_id_TK=ids).score_TK
+                more = together(jax_impl, values, "per_expert")
+                return routing.route(x, values["router"], options_of(case)["router"], ids, **more).score_TK
 
             values["score"] = score = chosen(x, ids) if takes.per_rank else jax.vmap(chosen)(x, ids)
         with recording() as recorded:
@@ -98,7 +104,7 @@ def _step(
     def whole(x: jax.Array, *leaves: jax.Array) -> Found:
         if not takes.per_rank:
             return call(x, inputs["expert_id"], inputs["keep"], *leaves)
-        replicated = [3 + i for i, n in enumerate(taken[1:]) if n == "router" or takes.all_experts]
+        replicated = [3 + i for i, n in enumerate(taken[1:]) if not BY_NAME[n].per_rank or takes.all_experts]
         split = [a if 3 + i in replicated else a.reshape(P, e, *a.shape[1:]) for i, a in enumerate(leaves)]
         each = over_ranks(call, P, how, replicated=tuple(replicated))
         return each(x, inputs["expert_id"], inputs["keep"], *split)
@@ -108,9 +114,7 @@ def _step(
     dx, *found = vjp((inputs["dout"], inputs["aux"]))
     gradients = dict(zip(taken[1:], found, strict=True))
     values = {"combine/out": out, "route/dx": dx}
-    values |= {"route/drouter": gradients["router"]} if "router" in gradients else {}
-    weights = [gradients[name] for name in WEIGHTS if name in gradients]
-    values |= {f"apply_experts/{n}": a for n, a in compared(case, weights).items()} if weights else {}
+    values |= {BY_NAME[name].gradient: a for name, a in compared(case, gradients).items()}
     return {f"e2e/{name}": a for name, a in values.items()}, within
 
 
@@ -135,7 +139,8 @@ def _per_rank_inside(case: Case, given: Mapping[str, np.ndarray]) -> dict[str, l
 
 
 def _per_rank(case: Case, name: str, a: np.ndarray) -> list[np.ndarray]:
-    """An array for each rank; one in all of the router's gradient."""
-    if name.endswith("drouter"):
-        return [a]
-    return list(a) if "dw_" not in name else [own.of_rank(case, a, rank) for rank in range(case.ranks)]
+    """An array for each rank; one in all of a gradient that is summed over ranks."""
+    learned = BY_NAME.get(name.rpartition("/d")[2])
+    if not learned or name.startswith(inside.ROWS):
+        return list(a)
+    return [own.of_rank(case, a, rank) for rank in range(case.ranks)] if learned.per_rank else [a]

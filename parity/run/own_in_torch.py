@@ -13,17 +13,20 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint
 
+import torch_impl
 from parity import Unsupported, record, recording
+from parity.cases.parameters import BY_NAME, parameters_of
 from parity.oracle.problem import Problem
 from parity.run import inside, own, torch_ranks
 from parity.run.backend import Backend, Setting
 from parity.run.inside import Hook
-from parity.run.own import WEIGHTS, OwnLayerError, Signature
+from parity.run.naming import together
+from parity.run.own import OwnLayerError, Signature
 from parity.run.torch_ranks import At
 from parity.run.torch_stages import (
     Group,
-    compared,
     environment,
+    gradients,
     options_of,
     poisoned_memory,
     to_numpy,
@@ -143,9 +146,10 @@ def _step(
     def put(a: np.ndarray) -> Tensor:
         return to_torch(a).to(device)
 
-    leaves = {"x": put(problem.x[rank]), "router": put(problem.router)}
-    leaves |= {name: weights_of(getattr(problem.weights, name), mine, device) for name in WEIGHTS}
-    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    leaves, known = {"x": put(problem.x[rank])}, problem.parameters.there()
+    for one in parameters_of(case):
+        leaves[one.name] = weights_of(known[one.name], mine if one.per_rank else slice(None), device)
+    leaves = {name: leaf.requires_grad_(name not in BY_NAME or BY_NAME[name].learned) for name, leaf in leaves.items()}
     ids = put(problem.expert_id[rank])
     given: dict[str, Any] = {"expert_id": ids, "keep": put(problem.keep[rank]), "case": case, "group": group}
 
@@ -156,7 +160,8 @@ def _step(
         values = given | dict(zip(leaves, inputs, strict=True))
         score = inputs[0].new_zeros(())
         if takes.given("score"):
-            chosen = routing.route(values["x"], values["router"], options_of(case)["router"], expert_id_TK=ids)
+            more = together(torch_impl, values, "per_expert")
+            chosen = routing.route(values["x"], values["router"], options_of(case)["router"], expert_id_TK=ids, **more)
             values["score"] = score = chosen.score_TK
         with recording() as recorded:
             result = layer(**own.arguments(takes, values))
@@ -171,17 +176,12 @@ def _step(
         whole = partial(checkpoint, whole, use_reentrant=False)
     out, score = whole(*leaves.values())
     own.checked(out, (case.tokens, case.width), leaves["x"].dtype, backend)
-    taken = [name for name in leaves if takes.given(name) or (name == "router" and takes.given("score"))]
+    taken = [name for name, leaf in leaves.items() if leaf.requires_grad and (name == "x" or own.needs(takes, name))]
     found = _gradients(out, score, {name: leaves[name] for name in taken}, problem, put, rank, backend)
-    if "router" in found:
-        found["router"] = torch_ranks.all_sum(found["router"], group)
-    for name in WEIGHTS:
-        if name in found and takes.all_experts:
-            found[name] = torch_ranks.all_sum(found[name], group)[rank * e : (rank + 1) * e]
-    weights = [found[name] for name in WEIGHTS if name in found]
-    values = {"combine/out": out, "route/dx": found["x"]}
-    values |= {"route/drouter": found["router"]} if "router" in found else {}
-    values |= {f"apply_experts/{name}": a for name, a in compared(case, weights).items()} if weights else {}
+    values = {"combine/out": out, "route/dx": found.pop("x")}
+    for name in [name for name in found if takes.all_experts and BY_NAME[name].per_rank]:
+        found[name] = torch_ranks.all_sum(found[name], group)[rank * e : (rank + 1) * e]
+    values |= gradients(case, found, group)
     outside = {f"e2e/{name}": to_numpy(a) for name, a in values.items()}
     return outside, {name: to_numpy(a) for name, a in within.items()}, orders
 

@@ -128,6 +128,8 @@ def my_group(groups: int, rank: int) -> tuple[int, dist.ProcessGroup | None]:
 def all_sum(a: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The sum over ranks of the group, as data-parallel training does for a replicated parameter."""
     if dist.is_initialized():
-        a = a.clone(memory_format=torch.contiguous_format)  # a gradient may be part of another one's memory
-        dist.all_reduce(a, group=group)
+        # A copy, as a gradient may be part of another one's memory; in float32, in which ranks add up 16 bits.
+        total = a.to(torch.promote_types(a.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        a = total.to(a.dtype)
     return a

@@ -2,7 +2,7 @@
 
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,9 @@ import torch.fx.experimental.symbolic_shapes  # as the first gradient does: here
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import torch_impl
 from parity.cases.case import Case, not_default
+from parity.cases.parameters import BY_NAME, Parameter, parameters_of
 from parity.oracle import reference
 from parity.oracle.problem import Problem
 from parity.oracle.quantities import QUANTITIES
@@ -25,7 +27,7 @@ from parity.oracle.rows import Layout, indices, lay_out, row_tables
 from parity.oracle.windows import STRIDE, Windows
 from parity.run import torch_ranks
 from parity.run.backend import Backend, Setting, resolve
-from parity.run.naming import MAIN, named, named_stages
+from parity.run.naming import MAIN, named, named_stages, together
 from parity.run.torch_ranks import At
 from parity.run.trace import Trace, differing_bits
 from torch_impl import exchange, experts, grouping, layer, layout, routing, static
@@ -35,6 +37,7 @@ from torch_impl.static import grouping as static_grouping
 from torch_impl.static import layout as static_layout
 
 Arrays = dict[str, np.ndarray]
+Tensors = Mapping[str, Tensor]
 Group = dist.ProcessGroup | None
 
 
@@ -214,8 +217,8 @@ class Dynamic:
         output_size = None if self.alone else self.splits.total  # without, it is as many as x has rows
         return layout.to_expert_major(x, counts_Pe, output_size)
 
-    def apply_experts(self, x: Tensor, counts_e: Tensor, *weights: Tensor) -> Any:
-        return experts.apply_experts(x, counts_e, *weights, experts=self.how)
+    def apply_experts(self, x: Tensor, counts_e: Tensor, learned: Tensors) -> Any:
+        return experts.apply_experts(x, counts_e, *weights_in(learned), experts=self.how, **biases_in(learned))
 
     def to_rank_major(self, y: Tensor, source: Tensor, target: Tensor) -> Any:
         return layout.to_rank_major(y, source, target)
@@ -231,14 +234,14 @@ class Dynamic:
 
     @staticmethod
     def layer(
-        case: Case, inputs: tuple[Any, ...], chosen: routing.Routing | None, keep: Tensor, capacity: object,  # noqa: ARG004
+        case: Case, x: Tensor, learned: Tensors, chosen: routing.Routing | None, keep: Tensor, capacity: object,  # noqa: ARG004
         group: Group,
     ) -> layer.Stages:  # fmt: skip
         """The whole layer; what a capacity would drop has its score masked."""
         masked = chosen and with_scores(chosen, chosen.score_TK * keep)
-        how = options_of(case)
-        most = case.tokens if case.uneven else None
-        return layer.moe_layer(*inputs, **how, routing=masked, max_tokens=most, group=group)
+        how = options_of(case) | together(torch_impl, learned)
+        most, weights = (case.tokens if case.uneven else None), weights_in(learned)
+        return layer.moe_layer(x, learned["router"], *weights, **how, routing=masked, max_tokens=most, group=group)
 
 
 class Static:
@@ -270,8 +273,9 @@ class Static:
     def to_expert_major(self, x: Tensor, counts_Pe: Tensor) -> Any:
         return static_layout.to_expert_major(self.in_bins(x), counts_Pe)
 
-    def apply_experts(self, x: Tensor, counts_e: Tensor, *weights: Tensor) -> Any:
-        return static_experts.apply_experts(x.reshape(*self.major, x.shape[1]), counts_e, *weights, experts=self.how)
+    def apply_experts(self, x: Tensor, counts_e: Tensor, learned: Tensors) -> Any:
+        x = x.reshape(*self.major, x.shape[1])
+        return static_experts.apply_experts(x, counts_e, *weights_in(learned), experts=self.how, **biases_in(learned))
 
     def to_rank_major(self, y: Tensor, source: Tensor, target: Tensor) -> Any:
         major = y.reshape(*self.major, y.shape[1])
@@ -288,12 +292,12 @@ class Static:
 
     @staticmethod
     def layer(
-        case: Case, inputs: tuple[Any, ...], chosen: routing.Routing | None, keep: Tensor, capacity: static.Capacity,  # noqa: ARG004
-        group: Group,
+        case: Case, x: Tensor, learned: Tensors, chosen: routing.Routing | None, keep: Tensor,  # noqa: ARG004
+        capacity: static.Capacity, group: Group,
     ) -> static.Stages:  # fmt: skip
         """The whole layer; its own capacity drops."""
-        how = options_of(case)
-        return static.moe_layer(*inputs, **how, capacity=capacity, routing=chosen, group=group)
+        how, weights = options_of(case) | together(torch_impl, learned), weights_in(learned)
+        return static.moe_layer(x, learned["router"], *weights, **how, capacity=capacity, routing=chosen, group=group)
 
 
 Stages = type[Dynamic] | type[Static]
@@ -303,6 +307,16 @@ def options_of(case: Case) -> dict[str, Any]:
     """How the layer routes and computes, for `moe_layer`."""
     of_router, of_experts = not_default(case.router), not_default(case.expert)
     return {"router": routing.Router(**of_router), "experts": experts.Experts(**of_experts)}
+
+
+def weights_in(learned: Tensors) -> tuple[Any, Any, Any]:
+    """The experts' weights; None for a gate that there is not."""
+    return learned.get("w_gate"), learned["w_up"], learned["w_down"]
+
+
+def biases_in(learned: Tensors) -> dict[str, Any]:
+    """The experts' biases, as the argument of `apply_experts`; nothing where there are none."""
+    return together(torch_impl, learned, "biases")
 
 
 def with_scores(chosen: routing.Routing, score_TK: Tensor) -> routing.Routing:
@@ -320,8 +334,6 @@ def plan(case: Case) -> static.Capacity:
 def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.device, at: At, group: Group) -> Arrays:
     """Every stage fed the oracle's input, forward and backward."""
     case, out = problem.case, {}
-    e = case.experts // case.ranks
-    mine = slice(rank * e, (rank + 1) * e)
     table = row_tables(case, problem.expert_id, problem.keep, stages_of.layout)
     sent_PE = reference.sent(case, problem.expert_id, problem.keep, stages_of.layout)
     received_Pe = reference.received(case, sent_PE)[rank]
@@ -335,20 +347,26 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
     def keep_values(stage: str, values: dict[str, Tensor]) -> None:
         out.update({f"isolated/{stage}/{k}": to_numpy(a) for k, a in values.items() if isinstance(a, Tensor)})
 
-    def alone(stage: str, f: Callable[..., Any], inputs: dict[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
-        """What the stage returns, and the gradient of each input from the cotangent of what the next stage takes."""
+    def alone(
+        stage: str, f: Callable[..., Any], inputs: dict[str, Tensor], cotangent: Tensor, returns: str = ""
+    ) -> dict[str, Tensor]:
+        """What the stage returns, and the gradient of each input from the cotangent of what the next stage takes.
+
+        `returns` is the name of that, where it is not what the next stage takes.
+        """
         at(stage)
         leaves = {name: a.requires_grad_() for name, a in inputs.items()}
         before = copies_of(given := [*leaves.values(), cotangent])
-        values = named(stage, f(*leaves.values()))
+        values = {returns: f(*leaves.values())} if returns else named(stage, f(*leaves.values()))
         # A copy now, in the caller's stream: autograd waits at its end for streams that f may have forgotten.
         copies = {name: a.detach().clone() for name, a in values.items() if isinstance(a, Tensor)}
-        result, wanted = values[MAIN[stage]], tuple(leaves.values())
+        result, wanted = values[returns or MAIN[stage]], tuple(leaves.values())
         gradients = torch.autograd.grad(result, wanted, cotangent, retain_graph=True)
         kept = copies_of(gradients)
         again = torch.autograd.grad(result, wanted, cotangent)
         found = copies | {f"d{name}": g for name, g in zip(leaves, kept, strict=True)}
-        found |= {"again": differing(again, kept), "changed": differing(given, before)}
+        if not returns:
+            found |= {"again": differing(again, kept), "changed": differing(given, before)}
         keep_values(stage, found)
         return found
 
@@ -356,16 +374,28 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
         return put(tokens_of(case, rank, a))
 
     ids, keep, score = put_tokens(problem.expert_id), put_tokens(problem.keep), put_tokens(problem.score)
-    x_rows = np.repeat(problem.x.reshape(-1, case.width), case.top_k, axis=0)
-    router = options_of(case)["router"]
+    x_rows = np.repeat(problem.given.reshape(-1, case.width), case.top_k, axis=0)
+    learned = learned_of(problem, rank, device)
+    how = options_of(case)
 
-    def replay(x: Tensor, router_DE: Tensor) -> routing.Routing:
-        return routing.route(x, router_DE, router, expert_id_TK=put_tokens(problem.other_experts))
+    def of_stage(wanted: Callable[[Parameter], bool]) -> dict[str, Tensor]:
+        return {one.name: learned[one.name] for one in parameters_of(case) if one.learned and wanted(one)}
 
-    inputs = {"x": put_tokens(problem.x), "router": put(problem.router)}
-    replayed = alone("route", replay, inputs, put_tokens(problem.dscore))
-    own = routing.route(put_tokens(problem.x), put(problem.router), router)
-    keep_values("route", {"expert_id": own.expert_id_TK, "drouter": torch_ranks.all_sum(replayed["drouter"], group)})
+    def summed(found: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        return {f"d{name}": torch_ranks.all_sum(found[f"d{name}"], group) for name in names}
+
+    def route(x: Tensor, of_router: Tensors, ids: Tensor | None) -> routing.Routing:
+        values = {**learned, **of_router}
+        more = together(torch_impl, values, "per_expert")
+        return routing.route(x, values["router"], how["router"], expert_id_TK=ids, **more)
+
+    of_router = of_stage(lambda one: one.stage == "route")
+    replayed = alone(
+        "route", lambda x, *w: route(x, dict(zip(of_router, w, strict=True)), put_tokens(problem.other_experts)),
+        {"x": put_tokens(problem.x)} | of_router, put_tokens(problem.dscore),
+    )  # fmt: skip
+    own = route(put_tokens(problem.x), {}, None)
+    keep_values("route", {"expert_id": own.expert_id_TK} | summed(replayed, of_router))
     counts = routing.count_per_expert(ids, case.experts)
 
     splits = (sent_PE[rank].reshape(case.ranks, -1).sum(axis=1).tolist(), received_Pe.sum(axis=1).tolist())
@@ -375,7 +405,7 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
     def grouped(x: Tensor) -> Any:
         return stages.group_by_expert(x, ids, score, counts)
 
-    alone("group_by_expert", grouped, {"x": put_tokens(problem.x)}, rows(problem.dx_rows, "grouped"))
+    alone("group_by_expert", grouped, {"x": put_tokens(problem.given)}, rows(problem.dx_rows, "grouped"))
     keep_values("group_by_expert", stages.planned())
 
     at("exchange_counts")
@@ -387,14 +417,25 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
         rows(problem.dx_rows, "expert_major"),
     )  # fmt: skip
 
-    weights = {n: weights_of(w, mine, device) for n, w in problem.weights._asdict().items()}
+    of_experts = of_stage(lambda one: one.per_rank)
     found = alone(
-        "apply_experts", lambda x, *w: stages.apply_experts(x, counts_Pe.sum(0), *w),
-        {"x": rows(x_rows, "expert_major", stages.padding)} | weights,
+        "apply_experts",
+        lambda x, *w: stages.apply_experts(x, counts_Pe.sum(0), dict(zip(of_experts, w, strict=True))),
+        {"x": rows(x_rows, "expert_major", stages.padding)} | of_experts,
         rows(problem.dy, "expert_major", stages.padding),
     )  # fmt: skip
-    keep_values("apply_experts", compared(case, [found[f"d{name}"] for name in weights]))
-    del weights, found
+    keep_values("apply_experts", compared(case, {name: found[f"d{name}"] for name in of_experts}))
+    of_shared = of_stage(lambda one: one.name.startswith("shared"))
+    if of_shared:
+
+        def shared_expert(x: Tensor, *w: Tensor) -> Tensor:
+            shared = together(torch_impl, dict(zip(of_shared, w, strict=True)), "shared")
+            return experts.shared_expert(x, **shared, experts=how["experts"])
+
+        inputs = {"shared_x": put_tokens(problem.x)} | of_shared
+        found = alone("apply_experts", shared_expert, inputs, put_tokens(problem.dout), returns="shared")
+        keep_values("apply_experts", summed(found, of_shared))
+    del learned, found
 
     of_oracle = indices(case, table, rank)
     of_oracle["slot"] = of_oracle["slot"][: ids.shape[0]]
@@ -427,8 +468,7 @@ class Step:
     def __init__(
         self, problem: Problem, stages_of: Stages, rank: int, device: torch.device, group: Group, waits: "HostWaits"
     ) -> None:
-        case, e = problem.case, problem.case.experts // problem.case.ranks
-        mine = slice(rank * e, (rank + 1) * e)
+        case = problem.case
 
         def put(a: np.ndarray) -> Tensor:
             return to_torch(a).to(device)
@@ -439,17 +479,16 @@ class Step:
         def put_tokens(a: np.ndarray) -> Tensor:
             return put(tokens_of(case, rank, a))
 
-        self.x, self.router = put_tokens(problem.x).requires_grad_(), put(problem.router).requires_grad_()
-        self.weights = [weights_of(w, mine, device).requires_grad_() for w in problem.weights]
+        self.x, self.learned = put_tokens(problem.x).requires_grad_(), learned_of(problem, rank, device)
+        self.leaves = {one.name: self.learned[one.name].requires_grad_() for one in parameters_of(case) if one.learned}
         self.ids, self.keep = put_tokens(problem.expert_id), put_tokens(problem.keep)
         self.score = put_tokens(problem.score) if case.priority == "score" else None
         self.dout, self.aux = put_tokens(problem.dout), put_tokens(problem.aux)
         # Inside one compiled graph autograd sees no scores; what is added to them has the same gradient.
         self.probe = torch.zeros_like(self.aux).requires_grad_() if case.way == "compiled" else None
-        self.given = {
-            "route": [self.router], "group_by_expert": [self.x, self.ids], "apply_experts": self.weights,
-            "combine": [self.dout],
-        }  # fmt: skip
+        self.given = {"group_by_expert": [self.x, self.ids], "combine": [self.dout]}
+        for one in parameters_of(case):
+            self.given.setdefault(one.stage, []).append(self.learned[one.name])
         self.before = {stage: copies_of(tensors) for stage, tensors in self.given.items()}
 
     def forward(self, choose: bool = False) -> None:
@@ -461,35 +500,34 @@ class Step:
         if case.way == "recomputed":
             layer = partial(checkpoint, layer, use_reentrant=False)
         with self.waits.counted():
-            self.stages, self.scores = layer(self.x, self.router, *self.weights)
+            self.stages, self.scores = layer(self.x, *self.learned.values())
 
-    def _replayed(self, *inputs: Tensor) -> tuple[Any, Tensor]:
-        case, (x, router, *_) = self.problem.case, inputs
-        chosen = routing.route(x, router, options_of(case)["router"], expert_id_TK=self.ids)
+    def _replayed(self, x: Tensor, *learned: Tensor) -> tuple[Any, Tensor]:
+        case, values = self.problem.case, dict(zip(self.learned, learned, strict=True))
+        more = together(torch_impl, values, "per_expert")
+        chosen = routing.route(x, values["router"], options_of(case)["router"], expert_id_TK=self.ids, **more)
         scores = chosen.score_TK
         if self.probe is not None:
             scores = scores + self.probe
             chosen = with_scores(chosen, scores)
         if self.score is not None:  # who is dropped goes by scores to the last bit: those of the oracle
             chosen = with_scores(chosen, scores + (self.score - scores).detach())
-        return self.stages_of.layer(case, inputs, chosen, self.keep, self.capacity, self.group), scores
+        return self.stages_of.layer(case, x, values, chosen, self.keep, self.capacity, self.group), scores
 
-    def _chosen(self, *inputs: Tensor) -> tuple[Any, Tensor]:
-        stages = self.stages_of.layer(self.problem.case, inputs, None, self.keep, self.capacity, self.group)
+    def _chosen(self, x: Tensor, *learned: Tensor) -> tuple[Any, Tensor]:
+        values = dict(zip(self.learned, learned, strict=True))
+        stages = self.stages_of.layer(self.problem.case, x, values, None, self.keep, self.capacity, self.group)
         return stages, stages.routing.score_TK
 
     def backward(self) -> Arrays:
         """Every value and every gradient, as e2e/stage/value."""
-        leaves = (self.x, self.scores if self.probe is None else self.probe, self.router, *self.weights)
+        leaves = (self.x, self.scores if self.probe is None else self.probe, *self.leaves.values())
         with self.waits.counted():
-            dx, dscore, drouter, *dw = torch.autograd.grad(
-                (self.stages.out_TD, self.scores), leaves, (self.dout, self.aux)
-            )
+            dx, dscore, *found = torch.autograd.grad((self.stages.out_TD, self.scores), leaves, (self.dout, self.aux))
         values = named_stages(self.stages) | {
             "route/score": self.scores,
             "combine/dscore": dscore,
-            **{f"apply_experts/{name}": a for name, a in compared(self.problem.case, dw).items()},
-            "route/drouter": torch_ranks.all_sum(drouter, self.group),
+            **gradients(self.problem.case, dict(zip(self.leaves, found, strict=True)), self.group),
             "route/dx": dx,
             **{f"{stage}/changed": differing(given, self.before[stage]) for stage, given in self.given.items()},
         }
@@ -516,10 +554,26 @@ def weights_of(w: np.ndarray | Windows, mine: slice, device: torch.device) -> to
     return bank.as_strided(size, strides, (w.first + mine.start) * STRIDE).clone()
 
 
-def compared(case: Case, dw: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of the weights' gradients, the rows that are compared."""
-    names = ("dw_gate", "dw_up", "dw_down")
-    return {name: a[:, case.compared_rows(a.shape[1])] for name, a in zip(names, dw, strict=True)}
+def learned_of(problem: Problem, rank: int, device: torch.device) -> dict[str, Tensor]:
+    """What is learned, by name: of the experts, a rank's own."""
+    e, values = problem.case.experts // problem.case.ranks, problem.parameters.there()
+    mine = slice(rank * e, (rank + 1) * e)
+    return {
+        one.name: weights_of(values[one.name], mine if one.per_rank else slice(None), device)
+        for one in parameters_of(problem.case)
+    }
+
+
+def gradients(case: Case, found: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
+    """Of what is learned, as stage/value: rows that are compared of what a rank has of its own, sums of the rest."""
+    own = compared(case, {name: a for name, a in found.items() if BY_NAME[name].per_rank})
+    summed = {f"d{name}": torch_ranks.all_sum(a, group) for name, a in found.items() if not BY_NAME[name].per_rank}
+    return {f"{BY_NAME[name[1:]].stage}/{name}": a for name, a in (own | summed).items()}
+
+
+def compared(case: Case, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the gradients of what a rank has of its own, the rows that are compared."""
+    return {f"d{n}": a[:, case.compared_rows(a.shape[1])] if a.ndim == 3 else a for n, a in found.items()}
 
 
 def to_torch(a: np.ndarray) -> torch.Tensor:

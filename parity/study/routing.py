@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parity.cases.case import Case
+from parity.cases.parameters import BY_NAME, Parameters
 from parity.cases.recording import case_of_recording, load_recording
 from parity.oracle import vectorised
 from parity.oracle.problem import draw
@@ -60,8 +61,9 @@ def recorded_routing(case: Case, steps: int) -> Routing:
     score = np.ones(ids.shape, np.float32)
     if "x" in tensors:
         x = tensors["x"].astype(np.float64).reshape(1, -1, all_in_one.width)
-        _, every = vectorised.route(all_in_one, x, tensors["router"].astype(np.float64), Exact())
-        score = chosen_scores(all_in_one, every, ids[None], Exact())[0].astype(np.float32)
+        learned = Parameters(**{n: a.astype(np.float64) for n, a in tensors.items() if n in BY_NAME})
+        _, every = vectorised.route(all_in_one, x, learned, Exact())
+        score = chosen_scores(all_in_one, every, ids[None], learned, Exact()).weight[0].astype(np.float32)
     n = min(steps, len(ids) // (P * T))
     ids, score = (a[: n * P * T].reshape(n, P, T, -1) for a in (ids, score))
     return Routing(case.recording, replace(all_in_one, ranks=P, tokens=T, name=case.name), ids, score)

@@ -10,10 +10,11 @@ import numpy as np
 from rich.table import Table
 
 from parity.cases.case import Case
+from parity.cases.parameters import BY_NAME, Parameters
 from parity.cases.recording import case_of_recording, load_recording
 from parity.oracle import vectorised
 from parity.oracle.problem import tokens_that_choose
-from parity.oracle.reference import Exact, Layer, Weights
+from parity.oracle.reference import Exact, Layer
 from parity.oracle.tolerances import numpy_dtype
 from parity.study.part import Asked, Part, Plot, Study, axes, section, svg, table
 from parity.study.routing import (
@@ -119,8 +120,7 @@ class Inputs(NamedTuple):
     """One step's tokens, router, weights and cotangent, in float64, that choose as a routing says."""
 
     x: Array
-    router: Array
-    weights: Weights
+    parameters: Parameters
     dout: Array
     expert_id: Array
 
@@ -135,23 +135,27 @@ def inputs_of(routing: Routing) -> Inputs:
     shapes = {"w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
     weights = [recorded.get(name, rng.standard_normal(s) / np.sqrt(s[1])) for name, s in shapes.items()]
     dout = rng.standard_normal((case.ranks, case.tokens, D))
-    return Inputs(x.astype(np.float64), router, Weights(*(np.asarray(w, np.float64) for w in weights)), dout, ids)
+    parameters = Parameters(router, *(np.asarray(w, np.float64) for w in weights))
+    return Inputs(x.astype(np.float64), parameters, dout, ids)
 
 
 def evaluate(case: Case, inputs: Inputs, keep: Array) -> Layer:
     """The oracle's layer, forward and backward, with only what is kept."""
-    x, router, weights, dout, ids = inputs
-    return vectorised.layer(case, x, router, weights, dout, ids, keep, Exact())
+    x, parameters, dout, ids = inputs
+    return vectorised.layer(case, x, parameters, dout, ids, keep, Exact())
 
 
 def errors(dropless: Layer, with_drops: Layer) -> tuple[float, float, float]:
     """Relative errors in L2 of the output, the tokens' gradient, and all expert weights' gradients."""
 
-    def relative(*names: str) -> float:
-        a, b = (np.concatenate([getattr(layer, n).reshape(-1) for n in names]) for layer in (dropless, with_drops))
+    def relative(arrays: Callable[[Layer], list[Array]]) -> float:
+        a, b = (np.concatenate([one.reshape(-1) for one in arrays(layer)]) for layer in (dropless, with_drops))
         return float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-300))
 
-    return relative("out"), relative("dx"), relative("dw_gate", "dw_up", "dw_down")
+    def of_weights(layer: Layer) -> list[Array]:
+        return [a for name, a in layer.gradients.items() if BY_NAME[name].stage == "apply_experts"]
+
+    return relative(lambda layer: [layer.out]), relative(lambda layer: [layer.dx]), relative(of_weights)
 
 
 def sweep(

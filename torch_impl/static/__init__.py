@@ -3,9 +3,21 @@
 Bfloat16 in rank bins needs Hopper or newer for that: on older GPUs PyTorch's `grouped_mm` waits.
 """
 
-from torch_impl.experts import Experts
-from torch_impl.routing import Router, Routing, route
+from torch_impl.experts import Biases, Experts, Shared
+from torch_impl.routing import PerExpert, Router, Routing, route
 from torch_impl.static.grouping import Capacity, plan_capacity
 from torch_impl.static.layer import Stages, moe_layer
 
-__all__ = ["Capacity", "Experts", "Router", "Routing", "Stages", "moe_layer", "plan_capacity", "route"]
+__all__ = [
+    "Biases",
+    "Capacity",
+    "Experts",
+    "PerExpert",
+    "Router",
+    "Routing",
+    "Shared",
+    "Stages",
+    "moe_layer",
+    "plan_capacity",
+    "route",
+]

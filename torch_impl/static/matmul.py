@@ -5,7 +5,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from torch_impl.matmul import fits_grouped_mm, group_ends
+from torch_impl.matmul import fits_grouped_mm, group_ends, rows_of_experts
 
 
 def grouped_matmul(
@@ -27,6 +27,29 @@ def grouped_matmul(
     for j, w_DF in enumerate(w_eDF.unbind()):
         y_MF = torch.where(expert_M1 == j, x_MD @ w_DF, y_MF)
     return y_MF
+
+
+def grouped_linear(
+    x_MD: Float[Tensor, "*M D"],
+    w_eDF: Float[Tensor, "e D F"],
+    counts_e: Integer[Tensor, " e"],
+    b_eF: Float[Tensor, "e F"] | None,
+) -> Float[Tensor, "*M F"]:
+    """Rows of expert j times w[j], plus b[j] where there are biases."""
+    y_MF = grouped_matmul(x_MD, w_eDF, counts_e)
+    return y_MF if b_eF is None else add_bias(y_MF, b_eF, counts_e)
+
+
+def add_bias(
+    y_MF: Float[Tensor, "*M F"], b_eF: Float[Tensor, "e F"], counts_e: Integer[Tensor, " e"]
+) -> Float[Tensor, "*M F"]:
+    """Each row plus its expert's bias; in an expert's own bin, all rows.
+
+    The bias of each row is a product with ones and zeros, whose gradient sums an expert's rows: no scatter-add.
+    """
+    if y_MF.ndim == 3:
+        return y_MF + y_MF.new_ones(*y_MF.shape[:2], 1) @ b_eF[:, None]
+    return y_MF + rows_of_experts(counts_e, y_MF.shape[0]).to(b_eF.dtype) @ b_eF
 
 
 def zero_padding(x_MD: Float[Tensor, "*M D"], counts_e: Integer[Tensor, " e"]) -> Float[Tensor, "*M D"]:
