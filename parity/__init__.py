@@ -26,6 +26,25 @@ def backend(*, framework: str, supports: Callable[[Any], Any] = bool) -> Callabl
     return mark
 
 
+def only(case: Any, *free: str, **has: Any) -> None:
+    """Raises Unsupported in a case whose router or experts have an option that a layer has not.
+
+        only(case, "scale", score_function=("softmax", "sigmoid"), renormalize=True)
+
+    says of a layer that it scales by anything, has two score functions, always renormalises, and has the default of
+    every other option (`python -m parity check --help` lists them).
+    """
+    options = case.router._asdict() | case.expert._asdict()
+    defaults = case.router._field_defaults | case.expert._field_defaults
+    if unknown := {*free, *has} - options.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))}: no option is called so: there are {', '.join(options)}")
+    for name, value in options.items():
+        wanted = has.get(name, defaults.get(name, value))
+        if name not in free and value not in (wanted if isinstance(wanted, tuple) else (wanted,)):
+            wanted = " or ".join(map(str, wanted)) if isinstance(wanted, tuple) else wanted
+            raise Unsupported(f"{name.replace('_', ' ')} {wanted} only")
+
+
 class Recorded(NamedTuple):
     """An array that a layer hands over from its inside."""
 

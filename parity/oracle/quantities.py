@@ -40,6 +40,7 @@ SEEN: tuple[Layout, ...] = tuple(layout for layout in get_args(Layout) if layout
 
 # What a layer gives that shows nothing of its inside: the output and gradients.
 OUTSIDE = ("e2e/combine/out", "e2e/route/dx", *(f"e2e/{one.gradient}" for one in PARAMETERS if one.learned))
+ALWAYS = OUTSIDE[:6]  # of that, what every layer has: without biases, scales and shared experts
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import msgspec
 
 from parity.cases.case import Case
-from parity.oracle.quantities import OUTSIDE, STAGES, quantity_of
+from parity.oracle.quantities import ALWAYS, OUTSIDE, STAGES, quantity_of
 from parity.oracle.rows import Layout
 
 
@@ -107,7 +107,7 @@ class Backend(msgspec.Struct, frozen=True):
     @property
     def unseen(self) -> str:
         """What of it is not compared, in words: "2 gradients, stages 2-8"; empty where that is nothing."""
-        return _words({*OUTSIDE} - {*self.provides}, [stage for stage in STAGES if not self.shows(stage)])
+        return _words({*ALWAYS} - {*self.provides}, [stage for stage in STAGES if not self.shows(stage)])
 
     def seen(self) -> str:
         """What of it is compared and what not, in words: "compared: output, 5 gradients; not seen: stages 1-8"."""

@@ -459,9 +459,8 @@ def _feeds(problem: Problem, stages_of: Stages) -> dict[str, np.ndarray]:
     feeds = {n: np.stack(lay_out(rows[of], table[where], fill)) for n, (of, where, fill) in _FEEDS.items()}
     if case.bins == P or stages_of is Ragged:  # rows past the groups, which no expert may read
         feeds["x_expert_major"] = np.stack(lay_out(rows["x"], table["expert_major"], np.nan))
-    feeds |= {
-        n: getattr(problem, n) for n in ("x", "given", "expert_id", "other_experts", "score", "dscore", "dout", "keep")
-    }
+    tokens = ("x", "given", "expert_id", "other_experts", "score", "dscore", "dout", "keep")
+    feeds |= {name: getattr(problem, name) for name in tokens}
     sent_PE = reference.sent(case, problem.expert_id, problem.keep, stages_of.layout)
     feeds |= {"sent_E": sent_PE.astype(np.int32), "counts_Pe": reference.received(case, sent_PE).astype(np.int32)}
     index = [indices(case, table, rank) for rank in range(P)]

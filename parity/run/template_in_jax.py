@@ -7,6 +7,8 @@ the tokens of all ranks and a device for each, and can make a mesh of its own.
     w_gate, w_up, w_down    of all experts, [E, D, F], [E, D, F], [E, F, D]
     score, expert_id        [P, T, K], for a layer that is given its routing
     keep       [P, T, K], false where an assignment is dropped
+    router_bias, selection_bias, expert_scale, b_gate, b_up, b_down, shared_w_gate, shared_w_up, shared_w_down,
+    shared_score            what some models have beside them (docs/models.md)
     case       sizes and options: `case.top_k`, `case.score_function`, ... (`python -m parity check --help`)
     axis_name  beside it, the layer is called on each rank within `shard_map`, and all that is above is that rank's
 """
@@ -16,7 +18,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from parity import Unsupported, backend
+from parity import backend, only
 
 einsum = partial(jnp.einsum, precision="highest")  # without it, GPUs and TPUs round float32 to fewer bits
 
@@ -24,8 +26,7 @@ einsum = partial(jnp.einsum, precision="highest")  # without it, GPUs and TPUs r
 @backend(framework="jax")
 def layer(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """The layer: [P, T, D] of the tokens."""
-    if case.activation != "silu":
-        raise Unsupported("silu only")
+    only(case, "scale", score_function=("softmax", "sigmoid"), renormalize=(False, True))
     wide = jnp.promote_types(x_PTD.dtype, jnp.float32)
     logits_PTE = einsum("ptd,de->pte", x_PTD.astype(wide), router_DE)
     score_PTE = jax.nn.softmax(logits_PTE) if case.score_function == "softmax" else jax.nn.sigmoid(logits_PTE)

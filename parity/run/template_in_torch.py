@@ -6,6 +6,8 @@ What the arguments are called says what the layer is given; leave out what it do
     w_gate, w_up, w_down    of all experts, [E, D, F], [E, D, F], [E, F, D]; beside a group, [e, ...] of this rank's
     score, expert_id        [T, K], for a layer that is given its routing
     keep       [T, K], false where an assignment is dropped
+    router_bias, selection_bias, expert_scale, b_gate, b_up, b_down, shared_w_gate, shared_w_up, shared_w_down,
+    shared_score            what some models have beside them (docs/models.md)
     case       sizes and options: `case.top_k`, `case.score_function`, ... (`python -m parity check --help`)
     group      the process group: for a layer that exchanges tokens between ranks
 """
@@ -13,14 +15,13 @@ What the arguments are called says what the layer is given; leave out what it do
 import torch
 from torch.nn.functional import silu
 
-from parity import Unsupported, backend
+from parity import backend, only
 
 
 @backend(framework="torch")
 def layer(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """The layer: [T, D] of the tokens."""
-    if case.activation != "silu":
-        raise Unsupported("silu only")
+    only(case, "scale", score_function=("softmax", "sigmoid"), renormalize=(False, True))
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     logits_TE = x_TD.to(wide) @ router_DE
     score_TE = logits_TE.softmax(-1) if case.score_function == "softmax" else logits_TE.sigmoid()
