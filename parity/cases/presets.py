@@ -57,27 +57,58 @@ def _presets() -> dict[str, Case]:
 PLAIN = _presets()
 PRESETS = PLAIN | pair_cases()  # with which every two values of two fields that can occur together do
 
-# Published shapes of real models: width, hidden width of an expert, routed experts, experts per token, whether scores
-# are renormalised. From each model's configuration (config.json) on the Hugging Face hub, where it has the name given.
+# Layers of real models. Sizes and options are those of the model's config.json on the Hugging Face hub, where the model
+# has the name given. What a configuration does not say (epsilon, precision of the router, what is clamped, what scores
+# multiply) is as the family's modeling file in transformers 5.24 computes it.
 
 
-def _model(
-    name: str, width: int, hidden: int, experts: int, top_k: int, renormalize: bool, **more: Any
-) -> tuple[str, Case]:
-    shape = {"width": width, "hidden": hidden, "experts": experts, "top_k": top_k, "renormalize": renormalize}
-    return name, Case(name, ranks=8, tokens=8, dtype="bfloat16", pattern="zipf", **shape, **more)
+def _model(name: str, width: int, hidden: int, experts: int, top_k: int, **options: Any) -> tuple[str, Case]:
+    shape = {"width": width, "hidden": hidden, "experts": experts, "top_k": top_k}
+    return name, Case(name, ranks=8, tokens=8, dtype="bfloat16", pattern="zipf", **shape, **options)
 
+
+def _deepseek_like(name: str, width: int, hidden: int, experts: int, scale: float, **options: Any) -> tuple[str, Case]:
+    """Eight of the experts by sigmoid plus bias, in float32; renormalised with 1e-20; one shared expert as wide."""
+    router = {"score_function": "sigmoid", "renormalize": True, "scale": scale, "selection_bias": True}
+    return _model(name, width, hidden, experts, 8, shared_hidden=hidden, **router, **options)
+
+
+# Logits are in the dtype of the tokens, the softmax in float32, and nothing guards the sum.
+_SOFTMAX: dict[str, Any] = {"epsilon": 0.0, "router_dtype": "activations"}
 
 MODELS = dict(
     [
-        # deepseek-ai/DeepSeek-V3
-        _model("deepseek-v3", 7168, 2048, 256, 8, True, score_function="sigmoid", scale=2.5),
-        _model("mixtral-8x7b", 4096, 14336, 8, 2, True),  # mistralai/Mixtral-8x7B-v0.1
-        _model("qwen3-30b-a3b", 2048, 768, 128, 8, True),  # Qwen/Qwen3-30B-A3B
-        _model("gpt-oss-120b", 2880, 2880, 128, 4, True),  # openai/gpt-oss-120b
-        _model("olmoe-1b-7b", 2048, 1024, 64, 8, False),  # allenai/OLMoE-1B-7B-0924
+        _deepseek_like("deepseek-v3", 7168, 2048, 256, 2.5, groups=8, top_groups=4),  # deepseek-ai/DeepSeek-V3
+        _deepseek_like("kimi-k2", 7168, 2048, 384, 2.827),  # moonshotai/Kimi-K2-Instruct
+        _deepseek_like("glm-4.5", 5120, 1536, 160, 2.5),  # zai-org/GLM-4.5
+        # Qwen/Qwen3-30B-A3B
+        _model("qwen3-30b-a3b", 2048, 768, 128, 8, renormalize=True, cast_scores=True, **_SOFTMAX),
+        _model(  # Qwen/Qwen3-Next-80B-A3B-Instruct
+            "qwen3-next", 2048, 512, 512, 10,
+            renormalize=True, cast_scores=True, shared_hidden=512, shared_score=True, **_SOFTMAX,
+        ),
+        _model("mixtral-8x7b", 4096, 14336, 8, 2, renormalize=True, **_SOFTMAX),  # mistralai/Mixtral-8x7B-v0.1
+        _model(  # openai/gpt-oss-120b
+            "gpt-oss-120b", 2880, 2880, 128, 4,
+            score_function="softmax_of_chosen", router_dtype="activations", cast_scores=True, router_bias=True,
+            expert_bias=True, activation="quick_gelu", clamp=7.0, up_offset=1.0,
+        ),
+        _model("olmoe-1b-7b", 2048, 1024, 64, 8, cast_scores=True, **_SOFTMAX),  # allenai/OLMoE-1B-7B-0924
+        _model(  # meta-llama/Llama-4-Scout-17B-16E
+            "llama4-scout", 5120, 8192, 16, 1,
+            score_function="sigmoid", router_dtype="activations", cast_scores=True, score_on="input",
+            shared_hidden=8192,
+        ),
+        _model(  # MiniMaxAI/MiniMax-M2
+            "minimax-m2", 3072, 1536, 256, 8,
+            score_function="sigmoid", renormalize=True, epsilon=0.0, router_dtype="activations", selection_bias=True,
+        ),
+        _model(  # google/gemma-4-26B-A4B; the RMS norm before its router is not part of the layer
+            "gemma4", 2816, 704, 128, 8,
+            renormalize=True, expert_scale=True, activation="gelu_tanh", **_SOFTMAX,
+        ),
     ]
-)
+)  # fmt: skip
 
 
 def command(case: Case) -> str:

@@ -47,6 +47,10 @@ mine.py@PYTHON, an interpreter of another environment; or package.module:name of
 a record."""
 
 
+MODEL_HELP = f"""Check the layer of real models at full width, or, on a CPU, with --width and --hidden that are smaller:
+{", ".join(MODELS)}."""
+
+
 @dataclass
 class Command:
     """Do PyTorch and JAX compute the same MoE layer, forward and backward, and is it the right one?
@@ -72,9 +76,7 @@ class Command:
     """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all. Twenty
     in a row have the same shapes, which JAX compiles once, and differ in routing."""
     backend: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help=BACKEND_HELP)] = ()
-    model: tuple[str, ...] = ()
-    """Check the layer of real models at full width: deepseek-v3, mixtral-8x7b, qwen3-30b-a3b, gpt-oss-120b or
-    olmoe-1b-7b."""
+    model: Annotated[tuple[str, ...], tyro.conf.arg(help=MODEL_HELP)] = ()
     device: Literal["cpu", "cuda"] = "cpu"
     """cuda: a GPU per rank, PyTorch over NCCL, where there are enough; otherwise all ranks share, over gloo."""
     jax_ranks: Literal["auto", "shard_map", "processes", "vmap"] = "auto"
