@@ -27,9 +27,9 @@ ONE_BY_ONE = {
 
 # For --quick: the oracle, the comparison, both implementations on one rank, and that they are mirrors of each other.
 QUICK = {
-    "test_activations", "test_compare", "test_extremes", "test_fields", "test_imports", "test_inputs",
-    "test_mirror", "test_reference", "test_results", "test_rows", "test_simulate", "test_tolerances", "test_vectorised",
-    "test_worked_examples",
+    "test_activations", "test_checkpoints", "test_compare", "test_extremes", "test_fields", "test_imports",
+    "test_inputs", "test_mirror", "test_reference", "test_results", "test_rows", "test_simulate", "test_tolerances",
+    "test_vectorised", "test_worked_examples",
 }  # fmt: skip
 STARTS_PROCESSES = {"torch_ranks", "warm_python", "warm"}
 
