@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Integer
 
@@ -60,8 +61,11 @@ def apply_experts(
 def shared_expert(x_TD: Float[Array, "T D"], shared: Shared, experts: Experts) -> Float[Array, "T D"]:
     """The same of every token with the one expert, times sigmoid(x @ score) where there is a score.
 
-    Every step rounds to x's dtype.
+    Every step rounds to x's dtype; the sigmoid is of float32, as XLA's of float16 is zero from -11 down.
     """
     gate_TH = None if shared.w_gate_DH is None else matmul(x_TD, shared.w_gate_DH)
     y_TD = matmul(glu(gate_TH, matmul(x_TD, shared.w_up_DH), experts), shared.w_down_HD)
-    return y_TD if shared.score_D is None else jax.nn.sigmoid(matmul(x_TD, shared.score_D))[:, None] * y_TD
+    if shared.score_D is None:
+        return y_TD
+    score_T = jax.nn.sigmoid(matmul(x_TD, shared.score_D).astype(np.promote_types(x_TD.dtype, np.float32)))
+    return score_T.astype(x_TD.dtype)[:, None] * y_TD

@@ -3,7 +3,7 @@
 import numpy as np
 
 from parity.oracle.problem import Problem, exact_inputs
-from parity.oracle.quantities import OUTSIDE
+from parity.oracle.quantities import ALWAYS
 from parity.run.backend import Backend
 from parity.run.supervisor import answer
 from parity.run.trace import Trace
@@ -25,13 +25,13 @@ def layer(case, router, gate, up, down, x, dout, chosen, kept, aux):  # [D, E], 
 
 def run(backend, folder, setting):
     for p in map(Problem.load, sorted(folder.glob("*.problem"))):
-        case, (x, router, weights, dout) = p.case, exact_inputs(p)
+        case, (x, learned, dout) = p.case, exact_inputs(p)
         of = (np.einsum("ptke,ptk->pte", np.eye(case.experts)[p.expert_id], a) for a in (p.keep | True, p.keep, p.aux))
-        found = layer(case, router, *weights, *(a.reshape(-1, a.shape[-1]) for a in (x, dout, *of)))
-        arrays = {n: np.array_split(a.astype(p.x.dtype), case.ranks) for n, a in zip(OUTSIDE, found, strict=True)}
-        arrays["e2e/route/drouter"] = [found[2].astype(p.router.dtype)]  # of all ranks
+        found = layer(case, *learned[:4], *(a.reshape(-1, a.shape[-1]) for a in (x, dout, *of)))
+        arrays = {n: np.array_split(a.astype(p.x.dtype), case.ranks) for n, a in zip(ALWAYS, found, strict=True)}
+        arrays["e2e/route/drouter"] = [found[2].astype(p.parameters.router.dtype)]  # of all ranks
         Trace(case, backend, {}, arrays=arrays).save(folder)
         answer(case.name)
 
 
-BACKEND = Backend("numpy", "numpy", "opaque", OUTSIDE, {"": "tests/numpy_backend.py"}, run="numpy_backend:run")
+BACKEND = Backend("numpy", "numpy", "opaque", ALWAYS, {"": "tests/numpy_backend.py"}, run="numpy_backend:run")

@@ -21,7 +21,7 @@ from parity.cli.main import main
 from parity.judge.engine import judge, make_report
 from parity.judge.records import Report, header
 from parity.oracle.problem import Problem, draw
-from parity.oracle.quantities import OUTSIDE, STAGES, names
+from parity.oracle.quantities import ALWAYS, STAGES, names
 from parity.report.html import page
 from parity.report.terminal import print_report
 from parity.run.backend import Backend, Setting, spans
@@ -102,7 +102,7 @@ def test_a_layer_in_numpy_beside_pytorch_and_jax(three):
     assert "torch: compared" not in html
     assert "no row to compare" not in html
     assert {backend for _, backend in traces} == {"torch", "jax", "numpy"}
-    assert traces["zipf", "numpy"].arrays.keys() == {*OUTSIDE}
+    assert traces["zipf", "numpy"].arrays.keys() == {*ALWAYS}
     assert len(Path(numpy_backend.__file__).read_text().splitlines()) <= 40
 
 
@@ -113,7 +113,7 @@ def test_each_of_its_arrays_is_held_against_the_oracle_and_both_others(three):
         pairs = [(f"{c.mode}/{c.stage}/{c.value}", c.left, c.right) for c in report.checks[case] if not c.scale]
         mine = sorted(pair for pair in pairs if "numpy" in pair)
         of_each = [("numpy", "oracle"), ("torch", "numpy"), ("jax", "numpy")]
-        assert mine == sorted((name, *pair) for name in OUTSIDE for pair in of_each)
+        assert mine == sorted((name, *pair) for name in ALWAYS for pair in of_each)
         assert report.footer.verdict == "match"
 
 
@@ -178,7 +178,7 @@ def test_two_of_three_are_wrong(three, tmp_path):
 # ---- What it declares, and what it does not
 
 
-@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("name", ALWAYS)
 def test_a_declared_array_that_is_missing_is_a_failure(three, name):
     trace = three[2]["zipf", "numpy"]
     trace = Trace(trace.case, trace.backend, {}, arrays={n: a for n, a in trace.arrays.items() if n != name})
@@ -190,23 +190,23 @@ def test_a_declared_array_that_is_missing_is_a_failure(three, name):
 
 def test_an_array_that_is_not_declared_is_not_looked_at(three):
     trace = three[2]["zipf", "numpy"]
-    less = msgspec.structs.replace(trace.backend, provides=OUTSIDE[:2])
+    less = msgspec.structs.replace(trace.backend, provides=ALWAYS[:2])
     junk = {"e2e/route/drouter": [np.full((1,), np.nan)], "e2e/combine/dscore": [np.zeros(3)]}
-    for arrays in (trace.arrays | junk, {name: trace.arrays[name] for name in OUTSIDE[:2]}):
+    for arrays in (trace.arrays | junk, {name: trace.arrays[name] for name in ALWAYS[:2]}):
         report = report_of("zipf", Trace(trace.case, less, {}, arrays=arrays))
         assert report.footer.verdict == "match"
-        assert [f"{c.mode}/{c.stage}/{c.value}" for c in report.checks["zipf"] if not c.scale] == [*OUTSIDE[:2]]
+        assert [f"{c.mode}/{c.stage}/{c.value}" for c in report.checks["zipf"] if not c.scale] == [*ALWAYS[:2]]
         assert "numpy: compared: output, 1 gradient; not seen: 4 gradients, stages 1-8\n" in said(report)
 
 
 @pytest.mark.parametrize(
     ("provides", "seen"),
     [
-        (OUTSIDE, "compared: output, 5 gradients; not seen: stages 1-8"),
-        (OUTSIDE[:1], "compared: output; not seen: 5 gradients, stages 1-8"),
-        (OUTSIDE[1:2], "compared: 1 gradient; not seen: output, 4 gradients, stages 1-9"),
+        (ALWAYS, "compared: output, 5 gradients; not seen: stages 1-8"),
+        (ALWAYS[:1], "compared: output; not seen: 5 gradients, stages 1-8"),
+        (ALWAYS[1:2], "compared: 1 gradient; not seen: output, 4 gradients, stages 1-9"),
         (("isolated/send_tokens/x",), "compared: stage 4; not seen: output, 5 gradients, stages 1-3, 5-9"),
-        ((*OUTSIDE, "e2e/route/score"), "compared: output, 5 gradients, stage 1; not seen: stages 2-8"),
+        ((*ALWAYS, "e2e/route/score"), "compared: output, 5 gradients, stage 1; not seen: stages 2-8"),
         (names("static"), "compared: output, 5 gradients, stages 1-8"),
     ],
 )
@@ -238,14 +238,14 @@ def test_spans():
     ],
 )  # fmt: skip
 def test_a_record_that_cannot_be(changes, message):
-    fields = {"name": "mine", "framework": "none", "layout": "opaque", "provides": OUTSIDE} | changes
+    fields = {"name": "mine", "framework": "none", "layout": "opaque", "provides": ALWAYS} | changes
     with pytest.raises(ValueError, match=message):
         Backend(**fields)
 
 
 NOT_A_RECORD = "a string"
-NO_RUN = Backend("mine", "none", "opaque", OUTSIDE)
-A_DOUBLE = Backend("jax", "none", "opaque", OUTSIDE, run="numpy_backend:run")
+NO_RUN = Backend("mine", "none", "opaque", ALWAYS)
+A_DOUBLE = Backend("jax", "none", "opaque", ALWAYS, run="numpy_backend:run")
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_and_found_wrong(parity, theirs):
 
 
 def test_a_trace_by_its_record(parity, theirs):
-    record = msgspec.json.encode(Backend("theirs", "none", "opaque", OUTSIDE[:2], {"": "layer.cpp"})).decode()
+    record = msgspec.json.encode(Backend("theirs", "none", "opaque", ALWAYS[:2], {"": "layer.cpp"})).decode()
     code, out, _ = parity("compare", *theirs(backend=record))
     assert code == 1, out  # it says that a gradient is there, and it is not
     assert "dx against oracle: missing from the trace" in out

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
@@ -58,8 +59,11 @@ def apply_experts(
 def shared_expert(x_TD: Float[Tensor, "T D"], shared: Shared, experts: Experts) -> Float[Tensor, "T D"]:
     """The same of every token with the one expert, times sigmoid(x @ score) where there is a score.
 
-    Every step rounds to x's dtype.
+    Every step rounds to x's dtype; the sigmoid is of float32.
     """
     gate_TH = None if shared.w_gate_DH is None else x_TD @ shared.w_gate_DH
     y_TD = glu(gate_TH, x_TD @ shared.w_up_DH, experts) @ shared.w_down_HD
-    return y_TD if shared.score_D is None else (x_TD @ shared.score_D).sigmoid()[:, None] * y_TD
+    if shared.score_D is None:
+        return y_TD
+    score_T = (x_TD @ shared.score_D).to(torch.promote_types(x_TD.dtype, torch.float32)).sigmoid()
+    return score_T.to(x_TD.dtype)[:, None] * y_TD

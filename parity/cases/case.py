@@ -307,6 +307,10 @@ class Case:
             )
         if self.score_on == "input" and self.top_k != 1:
             raise ValueError(f"--score-on input with --top-k {self.top_k}: a token has one input, so use --top-k 1")
+        if self.score_on == "input" and self.expert_bias:
+            raise ValueError(
+                "--score-on input with --expert-bias: of a dropped token, whose input is zero, biases are left"
+            )
 
     def _check_experts(self) -> None:
         if self.clamp is not None and not 0 < self.clamp < math.inf:

@@ -61,23 +61,50 @@ def _shape(rng: np.random.Generator) -> dict[str, Any]:
     def one_of(*choices: Any) -> Any:
         return choices[int(rng.integers(len(choices)))]
 
+    def rarely(*values: Any) -> Any:
+        """The first, mostly: what each of many options is by default."""
+        return one_of(values[0], values[0], values[0], *values)
+
     ranks = one_of(1, 2, 3, 4, 4, 8)
     experts = ranks * one_of(1, 2, 2, 3, 4)
+    top_k = int(rng.integers(1, min(experts, 6) + 1))
+    groups = rarely(1, *(n for n in (2, 4) if experts % n == 0 and experts // n > 1))
+    most = [n for n in range(1, groups + 1) if groups == 1 or n * experts // groups >= top_k]
+    gated = rarely(True, False)
+    uneven = one_of(False, False, False, True)
+    shared = 0 if uneven else rarely(0, 5, 24)
     return {
         "ranks": ranks,
         "experts": experts,
-        "top_k": int(rng.integers(1, min(experts, 6) + 1)),
+        "top_k": top_k,
         "tokens": one_of(0, 1, 2, 5, 8, 16, 16, 33),
         "width": one_of(1, 3, 4, 8, 16, 32),
         "hidden": one_of(1, 2, 5, 8, 24, 32),
         "dtype": one_of(*get_args(Dtype)),
-        "score_function": one_of("softmax", "sigmoid"),
+        "score_function": one_of("softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen"),
         "renormalize": one_of(False, True),
+        "epsilon": rarely(1e-20, 1e-6, 1e-3),
         "scale": one_of(1.0, 2.5),
-        "activation": one_of("silu", "silu", "gelu_tanh"),
+        "groups": groups,
+        "top_groups": one_of(*most),
+        "group_score": one_of("top2", "max"),
+        "outside_groups": one_of("minus_inf", "zero"),
+        "score_on": rarely("output", *["input"] * (top_k == 1)),
+        "router_dtype": rarely("wide", "float32", "activations"),
+        "cast_scores": rarely(False, True),
+        "router_bias": rarely(False, True),
+        "selection_bias": rarely(False, True),
+        "expert_scale": rarely(False, True),
+        "activation": one_of("silu", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu2"),
+        "clamp": rarely(None, 0.5, 7.0) if gated else None,
+        "up_offset": rarely(0.0, 1.0) if gated else 0.0,
+        "gated": gated,
+        "expert_bias": rarely(False, True),
+        "shared_hidden": shared,
+        "shared_score": shared > 0 and one_of(False, True),
         "capacity_factor": one_of(None, None, "1/3", "0.5", "1", "1.25", "2.0"),
         "capacity_per": one_of("rank", "expert"),
         "priority": one_of("token", "choice", "score"),
         "align": one_of(1, 1, 8),
-        "uneven": one_of(False, False, False, True),
+        "uneven": uneven,
     }

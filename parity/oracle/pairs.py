@@ -12,7 +12,9 @@ from parity.oracle.tolerances import numpy_dtype
 def fits(case: Case) -> bool:
     """Whether the dtype holds all that the oracle computes, twice over: infinities are not judged."""
     with np.errstate(over="ignore"):
-        values = [2 * np.asarray(a).astype(numpy_dtype(case.dtype)) for a in draw(case).exact]
+        exact = draw(case).exact
+        arrays = [*exact._asdict().values(), *exact.gradients.values()]
+        values = [2 * a.astype(numpy_dtype(case.dtype)) for a in arrays if isinstance(a, np.ndarray)]
     return all(bool(np.isfinite(a.astype(np.float64)).all()) for a in values)
 
 

@@ -120,7 +120,7 @@ def scores(case: Case, logits_PTE: Array, numbers: Numbers) -> Array:
     if function == "sigmoid":
         return numbers.round(sigmoid(logits_PTE), dtype)
     if function == "sqrt_softplus":
-        return numbers.round(np.sqrt(numbers.round(np.logaddexp(logits_PTE, 0), dtype)), dtype)
+        return numbers.round(np.sqrt(np.logaddexp(logits_PTE, 0)), dtype, 2)  # of the logarithm, and of the root
     assert function == "softmax_of_chosen"
     return logits_PTE
 
@@ -489,7 +489,7 @@ def shared_backward(
         dy_PTD = numbers.round(weight_PT1 * dout_PTD, case.dtype)
         product_PTD = numbers.round(numbers.round(y_PTD, case.dtype) * dout_PTD, case.dtype)
         dweight_PT1 = numbers.terms(product_PTD, case.width, case.wide).sum(-1, keepdims=True)
-        slope_PT1 = numbers.round(weight_PT1 * numbers.round(1 - weight_PT1, case.dtype), case.dtype)
+        slope_PT1 = weight_PT1 * numbers.round(1 - weight_PT1, case.dtype)
         dlogit_PT1 = numbers.round(numbers.round(dweight_PT1, case.dtype) * slope_PT1, case.dtype)
         parts.append(numbers.round(dlogit_PT1 * w.shared_score, case.dtype))
         over_tokens("shared_score", x_PDT, dlogit_PT1)
@@ -573,7 +573,7 @@ def layer(
     score = chosen_scores(case, score_PTE, id_PTK, w, numbers).weight
     score_r = numbers.round(score, case.dtype_of("weight"))
     on_input = case.router.score_on == "input"
-    given = numbers.round(x_PTD * score_r, case.dtype) if on_input else x_PTD
+    given = numbers.round(x_PTD * score_r * keep_PTK, case.dtype) if on_input else x_PTD
     weight = np.ones_like(score_r) if on_input else score_r
     y = oracle.experts(case, given, id_PTK, w, numbers)
     y_r = numbers.round(y, case.dtype)
@@ -583,7 +583,7 @@ def layer(
     dx_experts = oracle.group_backward(case, numbers.round(dx_rows, case.dtype), keep_PTK, numbers)
     if on_input:
         dgiven = numbers.round(dx_experts, case.dtype)
-        dscore = numbers.terms(dgiven * x_PTD, case.width, case.wide).sum(-1, keepdims=True)
+        dscore = keep_PTK * numbers.terms(dgiven * x_PTD, case.width, case.wide).sum(-1, keepdims=True)
         dx_experts = dgiven * score_r
     dscore = numbers.round(dscore, case.dtype_of("weight")) + aux_PTK
     dscore_r = numbers.round(dscore, case.dtype_of("weight"))
