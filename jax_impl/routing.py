@@ -74,8 +74,7 @@ def route(
     if router.renormalize:
         score_TK = renormalized(score_TK, router.epsilon)
     if per_expert.scale_E is not None:
-        scale_TE = jnp.broadcast_to(per_expert.scale_E.astype(score_TK.dtype), score_TE.shape)
-        score_TK = score_TK * jnp.take_along_axis(scale_TE, known_TK, axis=1)
+        score_TK = score_TK * of_chosen(per_expert.scale_E.astype(score_TK.dtype), known_TK)
     score_TK = score_TK * router.scale
     score_TK = score_TK.astype(x_TD.dtype) if router.cast_scores else score_TK
     return Routing(score_TK, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
@@ -152,6 +151,15 @@ def _renormalized_backward(kept, dweight_TK):
 
 
 renormalized.defvjp(_renormalized_forward, _renormalized_backward)
+
+
+def of_chosen(a_E: Float[Array, " E"], expert_id_TK: Integer[Array, "T K"]) -> Float[Array, "T K"]:
+    """Each choice's number: by a product with ones and zeros, whose gradient needs no scatter-add.
+
+    Under `shard_map`, `take_along_axis` of what is the same on all ranks has a wrong gradient (docs/published.md).
+    """
+    one_hot_TKE = expert_id_TK[..., None] == jnp.arange(a_E.shape[0])
+    return jnp.matmul(one_hot_TKE.astype(a_E.dtype), a_E, precision="highest")
 
 
 def weigh_input(

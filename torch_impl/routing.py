@@ -73,7 +73,7 @@ def route(
     if router.renormalize:
         score_TK = renormalized(score_TK, router.epsilon)
     if per_expert.scale_E is not None:
-        score_TK = score_TK * per_expert.scale_E.to(score_TK.dtype).expand_as(score_TE).gather(1, known_TK)
+        score_TK = score_TK * of_chosen(per_expert.scale_E.to(score_TK.dtype), known_TK)
     score_TK = score_TK * router.scale
     score_TK = score_TK.to(x_TD.dtype) if router.cast_scores else score_TK
     return Routing(score_TK, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
@@ -134,6 +134,12 @@ def largest(score_Tn: Float[Tensor, "T n"], k: int) -> Integer[Tensor, "T k"]:
 def renormalized(score_TK: Float[Tensor, "T K"], epsilon: float) -> Float[Tensor, "T K"]:
     """A token's scores over their sum, which `epsilon` guards: 1e-20 in DeepSeek-V3, none in Mixtral."""
     return score_TK / (score_TK.sum(dim=-1, keepdim=True) + epsilon)
+
+
+def of_chosen(a_E: Float[Tensor, " E"], expert_id_TK: Integer[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+    """Each choice's number: by a product with ones and zeros, whose gradient needs no scatter-add."""
+    one_hot_TKE = expert_id_TK[..., None] == torch.arange(a_E.shape[0], device=a_E.device)
+    return one_hot_TKE.to(a_E.dtype) @ a_E
 
 
 def weigh_input(

@@ -252,7 +252,7 @@ _TORCH = [
     ("router-in-bfloat16", "route", "The logits are computed in bfloat16, though the router is in float32.", "routing.py",
      'narrow = x_TD.dtype if dtype == "activations" else wide', "narrow = torch.bfloat16", "bfloat16"),
     ("expert-scale-forgotten", "route", "The experts' learned scales multiply nothing.", "routing.py",
-     "score_TK = score_TK * per_expert.scale_E", "score_TK = score_TK + 0 * per_expert.scale_E", "like-gemma4"),
+     "score_TK = score_TK * of_chosen(", "score_TK = score_TK + 0 * of_chosen(", "like-gemma4"),
     ("score-on-the-output", "group_by_expert", "The score multiplies what an expert returns, not what it is given.",
      "routing.py", 'if score_on == "output":', "if True:", "like-llama4"),
     ("up-offset-forgotten", "apply_experts", "The gate multiplies up, and not up + 1.", "glu.py",
