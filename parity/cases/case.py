@@ -242,6 +242,15 @@ class Case:
         "A recording (safetensors) to take expert ids from, and hidden states and weights where it has them. It fixes "
         "E, K, D, F and the score function as far as it has them, and T, if left out, is all of its tokens.",
     )
+    checkpoint: str | None = _field(
+        None,
+        "A folder with config.json and the safetensors of a Hugging Face checkpoint, to take what the layer has "
+        "learned from. It fixes sizes and options, and the dtype unless told otherwise.",
+    )
+    layer: int | None = _field(
+        None,
+        "Which layer of the checkpoint; left out, its first with experts.",
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError on a case that cannot exist, naming the flag to change."""
@@ -256,6 +265,8 @@ class Case:
         for name in ("tokens", "seed", "shared_hidden", "epsilon"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{flag(name)} is {getattr(self, name)}: it cannot be negative")
+        if self.layer is not None and self.checkpoint is None:
+            raise ValueError(f"--layer {self.layer} is a layer of a checkpoint: say of which, with --checkpoint")
         self._check_router()
         self._check_experts()
         if self.uneven and self.way == "eager":

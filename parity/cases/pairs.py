@@ -8,6 +8,7 @@ several cases a row.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,21 @@ SHAPES: Values = {
     "width": (8, 32),
     "hidden": (5, 24),
     "dtype": ("float32", "bfloat16", "float16", "float64"),
-    "score_function": ("softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen"),
+    "score_function": ("softmax", "sigmoid"),
     "renormalize": (False, True),
-    "epsilon": (1e-20, 1e-3),
     "scale": (1.0, 2.5),
+    "activation": ("silu", "gelu_tanh"),
+    "capacity_factor": (None, "1/2", "5/4"),
+    "capacity_per": ("rank", "expert"),
+    "priority": ("token", "choice", "score"),
+    "align": (1, 8),
+    "uneven": (False, True),
+    "way": ("usual", "eager", "compiled", "recomputed", "in_flight", "two_groups"),
+}
+# What models differ in, which decides the program too. With these there are three times as many pairs.
+OPTIONS: Values = {
+    "score_function": ("softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen"),
+    "epsilon": (1e-20, 1e-3),
     "groups": (1, 2, 4),
     "top_groups": (1, 2),
     "group_score": ("top2", "max"),
@@ -52,12 +64,6 @@ SHAPES: Values = {
     "expert_bias": (False, True),
     "shared_hidden": (0, 7),
     "shared_score": (False, True),
-    "capacity_factor": (None, "1/2", "5/4"),
-    "capacity_per": ("rank", "expert"),
-    "priority": ("token", "choice", "score"),
-    "align": (1, 8),
-    "uneven": (False, True),
-    "way": ("usual", "eager", "compiled", "recomputed", "in_flight", "two_groups"),
 }
 NUMBERS: Values = {
     "pattern": ("random", "balanced", "zipf", "one_expert", "empty_expert", "idle_rank", "stay_home", "ties"),
@@ -65,7 +71,8 @@ NUMBERS: Values = {
     "logit_offset": (0.0, 20.0, -46.0),
     "outlier": (1.0, 10.0),
 }
-FIELDS: Values = SHAPES | NUMBERS
+CORE: Values = SHAPES | NUMBERS
+FIELDS: Values = SHAPES | OPTIONS | NUMBERS
 
 
 def case_of(row: Mapping[str, Any]) -> Case:
@@ -80,13 +87,13 @@ def row_of(case: Case) -> dict[str, Any]:
     return values | {"experts_per_rank": case.experts // case.ranks}
 
 
-def pairs_in(rows: Iterable[Mapping[str, Any]]) -> set[Pair]:
+def pairs_in(rows: Iterable[Mapping[str, Any]], fields: Values = FIELDS) -> set[Pair]:
     """Every two values of two fields that some row has together."""
     return {
         ((a, row[a]), (b, row[b]))
         for row in rows
-        for a, b in combinations(FIELDS, 2)
-        if row[a] in FIELDS[a] and row[b] in FIELDS[b]
+        for a, b in combinations(fields, 2)
+        if row[a] in fields[a] and row[b] in fields[b]
     }
 
 
@@ -97,16 +104,22 @@ def covered(cases: Iterable[Case]) -> tuple[int, list[str]]:
     return len(possible & found), [" with ".join(f"{name} {value}" for name, value in pair) for pair in missing]
 
 
-def possible_pairs() -> set[Pair]:
+@cache  # a second, of which a report needs two
+def _possible(every: tuple[tuple[str, tuple], ...]) -> frozenset[Pair]:
+    fields = dict(every)
+    pairs = {((a, x), (b, y)) for a, b in combinations(fields, 2) for x, y in product(fields[a], fields[b])}
+    return frozenset(pair for pair in pairs if _completed(dict(pair), np.random.default_rng(0), fields) is not None)
+
+
+def possible_pairs(fields: Values = FIELDS) -> frozenset[Pair]:
     """Every two values of two fields that some case has together; E, say, cannot be below K."""
-    everything = {((a, x), (b, y)) for a, b in combinations(FIELDS, 2) for x, y in product(FIELDS[a], FIELDS[b])}
-    return {pair for pair in everything if _completed(dict(pair), np.random.default_rng(0)) is not None}
+    return _possible(tuple((name, tuple(values)) for name, values in fields.items()))
 
 
-def _completed(fixed: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any] | None:
+def _completed(fixed: Mapping[str, Any], rng: np.random.Generator, fields: Values = FIELDS) -> dict[str, Any] | None:
     """A row with these values and any others that make it a case; None where 300 draws find none."""
     for _ in range(300):
-        drawn: dict[str, Any] = {name: choices[int(rng.integers(len(choices)))] for name, choices in FIELDS.items()}
+        drawn: dict[str, Any] = {name: choices[int(rng.integers(len(choices)))] for name, choices in fields.items()}
         with suppress(ValueError):
             case_of(drawn | dict(fixed))
             return drawn | dict(fixed)
@@ -120,28 +133,29 @@ def seconds(row: Mapping[str, Any]) -> float:
 
 
 def covering_rows(
-    covered: set[Pair], fits: Callable[[Case], bool], seed: int = 0, tried: int = 400
+    covered: Iterable[Case], fits: Callable[[Case], bool], fields: Values, seed: int = 0, tried: int = 400
 ) -> list[list[dict[str, Any]]]:
-    """Rows in which every possible pair occurs that is not covered yet, in groups that share the fields of `SHAPES`.
+    """Rows in which every possible pair occurs that no covered case has, in groups that share all but `NUMBERS`.
 
     Greedy: of `tried` rows drawn, each around a pair that is missing, the one with the most missing pairs a second.
     `fits` says of a case whether it will do.
 
     Raises ValueError where no row does that has what is missing.
     """
-    rng, missing = np.random.default_rng(seed), possible_pairs() - covered
+    rng, missing = np.random.default_rng(seed), {*possible_pairs(fields)} - pairs_in(map(row_of, covered), fields)
+    shapes = fields.keys() - NUMBERS.keys()
     groups: dict[tuple, list[dict[str, Any]]] = {}
 
     def shape(row: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: row[name] for name in SHAPES}
+        return {name: row[name] for name in fields if name in shapes}
 
     def take(around: Iterable[Mapping[str, Any]], among: set[Pair]) -> bool:
-        rows = [row for fixed in around if (row := _completed(fixed, rng))]
-        rows.sort(key=lambda row: len(pairs_in([row]) & among) / seconds(row), reverse=True)
+        rows = [row for fixed in around if (row := _completed(fixed, rng, fields))]
+        rows.sort(key=lambda row: len(pairs_in([row], fields) & among) / seconds(row), reverse=True)
         best = next((row for row in rows if fits(case_of(row))), None)
         if best is None:
             return False
-        missing.difference_update(pairs_in([best]))
+        missing.difference_update(pairs_in([best], fields))
         groups.setdefault(tuple(shape(best).values()), []).append(best)
         return True
 
@@ -149,7 +163,7 @@ def covering_rows(
         ordered = sorted(pairs, key=str)
         return [dict(ordered[i]) for i in rng.integers(len(ordered), size=tried)]
 
-    while left := {pair for pair in missing if {name for name, _ in pair} <= SHAPES.keys()}:
+    while left := {pair for pair in missing if {name for name, _ in pair} <= shapes}:
         if not take(some(left), left):
             raise ValueError(f"no case fits that has any of {left}")
     while missing:
@@ -165,10 +179,14 @@ def covering_rows(
     return list(groups.values())
 
 
-def write(covered: set[Pair], fits: Callable[[Case], bool], path: Path = ROWS) -> None:
-    """Find the rows again and write them, a line of JSON each."""
-    rows = [{"group": i + 1} | row for i, rows in enumerate(covering_rows(covered, fits)) for row in rows]
-    path.write_text("".join(msgspec.json.encode(row).decode() + "\n" for row in rows))
+def write(covered: Sequence[Case], fits: Callable[[Case], bool], path: Path = ROWS) -> None:
+    """Find the rows again and write them, a line of JSON each: for the core, and then for all."""
+    lines: list[dict[str, Any]] = []
+    for of, fields in (("pairs", CORE), ("options", FIELDS)):
+        known = [*covered, *(case_of({name: a for name, a in line.items() if name in FIELDS}) for line in lines)]
+        found = covering_rows(known, fits, fields)
+        lines += [{"of": of, "group": i + 1} | row for i, rows in enumerate(found) for row in rows]
+    path.write_text("".join(msgspec.json.encode(line).decode() + "\n" for line in lines))
 
 
 def pair_cases() -> dict[str, Case]:
@@ -176,8 +194,8 @@ def pair_cases() -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for line in ROWS.read_text().splitlines():
         row = msgspec.json.decode(line)
-        group = row.pop("group")
-        letter = "abcdefghijklmnopqrstuvwxyz"[sum(name.startswith(f"pairs-{group:02d}") for name in cases)]
-        name = f"pairs-{group:02d}{letter}"
+        group = f"{row.pop('of')}-{row.pop('group'):02d}"
+        letter = "abcdefghijklmnopqrstuvwxyz"[sum(name.startswith(group) for name in cases)]
+        name = f"{group}{letter}"
         cases[name] = replace(case_of(row), name=name, seed=len(cases))
     return cases

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from parity.cases.case import Case, flag
+from parity.cases.from_checkpoint import case_of_checkpoint
 from parity.cases.pairs import pair_cases
 
 
@@ -124,6 +125,7 @@ def _presets() -> dict[str, Case]:
 
 PLAIN = _presets()
 PRESETS = PLAIN | pair_cases()  # with which every two values of two fields that can occur together do
+USUAL = [name for name in PRESETS if not name.startswith("options")]  # and without these, those of the core do
 
 # Layers of real models. Sizes and options are those of the model's config.json on the Hugging Face hub, where the model
 # has the name given. What a configuration does not say (epsilon, precision of the router, what is clamped, what scores
@@ -185,5 +187,11 @@ def command(case: Case) -> str:
         return f"python -m parity check --model {case.name}"
     if case == PRESETS.get(case.name):
         return f"python -m parity check {case.name}"
-    changed = [(f.name, getattr(case, f.name)) for f in fields(case) if getattr(case, f.name) != f.default]
+    alone = case_of_checkpoint({"checkpoint": case.checkpoint, "layer": case.layer}) if case.checkpoint else Case()
+    given = {"checkpoint", "layer"} if case.checkpoint else {}
+    changed = [
+        (f.name, getattr(case, f.name))
+        for f in fields(case)
+        if f.name in given or getattr(case, f.name) != getattr(alone, f.name)
+    ]
     return " ".join(["python -m parity check", *(f"--{flag(name)} {value}" for name, value in changed)])

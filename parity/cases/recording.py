@@ -1,30 +1,22 @@
 """Recordings of routing: what a file may hold, and the case that it fixes."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from parity.cases.case import Case
+from parity.cases.case import Case, Experts, Router
+from parity.cases.parameters import BY_NAME, PARAMETERS, parameters_of
 
 Array = np.ndarray
 RECORDINGS = Path(__file__).parent / "recordings"
 
 # The form of a recording: what it may hold, and the shape of each. expert_id alone is enough. dscore is the gradient of
 # the scores that an auxiliary loss adds.
-FORM = {
-    "expert_id": "M K",
-    "x": "M D",
-    "router": "D E",
-    "w_gate": "E D F",
-    "w_up": "E D F",
-    "w_down": "E F D",
-    "dscore": "M K",
-}
+FORM = {"expert_id": "M K", "x": "M D", **{one.name: one.axes for one in PARAMETERS}, "dscore": "M K"}
 
 
 def recording_path(recording: str) -> Path:
@@ -33,8 +25,8 @@ def recording_path(recording: str) -> Path:
     return brought.get(recording, Path(recording))
 
 
-def read_recording(recording: str) -> tuple[dict[str, Array], dict[str, str]]:
-    """The tensors of a recording and its metadata.
+def read_recording(recording: str, with_checkpoint: bool = False) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors of a recording and its metadata; beside a checkpoint, hidden states are enough.
 
     Raises ValueError when it cannot be read, lacks expert_id, or its tensors' shapes contradict each other.
     """
@@ -66,29 +58,35 @@ def read_recording(recording: str) -> tuple[dict[str, Array], dict[str, str]]:
         if name != "expert_id" and not np.isfinite(a.astype(np.float64)).all():
             raise ValueError(f"--recording {recording}: {name} holds numbers that are not finite")
     ids, held = tensors.get("expert_id"), ", ".join(f"{name} of {a.dtype}" for name, a in sorted(tensors.items()))
+    if ids is None and with_checkpoint and "x" in tensors:
+        return tensors, metadata
     if ids is None or ids.dtype.kind not in "iu":
         raise ValueError(f"--recording {recording}: needs a tensor expert_id of integers, [M, K], and has {held}")
     if not ids.size:
         raise ValueError(f"--recording {recording}: expert_id has shape {ids.shape}: there is nothing in it")
-    if ("x" in tensors) != ("router" in tensors):
+    if ("x" in tensors) != ("router" in tensors) and not with_checkpoint:
         raise ValueError(f"--recording {recording}: x and router come together or not at all: scores need both")
     return tensors, metadata
 
 
 def case_of_recording(case: Case) -> Case:
-    """The case with every size that its recording fixes: E, K, D, F, the router's form, and T = M // P.
+    """The case with every size that its recording fixes: E, K, D, F, H, the layer's form, and T = M // P.
 
     Raises ValueError as `read_recording` and `Case` do.
     """
     if case.recording is None:
         return case
-    tensors, metadata = read_recording(case.recording)
+    tensors, metadata = read_recording(case.recording, case.checkpoint is not None)
     sizes = {
         letter: size
         for name, form in FORM.items()
         if name in tensors
         for letter, size in zip(form.split(), tensors[name].shape, strict=True)
     }
+    if case.tokens > (most := sizes["M"] // case.ranks):
+        raise ValueError(f"--tokens {case.tokens} on --ranks {case.ranks}, but the recording has {sizes['M']} tokens")
+    if case.checkpoint is not None:
+        return replace(_beside_checkpoint(case, tensors, sizes), tokens=case.tokens or most)
     said = _metadata(case.recording, metadata)
     if sizes.setdefault("E", said.get("n_experts", int(tensors["expert_id"].max()) + 1)) != said.get(
         "n_experts", sizes["E"]
@@ -96,40 +94,72 @@ def case_of_recording(case: Case) -> Case:
         raise ValueError(
             f"--recording {case.recording}: n_experts is {said['n_experts']}, but the tensors have {sizes['E']}"
         )
-    if case.tokens > (most := sizes["M"] // case.ranks):
-        raise ValueError(f"--tokens {case.tokens} on --ranks {case.ranks}, but the recording has {sizes['M']} tokens")
-    return replace(
+    form = {name: True for name in ("router_bias", "selection_bias", "expert_scale", "shared_score") if name in tensors}
+    form |= {"expert_bias": True} if "b_down" in tensors else {}
+    form |= {"gated": "w_gate" in tensors} if "w_up" in tensors else {}
+    form |= {"shared_hidden": sizes["H"]} if "H" in sizes else {}
+    found = replace(
         case,
         tokens=case.tokens or most,
         top_k=sizes["K"],
         experts=sizes["E"],
         width=sizes.get("D", case.width),
         hidden=sizes.get("F", case.hidden),
+        **form,
         **{name: value for name, value in said.items() if name != "n_experts"},
     )
+    there = {one.name for one in parameters_of(found)}
+    if idle := [name for name in tensors if name in BY_NAME and name not in there]:
+        raise ValueError(
+            f"--recording {case.recording}: it has {', '.join(idle)}, which goes with what it lacks: biases of experts "
+            "are b_up and b_down, and b_gate with w_gate; a shared expert is shared_w_up and shared_w_down, and "
+            "shared_w_gate where experts have a gate"
+        )
+    return found
+
+
+def _beside_checkpoint(case: Case, tensors: dict[str, Array], sizes: dict[str, int]) -> Case:
+    """The case of a checkpoint. Raises ValueError when a recording has weights too, or other sizes."""
+    if learned := [name for name in tensors if name in BY_NAME]:
+        raise ValueError(
+            f"--recording {case.recording}: it has {', '.join(learned)}, and so has the checkpoint: leave them out"
+        )
+    for letter, name in {"D": "width", "K": "top_k"}.items():
+        if sizes.get(letter, getattr(case, name)) != getattr(case, name):
+            raise ValueError(
+                f"--recording {case.recording}: its {letter} is {sizes[letter]}, and the checkpoint's "
+                f"{getattr(case, name)}"
+            )
+    return case
 
 
 def _metadata(recording: str, metadata: dict[str, str]) -> dict[str, Any]:
-    """What a recording says of its router. Raises ValueError on a value that it cannot have."""
-    read: dict[str, Callable[[str], Any]] = {
-        "n_experts": int,
-        "score_function": {"softmax": "softmax", "sigmoid": "sigmoid"}.__getitem__,
-        "renormalize": {"true": True, "false": False}.__getitem__,
-        "scale": float,
-    }
-    for name in metadata.keys() - read.keys():
-        if meant := get_close_matches(name, read, cutoff=0.8):
+    """What a recording says of its layer. Raises ValueError on a value that it cannot have."""
+    types = {f.name: f.type for f in fields(Case) if f.name in (*Router._fields, *Experts._fields)}
+    types = {"n_experts": int} | {name: kind for name, kind in types.items() if name != "top_k"}
+    for name in metadata.keys() - types.keys():
+        if meant := get_close_matches(name, types, cutoff=0.8):
             raise ValueError(f"--recording {recording}: its metadata has {name}: should that be {meant[0]}?")
     said = {}
-    for name in read.keys() & metadata.keys():
+    for name in types.keys() & metadata.keys():
         try:
-            said[name] = read[name](metadata[name].lower())
+            said[name] = _value(types[name], metadata[name].lower())
         except (KeyError, ValueError) as error:
+            wanted = " or ".join(get_args(types[name])) if get_origin(types[name]) is Literal else ""
+            wanted = wanted or {bool: "true or false", int: "an integer"}.get(types[name], "a number")
             raise ValueError(
-                f"--recording {recording}: its metadata has {name} {metadata[name]!r}: n_experts must be an integer, "
-                "score_function softmax or sigmoid, renormalize true or false, scale a number"
+                f"--recording {recording}: its metadata has {name} {metadata[name]!r}: it must be {wanted}"
             ) from error
     return said
+
+
+def _value(kind: Any, text: str) -> Any:
+    """A field's value from its text. Raises ValueError or KeyError on another."""
+    if get_origin(kind) is Literal:
+        return {word: word for word in get_args(kind)}[text]
+    if kind is bool:
+        return {"true": True, "false": False}[text]
+    return int(text) if kind is int else float(text)
 
 
 def load_recording(case: Case) -> dict[str, Array]:
@@ -140,7 +170,10 @@ def load_recording(case: Case) -> dict[str, Array]:
     assert case.recording is not None
     if (full := case_of_recording(case)) != case:
         raise ValueError(f"--recording {case.recording}: the recording needs {full}, got {case}")
-    tensors, _ = read_recording(case.recording)
+    tensors, _ = read_recording(case.recording, case.checkpoint is not None)
+    M = case.ranks * case.tokens
+    if "expert_id" not in tensors:
+        return {"x": tensors["x"][:M].reshape(case.ranks, case.tokens, -1)}
     ids = tensors["expert_id"]
     if ids.size and (ids.min() < 0 or ids.max() >= case.experts):
         raise ValueError(
@@ -151,7 +184,6 @@ def load_recording(case: Case) -> dict[str, Array]:
     if twice.any():
         token = int(twice.argmax())
         raise ValueError(f"--recording {case.recording}: token {token} chose {ids[token]}: they must differ")
-    M = case.ranks * case.tokens
     for name in {"expert_id", "x", "dscore"} & tensors.keys():
         tensors[name] = tensors[name][:M].reshape(case.ranks, case.tokens, -1)
     return tensors | {"expert_id": tensors["expert_id"].astype(np.int32)}

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import tyro
 
 from parity.cases.case import Case, changed, flag
-from parity.cases.presets import MODELS, PLAIN, PRESETS
+from parity.cases.from_checkpoint import case_of_checkpoint
+from parity.cases.presets import MODELS, PLAIN, PRESETS, USUAL
 from parity.cases.random_cases import random_cases
 from parity.cases.recording import case_of_recording
 from parity.cli.report import publish
@@ -34,9 +35,9 @@ def _flag(f: Field) -> tuple[str, Any, Any]:
 
 Flags = make_dataclass("Flags", [_flag(f) for f in fields(Case)])
 
-PRESETS_HELP = f"""Presets to run; all of these when no preset and no field is given, and `all` means these:
-{", ".join(PLAIN)}; and {len(PRESETS) - len(PLAIN)} cases pairs-01a and so on, with which every two values of two
-fields that can occur together do."""
+PRESETS_HELP = f"""Presets to run; all of these when no preset and no field is given: {", ".join(PLAIN)}; and
+{len(USUAL) - len(PLAIN)} cases pairs-01a and so on, with which every two values of two fields that can occur together
+do, but for options of models. `all`: with these too, by {len(PRESETS) - len(USUAL)} cases options-01a and so on."""
 
 
 BACKEND_HELP = f"""What to run, once for each; default: {" and ".join(b.name for b in ours.DEFAULT)}. One alone, with
@@ -66,6 +67,7 @@ class Command:
         python -m parity check zipf --dtype bfloat16  a preset, changed
         python -m parity check --ranks 2 --experts 6 --capacity-factor 5/4
         python -m parity check --recording recording.safetensors
+        python -m parity check --checkpoint Qwen3-30B-A3B --layer 3
         python -m parity check --backend mine.py      a layer of your own: python -m parity new mine.py
         python -m parity check --random 100 --seed 1 --dtype bfloat16
     """
@@ -191,7 +193,11 @@ def chosen_cases(command: Command) -> list[Case]:
     if unknown:
         raise ValueError(f"no preset is called {', '.join(unknown)}. There are: {', '.join(PRESETS)}")
     named = [name for name in command.presets if name != "all"]
-    names = list(PRESETS) if "all" in command.presets or not (named or changes) else named
+    names = list(PRESETS) if "all" in command.presets else named if named or changes else USUAL
+    if "checkpoint" in changes:
+        if names:
+            raise ValueError(f"--checkpoint is a case of its own: leave out {', '.join(names)}")
+        return [case_of_checkpoint(changes)]
     if not names and "recording" in changes:
         return [_recorded(changes)]
     if not names:

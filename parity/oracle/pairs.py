@@ -19,4 +19,4 @@ def fits(case: Case) -> bool:
 
 
 if __name__ == "__main__":
-    pairs.write(pairs.pairs_in(map(pairs.row_of, PLAIN.values())), fits)
+    pairs.write([*PLAIN.values()], fits)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from parity.cases.case import Case
+from parity.cases.from_checkpoint import learned
 from parity.cases.parameters import Parameter, Parameters, parameters_of, shape
 from parity.cases.recording import load_recording
 from parity.oracle import reference, vectorised
@@ -89,7 +90,8 @@ def draw(case: Case) -> Problem:
     Raises ValueError when the case's recording cannot be read or has other shapes.
     """
     rng = np.random.default_rng([case.seed, 0])
-    recorded, router = load_recording(case) if case.recording else {}, _router(case, rng)
+    recorded = (load_recording(case) if case.recording else {}) | learned(case)
+    router = recorded["router"].astype(np.float64) if case.checkpoint else _router(case, rng)
     problem = _draw(case, recorded, router, rng)
     if case.two_steps:
         others = {
@@ -110,6 +112,8 @@ def _draw(
     if x is None:
         wanted = _wanted_experts(case, rng) if wanted is None else wanted
         x, router = stretched(case, tokens_that_choose(case, wanted, router, rng), router)
+        if case.checkpoint and case.clamp:
+            x = reaching_the_clamp(case, x, wanted, recorded)
     dtype = numpy_dtype(case.dtype)
     x = x.astype(dtype)
     drawn = {one.name: router if one.name == "router" else _learned(case, one, rng) for one in parameters_of(case)}
@@ -170,6 +174,17 @@ def _far_apart(case: Case, key_E: Array, close: float) -> bool:
     best_K = -np.sort(-key_E)[: case.top_k + 1]
     with np.errstate(invalid="ignore"):  # of the groups left out, which are all at minus infinity
         return bool((-np.diff(best_K) > close).all())
+
+
+def reaching_the_clamp(case: Case, x: Array, wanted: Array, recorded: dict[str, Any]) -> Array:
+    """Tokens of which every other one is so large that some of its gates and ups are beyond the clamp."""
+    assert case.clamp
+    x = x.copy()
+    for p, t in np.ndindex(case.ranks, case.tokens):
+        g = int(wanted[p, t, 0])
+        largest = min(np.abs(x[p, t] @ recorded[n][g].astype(np.float64)).max() for n in ("w_gate", "w_up"))
+        x[p, t] *= max(1, 2 * case.clamp / largest) if t % 2 and largest else 1
+    return x
 
 
 def _learned(case: Case, parameter: Parameter, rng: np.random.Generator) -> Array | Windows:

@@ -384,6 +384,11 @@ def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Parameters, numbers: Num
 
 def hidden_of(case: Case, x: Array, w: Parameters, g: int, numbers: Numbers) -> Hidden:
     """What an expert makes of tokens [..., D] before its last matmul."""
+    return hidden(case, *gate_and_up(case, x, w, g, numbers), numbers)
+
+
+def gate_and_up(case: Case, x: Array, w: Parameters, g: int, numbers: Numbers) -> tuple[Array | None, Array]:
+    """An expert's projections of tokens [..., D], with their biases; None for a gate that there is not."""
     gate, up = (
         None if weight is None else biased(
             numbers.matmul(x, weight[g], case.width, case.wide), None if bias is None else bias[g], case.dtype, numbers
@@ -391,7 +396,7 @@ def hidden_of(case: Case, x: Array, w: Parameters, g: int, numbers: Numbers) -> 
         for weight, bias in ((w.w_gate, w.b_gate), (w.w_up, w.b_up))
     )  # fmt: skip
     assert up is not None
-    return hidden(case, gate, up, numbers)
+    return gate, up
 
 
 def down(case: Case, hidden: Array, w: Parameters, g: int, numbers: Numbers) -> Array:

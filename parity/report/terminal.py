@@ -107,7 +107,17 @@ def beside(report: Report) -> list[str]:
 
 def notes(report: Report) -> list[str]:
     """What a report says of backends besides its verdict."""
-    return [*unseen(report), *not_supported(report), *beside(report), *filter(None, [agree(report)])]
+    said = [*unseen(report), *not_supported(report), *unreached(report), *beside(report)]
+    return [*said, *filter(None, [agree(report)])]
+
+
+def unreached(report: Report) -> list[str]:
+    """Of cases with a clamp, what no number reaches."""
+    return [
+        f"{name}: not checked, as no expert's number is there: {', '.join(record.unreached)}"
+        for name, record in report.cases.items()
+        if record.unreached
+    ]
 
 
 def agree(report: Report) -> str:

@@ -1,0 +1,56 @@
+"""Cases whose layer is out of a checkpoint: its sizes, options and arrays; tokens are drawn, or recorded."""
+
+import re
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parity.cases.case import DTYPES, Case, flag
+from parity.checkpoints import Checkpoint, read
+
+
+@lru_cache(maxsize=1)  # which is asked for a case and then for its inputs
+def _read(folder: str, layer: int | None) -> Checkpoint:
+    return read(folder, layer)
+
+
+def case_of_checkpoint(changes: dict[str, Any]) -> Case:
+    """The case of a checkpoint's layer, with the fields in `changes`, which names it, as given.
+
+    Raises ValueError as `parity.checkpoints.read` does, and on a change of what the checkpoint fixes.
+    """
+    found = _read(changes["checkpoint"], changes.get("layer"))
+    fixed = found.fields
+    for name, value in changes.items():
+        if fixed.get(name, value) != value:
+            raise ValueError(f"--{flag(name)} is {value}, but layer {found.layer} of the checkpoint has {fixed[name]}")
+    stored = found.arrays["w_up"].dtype.name
+    name = re.sub(r"[^\w.+-]", "-", Path(changes["checkpoint"]).resolve().name)
+    most = next(ranks for ranks in (4, 2, 1) if fixed["experts"] % ranks == 0)
+    own: dict[str, Any] = {"name": f"{name}-layer-{found.layer}", "ranks": most}
+    own |= {"dtype": stored if stored in DTYPES else "float32"}
+    return Case(**{**own, **fixed, **changes, "layer": found.layer})
+
+
+def learned(case: Case) -> dict[str, np.ndarray]:
+    """By name, what the case's layer has learned in its checkpoint; nothing where it is of none.
+
+    Raises ValueError when the checkpoint has not what the case has.
+    """
+    if case.checkpoint is None:
+        return {}
+    if (whole := case_of_checkpoint({"checkpoint": case.checkpoint, "layer": case.layer})) != replace(
+        whole, **{name: getattr(case, name) for name in FREE}
+    ):
+        raise ValueError(f"--checkpoint {case.checkpoint}: the checkpoint needs {whole}, got {case}")
+    return _read(case.checkpoint, case.layer).arrays
+
+
+# Fields that a checkpoint leaves open.
+FREE = (
+    "name", "ranks", "tokens", "dtype", "pattern", "logit_scale", "logit_offset", "outlier", "capacity_factor",
+    "capacity_per", "priority", "align", "uneven", "way", "seed", "recording",
+)  # fmt: skip
