@@ -18,7 +18,7 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 
-def run(path, case, x_TD, w, layout="E (2 F) D", **config):
+def run(path, case, x_TD, w, layout="E (2 F) D", /, **config):
     """The output of a block, which `mixtral:Mixtral:SparseMoeBlock` names, with our weights in place of its own.
 
     `layout` is how it keeps gate and up: E (2 F) D and E D (2 F) one after the other, E D (F 2) by turns.
@@ -29,13 +29,14 @@ def run(path, case, x_TD, w, layout="E (2 F) D", **config):
     made._experts_implementation = "eager"
     with torch.device("meta"):  # its own weights are never made
         block = (getattr(its, model + suffix) if suffix else Gemma4)(made).eval()
-    its_own = block.state_dict()
-    ours = {name: stored(name, w, layout) for name in its_own}
-    for name, a in ours.items():
+    ours = {}
+    for name, its_own in block.state_dict().items():
+        a = stored(name, w, layout)
         if a is None:
-            ours[name] = torch.full(its_own[name].shape, float(name.endswith("scale")), dtype=x_TD.dtype)
+            a = torch.full(its_own.shape, float(name.endswith("scale")), dtype=x_TD.dtype)
         elif name.startswith(("gate.", "router.")):  # as it is given, or as wide as the tokens
-            ours[name] = a.to(torch.promote_types(a.dtype, x_TD.dtype))
+            a = a.to(torch.promote_types(a.dtype, x_TD.dtype))
+        ours[name] = a
     out = torch.func.functional_call(block, ours, (x_TD[None],))
     return (out[0] if isinstance(out, tuple) else out).reshape(x_TD.shape)
 
@@ -287,8 +288,8 @@ def deepseek_v2(
     only(case, "activation", "scale", "groups", "top_groups", router_dtype=in_float32(case), **groups)
     w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD,
                    **of_shared(shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD))  # fmt: skip
-    method = "group_limited_greedy" if case.groups > 1 else "greedy"
-    return run("deepseek_v2:DeepseekV2:Moe", case, x_TD, w, topk_method=method, **shared_experts(case))
+    config = {"topk_method": "group_limited_greedy" if case.groups > 1 else "greedy", "num_attention_heads": 1}
+    return run("deepseek_v2:DeepseekV2:Moe", case, x_TD, w, **config, **shared_experts(case))
 
 
 @backend(framework="torch")
