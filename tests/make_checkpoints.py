@@ -48,7 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": DEEPSEEK | {"norm_topk_prob": False},
     "minimax_m2": ONE_SIZE,
     "gpt_oss": ONE_SIZE | {"swiglu_limit": 0.5, "num_hidden_layers": 1, "max_position_embeddings": 131072},
-    "llama4": ONE_SIZE | {"intermediate_size_mlp": 9, "moe_layers": [1]},
+    "llama4": ONE_SIZE | {"num_experts_per_tok": 1, "intermediate_size_mlp": 9, "moe_layers": [1]},
     "gemma4": TWO_SIZES
     | {"top_k_experts": 3, "enable_moe_block": True, "hidden_size_per_layer_input": 0, "global_head_dim": 4},
     "nemotron_h": SMALL | GROUPS | MAMBA | NEMOTRON,

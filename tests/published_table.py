@@ -11,13 +11,17 @@ from importlib.metadata import version
 
 # Each layer, and what presets are changed to, where it has but one kind of scores.
 SOFTMAX, SIGMOID = ("--renormalize", "True"), ("--score-function", "sigmoid", "--renormalize", "True")
+# And one precision of the router, which matters in 16 bits: logits as the tokens, scores in float32 or rounded.
+LOGITS = ("--router-dtype", "activations")
+SCORES = (*LOGITS, "--cast-scores", "True")
 LAYERS: dict[str, tuple[str, ...]] = {
-    "transformers:qwen3_moe": (), "transformers:olmoe": (), "transformers:flex_olmo": (), "transformers:jamba": (),
-    "transformers:mixtral": SOFTMAX, "transformers:minimax": SOFTMAX, "transformers:granitemoe": SOFTMAX,
-    "transformers:deepseek_v3": SIGMOID, "transformers:glm4_moe": SIGMOID, "transformers:lfm2_moe": SIGMOID,
-    "megatron": (), "torchtitan": (), "tokamax": (),
-    "maxtext:dense": SOFTMAX, "maxtext:dense_over_ranks": SOFTMAX, "maxtext:ragged": SOFTMAX,
-    "maxtext:ragged_over_ranks": SOFTMAX, "maxtext:ring_over_ranks": SOFTMAX,
+    "transformers:qwen3_moe": SCORES, "transformers:olmoe": SCORES, "transformers:flex_olmo": SCORES,
+    "transformers:jamba": SCORES, "transformers:mixtral": SOFTMAX + LOGITS, "transformers:minimax": SOFTMAX + LOGITS,
+    "transformers:granitemoe": SOFTMAX + SCORES, "transformers:deepseek_v3": SIGMOID, "transformers:glm4_moe": SIGMOID,
+    "transformers:lfm2_moe": (*SIGMOID, *SCORES, "--epsilon", "1e-6"),
+    "megatron": (), "torchtitan": SCORES, "tokamax": (),
+    "maxtext:dense": SOFTMAX + SCORES, "maxtext:dense_over_ranks": SOFTMAX + SCORES, "maxtext:ragged": SOFTMAX + SCORES,
+    "maxtext:ragged_over_ranks": SOFTMAX + SCORES, "maxtext:ring_over_ranks": SOFTMAX + SCORES,
 }  # fmt: skip
 PRESETS = (
     "balanced", "zipf", "one-expert", "empty-expert", "idle-rank", "stay-home", "ties", "k1", "k-all", "t1", "p1", "p4",

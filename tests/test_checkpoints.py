@@ -10,78 +10,34 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from parity.cases.case import Case
+from parity.cases.parameters import Parameters
 from parity.checkpoints import FAMILIES, read
+from parity.oracle import reference
+from parity.oracle.reference import Exact
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 COMMITTED = sorted(path.name for path in CHECKPOINTS.iterdir())
 
 
-def silu(a):
-    return a / (1 + np.exp(-a))
-
-
-ACTIVATIONS = {
-    "silu": silu,
-    "quick_gelu": lambda a: a / (1 + np.exp(-1.702 * a)),
-    "gelu_tanh": lambda a: a / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))),
-    "relu2": lambda a: np.maximum(a, 0) ** 2,
-}
-
-
-def choice_and_weights(x, W, fields):
-    """A token's experts and their weights, in float64."""
-    logits = x @ W["router"] + W.get("router_bias", 0)
-    if fields["score_function"] == "sigmoid":
-        scores = 1 / (1 + np.exp(-logits))
-    elif fields["score_function"] == "softmax":
-        scores = np.exp(logits) / np.exp(logits).sum()
-    else:
-        scores = np.exp(logits)
-    choice = scores + W.get("selection_bias", 0)
-    in_groups = np.sort(choice.reshape(fields["groups"], -1))
-    of_groups = in_groups[:, -2:].sum(1) if fields["group_score"] == "top2" else in_groups[:, -1]
-    out = np.argsort(-of_groups)[fields["top_groups"] :]
-    choice.reshape(fields["groups"], -1)[out] = -np.inf if fields["outside_groups"] == "minus_inf" else 0
-    chosen = np.argsort(-choice)[: fields["top_k"]]
-    weights = scores[chosen]
-    if fields["renormalize"] or fields["score_function"] == "softmax_of_chosen":
-        weights = weights / (weights.sum() + fields["epsilon"])
-    return chosen, weights * fields["scale"] * W.get("expert_scale", np.ones_like(scores))[chosen]
-
-
-def expert(x, gate, up, down, fields, biases=(0, 0, 0)):
-    act = ACTIVATIONS[fields["activation"]]
-    b_gate, b_up, b_down = biases
-    if not fields["gated"]:
-        return act(x @ up) @ down
-    most = np.inf if fields["clamp"] is None else fields["clamp"]
-    gated = act(np.minimum(x @ gate + b_gate, most)) * (np.clip(x @ up + b_up, -most, most) + fields["up_offset"])
-    return gated @ down + b_down
-
-
-def block(x_TD, arrays, fields):
-    """What a layer computes, from its arrays and fields alone."""
-    W = {name: a.astype(np.float64) for name, a in arrays.items()}
-    out_TD = np.zeros_like(x_TD, dtype=np.float64)
-    for x, out in zip(x_TD.astype(np.float64), out_TD, strict=True):
-        for g, weight in zip(*choice_and_weights(x, W, fields), strict=True):
-            gate = W["w_gate"][g] if fields["gated"] else None
-            biases = [W[name][g] for name in ("b_gate", "b_up", "b_down")] if fields["expert_bias"] else (0, 0, 0)
-            before, after = (weight, 1) if fields["score_on"] == "input" else (1, weight)
-            out += after * expert(before * x, gate, W["w_up"][g], W["w_down"][g], fields, biases)
-        if fields["shared_hidden"]:
-            share = 1 / (1 + np.exp(-x @ W["shared_score"])) if fields["shared_score"] else 1
-            out += share * expert(x, W.get("shared_w_gate"), W["shared_w_up"], W["shared_w_down"], fields)
-    return out_TD
+def computed(folder, known):
+    """What the oracle makes of a checkpoint's first layer: the output and gradients, by the names of block.npz."""
+    arrays, fields, _, _ = read(folder)
+    x_PTD, dout_PTD = (known[name][None].astype(np.float64) for name in ("x", "dout"))
+    case = Case(ranks=1, tokens=x_PTD.shape[1], **fields)
+    w = Parameters(**{name: a.astype(np.float64) for name, a in arrays.items()})
+    id_PTK = reference.select(case, reference.route(case, x_PTD, w, Exact())[1], w)
+    keep_PTK = np.ones(id_PTK.shape, bool)
+    layer = reference.layer(case, x_PTD, w, dout_PTD, id_PTK, keep_PTK, Exact())
+    return {"out": layer.out[0], "dx": layer.dx[0]} | {f"d{name}": a for name, a in layer.gradients.items()}
 
 
 def assert_computes_what_transformers_does(folder):
-    checkpoint = read(folder)
     with np.load(folder / "block.npz") as known:
-        np.testing.assert_allclose(block(known["x"], checkpoint.arrays, checkpoint.fields), known["out"], 1e-4, 1e-5)
-        gradients = {name[1:] for name in known if name.startswith("d")} - {"out", "x"}
-        assert gradients == checkpoint.arrays.keys() - {"selection_bias"}
-        assert all(known[f"d{name}"].shape == checkpoint.arrays[name].shape for name in gradients)
+        found = computed(folder, known)
+        assert found.keys() == {*known} - {"x", "dout"}
+        for name, a in found.items():
+            np.testing.assert_allclose(a, known[name], 1e-4, 1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("family", COMMITTED)

@@ -346,6 +346,14 @@ class Case:
         return Experts(*(getattr(self, name) for name in Experts._fields))
 
     @property
+    def idle(self) -> set[str]:
+        """Options of router and experts that change nothing in this case."""
+        epsilon = set() if self.renormalize else {"epsilon"}
+        groups = {"top_groups", "group_score", "outside_groups"} if self.groups == 1 else set()
+        narrow = {"float32": {"router_dtype", "cast_scores"}, "float64": {"cast_scores"}}.get(self.dtype, set())
+        return epsilon | groups | narrow
+
+    @property
     def capacity_options(self) -> CapacityOptions:
         """How its capacity drops."""
         return CapacityOptions(self.capacity_per, self.priority, self.align)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx  # pyright: ignore[reportMissingImports]
 
-from parity import Unsupported, backend
+from parity import Unsupported, backend, only
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 1}  # of a model that is never made
 
@@ -17,12 +17,7 @@ def layer(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
 
     if jax.device_count() > 1:
         raise Unsupported("its mesh takes all devices, and on a CPU it cannot exchange: add --ranks 1")
-    if case.score_function != "softmax":
-        raise Unsupported("softmax only")
-    if case.scale != 1:
-        raise Unsupported("no scale")
-    if case.activation != "silu":
-        raise Unsupported("silu only")
+    only(case, "cast_scores", renormalize=(False, True), epsilon=(0.0, 1e-20), router_dtype="activations")
     config = easydel.Qwen3MoeConfig(  # pyright: ignore[reportAttributeAccessIssue]  this file has its name
         hidden_size=case.width, moe_intermediate_size=case.hidden, num_experts=case.experts,
         num_experts_per_tok=case.top_k, norm_topk_prob=case.renormalize, **HEADS,

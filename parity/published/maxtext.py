@@ -12,17 +12,14 @@ from maxtext.layers.initializers import nd_dense_init  # pyright: ignore[reportM
 from maxtext.layers.moe import RoutedMoE  # pyright: ignore[reportMissingImports]
 from maxtext.utils import maxtext_utils  # pyright: ignore[reportMissingImports]
 
-from parity import Unsupported, backend
+from parity import Unsupported, backend, only
 
 
 def run(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, **options):
     """The output of a layer that is configured so, with our weights, which are laid out as its own."""
-    if (case.score_function, case.renormalize) != ("softmax", True):
-        raise Unsupported("softmax over the chosen only, which is to renormalise")
-    if case.scale != 1:
-        raise Unsupported("no scale")
-    if case.activation != "silu":
-        raise Unsupported("silu only")
+    of_chosen = case.score_function == "softmax_of_chosen"  # which is to renormalise
+    only(case, score_function=("softmax_of_chosen", "softmax"), renormalize=not of_chosen, epsilon=(0.0, 1e-20),
+         router_dtype="activations", cast_scores=True)  # fmt: skip
     base = Path(maxtext.__file__).parent / "configs" / "base.yml"
     config = pyconfig.initialize(
         ["", str(base)], run_name="", override_model_config=True, enable_checkpointing=False,

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # py
 from torch._C._distributed_c10d import HashStore
 from torch.nn.functional import gelu, silu
 
-from parity import Unsupported, backend
+from parity import Unsupported, backend, only
 
 
 def gelu_tanh(x):
@@ -29,16 +29,24 @@ def join(ranks):
 
 
 @backend(framework="torch", supports=lambda case: case.way != "compiled" or "it cannot be built within torch.compile")
-def layer(x_TD, router_DE, w_gate_eDF, w_up_eDF, w_down_eFD, case, group):  # noqa: ARG001  it makes its own groups
-    """The layer, with its router in float32 and no auxiliary loss."""
-    if case.score_function == "sigmoid" and not case.renormalize and case.top_k > 1:
-        raise Unsupported("sigmoid always renormalises for K > 1")
+def layer(
+    x_TD, router_DE, w_gate_eDF, w_up_eDF, w_down_eFD, case,
+    group, selection_bias_E=None,  # noqa: ARG001  it makes its own groups
+):  # fmt: skip
+    """The layer, with its router in float32 and no auxiliary loss; a sigmoid is renormalised where K > 1."""
+    sigmoid = case.score_function == "sigmoid"
+    if selection_bias_E is not None and not sigmoid:
+        raise Unsupported("a selection bias with a sigmoid only")
+    only(case, "scale", score_function=("softmax", "sigmoid"), renormalize=case.top_k > 1 if sigmoid else (False, True),
+         epsilon=1e-20 if sigmoid else (0.0, 1e-20), activation=("silu", "gelu_tanh"),
+         router_dtype="float32" if case.dtype == "float64" else ("wide", "float32"))  # fmt: skip
     join(case.ranks)
     config = TransformerConfig(
         num_layers=1, num_attention_heads=1, hidden_size=case.width, ffn_hidden_size=case.hidden,
         moe_ffn_hidden_size=case.hidden, num_moe_experts=case.experts, moe_router_topk=case.top_k,
         moe_router_pre_softmax=case.score_function == "softmax" and not case.renormalize,
         moe_router_score_function=case.score_function, moe_router_topk_scaling_factor=case.scale,
+        moe_router_enable_expert_bias=selection_bias_E is not None,
         moe_router_dtype="fp64" if case.dtype == "float64" else "fp32", moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="allgather", expert_model_parallel_size=case.ranks,
         gated_linear_unit=True, activation_func={"silu": silu, "gelu_tanh": gelu_tanh}[case.activation],
@@ -46,6 +54,7 @@ def layer(x_TD, router_DE, w_gate_eDF, w_up_eDF, w_down_eFD, case, group):  # no
     )  # fmt: skip
     moe = get_moe_module_spec(use_te=False, num_experts=case.experts, moe_grouped_gemm=False)(config)
     weights = {"router.weight": router_DE.T}
+    weights |= {} if selection_bias_E is None else {"router.expert_bias": selection_bias_E}
     for i, (gate_DF, up_DF, down_FD) in enumerate(zip(w_gate_eDF, w_up_eDF, w_down_eFD, strict=True)):
         weights[f"experts.local_experts.{i}.linear_fc1.weight"] = torch.cat([gate_DF, up_DF], 1).T
         weights[f"experts.local_experts.{i}.linear_fc2.weight"] = down_FD.T

@@ -10,14 +10,14 @@ from torchtitan.models.common.moe import (  # pyright: ignore[reportMissingImpor
 )
 from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher  # pyright: ignore[reportMissingImports]
 
-from parity import Unsupported, backend
+from parity import Unsupported, backend, only
 
 
 @backend(framework="torch")
-def layer(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
-    """The layer, without a shared expert and with selection biases of zero."""
-    if case.activation != "silu":
-        raise Unsupported("silu only")
+def layer(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, selection_bias_E=None):
+    """The layer, without a shared expert. Its router is in the dtype of the tokens: autocast knows no float32."""
+    only(case, "scale", score_function=("softmax", "sigmoid"), renormalize=(False, True), router_dtype="activations",
+         cast_scores=True)  # fmt: skip
     if case.dtype != "bfloat16":
         raise Unsupported("its experts compute in bfloat16, whatever the tokens are")
     D, F, E, K = case.width, case.hidden, case.experts, case.top_k
@@ -33,4 +33,5 @@ def layer(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     weights = {"router.gate.weight": router_DE.T.to(x_TD.dtype)}
     weights |= {f"routed_experts.inner_experts.{name}": w.mT for name, w in
                 (("w1_EFD", w_gate_EDF), ("w2_EDF", w_down_EFD), ("w3_EFD", w_up_EDF))}  # fmt: skip
+    weights |= {} if selection_bias_E is None else {"expert_bias_E": selection_bias_E}
     return torch.func.functional_call(moe, weights, (x_TD[None],))[0]

@@ -1,134 +1,346 @@
 """Blocks of Hugging Face's transformers: one function runs them all, as their parameters have the usual names.
 
-They know no ranks: each is given all experts and runs on a rank's tokens. What a case does not have is switched off:
-selection biases and shared experts are zero, and all experts are one group.
+They know no ranks: each is given all experts and runs on a rank's tokens. What a block has and a case has not is
+switched off: selection biases, biases and shared experts are zero, scales of experts are one.
 """
 
+import math
 from importlib import import_module
 
 import torch
 import transformers.modeling_utils  # noqa: F401  # pyright: ignore[reportMissingImports]  once, before ranks are forked
+from torch import nn
 
-from parity import Unsupported, backend
+from parity import Unsupported, backend, only
 
-ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+ACTIVATIONS = {
+    "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu", "relu2": "relu2",
+}  # fmt: skip
 
 
-def run(path, x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, *, router_dtype=None, **config):
-    """The output of a block, which `mixtral:Mixtral:SparseMoeBlock` names, with our weights in place of its own."""
+def run(path, case, x_TD, w, layout="E (2 F) D", /, **config):
+    """The output of a block, which `mixtral:Mixtral:SparseMoeBlock` names, with our weights in place of its own.
+
+    `layout` is how it keeps gate and up: E (2 F) D and E D (2 F) one after the other, E D (F 2) by turns.
+    """
     package, model, suffix = path.split(":")
     its = import_module(f"transformers.models.{package}.modeling_{package}")
-    sizes = {"hidden_size": case.width, "intermediate_size": case.hidden, "num_experts_per_tok": case.top_k}
-    made = getattr(its, f"{model}Config")(**sizes, hidden_act=ACTIVATIONS[case.activation], **config)
+    made = getattr(its, f"{model}Config")(**configuration(case), **config)
     made._experts_implementation = "eager"
     with torch.device("meta"):  # its own weights are never made
-        block = getattr(its, model + suffix)(made).eval()
-    weights = {name: torch.zeros(a.shape, dtype=x_TD.dtype) for name, a in block.state_dict().items()}
-    gate = "gate.weight" if "gate.weight" in weights else "router.weight"
-    weights[gate] = router_DE.T.to(router_dtype or x_TD.dtype)
-    weights["experts.gate_up_proj"] = torch.cat([w_gate_EDF, w_up_EDF], 2).mT
-    weights["experts.down_proj"] = w_down_EFD.mT
-    out = torch.func.functional_call(block, weights, (x_TD[None],))
-    return (out[0] if isinstance(out, tuple) else out)[0]
+        block = (getattr(its, model + suffix) if suffix else Gemma4)(made).eval()
+    ours = {}
+    for name, its_own in block.state_dict().items():
+        a = stored(name, w, layout)
+        if a is None:
+            a = torch.full(its_own.shape, float(name.endswith("scale")), dtype=x_TD.dtype)
+        elif name.startswith(("gate.", "router.")):  # as it is given, or as wide as the tokens
+            a = a.to(torch.promote_types(a.dtype, x_TD.dtype))
+        ours[name] = a
+    out = torch.func.functional_call(block, ours, (x_TD[None],))
+    return (out[0] if isinstance(out, tuple) else out).reshape(x_TD.shape)
 
 
-def only(case, *, score_function, renormalize=None, scaled=False):
-    """Raises Unsupported in a case that has other scores than these; None: either."""
-    if case.score_function != score_function:
-        raise Unsupported(f"{score_function} only")
-    if renormalize is not None and case.renormalize != renormalize:
-        raise Unsupported("always renormalises" if renormalize else "never renormalises")
-    if case.scale != 1 and not scaled:
-        raise Unsupported("no scale")
+def configuration(case):
+    """What a case says, by every name that a configuration has for it."""
+    experts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), case.experts)
+    hidden = dict.fromkeys(("intermediate_size", "moe_intermediate_size"), case.hidden)
+    chosen = dict.fromkeys(("num_experts_per_tok", "top_k_experts"), case.top_k)
+    activation = dict.fromkeys(("hidden_act", "hidden_activation", "mlp_hidden_act"), ACTIVATIONS[case.activation])
+    router = {"n_group": case.groups, "topk_group": case.top_groups, "routed_scaling_factor": case.scale}
+    return {"hidden_size": case.width, "norm_topk_prob": case.renormalize, **experts, **hidden, **chosen, **activation,
+            **router}  # fmt: skip
 
 
-def run_deepseek_v3(path, x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
-    """The output of a block that is configured as DeepSeek-V3's is."""
-    only(case, score_function="sigmoid", scaled=True)
-    ours = (x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
-    config = {"moe_intermediate_size": case.hidden, "n_routed_experts": case.experts, "n_group": 1, "topk_group": 1}
-    config |= {"norm_topk_prob": case.renormalize, "routed_scaling_factor": case.scale}
-    return run(path, *ours, router_dtype=torch.float32, **config)
+def weights(router, w_gate, w_up, w_down, **more):
+    """Ours, by name."""
+    return {"router": router, "w_gate": w_gate, "w_up": w_up, "w_down": w_down, **more}
+
+
+def stored(name, w, layout):
+    """What a block keeps under this name, of ours; None where the case has none."""
+
+    def turned(a):
+        return a if a is None or layout.startswith("E D") else a.mT
+
+    def paired(gate, up):
+        if gate is None:
+            return None
+        return torch.stack([gate, up], -1).flatten(-2) if "(F 2)" in layout else torch.cat([gate, up], -1)
+
+    match name.removesuffix(".weight").replace("shared_experts", "shared_expert").split("."):
+        case ["gate" | "router"] | ["router", "proj"]:
+            return w["router"].T
+        case ["router", "bias"]:
+            return w.get("router_bias")
+        case [*_, "e_score_correction_bias" | "expert_bias"]:
+            return w.get("selection_bias")
+        case ["router", "per_expert_scale"]:
+            return w.get("expert_scale")
+        case ["experts", "gate_up_proj"]:
+            return turned(paired(w.get("w_gate"), w.get("w_up")))
+        case ["experts", "gate_up_proj_bias"]:
+            return paired(w.get("b_gate"), w.get("b_up"))
+        case ["experts", "up_proj"]:
+            return turned(w.get("w_up"))
+        case ["experts", "down_proj"]:
+            return turned(w.get("w_down"))
+        case ["experts", "down_proj_bias"]:
+            return w.get("b_down")
+        case ["shared_expert", part]:
+            its = w.get(f"shared_w_{part.removesuffix('_proj')}")
+            return None if its is None else its.T
+        case ["shared_expert_gate"]:
+            its = w.get("shared_score")
+            return None if its is None else its[None]
+
+
+class Gemma4(nn.Module):
+    """A layer of Gemma 4 from behind the norms on: router and experts on the same tokens.
+
+    In the model each has a norm of its own. The router's has no weights; the learned scale behind it is one here, and
+    so is the root of the width that it is multiplied by: both are the same as other router weights.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        its = import_module("transformers.models.gemma4.modeling_gemma4")
+        self.router, self.experts = its.Gemma4TextRouter(config), its.Gemma4TextExperts(config)
+        self.router.norm, self.router.scalar_root_size = nn.Identity(), 1.0
+
+    def forward(self, x_1TD):
+        """The output, [T, D]."""
+        _, score_TK, expert_id_TK = self.router(x_1TD[0])
+        return self.experts(x_1TD[0], expert_id_TK, score_TK)
+
+
+# What sums of scores are guarded by where nothing guards them: of a softmax, 1e-20 changes no sum.
+NOTHING = (0.0, 1e-20)
+
+
+def as_tokens(case):
+    """Of a router with logits in the dtype of the tokens, and scores from float32 logits."""
+    return "float32" if case.dtype == "float64" else "activations"
+
+
+def all_as_tokens(case):
+    """Of a router with logits in the dtype of the tokens, and scores too."""
+    return ("wide", "activations") if case.dtype == "float64" else "activations"
+
+
+def in_float32(case):
+    """Of a router in float32 whatever the tokens are."""
+    return "float32" if case.dtype == "float64" else ("wide", "float32")
+
+
+def only_softmax(case, **has):
+    """Raises Unsupported in a case that has other scores than these: of a softmax in float32."""
+    only(case, "activation", epsilon=NOTHING, router_dtype=as_tokens(case), **has)
+
+
+def only_deepseek(case):
+    """Raises Unsupported in a case that has other scores than DeepSeek-V3."""
+    only(case, "activation", "scale", "groups", "top_groups",
+         score_function="sigmoid", renormalize=(False, True), router_dtype=in_float32(case))  # fmt: skip
+
+
+def shared_experts(case):
+    """The shared expert, as a configuration says it that counts shared experts of the size of the others.
+
+    Raises Unsupported where they are no whole number.
+    """
+    if case.shared_hidden % case.hidden:
+        raise Unsupported("its shared expert is a multiple of the others in width")
+    return {"n_shared_experts": case.shared_hidden // case.hidden or 1}
+
+
+def weighed_shared_expert(case):
+    """The shared expert, as a configuration says it of one that has a score. Raises Unsupported where it has none."""
+    if case.shared_hidden and not case.shared_score:
+        raise Unsupported("its shared expert has a score")
+    return {"shared_expert_intermediate_size": case.shared_hidden or 1}
 
 
 @backend(framework="torch")
 def mixtral(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """Mixtral."""
-    only(case, score_function="softmax", renormalize=True)
-    ours = (x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
-    return run("mixtral:Mixtral:SparseMoeBlock", *ours, num_local_experts=case.experts)
+    only_softmax(case, renormalize=True)
+    return run("mixtral:Mixtral:SparseMoeBlock", case, x_TD, weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD))
 
 
 @backend(framework="torch")
 def minimax(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """MiniMax-Text-01."""
-    only(case, score_function="softmax", renormalize=True)
-    ours = (x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
-    return run("minimax:MiniMax:SparseMoeBlock", *ours, num_local_experts=case.experts)
+    only_softmax(case, renormalize=True)
+    return run("minimax:MiniMax:SparseMoeBlock", case, x_TD, weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD))
 
 
 @backend(framework="torch")
 def granitemoe(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """Granite 3: softmax over the chosen, which is the same as to renormalise."""
-    only(case, score_function="softmax", renormalize=True)
-    ours = (x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
-    return run("granitemoe:GraniteMoe:MoE", *ours, num_local_experts=case.experts)
+    of_chosen = case.score_function == "softmax_of_chosen"
+    only_softmax(case, score_function=("softmax_of_chosen", "softmax"), renormalize=not of_chosen, cast_scores=True)
+    return run("granitemoe:GraniteMoe:MoE", case, x_TD, weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD))
 
 
 @backend(framework="torch")
 def jamba(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """Jamba."""
-    only(case, score_function="softmax", renormalize=False)
-    ours = (x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
-    return run("jamba:Jamba:SparseMoeBlock", *ours, num_experts=case.experts)
+    only_softmax(case, renormalize=False, cast_scores=True)
+    return run("jamba:Jamba:SparseMoeBlock", case, x_TD, weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD))
 
 
 @backend(framework="torch")
 def olmoe(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """OLMoE."""
-    only(case, score_function="softmax")
-    ours = (x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
-    config = {"num_experts": case.experts, "norm_topk_prob": case.renormalize}
-    return run("olmoe:Olmoe:SparseMoeBlock", *ours, **config)
+    only_softmax(case, renormalize=(False, True), cast_scores=True)
+    return run("olmoe:Olmoe:SparseMoeBlock", case, x_TD, weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD))
 
 
 @backend(framework="torch")
 def flex_olmo(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """FlexOlmo."""
-    only(case, score_function="softmax")
-    ours = (x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
-    config = {"num_experts": case.experts, "norm_topk_prob": case.renormalize}
-    return run("flex_olmo:FlexOlmo:SparseMoeBlock", *ours, **config)
+    only_softmax(case, renormalize=(False, True), cast_scores=True)
+    return run("flex_olmo:FlexOlmo:SparseMoeBlock", case, x_TD, weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD))
 
 
 @backend(framework="torch")
 def qwen3_moe(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """Qwen3-MoE."""
-    only(case, score_function="softmax")
-    ours = (x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
-    config = {"moe_intermediate_size": case.hidden, "num_experts": case.experts, "norm_topk_prob": case.renormalize}
-    return run("qwen3_moe:Qwen3Moe:SparseMoeBlock", *ours, **config)
+    only_softmax(case, renormalize=(False, True), cast_scores=True)
+    return run("qwen3_moe:Qwen3Moe:SparseMoeBlock", case, x_TD, weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD))
 
 
 @backend(framework="torch")
-def deepseek_v3(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
-    """DeepSeek-V3, with its router in float32."""
-    return run_deepseek_v3("deepseek_v3:DeepseekV3:MoE", x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
+def qwen2_moe(
+    x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case,
+    shared_w_gate_DH=None, shared_w_up_DH=None, shared_w_down_HD=None, shared_score_D=None,
+):  # fmt: skip
+    """Qwen2-MoE, whose shared expert has a score."""
+    only_softmax(case, renormalize=(False, True), cast_scores=True)
+    shared = shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD, shared_score_D
+    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, **of_shared(*shared))
+    return run("qwen2_moe:Qwen2Moe:SparseMoeBlock", case, x_TD, w, **weighed_shared_expert(case))
 
 
 @backend(framework="torch")
-def glm4_moe(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
+def qwen3_next(
+    x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case,
+    shared_w_gate_DH=None, shared_w_up_DH=None, shared_w_down_HD=None, shared_score_D=None,
+):  # fmt: skip
+    """Qwen3-Next, whose shared expert has a score."""
+    only_softmax(case, renormalize=(False, True), cast_scores=True)
+    shared = shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD, shared_score_D
+    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, **of_shared(*shared))
+    return run("qwen3_next:Qwen3Next:SparseMoeBlock", case, x_TD, w, **weighed_shared_expert(case))
+
+
+def of_shared(gate, up, down, score=None):
+    """What belongs to a shared expert, by name."""
+    return {"shared_w_gate": gate, "shared_w_up": up, "shared_w_down": down, "shared_score": score}
+
+
+@backend(framework="torch")
+def deepseek_v3(
+    x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, selection_bias_E=None,
+    shared_w_gate_DH=None, shared_w_up_DH=None, shared_w_down_HD=None,
+):  # fmt: skip
+    """DeepSeek-V3, and Kimi K2, with the router in float32."""
+    only_deepseek(case)
+    shared = of_shared(shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD)
+    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, selection_bias=selection_bias_E, **shared)
+    return run("deepseek_v3:DeepseekV3:MoE", case, x_TD, w, **shared_experts(case))
+
+
+@backend(framework="torch")
+def glm4_moe(
+    x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, selection_bias_E=None,
+    shared_w_gate_DH=None, shared_w_up_DH=None, shared_w_down_HD=None,
+):  # fmt: skip
     """GLM-4.5, with its router in float32."""
-    return run_deepseek_v3("glm4_moe:Glm4Moe:MoE", x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
+    only_deepseek(case)
+    shared = of_shared(shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD)
+    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, selection_bias=selection_bias_E, **shared)
+    return run("glm4_moe:Glm4Moe:MoE", case, x_TD, w, **shared_experts(case))
 
 
 @backend(framework="torch")
-def lfm2_moe(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
+def nemotron_h(
+    x_TD, router_DE, w_up_EDF, w_down_EFD, case, selection_bias_E=None, shared_w_up_DH=None, shared_w_down_HD=None
+):
+    """Nemotron-H, whose experts have no gate, with its router in float32."""
+    if case.gated:
+        raise Unsupported("its experts have no gate")
+    only_deepseek(case)
+    shared = of_shared(None, shared_w_up_DH, shared_w_down_HD)
+    w = weights(router_DE, None, w_up_EDF, w_down_EFD, selection_bias=selection_bias_E, **shared)
+    size = {"moe_shared_expert_intermediate_size": case.shared_hidden or 1}
+    return run("nemotron_h:NemotronH:MoE", case, x_TD, w, **size)
+
+
+@backend(framework="torch")
+def deepseek_v2(
+    x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case,
+    shared_w_gate_DH=None, shared_w_up_DH=None, shared_w_down_HD=None,
+):  # fmt: skip
+    """DeepSeek-V2, with its router in float32; it never renormalises."""
+    groups = {"group_score": "max", "outside_groups": "zero"}
+    only(case, "activation", "scale", "groups", "top_groups", router_dtype=in_float32(case), **groups)
+    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD,
+                   **of_shared(shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD))  # fmt: skip
+    config = {"topk_method": "group_limited_greedy" if case.groups > 1 else "greedy", "num_attention_heads": 1}
+    return run("deepseek_v2:DeepseekV2:Moe", case, x_TD, w, **config, **shared_experts(case))
+
+
+@backend(framework="torch")
+def minimax_m2(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, selection_bias_E=None):
+    """MiniMax-M2: its logits are in the dtype that its router's weights have."""
+    dtypes = "float32" if case.dtype == "float64" else ("wide", "float32", "activations")
+    only(case, "activation", score_function="sigmoid", renormalize=True, epsilon=0.0, router_dtype=dtypes)
+    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, selection_bias=selection_bias_E)
+    return run("minimax_m2:MiniMaxM2:SparseMoeBlock", case, x_TD, w)
+
+
+@backend(framework="torch")
+def lfm2_moe(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, selection_bias_E=None):
     """LFM2-MoE."""
-    only(case, score_function="sigmoid", scaled=True)
-    if case.activation != "silu":
-        raise Unsupported("silu only")
-    ours = (x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
-    config = {"moe_intermediate_size": case.hidden, "num_experts": case.experts}
-    config |= {"norm_topk_prob": case.renormalize, "routed_scaling_factor": case.scale}
-    return run("lfm2_moe:Lfm2Moe:SparseMoeBlock", *ours, **config)
+    only(case, "scale", score_function="sigmoid", renormalize=(False, True), epsilon=1e-6, cast_scores=True,
+         router_dtype=all_as_tokens(case))  # fmt: skip
+    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, selection_bias=selection_bias_E)
+    return run("lfm2_moe:Lfm2Moe:SparseMoeBlock", case, x_TD, w)
+
+
+@backend(framework="torch")
+def gpt_oss(
+    x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, router_bias_E=None, b_gate_EF=None, b_up_EF=None,
+    b_down_ED=None,
+):  # fmt: skip
+    """gpt-oss, whose gate and up stand by turns."""
+    only(case, "clamp", score_function="softmax_of_chosen", cast_scores=True, router_dtype=all_as_tokens(case),
+         activation="quick_gelu", up_offset=1.0)  # fmt: skip
+    biases = {"router_bias": router_bias_E, "b_gate": b_gate_EF, "b_up": b_up_EF, "b_down": b_down_ED}
+    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, **biases)
+    limit = math.inf if case.clamp is None else case.clamp
+    return run("gpt_oss:GptOss:MLP", case, x_TD, w, "E D (F 2)", swiglu_limit=limit)
+
+
+@backend(framework="torch")
+def llama4(
+    x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case,
+    shared_w_gate_DH=None, shared_w_up_DH=None, shared_w_down_HD=None,
+):  # fmt: skip
+    """Llama 4, which weighs what it gives to an expert; its shared expert is as wide as the others."""
+    only(case, "activation", score_function="sigmoid", score_on="input", cast_scores=True, router_dtype=as_tokens(case))
+    if case.shared_hidden not in (0, case.hidden):
+        raise Unsupported("its shared expert is as wide as the others")
+    shared = of_shared(shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD)
+    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, **shared)
+    return run("llama4:Llama4Text:Moe", case, x_TD, w, "E D (2 F)")
+
+
+@backend(framework="torch")
+def gemma4(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, expert_scale_E=None):
+    """Gemma 4, from behind its norms on, of which router and experts have one each."""
+    only_softmax(case, renormalize=True)
+    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, expert_scale=expert_scale_E)
+    return run("gemma4:Gemma4Text:", case, x_TD, w)
