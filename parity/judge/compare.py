@@ -298,8 +298,9 @@ def choice_of_experts(problem: Problem, want: Expected, backend: str, ids: Array
     router, alone = parameters.router, parameters.router_bias is None and parameters.selection_bias is None
     whole = alone and np.array_equal(x, x.round()) and np.array_equal(router, router.round())
     exact = whole and case.groups == 1 and (np.abs(x) @ np.abs(router)).max(initial=0) < 2**24
-    expected = vectorised.oracle_for(case).select(case, score, parameters)
-    keys = reference.stored_keys(case, score, parameters)
+    by = reference.scores_to_choose_by(case, logits)
+    expected = vectorised.oracle_for(case).select(case, by, parameters)
+    keys = reference.stored_keys(case, by, parameters)
     wrong, near = [], 0
     expected[problem.expert_id < 0] = -1  # of padding no choice is asked
     for p, t in np.argwhere((ids != expected).any(axis=-1)):
@@ -447,8 +448,9 @@ def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array
 def _tied(problem: Problem) -> Array:
     """[P, T], tokens whose last choice is as good as one that was left out."""
     case, (x, parameters, _) = problem.case, exact_inputs(problem)
-    _, score = vectorised.route(case, x, parameters, Exact())
-    best = -np.sort(-reference.stored_keys(case, score, parameters), axis=-1)
+    logits, _ = vectorised.route(case, x, parameters, Exact())
+    by = reference.scores_to_choose_by(case, logits)
+    best = -np.sort(-reference.stored_keys(case, by, parameters), axis=-1)
     return (
         best[..., case.top_k - 1] == best[..., case.top_k] if case.top_k < case.experts else np.zeros(x.shape[:2], bool)
     )

@@ -128,10 +128,9 @@ def _draw(
     x64, dout64 = x.astype(np.float64), dout.astype(np.float64)
     exact_parameters = in_float64(parameters)
     oracle = oracle_for(case)
-    _, score = oracle.route(case, x64, exact_parameters, Exact())
-    expert_id = (
-        recorded["expert_id"].copy() if "expert_id" in recorded else oracle.select(case, score, exact_parameters)
-    )
+    logits, score = oracle.route(case, x64, exact_parameters, Exact())
+    by = reference.scores_to_choose_by(case, logits)
+    expert_id = recorded["expert_id"].copy() if "expert_id" in recorded else oracle.select(case, by, exact_parameters)
     for rank in range(P):
         expert_id[rank, case.tokens_of(rank) :] = -1
     # Priority goes by the scores that are stored, so rounding to the stored dtype comes first. XLA on a CPU compares
@@ -156,11 +155,12 @@ def clear_choice(problem: Problem) -> bool:
     """Whether each chosen score is further from the next one than both may be off, so that all choose alike."""
     case = problem.case
     x, parameters, _ = exact_inputs(problem)
-    _, score = oracle_for(case).route(case, x, parameters, Exact())
+    logits, score = oracle_for(case).route(case, x, parameters, Exact())
     drawn = vectorised.drawn_scores(case, x, parameters, [case.seed, 4])
     close = 2 * allowance(score, drawn, case.score_dtype).max(axis=-1)
-    keys = reference.stored_keys(case, score, parameters)
-    chosen = np.array_equal(oracle_for(case).select(case, score, parameters), problem.expert_id)
+    by = reference.scores_to_choose_by(case, logits)
+    keys = reference.stored_keys(case, by, parameters)
+    chosen = np.array_equal(oracle_for(case).select(case, by, parameters), problem.expert_id)
     return chosen and all(_far_apart(case, keys[p, t], close[p, t]) for p, t in np.ndindex(*close.shape))
 
 

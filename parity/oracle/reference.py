@@ -18,7 +18,7 @@ from scipy.special import erf
 
 from parity.cases.case import Case
 from parity.cases.parameters import BY_NAME, Parameters
-from parity.oracle.tolerances import noise, underflow
+from parity.oracle.tolerances import noise, numpy_dtype, underflow
 
 Array = np.ndarray
 Gradients = dict[str, Array]  # by the name of what has it
@@ -133,8 +133,14 @@ def softmax(a: Array, n: int, dtype: str, numbers: Numbers) -> Array:
     return numbers.round(power / total, dtype)
 
 
+def scores_to_choose_by(case: Case, logits_PTE: Array) -> Array:
+    """The scores of the logits as they are stored: in 16 bits many are equal, and experts are chosen by them."""
+    stored_PTE = logits_PTE.astype(numpy_dtype(case.dtype_of("logits"))).astype(np.float64)
+    return scores(case, stored_PTE, Exact())
+
+
 def select(case: Case, score_PTE: Array, w: Parameters) -> Array:
-    """The K experts that each token chooses, ties to the lower expert id: [P, T, K]."""
+    """The K experts that each token chooses by these scores, ties to the lower expert id: [P, T, K]."""
     id_PTK = np.zeros((*score_PTE.shape[:2], case.top_k), np.int32)
     for p, t in np.ndindex(*score_PTE.shape[:2]):
         key_E = stored_keys(case, score_PTE[p, t], w)
