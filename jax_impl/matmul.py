@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Integer
 
@@ -56,6 +57,7 @@ def rows_of_experts(counts_e: Integer[Array, " e"], n_rows: int) -> Bool[Array, 
     return (row_R1 >= end_e - counts_e) & (row_R1 < end_e)
 
 
-def matmul(a: Float[Array, "M n"], b: Float[Array, "n *F"]) -> Float[Array, "M *F"]:
-    """a @ b, in true float32 for float32."""
-    return jnp.matmul(a, b, precision="highest")
+def matmul(a: Float[Array, "*M n"], b: Float[Array, "n ..."]) -> Float[Array, "..."]:
+    """a @ b, accumulated in float32 and rounded once; XLA on a GPU adds up small products of 16 bits in 16 bits."""
+    wide = np.promote_types(a.dtype, np.float32)
+    return jnp.matmul(a, b, precision="highest", preferred_element_type=wide).astype(a.dtype)

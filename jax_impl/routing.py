@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Integer
 
 from jax_impl.checks import check_router
+from jax_impl.matmul import matmul
 
 
 class Router(NamedTuple):
@@ -86,7 +87,7 @@ def logits(
     """x @ router + bias, in the dtype that `router_dtype` says, as numbers of float32 or wider."""
     wide = np.dtype(np.float32) if dtype == "float32" else np.promote_types(x_TD.dtype, np.float32)
     narrow = x_TD.dtype if dtype == "activations" else wide
-    logits_TE = jnp.matmul(x_TD.astype(narrow), router_DE.astype(narrow), precision="highest")
+    logits_TE = matmul(x_TD.astype(narrow), router_DE.astype(narrow))
     return (logits_TE if bias_E is None else logits_TE + bias_E.astype(narrow)).astype(wide)
 
 
@@ -159,7 +160,7 @@ def of_chosen(a_E: Float[Array, " E"], expert_id_TK: Integer[Array, "T K"]) -> F
     Under `shard_map`, `take_along_axis` of what is the same on all ranks has a wrong gradient (docs/published.md).
     """
     one_hot_TKE = expert_id_TK[..., None] == jnp.arange(a_E.shape[0])
-    return jnp.matmul(one_hot_TKE.astype(a_E.dtype), a_E, precision="highest")
+    return matmul(one_hot_TKE.astype(a_E.dtype), a_E)
 
 
 def weigh_input(

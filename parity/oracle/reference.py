@@ -243,8 +243,9 @@ def score_backward(
     if case.router.score_function == "sigmoid":
         dlogits_PTE = d_PTE * score_PTE * numbers.round(1 - score_PTE, dtype)
     if case.router.score_function == "sqrt_softplus":
-        share_PTE = numbers.round(sigmoid(logits_PTE), dtype)
-        dlogits_PTE = numbers.round(d_PTE / (2 * np.maximum(score_PTE, 1e-300)), dtype) * share_PTE
+        # sigmoid / (2 * score), which is half the score where both are too small to divide
+        inner_PTE = numbers.round(sigmoid(logits_PTE), dtype) / (2 * np.where(logits_PTE < -40, 1, score_PTE))
+        dlogits_PTE = d_PTE * numbers.round(np.where(logits_PTE < -40, score_PTE / 2, inner_PTE), dtype)
     return numbers.round(dlogits_PTE, case.dtype_of("logits")), numbers.terms(dscale_PTE, case.tokens, dtype).sum(
         axis=-2
     )
