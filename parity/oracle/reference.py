@@ -238,7 +238,9 @@ def score_backward(
         dlogits_PTE = d_PTE * score_PTE * numbers.round(1 - score_PTE, dtype)
     if case.router.score_function == "sqrt_softplus":
         share_PTE = numbers.round(sigmoid(logits_PTE), dtype)
-        dlogits_PTE = numbers.round(d_PTE / (2 * np.maximum(score_PTE, 1e-300)), dtype) * share_PTE
+        slope_PTE = numbers.round(share_PTE / (2 * np.maximum(score_PTE, 1e-9)), dtype)
+        # From -40 down, where the share is the score squared, half the score: their quotient underflows.
+        dlogits_PTE = d_PTE * np.where(logits_PTE < -40, numbers.round(score_PTE / 2, dtype), slope_PTE)
     return numbers.round(dlogits_PTE, case.dtype_of("logits")), numbers.terms(dscale_PTE, case.tokens, dtype).sum(
         axis=-2
     )
