@@ -133,8 +133,8 @@ def largest(score_Tn: Float[Array, "T n"], k: int) -> Integer[Array, "T k"]:
     return score_Tn.argsort(axis=-1, descending=True, stable=True)[:, :k]
 
 
-@jax.custom_vjp
-def renormalized(score_TK: Float[Array, "T K"], epsilon: float) -> Float[Array, "T K"]:
+@jax.custom_vjp  # to whose functions epsilon is an array
+def renormalized(score_TK: Float[Array, "T K"], epsilon: float | Float[Array, ""]) -> Float[Array, "T K"]:
     """A token's scores over their sum, which `epsilon` guards: 1e-20 in DeepSeek-V3, none in Mixtral."""
     return score_TK / (score_TK.sum(axis=-1, keepdims=True) + epsilon)
 
