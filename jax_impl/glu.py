@@ -43,7 +43,7 @@ def clamped(a: Float[Array, "*M F"], low: float, high: float) -> Float[Array, "*
 def gelu_tanh(gate: Float[Array, "*M F"]) -> Float[Array, "*M F"]:
     """Past +-10 the tanh is +-1 and its slope 0, where the cube would overflow and make the slope NaN."""
     near = gate.clip(-10, 10)
-    return gate * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (near + 0.044715 * near**3))) / 2
+    return gate * ((1 + jnp.tanh(math.sqrt(2 / math.pi) * (near + 0.044715 * near**3))) / 2)
 
 
 ACTIVATIONS = {

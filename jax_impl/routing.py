@@ -93,9 +93,10 @@ def logits(
 
 def sqrt_softplus(logits_TE: Float[Array, "T E"]) -> Float[Array, "T E"]:
     """sqrt(log(1 + exp(logits))), as DeepSeek-V4 scores; from -40 down exp(logits / 2), whose slope is finite."""
-    small_TE = jnp.exp(logits_TE.clip(max=-40) / 2)
-    softplus_TE = jnp.logaddexp(logits_TE.clip(min=-40), jnp.zeros_like(logits_TE))
-    return jnp.where(logits_TE < -40, small_TE, jnp.sqrt(softplus_TE))
+    is_small_TE = logits_TE < -40  # not clip: at its bound half the gradient would be lost
+    small_TE = jnp.exp(jnp.where(is_small_TE, logits_TE, -40) / 2)
+    softplus_TE = jnp.logaddexp(jnp.where(is_small_TE, -40, logits_TE), jnp.zeros_like(logits_TE))
+    return jnp.where(is_small_TE, small_TE, jnp.sqrt(softplus_TE))
 
 
 # By name. "softmax_of_chosen" chooses by logits, and its softmax is over the K chosen (gpt-oss).
@@ -133,8 +134,8 @@ def largest(score_Tn: Float[Array, "T n"], k: int) -> Integer[Array, "T k"]:
     return score_Tn.argsort(axis=-1, descending=True, stable=True)[:, :k]
 
 
-@jax.custom_vjp
-def renormalized(score_TK: Float[Array, "T K"], epsilon: float) -> Float[Array, "T K"]:
+@jax.custom_vjp  # to whose functions epsilon is an array
+def renormalized(score_TK: Float[Array, "T K"], epsilon: float | Float[Array, ""]) -> Float[Array, "T K"]:
     """A token's scores over their sum, which `epsilon` guards: 1e-20 in DeepSeek-V3, none in Mixtral."""
     return score_TK / (score_TK.sum(axis=-1, keepdims=True) + epsilon)
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from parity.capture.measure import Measured
 from torch_impl import kernels, layer, layout, routing, static
+from torch_impl.experts import Experts
 from torch_impl.glu import glu
 
 T, D, F, E, K = 8, 8, 8, 8, 2
@@ -211,7 +212,7 @@ def swiglu_through_stand_ins(dtype: torch.dtype, group: dist.ProcessGroup | None
         gate, up = (normal(6, 8, seed=i).to(dtype).requires_grad_() for i in range(2))
         results = []
         for run in (glu, torch.compile(glu, backend="aot_eager", fullgraph=True)):
-            hidden = run(gate, up, "silu")
+            hidden = run(gate, up, Experts())
             results.append((hidden, *torch.autograd.grad(hidden, (gate, up), torch.ones_like(hidden))))
         equal = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         return equal, torch.equal(results[1][1], up)

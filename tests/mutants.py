@@ -77,7 +77,7 @@ MEMORY = 16 * 2**30
 
 # Mutants that compute the same: patterns of their names, and why.
 EQUIVALENT = {
-    r"glu: .*clip\(-10, 10\).* -> .*clip\((-9|-11|-10), (9|10|11)\)": "past 9 the share is 0 or 1 to the last bit",
+    r"gelu_tanh: .*\(-10, 10\).* -> .*\((-9|-11|-10), (9|10|11)\)": "past 9 the share is 0 or 1 to the last bit",
     r"invert: .*scatter\(0, .* -> .*scatter\(-1, ": "of an array with one axis",
     r"group_by_expert: .*\(expert_N < E\).* -> .*\(expert_N <= E\)": "E becomes E",
 }

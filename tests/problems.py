@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from parity.cases.case import Case
-from parity.oracle import reference, vectorised
+from parity.cases.parameters import Parameters
+from parity.oracle import vectorised
 from parity.oracle.reference import Exact, Perturbed
 from parity.oracle.tolerances import DRAWS, allowance, unit_roundoff
 
@@ -118,13 +119,13 @@ def dense(
 
 def allowances(case: Case, inputs: list[Tensor], expert_id_TK: Tensor, keep_TK: Tensor) -> dict[str, np.ndarray]:
     """Of out and of each gradient, as `check` has them. The router's gradient is stored as the router is."""
-    x, router, gate, up, down, dout = (a.numpy() for a in inputs)
-    weights, ids, keep = reference.Weights(gate, up, down), expert_id_TK.numpy(), keep_TK.numpy()
+    x, *learned, dout = (a.numpy() for a in inputs)
+    parameters, ids, keep = Parameters(*learned), expert_id_TK.numpy(), keep_TK.numpy()
 
     def evaluated(numbers: Exact | Perturbed) -> dict[str, np.ndarray]:
-        made = vectorised.layer(case, x[None], router, weights, dout[None], ids[None], keep[None], numbers)
+        made = vectorised.layer(case, x[None], parameters, dout[None], ids[None], keep[None], numbers)
         of_tokens = {"out": made.out[0], "x": made.dx[0], "score": made.dscore[0]}
-        return of_tokens | {name: getattr(made, f"d{name}") for name in ("router", *WEIGHTS)}
+        return of_tokens | {name: made.gradients[name] for name in ("router", *WEIGHTS)}
 
     exact, draws = evaluated(Exact()), [evaluated(Perturbed(np.random.default_rng(i))) for i in range(DRAWS)]
     return {

@@ -76,6 +76,94 @@ def test_nothing_compared_is_no_match():
         parity.assert_match(layer, "p1")
 
 
+# ---- Options that a layer has not
+
+SIGMOID = Case(score_function="sigmoid", scale=2.5)
+
+
+@pytest.mark.parametrize(
+    ("case", "free", "has", "refused"),
+    [
+        (Case(), [], {}, ""),
+        (Case(top_k=5), [], {}, ""),  # which has no default
+        (SIGMOID, [], {}, "score function softmax only"),
+        (SIGMOID, [], {"score_function": "sigmoid"}, "scale 1.0 only"),
+        (SIGMOID, ["scale"], {"score_function": ("softmax", "sigmoid")}, ""),
+        (SIGMOID, ["scale", "score_function"], {}, ""),
+        (Case(), [], {"score_function": ("sigmoid", "sqrt_softplus")}, "score function sigmoid or sqrt_softplus only"),
+        (Case(), [], {"renormalize": True}, "renormalize True only"),
+        (Case(clamp=7.0), [], {"up_offset": (0.0, 1.0)}, "clamp None only"),
+        (Case(activation="gelu"), [], {"activation": ("silu", "gelu")}, ""),
+        (Case(groups=2, top_groups=2), ["groups"], {}, "top groups 1 only"),
+    ],
+)
+def test_only(case, free, has, refused):
+    if not refused:
+        return parity.only(case, *free, **has)
+    with pytest.raises(parity.Unsupported) as found:
+        parity.only(case, *free, **has)
+    assert str(found.value) == refused
+
+
+@pytest.mark.parametrize(("free", "has"), [(["sale"], {}), ([], {"sale": 2.5}), (["capacity_per"], {})])
+def test_only_knows_its_words(free, has):
+    (name,) = [*free, *has]
+    with pytest.raises(ValueError, match=f"{name}: no option is called so: there are top_k, score_function, renorm"):
+        parity.only(Case(), *free, **has)
+
+
+@parity.backend(framework="torch")
+def may_be_biased(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, selection_bias_E=None):
+    parity.only(case, score_function="sigmoid")
+    score_TE = (x_TD @ router_DE).sigmoid()
+    key_TE = score_TE if selection_bias_E is None else score_TE + selection_bias_E
+    id_TK = key_TE.topk(case.top_k).indices
+    return in_torch(x_TD, score_TE.gather(1, id_TK), id_TK, w_gate_EDF, w_up_EDF, w_down_EFD, case)
+
+
+@parity.backend(framework="torch")
+def is_biased(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, selection_bias_E):
+    return may_be_biased(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, selection_bias_E)
+
+
+BIASED = Case("biased", ranks=2, score_function="sigmoid", selection_bias=True, seed=3)  # in which it chooses otherwise
+PLAIN = Case("plain", ranks=2, score_function="sigmoid")
+
+
+def test_a_selection_bias_that_has_a_default():
+    """It is given where there is one, and chooses; else it is None."""
+    report = parity.check(may_be_biased, BIASED, PLAIN)
+    assert report, str(report)
+    assert "not supported" not in str(report)
+    assert not parity.check(without_its_bias, BIASED)
+
+
+@parity.backend(framework="torch")
+def without_its_bias(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, selection_bias_E=None):
+    return may_be_biased(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case)
+
+
+def test_one_that_has_none():
+    report = parity.check(is_biased, BIASED, PLAIN)
+    assert report, str(report)
+    said = "1 of 2 cases not supported: there is no `selection_bias`, and it has no default for that (1)"
+    assert said in str(report)
+
+
+@parity.backend(framework="torch")
+def without_b_gate(x_TD, score_TK, expert_id_TK, w_gate_EDF, w_up_EDF, w_down_EFD, case, b_up_EF=None, b_down_ED=None):
+    return in_torch(x_TD, score_TK, expert_id_TK, w_gate_EDF, w_up_EDF, w_down_EFD, case)
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"), [(without_b_gate, "it takes no `b_gate`"), (in_torch, "it takes no `b_gate`, `b_up`, `b_down`")]
+)
+def test_a_bias_that_a_layer_does_not_take(layer, said):
+    report = parity.check(layer, Case("with biases", ranks=1, expert_bias=True))
+    assert not report
+    assert f"1 of 1 cases not supported: {said} (1)" in str(report)
+
+
 @pytest.mark.parametrize(("what", "error", "said"), [
     ((in_torch,), ValueError, "on which case"), ((print, "p1"), ValueError, "not marked as a layer"),
     ((in_torch, "no-such", "p1"), ValueError, "no backend is called no-such"), ((in_torch, 3), TypeError, "a layer is"),

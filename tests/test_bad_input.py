@@ -82,9 +82,26 @@ def test_good_input_passes(side):
         ({"router_DE": np.ones((D, E), np.int32)}, {}, "router .*int32.*floating point"),
         ({}, {"top_k": E + 1}, "top_k is 5 with 4 experts: it must be between 1 and E"),
         ({}, {"top_k": 0}, "top_k is 0 with 4 experts"),
-        ({}, {"score_function": "relu"}, "score_function is 'relu': it must be 'softmax' or 'sigmoid'"),
+        ({}, {"score_function": "relu"}, "score_function is 'relu': it must be one of 'softmax', 'sigmoid', 'sqrt_"),
         ({}, {"scale": float("nan")}, "scale is nan: it must be finite"),
-        ({"w_up_eDF": normal(E, D, F + 1)}, {}, r"w_up has shape .4, 4, 9., expected .4, 4, 8."),
+        ({}, {"scale": float("-inf")}, "scale is -inf: it must be finite"),
+        ({}, {"epsilon": -1e-20}, "epsilon is -1e-20: it must be finite, and not negative"),
+        ({}, {"epsilon": float("nan")}, "epsilon is nan: it must be finite"),
+        ({}, {"epsilon": float("inf")}, "epsilon is inf: it must be finite"),
+        ({}, {"group_score": "top3"}, "group_score is 'top3': it must be one of 'top2', 'max'"),
+        ({}, {"outside_groups": None}, "outside_groups is None: it must be one of 'minus_inf', 'zero'"),
+        ({}, {"score_on": "both"}, "score_on is 'both': it must be one of 'output', 'input'"),
+        ({}, {"router_dtype": "bfloat16"}, "router_dtype is 'bfloat16': it must be one of 'wide', 'float32', 'activ"),
+        ({}, {"score_on": "input"}, "score_on is 'input' with top_k 2: a token has one input, so it takes top_k 1"),
+        ({}, {"groups": 0}, "1 of 0 groups of 4 experts: groups must divide the experts"),
+        ({}, {"groups": 3}, "1 of 3 groups of 4 experts: groups must divide the experts"),
+        ({}, {"groups": 2, "top_groups": 3}, "3 of 2 groups of 4 experts: .* and top_groups be between 1 and groups"),
+        ({}, {"groups": 2, "top_groups": 0}, "0 of 2 groups of 4 experts"),
+        ({}, {"groups": 2, "top_k": 3}, "top_k is 3 with 1 groups of 2 experts to choose in: use more or larger"),
+        ({}, {"groups": 4, "top_groups": 2}, "top_k is 2 with 2 groups of 1 experts .* of two experts at least where"),
+        # F is that of w_up, which every layer has.
+        ({"w_up_eDF": normal(E, D, F + 1)}, {}, r"w_gate has shape .4, 4, 8., expected .4, 4, 9."),
+        ({"w_up_eDF": normal(E, D + 1, F)}, {}, r"w_up has shape .4, 5, 8., expected .4, 4, 8."),
         ({"w_gate_eDF": normal(E - 1, D, F)}, {}, r"w_gate has shape .3, 4, 8., expected .4, 4, 8.: this rank holds"),
         ({"w_down_eFD": normal(E, D, F)}, {}, r"w_down has shape .4, 4, 8., expected .4, 8, 4."),
         ({"w_down_eFD": np.ones((E, F, D), np.float16)}, {}, "w_down is .*float16.* and x is .*float32.*: convert"),
@@ -98,8 +115,101 @@ def test_layer(side, changed, how, message):
 @both
 def test_unknown_activation(side):
     experts = side.package.Experts("relu")
-    with pytest.raises(ValueError, match="activation is 'relu': it must be 'silu' or 'gelu_tanh'"):
+    with pytest.raises(ValueError, match="activation is 'relu': it must be one of 'silu', 'gelu', 'gelu_tanh', "):
         side.layer(**arguments(side), router=side.package.Router(K), experts=experts)
+
+
+@both
+def test_groups_of_one_expert_go_by_the_largest(side):
+    side.layer(**arguments(side), router=side.package.Router(K, groups=E, top_groups=2, group_score="max"))
+
+
+@both
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bias_E": normal(E + 1)}, r"bias_E is .*float32 .5,.: it must be floating point, .4."),
+        ({"selection_bias_E": np.ones(E, np.int32)}, r"selection_bias_E is .*int32 .4,.: it must be floating point"),
+        ({"scale_E": normal(1, E)}, r"scale_E is .*float32 .1, 4.: it must be floating point, .4."),
+    ],
+)
+def test_per_expert(side, given, message):
+    per_expert = side.package.PerExpert(**{name: side.asarray(a) for name, a in given.items()})
+    with pytest.raises(ValueError, match=message):
+        side.layer(**arguments(side), router=side.package.Router(K), per_expert=per_expert)
+
+
+@both
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"clamp": 0.0}, "clamp is 0.0: it must be positive, or None"),
+        ({"clamp": -7.0}, "clamp is -7.0: it must be positive"),
+        ({"clamp": float("nan")}, "clamp is nan: it must be positive"),
+    ],
+)
+def test_expert_options(side, given, message):
+    with pytest.raises(ValueError, match=message):
+        side.layer(**arguments(side), router=side.package.Router(K), experts=side.package.Experts(**given))
+
+
+@both
+@pytest.mark.parametrize("given", [{"clamp": 7.0}, {"up_offset": 1.0}])
+def test_what_needs_a_gate(side, given):
+    experts = side.package.Experts("relu2", **given)
+    with pytest.raises(ValueError, match="clamp and up_offset are of experts with a gate: pass w_gate, or leave them"):
+        side.layer(**arguments(side) | {"w_gate_eDF": None}, router=side.package.Router(K), experts=experts)
+
+
+@both
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gate_eF": normal(E, D)}, r"b_gate has shape .4, 4., expected .4, 8.: this rank holds e = 4 // 1 = 4"),
+        ({"up_eF": normal(F)}, r"b_up has shape .8,., expected .4, 8."),
+        ({"down_eD": normal(E, F)}, r"b_down has shape .4, 8., expected .4, 4."),
+        ({"down_eD": np.ones((E, D), np.float16)}, "b_down is .*float16.* and x is .*float32.*: convert one to"),
+    ],
+)
+def test_biases(side, given, message):
+    biases = side.package.Biases(**{name: side.asarray(a) for name, a in given.items()})
+    with pytest.raises(ValueError, match=message):
+        side.layer(**arguments(side), router=side.package.Router(K), biases=biases)
+
+
+@both
+def test_a_bias_of_a_gate_that_there_is_not(side):
+    biases = side.package.Biases(gate_eF=side.asarray(normal(E, F)))
+    with pytest.raises(ValueError, match="there is a bias of the gate, and no w_gate: pass both, or neither"):
+        side.layer(**arguments(side) | {"w_gate_eDF": None}, router=side.package.Router(K), biases=biases)
+
+
+@both
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"w_gate_DH": None}, "experts have a gate and the shared expert has none, or the other way round"),
+        ({"w_gate_DH": normal(D, 6)}, r"shared w_gate has shape .4, 6., expected .4, 5."),
+        ({"w_up_DH": normal(D + 1, 5)}, r"shared w_up has shape .5, 5., expected .4, 5."),
+        ({"w_down_HD": normal(D, 5)}, r"shared w_down has shape .4, 5., expected .5, 4."),
+        ({"score_D": normal(D, 1)}, r"shared score has shape .4, 1., expected .4,."),
+        ({"score_D": np.ones(D, np.float16)}, "shared score is .*float16.* and x is .*float32.*: convert"),
+    ],
+)
+def test_shared_expert(side, changed, message):
+    good = {"w_gate_DH": normal(D, 5), "w_up_DH": normal(D, 5), "w_down_HD": normal(5, D), "score_D": normal(D)}
+    shared = side.package.Shared(**{n: a if a is None else side.asarray(a) for n, a in (good | changed).items()})
+    with pytest.raises(ValueError, match=message):
+        side.layer(**arguments(side), router=side.package.Router(K), shared=shared)
+
+
+@both
+def test_a_shared_expert_without_a_gate_beside_experts_without(side):
+    shared = side.package.Shared(None, side.asarray(normal(D, 5)), side.asarray(normal(5, D)))
+    without = arguments(side) | {"w_gate_eDF": None}
+    side.layer(**without, router=side.package.Router(K), experts=side.package.Experts("relu2"), shared=shared)
+    with pytest.raises(ValueError, match="experts have a gate and the shared expert has none, or the other way round"):
+        side.layer(**arguments(side), router=side.package.Router(K), shared=shared)
 
 
 @both

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal, get_origin
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.numpy import save_file
 
 from parity.cases.case import Case
 from parity.cases.pairs import covered, possible_pairs
+from parity.cases.parameters import parameters_of
 from parity.cases.presets import PLAIN, PRESETS
 from parity.cases.recording import case_of_recording, load_recording
 from parity.oracle import reference
@@ -25,9 +27,10 @@ SMALL = Case(ranks=2, tokens=4, width=8, hidden=4, experts=4)
 
 def values(problem: Problem) -> dict[str, Array]:
     """Every array of a problem, and of the step beside it."""
-    apart = ("case", "weights", "exact", "second", "own_choice")
+    apart = ("case", "parameters", "exact", "second", "own_choice")
     own = {f.name: getattr(problem, f.name) for f in fields(problem) if f.name not in apart}
-    own |= problem.weights._asdict() | {f"exact {k}": v for k, v in problem.exact._asdict().items()}
+    exact = problem.exact._asdict() | problem.exact.gradients
+    own |= problem.parameters.there() | {f"exact {k}": v for k, v in exact.items() if k != "gradients"}
     return own | ({f"second {k}": v for k, v in values(problem.second).items()} if problem.second else {})
 
 
@@ -59,7 +62,7 @@ def test_what_is_dropped_decides_nothing_else():
     free, tight = (draw(replace(SMALL, capacity_factor=factor)) for factor in (None, "1/2"))
     assert free.keep.all()
     assert not tight.keep.all()
-    for name in ("x", "router", "expert_id", "score", "dout", "y"):
+    for name in ("x", "parameters", "expert_id", "score", "dout", "y"):
         assert bits(getattr(free, name)) == bits(getattr(tight, name))
 
 
@@ -86,14 +89,18 @@ def test_every_preset_draws(presets, name):
     assert problem.case == case
     assert case.name == name
     P, T, D, F, E, K = case.ranks, case.tokens, case.width, case.hidden, case.experts, case.top_k
-    shapes = {"x": (P, T, D), "router": (D, E), "w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
+    shapes = {"x": (P, T, D), "router": (D, E), "w_up": (E, D, F), "w_down": (E, F, D)}
+    shapes |= {"w_gate": (E, D, F)} if case.gated else {}
     shapes |= {"dout": (P, T, D), "expert_id": (P, T, K), "keep": (P, T, K), "score": (P, T, K), "y": (P, T, K, D)}
     found = values(problem)
     assert {name: found[name].shape for name in shapes} == shapes
-    narrow = ("x", "w_gate", "w_up", "w_down", "dout", "y", "dy", "dx_rows")
-    assert {found[name].dtype for name in narrow} == {numpy_dtype(case.dtype)}
-    wide = np.dtype(np.float64 if case.dtype == "float64" else np.float32)
-    assert {found[name].dtype for name in ("router", "score", "dscore", "aux")} == {wide}
+    learned = {one.name: case.dtype_of(one.dtype) for one in parameters_of(case)}
+    assert {name: found[name].dtype for name in learned} == {name: numpy_dtype(of) for name, of in learned.items()}
+    assert problem.parameters.there().keys() == learned.keys()
+    assert {found[name].dtype for name in ("x", "dout", "y", "dy", "dx_rows")} == {numpy_dtype(case.dtype)}
+    wide = "float64" if case.dtype == "float64" and case.router_dtype != "float32" else "float32"
+    wide = case.dtype if case.cast_scores else wide
+    assert {found[name].dtype for name in ("score", "dscore", "aux")} == {numpy_dtype(wide)}
     assert all(np.isfinite(a.astype(np.float64)).all() for a in found.values())
     assert problem.expert_id.dtype == np.int32
     real = np.arange(T) < np.array([case.tokens_of(p) for p in range(P)])[:, None]
@@ -101,10 +108,10 @@ def test_every_preset_draws(presets, name):
     in_order = np.sort(problem.expert_id[real], axis=-1)
     assert (in_order[..., 1:] != in_order[..., :-1]).all()
 
-    x, router, _, _ = exact_inputs(problem)  # the ids are the router's own choice
-    logits, score = reference.route(case, x, router, Exact())
-    np.testing.assert_array_equal(problem.expert_id[real], reference.select(case, score)[real])
-    if case.pattern != "ties":  # and no close one
+    x, w, _ = exact_inputs(problem)  # the ids are the router's own choice
+    logits, score = reference.route(case, x, w, Exact())
+    np.testing.assert_array_equal(problem.expert_id[real], reference.select(case, score, w)[real])
+    if case.pattern != "ties" and case.groups == 1 and not case.selection_bias:  # and no close one
         best = np.sort(logits, axis=-1)[..., ::-1]
         assert np.diff(best[..., : K + 1]).max(initial=-1) < -1e-4
 
@@ -142,8 +149,8 @@ def test_stay_home(presets):
 
 def test_ties(presets):
     problem = presets["ties"]
-    x, router, _, _ = exact_inputs(problem)
-    best = np.sort(x @ router, axis=-1)[..., ::-1]
+    x, w, _ = exact_inputs(problem)
+    best = np.sort(x @ w.router, axis=-1)[..., ::-1]
     assert np.array_equal(best, best.round())
     tied = best[..., :-1] == best[..., 1:]
     assert tied[..., 0].any()  # which comes first
@@ -166,12 +173,13 @@ def assert_scores_sum_to(problem: Problem, scale: float) -> None:
 def test_sigmoid(presets):
     problem = presets["sigmoid"]
     assert_scores_sum_to(problem, 2.5)
-    logits = (problem.x.astype(np.float64) @ problem.router)[0, 0, problem.expert_id[0, 0]]
+    logits = (problem.x.astype(np.float64) @ problem.parameters.router)[0, 0, problem.expert_id[0, 0]]
     expected = 1 / (1 + np.exp(-logits))
     np.testing.assert_allclose(problem.score[0, 0], 2.5 * expected / expected.sum(), rtol=gamma(1, "float32"))
 
 
-DROPPING = [name for name in PRESETS if "drop" in name] + ["under-bound", "pydoc", "capacity-exact", "wide"]
+DROPPING = [name for name in PRESETS if "drop" in name]
+DROPPING += ["under-bound", "pydoc", "capacity-exact", "wide", "groups-at-zero"]
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -295,8 +303,8 @@ def test_ids_alone(record, dtype):
     assert (case.tokens, case.top_k, case.experts, case.width) == (2, 2, 4, 32)
     problem = draw(case)
     assert problem.expert_id.tolist() == IDS[:4].reshape(2, 2, 2).tolist()  # the fifth is left over
-    x, router, _, _ = exact_inputs(problem)  # tokens are made that choose them
-    np.testing.assert_array_equal(reference.select(case, x @ router), problem.expert_id)
+    x, w, _ = exact_inputs(problem)  # tokens are made that choose them
+    np.testing.assert_array_equal(reference.select(case, x @ w.router, w), problem.expert_id)
     assert draw(replace(case, tokens=1)).expert_id.tolist() == IDS[:2].reshape(2, 1, 2).tolist()
 
 
@@ -398,13 +406,26 @@ def test_a_recording_that_says_what_cannot_be(record, metadata, tensors, message
     ("changes", "message"),
     [
         *(({name: 0}, f"--{name.replace('_', '-')} is 0: it must be at least 1")
-          for name in ("ranks", "width", "hidden", "experts", "top_k", "align")),
-        ({"tokens": -1}, "--tokens is -1: it cannot be negative"),
+          for name in ("ranks", "width", "hidden", "experts", "top_k", "align", "groups", "top_groups")),
+        *(({name: -1}, f"--{name.replace('_', '-')} is -1: it cannot be negative")
+          for name in ("tokens", "shared_hidden", "epsilon")),
         ({"seed": -1}, "--seed is -1: it cannot be negative"),
         ({"experts": 6}, "--experts 6 do not divide over --ranks 4: use a multiple"),
         ({"top_k": 9}, "--top-k is 9 with --experts 8: a token cannot choose more"),
-        ({"scale": float("inf")}, "--scale is inf: it must be finite"),
-        ({"scale": float("nan")}, "--scale is nan: it must be finite"),
+        *(({name: float(value)}, f"--{name.replace('_', '-')} is {value}: it must be finite")
+          for name in ("scale", "up_offset", "epsilon") for value in ("inf", "nan")),
+        ({"groups": 3}, "--groups 3 must divide --experts 8"),
+        ({"groups": 2, "top_groups": 3}, "--groups 2 .* and --top-groups 3 be no more than they are"),
+        ({"groups": 4, "top_k": 3}, "--top-k 3 of --top-groups 1 of 2 experts each: use larger groups"),
+        ({"groups": 8, "top_k": 1}, "--top-k 1 of --top-groups 1 of 1 experts each: .* of two experts at least"),
+        ({"score_on": "input"}, "--score-on input with --top-k 2: a token has one input, so use --top-k 1"),
+        ({"score_on": "input", "top_k": 1, "expert_bias": True}, "--score-on input with --expert-bias: of a dropped"),
+        *(({"clamp": float(value)}, f"--clamp is {value}: it must be positive; leave it out for none")
+          for value in ("0.0", "-7.0", "inf", "nan")),
+        ({"gated": False, "clamp": 7.0}, "--clamp and --up-offset are of experts with a gate: leave them out"),
+        ({"gated": False, "up_offset": 1.0}, "--clamp and --up-offset are of experts with a gate: leave them out"),
+        ({"shared_score": True}, "--shared-score weighs a shared expert: say how wide that is with --shared-hidden"),
+        ({"shared_hidden": 4, "uneven": True}, "--shared-hidden with --uneven: in JAX, tokens that are padding"),
         *(({"capacity_factor": factor}, f"--capacity-factor is '{factor}': it must be finite and positive")
           for factor in ("0", "-1.5", "1/0", "nan", "inf", "plenty", "")),
         ({"pattern": "empty_expert", "top_k": 8}, "--pattern empty_expert leaves fewer than --top-k 8 of --experts 8"),
@@ -426,7 +447,7 @@ def test_a_case_that_just_exists(pattern, ranks, top_k):
     draw(replace(Case(), pattern=pattern, ranks=ranks, top_k=top_k, tokens=2))
 
 
-@pytest.mark.parametrize("name", ["dtype", "pattern", "score_function", "capacity_per", "priority"])
+@pytest.mark.parametrize("name", [f.name for f in fields(Case) if get_origin(f.type) is Literal])
 def test_a_choice_that_is_none(name):
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is 'other': it must be one of"):
         replace(Case(), **{name: "other"})

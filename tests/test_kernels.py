@@ -14,6 +14,7 @@ import torch
 from problems import gamma
 
 from torch_impl import kernels, static
+from torch_impl.experts import Experts
 from torch_impl.glu import glu
 from torch_impl.grouping import combine, group_by_expert
 from torch_impl.layout import to_expert_major, to_rank_major
@@ -247,12 +248,12 @@ def test_swiglu_through_kernels_is_differentiated_once_and_twice(device, shape, 
     up.requires_grad_()
 
     def gradients():
-        hidden = glu(gate, up, "silu")
+        hidden = glu(gate, up, Experts())
         once = torch.autograd.grad(hidden, (gate, up), dhidden, retain_graph=True)
         kept = torch.autograd.grad(hidden, (gate, up), dhidden, create_graph=True)
         return hidden.detach(), *once, *torch.autograd.grad([a.float().square().sum() for a in kept], (gate, up))
 
-    assert type(glu(gate, up, "silu").grad_fn).__name__ == "_SwiGLUBackward"
+    assert type(glu(gate, up, Experts()).grad_fn).__name__ == "_SwiGLUBackward"
     # Two units of float16, of the number or of terms near 1 that cancel in it: each side rounds once.
     for ours, theirs in zip(gradients(), plain(gradients), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-3)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from parity.oracle.quantities import ALWAYS
 from parity.run import own
 
 pytestmark = pytest.mark.usefixtures("warm")
@@ -40,10 +41,8 @@ def test_the_templates_match(tmp_path):
     assert list(cases["drop-rank-token"]["not_supported"]) == ["my_torch", "my_jax"]
     seen = {(line["left"], line["right"], f"{line['mode']}/{line['stage']}/{line['value']}")
             for line in lines if line["kind"] == "comparison" and line["case"] == "zipf"}  # fmt: skip
-    values = [f"e2e/{value}" for value in
-              ("combine/out", "route/dx", "route/drouter", *(f"apply_experts/d{w}" for w in own.WEIGHTS))]  # fmt: skip
     for left, right in (("my_torch", "oracle"), ("my_jax", "oracle"), ("my_torch", "my_jax")):
-        assert {value for value in values if (left, right, value) in seen} == {*values}
+        assert {value for value in ALWAYS if (left, right, value) in seen} == {*ALWAYS}
 
 
 def test_weights_whose_gradients_share_memory(tmp_path):
@@ -56,21 +55,21 @@ def test_weights_whose_gradients_share_memory(tmp_path):
 # What is planted in the template, and what is then said of it.
 WRONG = {
     "shape": ("torch", ("return out_TD.to(x_TD.dtype)", "return out_TD.to(x_TD.dtype).T"), 1,
-              r"mine.py:20: layer returned shape [32, 16]: the output is [16, 32]"),
+              r"mine.py:22: layer returned shape [32, 16]: the output is [16, 32]"),
     "dtype": ("torch", ("return out_TD.to(x_TD.dtype)", "return out_TD.double()"), 1,
-              "mine.py:20: layer returned torch.float64: the output is as the tokens, torch.float32"),
+              "mine.py:22: layer returned torch.float64: the output is as the tokens, torch.float32"),
     "detached": ("torch", ("return out_TD", "return out_TD.detach()"), 1, "depends on nothing that has a gradient"),
     "router": ("torch", ("score_TE.topk(case.top_k)", "score_TE.detach().topk(case.top_k)"), 1,
                "drouter: the output does not depend on router"),
     "raises": ("torch", ("    out_TD = torch", "    assert False, 'no more'\n    out_TD = torch"), 1,
-               "raised AssertionError: no more (mine.py:30)"),
+               "raised AssertionError: no more (mine.py:31)"),
     "scale": ("torch", ("return out_TD", "return 1.01 * out_TD"), 1, "mine is wrong at stage 9 combine"),
     "scale in jax": ("jax", ("return einsum(", "return 1.01 * einsum("), 1, "mine is wrong at stage 9 combine"),
     "shape in jax": ("jax", (".astype(x_PTD.dtype)\n", ".astype(x_PTD.dtype)[0]\n"), 1,
                      "layer returned shape [16, 32]"),
     "name": ("torch", ("x_TD, router_DE", "tokens_TD, router_DE"), 2, "takes tokens_TD: nothing is called so"),
     "weights": ("torch", ("w_up_EDF, w_down_EFD, case", "w_down_EFD, case"), 2,
-                "takes w_gate and w_down only: take w_gate, w_up, w_down, or none of them"),
+                "takes w_gate and w_down only: take w_gate (where experts have a gate), w_up and w_down, or none"),
     "framework": ("torch", ('framework="torch"', 'framework="numpy"'), 2, 'write @backend(framework="torch")'),
     "mark": ("torch", ('@backend(framework="torch")\n', ""), 2, "no function marked @backend"),
     "syntax": ("torch", ("import torch\n", "import torch torch\n"), 2, "invalid syntax"),
@@ -192,7 +191,7 @@ def test_a_module_of_a_package_imports_from_it(tmp_path):
 def test_what_jax_traces_may_say_that_it_does_not_support_it(tmp_path):
     run = check(tmp_path, "p1", "--activation", "gelu_tanh", "--backend", written(tmp_path, "jax"), "--no-json")
     assert run.returncode == 5, run.stdout + run.stderr
-    assert "mine: 1 of 1 cases not supported: silu only (1)" in run.stdout
+    assert "mine: 1 of 1 cases not supported: activation silu only (1)" in run.stdout
 
 
 def test_one_choice_too_large_shows_in_bfloat16(tmp_path):

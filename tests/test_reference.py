@@ -3,16 +3,21 @@
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from itertools import product
+from statistics import NormalDist
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from on_paper import CLAMPED, GROUPS, SCORES_BY_GROUP, SELECTION_BIAS
 from problems import gamma, who_stays, within
 
-from parity.cases.case import Case
-from parity.oracle import reference
-from parity.oracle.reference import Exact, Weights
+from parity.cases.case import Case, Experts, Router
+from parity.cases.parameters import BY_NAME, Parameters, parameters_of, shape
+from parity.oracle import reference, vectorised
+from parity.oracle.reference import Exact
 
 Array = np.ndarray
 SMALL = Case(ranks=2, tokens=2, width=2, hidden=2, experts=4, top_k=3, scale=2.5)
@@ -38,45 +43,127 @@ def same(actual: Array, expected: Array) -> None:
     within(actual, expected, gamma(64, "float64") * np.abs(expected).max())
 
 
-def drawn(case: Case, *, drops: bool) -> tuple[Array, Array, dict[str, Array], Array, Array, Array]:
-    """x, router, weights, dout, expert ids and keep. With drops, one token keeps nothing and others keep a part."""
+def drawn(case: Case, *, drops: bool) -> tuple[Array, Parameters, Array, Array, Array]:
+    """x, what is learned, dout, expert ids and keep. With drops, one token keeps nothing and others keep a part."""
     rng = np.random.default_rng(case.top_k)
-    P, T, D, F, E, K = case.ranks, case.tokens, case.width, case.hidden, case.experts, case.top_k
-    x, router, dout = (rng.standard_normal(s) for s in [(P, T, D), (D, E), (P, T, D)])
-    shapes = {"w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
-    weights = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    P, T, D, E, K = case.ranks, case.tokens, case.width, case.experts, case.top_k
+    x, dout = rng.standard_normal((2, P, T, D))
+    learned = {one.name: rng.standard_normal(shape(case, one)) for one in parameters_of(case)}
     ids = rng.permuted(np.tile(np.arange(E), (P, T, 1)), axis=2)[..., :K]
     keep = np.arange(P * T * K).reshape(P, T, K) % 3 != 1 if drops else np.ones((P, T, K), bool)
     keep[0, 0] &= not drops
-    return x, router, weights, dout, ids, keep
+    return x, Parameters(**learned), dout, ids, keep
 
 
-def dense_scores(case: Case, x: Array, router: Array, ids: Array) -> Array:
-    logits = x @ router
-    if case.score_function == "sigmoid":
-        score = 1 / (1 + np.exp(-logits))
+# The whole layer in whole-array operations, one formula for each option and no derivative.
+SCORES: dict[str, Callable[[Array], Array]] = {
+    "softmax": lambda a: np.exp(a) / np.exp(a).sum(-1, keepdims=True),
+    "sigmoid": lambda a: 1 / (1 + np.exp(-a)),
+    "sqrt_softplus": lambda a: np.sqrt(np.log(1 + np.exp(a))),
+    "softmax_of_chosen": np.exp,
+}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": lambda g: g / (1 + np.exp(-g)),
+    "gelu": np.vectorize(lambda g: g * NormalDist().cdf(g)),
+    "gelu_tanh": lambda g: g / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))),
+    "quick_gelu": lambda g: g / (1 + np.exp(-1.702 * g)),
+    "relu2": lambda g: np.where(g > 0, g, 0) ** 2,
+}
+
+
+def dense_scores(case: Case, x: Array, w: Parameters, ids: Array) -> Array:
+    logits = x @ w.router + (w.router_bias if case.router_bias else 0)
+    score = np.take_along_axis(SCORES[case.score_function](logits), ids, -1)
+    if case.score_function == "softmax_of_chosen":
+        score = score / score.sum(-1, keepdims=True)
+    if case.renormalize:
+        score = score / (score.sum(-1, keepdims=True) + case.epsilon)
+    return case.scale * score * (w.expert_scale[ids] if case.expert_scale else 1)
+
+
+def dense_hidden(case: Case, gate: Array | None, up: Array) -> Array:
+    act, up_to = ACTIVATIONS[case.activation], case.clamp or np.inf
+    if gate is None:
+        return act(up)
+    return act(np.minimum(gate, up_to)) * (np.clip(up, -up_to, up_to) + case.up_offset)
+
+
+def dense_experts(case: Case, x: Array, w: Parameters) -> Array:
+    """Every expert on every token: [P, T, E, D]."""
+    b_gate, b_up, b_down = (w.b_gate, w.b_up, w.b_down) if case.expert_bias else (0, 0, 0)
+    gate = np.einsum("ptd,edf->ptef", x, w.w_gate) + b_gate if case.gated else None
+    up = np.einsum("ptd,edf->ptef", x, w.w_up) + b_up
+    return np.einsum("ptef,efd->pted", dense_hidden(case, gate, up), w.w_down) + b_down
+
+
+def dense_shared(case: Case, x: Array, w: Parameters) -> Array | float:
+    if not case.shared_hidden:
+        return 0.0
+    gate = x @ w.shared_w_gate if case.gated else None
+    y = dense_hidden(case, gate, x @ w.shared_w_up) @ w.shared_w_down
+    return y / (1 + np.exp(-(x @ w.shared_score)))[..., None] if case.shared_score else y
+
+
+def dense(case: Case, x: Array, w: Parameters, ids: Array, keep: Array) -> Array:
+    score = dense_scores(case, x, w, ids) * keep
+    if case.score_on == "input":
+        y, score = dense_experts(case, x * score, w), keep * 1.0
     else:
-        score = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    score = np.take_along_axis(score, ids, -1)
-    return case.scale * (score / score.sum(-1, keepdims=True) if case.renormalize else score)
-
-
-def dense(case: Case, x: Array, router: Array, w: dict[str, Array], ids: Array, keep: Array) -> Array:
-    """Every expert on every token, in whole-array operations."""
-    gate, up = (np.einsum("ptd,edf->ptef", x, a) for a in (w["w_gate"], w["w_up"]))
-    y = np.einsum("ptef,efd->pted", gate / (1 + np.exp(-gate)) * up, w["w_down"])
+        y = dense_experts(case, x, w)
     y = np.take_along_axis(y, ids[..., None], 2)
-    return ((dense_scores(case, x, router, ids) * keep)[..., None] * y).sum(2)
+    return (score[..., None] * y).sum(2) + dense_shared(case, x, w)
 
 
 how = pytest.mark.parametrize(
-    ("score_function", "renormalize"), [("softmax", False), ("softmax", True), ("sigmoid", False), ("sigmoid", True)]
+    ("score_function", "renormalize"), list(product(get_args(Case.__annotations__["score_function"]), (False, True)))
 )
 choices = pytest.mark.parametrize("top_k", [1, 2, 3])
 dropping = pytest.mark.parametrize("drops", [False, True], ids=["all", "drops"])
 
+# Every option beside score function, renormalisation and the number of choices, and some that meet.
+OPTIONS: list[dict[str, Any]] = [
+    {"router_bias": True},
+    {"expert_scale": True},
+    {"expert_scale": True, "renormalize": True, "epsilon": 0.5, "router_bias": True, "score_function": "sqrt_softplus"},
+    {"renormalize": True, "epsilon": 0.5},
+    {"score_on": "input", "top_k": 1, "score_function": "sigmoid"},
+    {"score_on": "input", "top_k": 1, "shared_hidden": 3, "shared_score": True, "expert_scale": True},
+    *({"activation": name} for name in ACTIVATIONS),
+    {"clamp": 0.7},
+    {"up_offset": 1.0},
+    {"activation": "quick_gelu", "clamp": 0.7, "up_offset": 1.0, "expert_bias": True, "router_bias": True,
+     "score_function": "softmax_of_chosen"},
+    {"expert_bias": True},
+    {"gated": False},
+    *({"gated": False, "activation": name, "expert_bias": True, "shared_hidden": 3} for name in ACTIVATIONS),
+    {"shared_hidden": 3},
+    {"shared_hidden": 3, "shared_score": True, "clamp": 0.7, "up_offset": 1.0},
+    {"selection_bias": True, "groups": 2, "top_groups": 2, "outside_groups": "zero"},
+]  # fmt: skip
+options = pytest.mark.parametrize("changes", OPTIONS, ids=lambda changes: "-".join(map(str, changes.values())))
+
 
 # ---- Values and gradients
+
+
+def check_the_layer(case: Case, *, drops: bool) -> None:
+    """Both oracles' values are the formula's, and their gradients its finite differences; none of them is nothing."""
+    x, w, dout, ids, keep = drawn(case, drops=drops)
+    expected = {"x": slope(lambda a: dense(case, a, w, ids, keep), x, dout)} | {
+        name: slope(lambda a, name=name: dense(case, x, w._replace(**{name: a}), ids, keep), value, dout)
+        for name, value in w.there().items() if BY_NAME[name].learned
+    }  # fmt: skip
+    for oracle in (reference, vectorised):
+        layer = oracle.layer(case, x, w, dout, ids, keep, Exact())
+        same(layer.score, dense_scores(case, x, w, ids))
+        same(layer.out, dense(case, x, w, ids, keep))
+        gradients = {"x": layer.dx} | layer.gradients
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            close(gradient, expected[name])
+            # Of one choice, a share of all is 1 whatever its logit is.
+            share = case.top_k == 1 and (case.renormalize or case.score_function == "softmax_of_chosen")
+            assert np.abs(gradient).max() > 0.01 or share
 
 
 @how
@@ -84,52 +171,74 @@ dropping = pytest.mark.parametrize("drops", [False, True], ids=["all", "drops"])
 @dropping
 def test_the_layer_and_its_gradients(score_function, renormalize, top_k, drops):
     case = replace(SMALL, score_function=score_function, renormalize=renormalize, top_k=top_k)
-    x, router, w, dout, ids, keep = drawn(case, drops=drops)
-    layer = reference.layer(case, x, router, Weights(**w), dout, ids, keep, Exact())
-    same(layer.score, dense_scores(case, x, router, ids))
-    same(layer.out, dense(case, x, router, w, ids, keep))
-    close(layer.dx, slope(lambda a: dense(case, a, router, w, ids, keep), x, dout))
-    close(layer.drouter, slope(lambda a: dense(case, x, a, w, ids, keep), router, dout))
-    for name, value in w.items():
-        expected = slope(lambda a, name=name: dense(case, x, router, w | {name: a}, ids, keep), value, dout)
-        close(getattr(layer, f"d{name}"), expected)
-    assert np.abs(layer.dx).max() > 0.01
+    check_the_layer(case, drops=drops)
+
+
+@options
+@dropping
+def test_every_option_and_its_gradients(changes, drops):
+    check_the_layer(replace(SMALL, **changes), drops=drops)
+
+
+def test_no_option_is_left_out():
+    elsewhere = {"top_k", "score_function", "renormalize", "scale"}  # above
+    elsewhere |= {"group_score", "top_groups", "router_dtype", "cast_scores"}  # of which no formula here knows
+    assert {*Router._fields, *Experts._fields} - elsewhere <= {name for changes in OPTIONS for name in changes}
+    assert {one.name for changes in OPTIONS for one in parameters_of(replace(SMALL, **changes))} == BY_NAME.keys()
 
 
 @how
 @choices
 def test_route_backward(score_function, renormalize, top_k):
     case = replace(SMALL, score_function=score_function, renormalize=renormalize, top_k=top_k)
-    x, router, _, _, ids, _ = drawn(case, drops=False)
+    check_route_backward(replace(case, router_bias=True, expert_scale=True))
+    check_route_backward(case)
+
+
+def check_route_backward(case: Case) -> None:
+    x, w, _, ids, _ = drawn(case, drops=False)
     dscore = np.random.default_rng(1).standard_normal(ids.shape)
-    dx, drouter = reference.route_backward(case, x, router, ids, dscore, Exact())
 
-    def scores(x: Array, router: Array) -> Array:
-        return reference.chosen_scores(case, reference.route(case, x, router, Exact())[1], ids, Exact())
+    def scores(x: Array = x, **changed: Array) -> Array:
+        learned = w._replace(**changed)
+        score_PTE = reference.route(case, x, learned, Exact())[1]
+        return reference.chosen_scores(case, score_PTE, ids, learned, Exact()).weight
 
-    close(dx, slope(lambda a: scores(a, router), x, dscore))
-    close(drouter, slope(lambda a: scores(x, a), router, dscore))
+    learned = [one.name for one in parameters_of(case) if one.stage == "route" and one.learned]
+    expected = {n: slope(lambda a, n=n: scores(**{n: a}), getattr(w, n), dscore) for n in learned}
+    expected["x"] = slope(scores, x, dscore)
+    for oracle in (reference, vectorised):
+        dx, gradients = oracle.route_backward(case, x, w, ids, dscore, Exact())
+        assert (gradients | {"x": dx}).keys() == expected.keys()
+        for name, gradient in (gradients | {"x": dx}).items():
+            close(gradient, expected[name])
 
 
-def test_experts_backward():
-    x, _, w, _, ids, _ = drawn(SMALL, drops=False)
+@options
+def test_experts_backward(changes):
+    case = replace(SMALL, **changes)
+    x, w, _, ids, _ = drawn(case, drops=False)
     dy = np.random.default_rng(1).standard_normal((*ids.shape, 2))
 
     def experts(x: Array = x, **changed: Array) -> Array:
-        return reference.experts(SMALL, x, ids, Weights(**(w | changed)), Exact())
+        return reference.experts(case, x, ids, w._replace(**changed), Exact())
 
-    dx, dw = reference.experts_backward(SMALL, x, ids, Weights(**w), dy, Exact())
-    for k in range(3):
-        close(dx[:, :, k], slope(lambda a, k=k: experts(a)[:, :, k], x, dy[:, :, k]))
-    for (name, value), gradient in zip(w.items(), dw, strict=True):
-        close(gradient, slope(lambda a, name=name: experts(**{name: a}), value, dy))
+    of_x = [slope(lambda a, k=k: experts(a)[:, :, k], x, dy[:, :, k]) for k in range(case.top_k)]
+    learned = [one.name for one in parameters_of(case) if one.per_rank]
+    expected = {n: slope(lambda a, n=n: experts(**{n: a}), getattr(w, n), dy) for n in learned}
+    for oracle in (reference, vectorised):
+        dx, gradients = oracle.experts_backward(case, x, ids, w, dy, Exact())
+        close(dx, np.stack(of_x, axis=2))
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            close(gradient, expected[name])
 
 
 @choices
 @dropping
 def test_combine_and_group_backward(top_k, drops):
     case = replace(SMALL, top_k=top_k)
-    x, _, _, dout, ids, keep = drawn(case, drops=drops)
+    x, _, dout, ids, keep = drawn(case, drops=drops)
     rng = np.random.default_rng(1)
     y, score, dx_rows = (rng.standard_normal(s) for s in [(*ids.shape, 2), ids.shape, (*ids.shape, 2)])
     dy, dscore = reference.combine_backward(case, y, score, keep, dout, Exact())
@@ -159,12 +268,12 @@ def test_combine_and_group_backward(top_k, drops):
 def test_one_token_on_paper(changes, score):
     case = replace(Case(ranks=1, tokens=1, width=1, hidden=1, experts=2, top_k=2), **changes)
     x = np.full((1, 1, 1), np.log(3))
-    w = Weights(np.ones((2, 1, 1)), np.full((2, 1, 1), 4 / np.log(3)), np.array([1, 2]).reshape(2, 1, 1))
-    logits, _ = reference.route(case, x, np.array([[0.0, 1.0]]), Exact())
-    ids = reference.select(case, logits)
+    experts = np.ones((2, 1, 1)), np.full((2, 1, 1), 4 / np.log(3)), np.array([1, 2]).reshape(2, 1, 1)
+    w = Parameters(np.array([[0.0, 1.0]]), *experts)
+    ids = reference.select(case, reference.route(case, x, w, Exact())[1], w)
     assert ids[0, 0].tolist() == [1, 0][: case.top_k]
     keep = np.ones(ids.shape, bool)
-    layer = reference.layer(case, x, np.array([[0.0, 1.0]]), w, np.ones((1, 1, 1)), ids, keep, Exact())
+    layer = reference.layer(case, x, w, np.ones((1, 1, 1)), ids, keep, Exact())
     y = np.array([6, 3])[: case.top_k] * np.log(3)
     same(layer.score[0, 0], np.array(score))
     same(layer.y[0, 0, :, 0], y)
@@ -179,7 +288,27 @@ def test_one_token_on_paper(changes, score):
 )
 def test_ties_go_to_the_lower_id(logits, ids):
     case = Case(ranks=1, tokens=1, experts=4, top_k=2)
-    assert reference.select(case, np.array(logits).reshape(1, 1, 4)).tolist() == [[ids]]
+    assert reference.select(case, np.array(logits).reshape(1, 1, 4), Parameters(None)).tolist() == [[ids]]
+
+
+@GROUPS
+def test_groups_on_paper(changes, bias, ids):
+    case = replace(Case(ranks=1, tokens=1, experts=4, top_k=2), selection_bias=bias, **({"groups": 2} | changes))
+    w = Parameters(None, selection_bias=np.array(SELECTION_BIAS) if bias else None)
+    score = np.array(SCORES_BY_GROUP).reshape(1, 1, 4)
+    for oracle in (reference, vectorised):
+        assert oracle.select(case, score, w).tolist() == [[ids]]
+    # The bias never reaches a weight.
+    weight = reference.chosen_scores(case, score, np.array([[ids]]), w, Exact()).weight
+    assert weight.tolist() == [[[SCORES_BY_GROUP[g] for g in ids]]]
+
+
+def test_gpt_oss_on_paper():
+    case = Case(activation="quick_gelu", clamp=2.0, up_offset=1.0)
+    gate, up, *expected = np.array(CLAMPED).T
+    for got, want in zip(reference.hidden(case, gate, up, Exact()), expected, strict=True):
+        assert got is not None
+        same(got, want)
 
 
 # ---- Capacity

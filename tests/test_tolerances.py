@@ -84,9 +84,10 @@ def emulated(
     routed = problem.other_experts if routed is None else routed
     case, ids, keep = problem.case, problem.expert_id, problem.keep
     wide, narrow = np.dtype(case.wide), numpy_dtype(case.dtype)
-    names = ("x", "router", "dout", "y", "dy", "dx_rows", "score", "dscore")
-    x, router, dout, y, dy, dx_rows, score, dscore = (getattr(problem, name).astype(wide) for name in names)
-    gate_w, up_w, down_w = (np.asarray(w).astype(wide)[ids] for w in problem.weights)
+    names = ("x", "dout", "y", "dy", "dx_rows", "score", "dscore")
+    x, dout, y, dy, dx_rows, score, dscore = (getattr(problem, name).astype(wide) for name in names)
+    router, *weights = (a.astype(wide) for a in problem.parameters.there().values())
+    gate_w, up_w, down_w = (w[ids] for w in weights)
 
     def total(terms: Array, axis: int) -> Array:
         order = rng.permutation(terms.shape[axis])
@@ -198,15 +199,16 @@ def test_the_whole_layer_passes(case, dtype):
     drawn = []
     for seed in range(3):
         problem = draw(replace(case, dtype=dtype, seed=seed))
-        want, (x, router, weights, dout) = wanted(problem), exact_inputs(problem)
+        want, (x, learned, dout) = wanted(problem), exact_inputs(problem)
         for again in range(2):
             layer = emulated_layer(problem, np.random.default_rng(again))
             for name in WHOLE:
                 assert ratio(layer[name], want[f"e2e/{name}"]) < 0.75, name
             numbers = Perturbed(np.random.default_rng([seed, 9, again]))
             ids, keep = problem.expert_id, problem.keep
-            perturbed = vectorised.layer(problem.case, x, router, weights, dout, ids, keep, numbers)
-            drawn += [ratio(getattr(perturbed, a), want[f"e2e/{name}"], rounded=False) for name, a in WHOLE.items()]
+            perturbed = vectorised.layer(problem.case, x, learned, dout, ids, keep, numbers)
+            made = perturbed._asdict() | {f"d{name}": a for name, a in perturbed.gradients.items()}
+            drawn += [ratio(made[a], want[f"e2e/{name}"], rounded=False) for name, a in WHOLE.items()]
     assert max(drawn) < 1
     assert np.median(drawn) < 0.5
 

@@ -16,17 +16,20 @@ import numpy as np
 import pytest
 import torch
 from jax_ranks import AXIS, both_ways, over_ranks
+from on_paper import CLAMPED, GROUPS, SCORES_BY_GROUP, SELECTION_BIAS
 from problems import gamma
 from torch_ranks import TorchRanks, run_exchange
 
 import jax_impl.exchange
 import jax_impl.experts
+import jax_impl.glu
 import jax_impl.grouping
 import jax_impl.layout
 import jax_impl.matmul
 import jax_impl.routing
 import torch_impl.exchange
 import torch_impl.experts
+import torch_impl.glu
 import torch_impl.grouping
 import torch_impl.layout
 import torch_impl.matmul
@@ -67,6 +70,9 @@ ROUTE_CASES = pytest.mark.parametrize(
         ({"renormalize": True}, [[1 / 2, 1 / 2], [1 / 2, 1 / 2]]),
         ({"scale": 4.0}, [[3 / 2, 3 / 2], [1, 1]]),
         ({"score_function": "sigmoid", "renormalize": True, "scale": 2.5}, [[5 / 4, 5 / 4], [5 / 4, 5 / 4]]),
+        ({"renormalize": True, "epsilon": 0.25}, [[3 / 8, 3 / 8], [1 / 3, 1 / 3]]),  # 3/8 / (3/4+1/4), 1/4 / (1/2+1/4)
+        ({"score_function": "sqrt_softplus"}, np.sqrt(np.log([[4, 4], [2, 2]]))),  # log(1+3), log(1+1)
+        ({"score_function": "softmax_of_chosen", "scale": 4.0}, [[2, 2], [2, 2]]),
     ],
 )
 
@@ -121,20 +127,100 @@ def test_route_replayed_jax():
     close(drouter, [DLOGITS_T0, [0, 0, 0, 0]])
 
 
+# What a router knows of each expert. The bias on logits turns t0's 1 3 3 1 into 1 3 3 9, and t1's into 1 1 1 9; the one
+# on scores lets 0 win over 1 and 2, and weighs nothing; the scale multiplies what is chosen.
+BIASED = {"bias_E": [0, 0, 0, np.log(9)]}, [[3, 1], [3, 0]], [[9 / 16, 3 / 16], [9 / 12, 1 / 12]]
+SELECTED = {"selection_bias_E": [1.0, 0, 0, 0]}, [[0, 1], [0, 1]], [[1 / 8, 3 / 8], [1 / 4, 1 / 4]]
+SCALED = {"scale_E": [8.0, 16, 32, 64]}, [[1, 2], [0, 1]], [[6, 12], [2, 4]]
+of_each_expert = pytest.mark.parametrize(("given", "ids", "scores"), [BIASED, SELECTED, SCALED])
+
+
+@of_each_expert
+def test_route_per_expert_torch(given, ids, scores):
+    per_expert = torch_impl.PerExpert(**{name: torch.tensor(a, dtype=torch.float32) for name, a in given.items()})
+    routing = torch_impl.route(torch.eye(2), torch.from_numpy(ROUTER), torch_impl.Router(2), per_expert=per_expert)
+    same(routing.expert_id_TK, ids)
+    close(routing.score_TK, scores)
+
+
+@of_each_expert
+def test_route_per_expert_jax(given, ids, scores):
+    per_expert = jax_impl.PerExpert(**{name: jnp.array(a, jnp.float32) for name, a in given.items()})
+    routing = jax_impl.route(jnp.eye(2), jnp.array(ROUTER), jax_impl.Router(2), per_expert=per_expert)
+    same(routing.expert_id_TK, ids)
+    close(routing.score_TK, scores)
+
+
+def test_a_selection_bias_has_no_gradient():
+    """Nothing goes into it, and nothing through it: scores are what the chosen logits make of them."""
+    bias, x = torch.tensor([1.0, 0, 0, 0], requires_grad=True), torch.eye(2, requires_grad=True)
+    per_expert = torch_impl.PerExpert(selection_bias_E=bias)
+    score = torch_impl.route(x, torch.from_numpy(ROUTER), torch_impl.Router(2), per_expert=per_expert).score_TK
+    assert torch.autograd.grad(score.sum(), (bias, x), allow_unused=True)[0] is None
+
+    def scores(bias):
+        per_expert = jax_impl.PerExpert(selection_bias_E=bias)
+        return jax_impl.route(jnp.eye(2), jnp.array(ROUTER), jax_impl.Router(2), per_expert=per_expert).score_TK.sum()
+
+    same(jax.grad(scores)(jnp.array([1.0, 0, 0, 0])), [0, 0, 0, 0])
+
+
+@GROUPS
+def test_groups_torch(changes, bias, ids):
+    router = torch_impl.Router(**({"top_k": 2, "groups": 2} | changes))
+    chosen = torch_impl.routing.choose(
+        torch.tensor([SCORES_BY_GROUP]), router, torch.tensor(SELECTION_BIAS) if bias else None
+    )
+    same(chosen, [ids])
+
+
+@GROUPS
+def test_groups_jax(changes, bias, ids):
+    router = jax_impl.Router(**({"top_k": 2, "groups": 2} | changes))
+    chosen = jax_impl.routing.choose(jnp.array([SCORES_BY_GROUP]), router, jnp.array(SELECTION_BIAS) if bias else None)
+    same(chosen, [ids])
+
+
+# Where scores are on the input, x = [1, 2] and [3, 4] are multiplied by 1/2 and 1/4, and the output by 1.
+
+
+def test_weigh_input_torch():
+    x, score = torch.tensor(X, requires_grad=True), torch.tensor([[1 / 2], [1 / 4]], requires_grad=True)
+    given, weight = torch_impl.routing.weigh_input(x, score, "input")
+    same(given, [[1 / 2, 1], [3 / 4, 1]])
+    same(weight, [[1], [1]])
+    dx, dscore = torch.autograd.grad(given, (x, score), torch.tensor([[1.0, 10], [2, 20]]))
+    same(dx, [[1 / 2, 5], [1 / 2, 5]])
+    same(dscore, [[21], [86]])  # 1*1 + 2*10, 3*2 + 4*20
+    given, weight = torch_impl.routing.weigh_input(x.bfloat16(), score, "input")
+    assert (given.dtype, weight.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_weigh_input_jax():
+    x, score = jnp.array(X), jnp.array([[1 / 2], [1 / 4]])
+    (given, weight), vjp = jax.vjp(lambda x, score: jax_impl.routing.weigh_input(x, score, "input"), x, score)
+    same(given, [[1 / 2, 1], [3 / 4, 1]])
+    same(weight, [[1], [1]])
+    dx, dscore = vjp((jnp.array([[1.0, 10], [2, 20]]), jnp.zeros((2, 1))))
+    same(dx, [[1 / 2, 5], [1 / 2, 5]])
+    same(dscore, [[21], [86]])
+    given, weight = jax_impl.routing.weigh_input(x.astype("bfloat16"), score, "input")
+    assert (given.dtype, weight.dtype) == (jnp.bfloat16, jnp.float32)
+
+
 def integer_ties() -> tuple[np.ndarray, list[list[int]]]:
     """Logits with many ties, zeros of both signs among them, and their order: larger first, then lower id."""
     logits = np.array([[2, 1, 2, 2, 1], [-1, 0, -0.0, 0, -1], [0, 3, 0, -0.0, 3], [-2, -2, -2, -2, -2]], np.float32)
     return logits, [[0, 2, 3, 1, 4], [1, 2, 3, 0, 4], [1, 4, 0, 2, 3], [0, 1, 2, 3, 4]]
 
 
-def test_route_ties_torch():
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen"])
+def test_scores_alike_take_the_lower_id(score_function):
+    """Zeros of both signs among the logits, which softmax_of_chosen chooses by."""
     logits, order = integer_ties()
-    same(torch_impl.routing.route(torch.eye(4), torch.from_numpy(logits), torch_impl.Router(5)).expert_id_TK, order)
-
-
-def test_route_ties_jax():
-    logits, order = integer_ties()
-    same(jax.jit(partial(jax_impl.routing.route, router=jax_impl.Router(5)))(jnp.eye(4), logits).expert_id_TK, order)
+    x, router = torch.eye(4), torch.from_numpy(logits)
+    same(torch_impl.route(x, router, torch_impl.Router(5, score_function)).expert_id_TK, order)
+    same(jax_impl.route(jnp.eye(4), jnp.array(logits), jax_impl.Router(5, score_function)).expert_id_TK, order)
 
 
 # 2. group_by_expert. On rank 0, with t0 = [1, 2] and t1 = [3, 4]:
@@ -426,6 +512,71 @@ def test_apply_experts_jax(bins):
     same(dx, y_expected)  # by chance the numbers are the same: 192 and 768 once more
     for dw, expected in zip(dweights, (DGATE, DUP, DDOWN), strict=True):
         same(dw, expected)
+
+
+# A bias and a scale, with relu2 and without a gate: relu(x w_up + b_up)**2 w_down + b_down.
+#
+#   expert 0   w_up 2, b_up 1, w_down 3, b_down 5    x = 1: up 3, hidden 9, y 32     dy = 1
+#              and                                   x = -2: up -3, hidden 0, y 5    dy = 10
+#   expert 1   w_up 4, b_up -2, w_down 1, b_down 0   x = 1: up 2, hidden 4, y 4      dy = 100
+#
+#   dup = dy w_down 2 up     18, 0, 400      dx = dup w_up   36, 0, 1600      db_up 18, 400      db_down 11, 100
+UNGATED = [[[2.0]], [[4]]], [[[3.0]], [[1]]], [[1.0], [-2]], [[5.0], [0]]
+UNGATED_X, UNGATED_Y, UNGATED_DX = [[1.0], [-2], [1]], [[32], [5], [4]], [[36], [0], [1600]]
+
+
+def test_ungated_experts_with_biases_torch():
+    x = torch.tensor(UNGATED_X, requires_grad=True)
+    up, down, b_up, b_down = leaves = [torch.tensor(a, requires_grad=True) for a in UNGATED]
+    biases = torch_impl.Biases(up_eF=b_up, down_eD=b_down)
+    y = torch_impl.experts.apply_experts(x, torch.tensor([2, 1]), None, up, down, torch_impl.Experts("relu2"), biases)
+    same(y, UNGATED_Y)
+    dx, _, _, db_up, db_down = torch.autograd.grad(y, (x, *leaves), torch.tensor([[1.0], [10], [100]]))
+    same(dx, UNGATED_DX)
+    same(db_up, [[18], [400]])
+    same(db_down, [[11], [100]])
+
+
+def test_ungated_experts_with_biases_jax():
+    def experts(x, up, down, b_up, b_down):
+        biases = jax_impl.Biases(up_eF=b_up, down_eD=b_down)
+        return jax_impl.experts.apply_experts(x, jnp.array([2, 1]), None, up, down, jax_impl.Experts("relu2"), biases)
+
+    y, vjp = jax.vjp(jax.jit(experts), jnp.array([*UNGATED_X, [NAN]]), *map(jnp.array, UNGATED))
+    same(y, [*UNGATED_Y, [0]])  # padding comes out as zero, without a bias
+    dx, _, _, db_up, db_down = vjp(jnp.array([[1.0], [10], [100], [NAN]]))
+    same(dx, [*UNGATED_DX, [0]])
+    same(db_up, [[18], [400]])
+    same(db_down, [[11], [100]])
+
+
+# The shared expert, like expert 0 of those with a gate: of x = 2, 192; and the sigmoid of its score, ln 3, is 3/4.
+def test_shared_expert():
+    w = [[[32.0]], [[3.0]], [[0.5]], [np.log(3) / 2]]
+    shared = torch_impl.Shared(*(torch.tensor(a, dtype=torch.float32) for a in w))
+    x = torch.tensor([[2.0]])
+    close(torch_impl.experts.shared_expert(x, shared, torch_impl.Experts()), [[144]])
+    same(torch_impl.experts.shared_expert(x, shared._replace(score_D=None), torch_impl.Experts()), [[192]])
+    shared = jax_impl.Shared(*(jnp.array(a, jnp.float32) for a in w))
+    close(jax_impl.experts.shared_expert(jnp.array([[2.0]]), shared, jax_impl.Experts()), [[144]])
+    same(jax_impl.experts.shared_expert(jnp.array([[2.0]]), shared._replace(score_D=None), jax_impl.Experts()), [[192]])
+
+
+def test_clamped_torch():
+    gate, up, hidden, dgate, dup = np.array(CLAMPED, np.float32).T
+    gate, up = torch.tensor(gate, requires_grad=True), torch.tensor(up, requires_grad=True)
+    y = torch_impl.glu.glu(gate, up, torch_impl.Experts("quick_gelu", 2.0, 1.0))
+    slopes = torch.autograd.grad(y, (gate, up), torch.ones_like(y))
+    for got, expected in zip((y.detach(), *slopes), (hidden, dgate, dup), strict=True):
+        close(got, expected)
+
+
+def test_clamped_jax():
+    gate, up, hidden, dgate, dup = np.array(CLAMPED, np.float32).T
+    experts = jax_impl.Experts("quick_gelu", 2.0, 1.0)
+    y, vjp = jax.vjp(lambda gate, up: jax_impl.glu.glu(gate, up, experts), jnp.array(gate), jnp.array(up))
+    for got, expected in zip((y, *vjp(jnp.ones_like(y))), (hidden, dgate, dup), strict=True):
+        close(got, expected)
 
 
 # Four wide, so that PyTorch takes grouped_mm and not one matmul per expert; and D is not F, so that a transpose shows.

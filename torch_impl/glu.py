@@ -40,7 +40,7 @@ def glu(
 def gelu_tanh(gate: Float[Tensor, "*M F"]) -> Float[Tensor, "*M F"]:
     """Past +-10 the tanh is +-1 and its slope 0, where the cube would overflow and make the slope NaN."""
     near = gate.clamp(-10, 10)
-    return gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (near + 0.044715 * near**3))) / 2
+    return gate * ((1 + torch.tanh(math.sqrt(2 / math.pi) * (near + 0.044715 * near**3))) / 2)
 
 
 ACTIVATIONS = {

@@ -83,15 +83,6 @@ def moe_layer(
     shared_TD = None if shared is None else shared_expert(x_TD, shared, experts)
     out_TD = out_TD if shared_TD is None else out_TD + shared_TD
     return Stages(
-        routing,
-        grouped,
-        counts_Pe,
-        splits,
-        received_RD,
-        expert_major,
-        y_RD,
-        rank_major_RD,
-        returned_ND,
-        shared_TD,
+        routing, grouped, counts_Pe, splits, received_RD, expert_major, y_RD, rank_major_RD, returned_ND, shared_TD,
         out_TD,
-    )
+    )  # fmt: skip

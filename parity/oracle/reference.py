@@ -243,9 +243,10 @@ def score_backward(
     if case.router.score_function == "sigmoid":
         dlogits_PTE = d_PTE * score_PTE * numbers.round(1 - score_PTE, dtype)
     if case.router.score_function == "sqrt_softplus":
-        # sigmoid / (2 * score), which is half the score where both are too small to divide
-        inner_PTE = numbers.round(sigmoid(logits_PTE), dtype) / (2 * np.where(logits_PTE < -40, 1, score_PTE))
-        dlogits_PTE = d_PTE * numbers.round(np.where(logits_PTE < -40, score_PTE / 2, inner_PTE), dtype)
+        share_PTE = numbers.round(sigmoid(logits_PTE), dtype)
+        slope_PTE = numbers.round(share_PTE / (2 * np.maximum(score_PTE, 1e-9)), dtype)
+        # From -40 down, where the share is the score squared, half the score: their quotient underflows.
+        dlogits_PTE = d_PTE * np.where(logits_PTE < -40, numbers.round(score_PTE / 2, dtype), slope_PTE)
     return numbers.round(dlogits_PTE, case.dtype_of("logits")), numbers.terms(dscale_PTE, case.tokens, dtype).sum(
         axis=-2
     )
