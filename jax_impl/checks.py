@@ -47,7 +47,7 @@ def check_router(
     if not 1 <= router.top_k <= router_DE.shape[1]:
         raise ValueError(f"top_k is {router.top_k} with {router_DE.shape[1]} experts: it must be between 1 and E")
     check_options(router, router_DE.shape[1])
-    check_per_expert(per_expert, router_DE.shape[1])
+    check_per_expert(per_expert, router_DE)
     if expert_id_TK is not None:
         if expert_id_TK.shape != (x_TD.shape[0], router.top_k):
             raise ValueError(
@@ -82,11 +82,12 @@ def check_options(router: "jax_impl.routing.Router", n_experts: int) -> None:
         )
 
 
-def check_per_expert(per_expert: "jax_impl.routing.PerExpert", n_experts: int) -> None:
+def check_per_expert(per_expert: "jax_impl.routing.PerExpert", router_DE: Array) -> None:
     """Raises ValueError unless what a router has of each expert is [E] and floating point."""
+    E = router_DE.shape[1]
     for name, a in per_expert._asdict().items():
-        if a is not None and (a.shape != (n_experts,) or not jnp.issubdtype(a.dtype, jnp.floating)):
-            raise ValueError(f"{name} is {a.dtype} {tuple(a.shape)}: it must be floating point, [{n_experts}]")
+        if a is not None and (a.shape != (E,) or not jnp.issubdtype(a.dtype, jnp.floating)):
+            raise ValueError(f"{name} is {a.dtype} {tuple(a.shape)}: it must be floating point, [{E}]")
 
 
 def check_routing(x_TD: Array, score_TK: Array, expert_id_TK: Array, counts_E: Array) -> None:

@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from parity import checkpoints
 from parity.cases.case import Case
 from parity.cases.parameters import Parameters
+from parity.cases.presets import command
 from parity.checkpoints import FAMILIES, read
+from parity.cli.check import Command, Flags, chosen_cases
 from parity.oracle import reference
+from parity.oracle.evaluation import Evaluation
+from parity.oracle.problem import draw
 from parity.oracle.reference import Exact
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -43,6 +48,20 @@ def assert_computes_what_transformers_does(folder):
 @pytest.mark.parametrize("family", COMMITTED)
 def test_a_layer_computes_what_transformers_does(family):
     assert_computes_what_transformers_does(CHECKPOINTS / family)
+
+
+@pytest.mark.parametrize(("family", "tensor", "wrong"), [
+    ("gpt_oss", "experts.gate_up_proj", ("w_gate w_up", "E D (2 F)")),
+    ("gpt_oss", "experts.gate_up_proj", ("w_up w_gate", "E D (F 2)")),
+    ("qwen3_next", "experts.*.up_proj.weight", ("w_gate", "F D")),
+])  # fmt: skip
+def test_a_reader_that_takes_gate_and_up_otherwise_is_found_out(family, tensor, wrong, monkeypatch):
+    names = FAMILIES[family].names | {tensor: wrong}
+    if "*" in tensor:
+        names["experts.*.gate_proj.weight"] = ("w_up", "F D")
+    monkeypatch.setitem(checkpoints.FAMILIES, family, FAMILIES[family]._replace(names=names))
+    with pytest.raises(AssertionError, match="Mismatched elements"):
+        assert_computes_what_transformers_does(CHECKPOINTS / family)
 
 
 @pytest.mark.published
@@ -322,3 +341,61 @@ def test_an_index_that_names_what_is_not_in_a_shard(tmp_path):
     index["weight_map"][tensor] = max(set(index["weight_map"].values()) - {index["weight_map"][tensor]})
     path.write_text(json.dumps(index))
     refused(folder, tensor)
+
+
+# ---- Cases of a checkpoint
+
+
+def chosen(family, presets=(), **flags):
+    return chosen_cases(Command(presets, case=Flags(checkpoint=str(CHECKPOINTS / family), **flags)))
+
+
+@pytest.mark.parametrize("family", COMMITTED)
+def test_a_case_has_the_sizes_options_and_weights(family):
+    (case,) = chosen(family, tokens=5)
+    arrays, fields, layer, _ = read(CHECKPOINTS / family)
+    assert {name: getattr(case, name) for name in fields} == fields
+    assert (case.layer, case.tokens, case.ranks, case.name) == (layer, 5, 2, f"{family}-layer-{layer}")
+    assert case.dtype == arrays["w_up"].dtype.name
+    there = draw(case).parameters.there()
+    assert there.keys() == arrays.keys()
+    for name, a in arrays.items():
+        np.testing.assert_array_equal(there[name].astype(np.float64), a.astype(np.float64))
+    folder = CHECKPOINTS / family
+    assert command(case) == f"python -m parity check --tokens 5 --checkpoint {folder} --layer {layer}"
+
+
+def test_drawn_tokens_reach_every_side_of_a_clamp():
+    assert Evaluation(draw(*chosen("gpt_oss"))).unreached() == []
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    ({"width": 12}, "--width is 12, but layer 1 of the checkpoint has 10"),
+    ({"layer": 0}, "layer 0 has no experts"),
+    ({"ranks": 4}, "--experts 6 do not divide over --ranks 4"),
+    ({"presets": ("zipf",)}, "--checkpoint is a case of its own: leave out zipf"),
+])  # fmt: skip
+def test_what_is_none_of_the_checkpoint(flags, said):
+    with pytest.raises(ValueError, match=said):
+        chosen("deepseek_v3", **flags)
+
+
+def test_a_layer_of_no_checkpoint():
+    with pytest.raises(ValueError, match="say of which, with --checkpoint"):
+        Case(layer=3)
+
+
+def test_recorded_tokens_go_through_a_checkpoint(tmp_path):
+    """Hidden states are enough: the checkpoint's router chooses."""
+    x, file = np.random.default_rng(0).standard_normal((8, 10)).astype(np.float32), tmp_path / "x.safetensors"
+    save_file({"x": x}, file)
+    (case,) = chosen("qwen3_next", recording=str(file), tokens=4)
+    problem = draw(case)
+    np.testing.assert_array_equal(problem.x.reshape(8, 10), x)
+    assert problem.expert_id.shape == (2, 4, 3)
+    save_file({"x": x, "router": np.zeros((10, 6), np.float32)}, file)
+    with pytest.raises(ValueError, match="it has router, and so has the checkpoint"):
+        draw(case)
+    save_file({"x": x[:, :9].copy()}, file)
+    with pytest.raises(ValueError, match="its D is 9, and the checkpoint's 10"):
+        draw(case)

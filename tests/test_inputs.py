@@ -459,3 +459,14 @@ def test_pairs_of_values_that_no_case_has_are_named():
     assert "ranks 1 with top_k 2" in missing
     assert "ranks 4 with top_k 2" not in missing
     assert covered(PRESETS.values()) == (len(possible_pairs()), [])
+
+
+@pytest.mark.parametrize("name", [name for name, case in PLAIN.items() if case.selection_bias])
+def test_a_selection_bias_decides(name):
+    """A layer that leaves it out chooses other experts for some token: not in another order only."""
+    problem = draw(PLAIN[name])
+    x, learned, _ = exact_inputs(problem)
+    logits, _ = reference.route(problem.case, x, learned, Exact())
+    by = reference.scores_to_choose_by(problem.case, logits)
+    without = reference.select(problem.case, by, learned._replace(selection_bias=None))
+    assert (np.sort(without) != np.sort(problem.expert_id)).any()

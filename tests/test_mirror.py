@@ -63,7 +63,7 @@ MAIN = Pair(
         "rows.rank_bins_source": "of rows in bins, each with padding at its end",
         "rows.expert_bins_source": "the same where bins are experts",
         "rows.segments_source": "what repeat_interleave does in PyTorch, with padding at the end",
-        "matmul.matmul": "in true float32, which in PyTorch is the default",
+        "matmul.matmul": "accumulates in float32, which in PyTorch is the default",
         "glu.clamped": "with the slope at the bounds that PyTorch's clamp has",
         "rows.rows_or_zero": "a gather in which an index past the end reads padding",
         "rows.invert": {"n_rows"},  # more than there are indices, where there is padding
@@ -284,7 +284,7 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
             ],
             [
                 "wide = np.dtype(np.float32) if dtype == 'float32' else np.promote_types(x.dtype, np.float32)",
-                "logits = np.matmul(x.astype(narrow), router.astype(narrow), precision='highest')",
+                "logits = matmul(x.astype(narrow), router.astype(narrow))",
             ],
         ),
         "routing.choose": (
@@ -300,7 +300,7 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
         "routing.largest": SAME,
         "routing.of_chosen": (
             ["return one_hot.astype(a.dtype) @ a"],
-            ["return np.matmul(one_hot.astype(a.dtype), a, precision='highest')"],
+            ["return matmul(one_hot.astype(a.dtype), a)"],
         ),
         "routing.count_per_expert": SAME,
         "grouping.combine": SAME,

@@ -14,8 +14,10 @@ pytestmark = pytest.mark.usefixtures("warm", "as_users_compile")
         ["idle-rank", "bfloat16-drop", "pydoc"],
         ["drop-expert-choice", "--jax-ranks", "vmap"],
         ["--ranks", "2", "--tokens", "3", "--width", "5", "--hidden", "7", "--dtype", "float64"],
+        ["--checkpoint", "tests/checkpoints/gpt_oss", "--tokens", "4"],
+        ["like-deepseek-v3", "like-qwen3-next", "like-llama4"],
     ],
-    ids=lambda case: "-".join(case),
+    ids=lambda case: "-".join(case).replace("/", "-"),
 )
 def test_pytorch_jax_and_the_oracle_match(case):
     command = [sys.executable, "-m", "parity", "check", "--no-json", *case]

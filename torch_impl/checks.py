@@ -49,7 +49,7 @@ def check_router(
     if not 1 <= router.top_k <= router_DE.shape[1]:
         raise ValueError(f"top_k is {router.top_k} with {router_DE.shape[1]} experts: it must be between 1 and E")
     check_options(router, router_DE.shape[1])
-    check_per_expert(per_expert, router_DE.shape[1])
+    check_per_expert(per_expert, router_DE)
     if expert_id_TK is not None:
         if expert_id_TK.shape != (x_TD.shape[0], router.top_k):
             raise ValueError(
@@ -84,11 +84,18 @@ def check_options(router: "torch_impl.routing.Router", n_experts: int) -> None:
         )
 
 
-def check_per_expert(per_expert: "torch_impl.routing.PerExpert", n_experts: int) -> None:
-    """Raises ValueError unless what a router has of each expert is [E] and floating point."""
+def check_per_expert(per_expert: "torch_impl.routing.PerExpert", router_DE: Tensor) -> None:
+    """Raises ValueError unless what a router has of each expert is [E], floating point, and where the router is."""
+    E = router_DE.shape[1]
     for name, a in per_expert._asdict().items():
-        if a is not None and (a.shape != (n_experts,) or not a.is_floating_point()):
-            raise ValueError(f"{name} is {a.dtype} {tuple(a.shape)}: it must be floating point, [{n_experts}]")
+        if a is None:
+            continue
+        if a.shape != (E,) or not a.is_floating_point():
+            raise ValueError(f"{name} is {a.dtype} {tuple(a.shape)}: it must be floating point, [{E}]")
+        if a.device != router_DE.device:
+            raise ValueError(
+                f"{name} is on {a.device} and router on {router_DE.device}: move one to the other's device"
+            )
 
 
 def check_routing(x_TD: Tensor, score_TK: Tensor, expert_id_TK: Tensor, counts_E: Tensor) -> None:

@@ -42,9 +42,8 @@ def learned(case: Case) -> dict[str, np.ndarray]:
     """
     if case.checkpoint is None:
         return {}
-    if (whole := case_of_checkpoint({"checkpoint": case.checkpoint, "layer": case.layer})) != replace(
-        whole, **{name: getattr(case, name) for name in FREE}
-    ):
+    whole = case_of_checkpoint({"checkpoint": case.checkpoint, "layer": case.layer})
+    if replace(whole, **{name: getattr(case, name) for name in FREE}) != case:
         raise ValueError(f"--checkpoint {case.checkpoint}: the checkpoint needs {whole}, got {case}")
     return _read(case.checkpoint, case.layer).arrays
 

@@ -187,6 +187,10 @@ def reaching_the_clamp(case: Case, x: Array, wanted: Array, recorded: dict[str, 
     return x
 
 
+# As large as wanted experts' scores are above the others': the selection bias decides the choice of many tokens.
+BIAS = {"softmax": 0.3, "sigmoid": 0.6, "sqrt_softplus": 1.0, "softmax_of_chosen": 2.5}
+
+
 def _learned(case: Case, parameter: Parameter, rng: np.random.Generator) -> Array | Windows:
     """Weights as a linear layer's are drawn; what is added or multiplied, of the size of what it meets."""
     of = shape(case, parameter)
@@ -195,8 +199,8 @@ def _learned(case: Case, parameter: Parameter, rng: np.random.Generator) -> Arra
     if len(of) == 3:
         size = reach if parameter.name in ("w_gate", "w_up") else 1
         return draw_windows(of, rng, size) if case.real_size else rng.standard_normal(of) * (size / np.sqrt(of[1]))
-    if parameter.name == "selection_bias":  # scores are below 1
-        return rng.uniform(-0.2, 0.2, of)
+    if parameter.name == "selection_bias":
+        return rng.uniform(-1, 1, of) * BIAS[case.score_function]
     if parameter.name == "expert_scale":
         return rng.uniform(0.5, 1.5, of)
     if len(of) == 2 and parameter.stage == "apply_experts" and parameter.axes[0] != "E":
