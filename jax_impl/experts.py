@@ -61,7 +61,7 @@ def apply_experts(
 def shared_expert(x_TD: Float[Array, "T D"], shared: Shared, experts: Experts) -> Float[Array, "T D"]:
     """The same of every token with the one expert, times sigmoid(x @ score) where there is a score.
 
-    Every step rounds to x's dtype; the sigmoid is of float32, as XLA's of float16 is zero from -11 down.
+    Every step rounds to x's dtype; the sigmoid is of float32, as XLA's of float16 is zero below -11.
     """
     gate_TH = None if shared.w_gate_DH is None else matmul(x_TD, shared.w_gate_DH)
     y_TD = matmul(glu(gate_TH, matmul(x_TD, shared.w_up_DH), experts), shared.w_down_HD)

@@ -158,7 +158,7 @@ renormalized.defvjp(_renormalized_forward, _renormalized_backward)
 def of_chosen(a_E: Float[Array, " E"], expert_id_TK: Integer[Array, "T K"]) -> Float[Array, "T K"]:
     """Each choice's number: by a product with ones and zeros, whose gradient needs no scatter-add.
 
-    Under `shard_map`, `take_along_axis` of what is the same on all ranks has a wrong gradient (docs/published.md).
+    Under `shard_map`, `take_along_axis` of what is the same on all ranks has a wrong gradient (docs/models.md).
     """
     one_hot_TKE = expert_id_TK[..., None] == jnp.arange(a_E.shape[0])
     return matmul(one_hot_TKE.astype(a_E.dtype), a_E)

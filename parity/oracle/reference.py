@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import erf
 
 from parity.cases.case import Case
 from parity.cases.parameters import BY_NAME, Parameters
@@ -347,6 +346,8 @@ def activated(case: Case, gate: Array, numbers: Numbers) -> tuple[Array, Array]:
         above = np.maximum(gate, 0)
         return numbers.round(above**2, dtype), numbers.round(2 * above, dtype)
     if activation == "gelu":
+        from scipy.special import erf  # here, as an interpreter that only runs a layer need not have it
+
         share = numbers.round((1 + numbers.round(erf(gate / math.sqrt(2)), dtype, ERF)) / 2, dtype)
         density = numbers.round(np.exp(-numbers.round(gate**2 / 2, dtype)), dtype) / math.sqrt(2 * math.pi)
         return numbers.round(gate * share, dtype), numbers.round(share + numbers.round(gate * density, dtype), dtype)
