@@ -12,9 +12,9 @@ from problems import bits, gamma, within
 from safetensors.numpy import save_file
 
 from parity.cases.case import Case
-from parity.cases.pairs import covered, possible_pairs
+from parity.cases.pairs import CORE, covered, pairs_in, possible_pairs, row_of
 from parity.cases.parameters import parameters_of
-from parity.cases.presets import PLAIN, PRESETS
+from parity.cases.presets import PLAIN, PRESETS, USUAL
 from parity.cases.recording import case_of_recording, load_recording
 from parity.oracle import reference
 from parity.oracle.problem import Problem, draw, exact_inputs
@@ -109,8 +109,9 @@ def test_every_preset_draws(presets, name):
     assert (in_order[..., 1:] != in_order[..., :-1]).all()
 
     x, w, _ = exact_inputs(problem)  # the ids are the router's own choice
-    logits, score = reference.route(case, x, w, Exact())
-    np.testing.assert_array_equal(problem.expert_id[real], reference.select(case, score, w)[real])
+    logits, _ = reference.route(case, x, w, Exact())
+    by = reference.scores_to_choose_by(case, logits)
+    np.testing.assert_array_equal(problem.expert_id[real], reference.select(case, by, w)[real])
     if case.pattern != "ties" and case.groups == 1 and not case.selection_bias:  # and no close one
         best = np.sort(logits, axis=-1)[..., ::-1]
         assert np.diff(best[..., : K + 1]).max(initial=-1) < -1e-4
@@ -454,11 +455,12 @@ def test_a_choice_that_is_none(name):
 
 
 def test_pairs_of_values_that_no_case_has_are_named():
-    n, missing = covered([PRESETS["zipf"], PRESETS["k1"]])
+    n, missing = covered([PRESETS["zipf"], PRESETS["k1"]], PRESETS.values())
     assert n + len(missing) == len(possible_pairs())
     assert "ranks 1 with top_k 2" in missing
     assert "ranks 4 with top_k 2" not in missing
-    assert covered(PRESETS.values()) == (len(possible_pairs()), [])
+    assert pairs_in(map(row_of, PRESETS.values())) >= possible_pairs()
+    assert pairs_in(map(row_of, (PRESETS[name] for name in USUAL)), CORE) >= possible_pairs(CORE)
 
 
 @pytest.mark.parametrize("name", [name for name, case in PLAIN.items() if case.selection_bias])

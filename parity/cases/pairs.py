@@ -97,9 +97,9 @@ def pairs_in(rows: Iterable[Mapping[str, Any]], fields: Values = FIELDS) -> set[
     }
 
 
-def covered(cases: Iterable[Case]) -> tuple[int, list[str]]:
-    """Of the pairs that can be, how many some case has, and in words those that none has."""
-    found, possible = pairs_in(map(row_of, cases)), possible_pairs()
+def covered(cases: Iterable[Case], among: Iterable[Case]) -> tuple[int, list[str]]:
+    """Of the pairs that some case of those `among` has, how many these cases have, and in words those that none has."""
+    found, possible = pairs_in(map(row_of, cases)), pairs_in(map(row_of, among))
     missing = sorted(possible - found, key=str)
     return len(possible & found), [" with ".join(f"{name} {value}" for name, value in pair) for pair in missing]
 

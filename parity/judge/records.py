@@ -16,6 +16,7 @@ import msgspec
 
 from parity.cases.case import Case
 from parity.cases.pairs import covered
+from parity.cases.presets import PRESETS
 from parity.judge.blame import Blame, blame
 from parity.judge.compare import Check
 from parity.judge.picture import Picture
@@ -112,7 +113,9 @@ def footer(
     failing = sum(not c.ok for c in everything)
     verdict, code = ("mismatch", 1) if failing else ("match", 0) if compared and checks else ("nothing compared", 5)
     rows, bitwise = sum(c.rows for c in everything), sum(c.rows for c in everything if c.bitwise)
-    pairs, missing = covered(record.case for record in records.values()) if len(records) >= MANY else (0, [])
+    pairs, missing = (
+        covered((record.case for record in records.values()), PRESETS.values()) if len(records) >= MANY else (0, [])
+    )
     return Footer(verdict, code, len(checks), len(everything), rows, bitwise, failing, seconds, pairs, missing)
 
 

@@ -38,6 +38,10 @@ class Exact:
         """a @ b, each number a sum of n products accumulated in `dtype`: here, without error."""
         return a @ b
 
+    def at_most(self, a: Array, bound: float, dtype: str) -> Array:  # noqa: ARG002
+        """Whether numbers stored in `dtype` are no more than a bound: here, as they are."""
+        return a <= bound
+
 
 @dataclass
 class Perturbed:
@@ -71,6 +75,13 @@ class Perturbed:
         ones = np.ones((1,) * (a.ndim > 1) + a.shape[-1:])  # a product, as b may be on a GPU
         deviation += (ones @ abs(b) + n) * tiny
         return a @ b + deviation * self.rng.standard_normal(deviation.shape)
+
+    def at_most(self, a: Array, bound: float, dtype: str) -> Array:
+        """Whether numbers stored in `dtype` are no more than a bound, which is at random for those close to it.
+
+        A matmul and a bias are rounded, so that a number is up to 2 units off: within twice that, either may be.
+        """
+        return a + self.rng.uniform(-1, 1, np.shape(a)) * (4 * noise(dtype) * abs(bound)) <= bound
 
 
 Numbers = Exact | Perturbed
@@ -373,13 +384,14 @@ def hidden(case: Case, gate: Array | None, up: Array, numbers: Numbers) -> Hidde
     if gate is None:
         act, slope = activated(case, up, numbers)
         return Hidden(numbers.round(act, case.dtype), None, slope)
-    clamp = math.inf if case.clamp is None else case.clamp
-    act, slope = activated(case, np.minimum(gate, clamp), numbers)
-    lifted = np.clip(up, -clamp, clamp)
-    if case.up_offset:
-        lifted = numbers.round(lifted + case.up_offset, case.wide)
-    value = numbers.round(act * lifted, case.dtype)
-    return Hidden(value, slope * lifted * (gate <= clamp), act * (np.abs(up) <= clamp))
+    of_gate = of_up = 1
+    if case.clamp is not None:
+        of_gate = numbers.at_most(gate, case.clamp, case.dtype)
+        of_up = numbers.at_most(np.abs(up), case.clamp, case.dtype)
+        gate, up = np.minimum(gate, case.clamp), np.clip(up, -case.clamp, case.clamp)
+    act, slope = activated(case, gate, numbers)
+    lifted = numbers.round(up + case.up_offset, case.wide) if case.up_offset else up
+    return Hidden(numbers.round(act * lifted, case.dtype), slope * lifted * of_gate, act * of_up)
 
 
 def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Parameters, numbers: Numbers) -> Array:
