@@ -12,8 +12,8 @@ from parity.oracle import vectorised
 from parity.oracle.expected import Expected, Oracle
 from parity.oracle.problem import Problem, draw, exact_inputs
 from parity.oracle.quantities import names
-from parity.oracle.reference import Perturbed
-from parity.oracle.tolerances import DRAWS, FACTOR, allowance, numpy_dtype, shares_of, underflow, unit_roundoff
+from parity.oracle.reference import Exact, Perturbed
+from parity.oracle.tolerances import DRAWS, FACTOR, allowance, noise, numpy_dtype, shares_of, underflow, unit_roundoff
 
 Array = np.ndarray
 
@@ -295,3 +295,14 @@ def test_shares_of_parts_are_found_again():
     shares = shares_of(parts)
     # 50 products and a solve in float64, of parts that are far from parallel
     np.testing.assert_allclose(shares @ (1.5 * parts[0] + 0.25 * parts[2]), [1.5, 0, 0.25], atol=1e-13)
+
+
+def test_of_clamped_numbers_the_rounding_is_their_own():
+    """The same in all places, where drawn ones would average out; and close to a clamp, either side is possible."""
+    numbers, clamped = Perturbed(np.random.default_rng(0)), np.full(1000, 48.93)
+    assert (numbers.constant(clamped, "bfloat16") == 49).all()
+    assert np.unique(numbers.round(clamped, "bfloat16")).size > 900
+    near, far = 7 * (1 + 2 * noise("bfloat16")), 7 * (1 + 5 * noise("bfloat16"))
+    assert 0 < numbers.at_most(np.full(1000, near), 7, "bfloat16").mean() < 1
+    assert not numbers.at_most(np.full(1000, far), 7, "bfloat16").any()
+    assert not Exact().at_most(np.array([7.001]), 7, "bfloat16").any()

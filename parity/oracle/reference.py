@@ -38,6 +38,10 @@ class Exact:
         """a @ b, each number a sum of n products accumulated in `dtype`: here, without error."""
         return a @ b
 
+    def constant(self, a: Array, dtype: str) -> Array:  # noqa: ARG002
+        """The value stored in `dtype` of a number that is the same in many places: here, itself."""
+        return a
+
     def at_most(self, a: Array, bound: float, dtype: str) -> Array:  # noqa: ARG002
         """Whether numbers stored in `dtype` are no more than a bound: here, as they are."""
         return a <= bound
@@ -75,6 +79,13 @@ class Perturbed:
         ones = np.ones((1,) * (a.ndim > 1) + a.shape[-1:])  # a product, as b may be on a GPU
         deviation += (ones @ abs(b) + n) * tiny
         return a @ b + deviation * self.rng.standard_normal(deviation.shape)
+
+    def constant(self, a: Array, dtype: str) -> Array:
+        """The value stored in `dtype` of a number that is the same in many places: its own rounding in all of them.
+
+        Drawn, it would average out over them.
+        """
+        return a.astype(numpy_dtype(dtype)).astype(np.float64)
 
     def at_most(self, a: Array, bound: float, dtype: str) -> Array:
         """Whether numbers stored in `dtype` are no more than a bound, which is at random for those close to it.
@@ -384,14 +395,16 @@ def hidden(case: Case, gate: Array | None, up: Array, numbers: Numbers) -> Hidde
     if gate is None:
         act, slope = activated(case, up, numbers)
         return Hidden(numbers.round(act, case.dtype), None, slope)
-    of_gate = of_up = 1
+    of_gate, of_up, both_clamped = 1, 1, False
     if case.clamp is not None:
         of_gate = numbers.at_most(gate, case.clamp, case.dtype)
         of_up = numbers.at_most(np.abs(up), case.clamp, case.dtype)
+        both_clamped = (gate >= case.clamp) & (np.abs(up) >= case.clamp)
         gate, up = np.minimum(gate, case.clamp), np.clip(up, -case.clamp, case.clamp)
     act, slope = activated(case, gate, numbers)
     lifted = numbers.round(up + case.up_offset, case.wide) if case.up_offset else up
-    return Hidden(numbers.round(act * lifted, case.dtype), slope * lifted * of_gate, act * of_up)
+    value = np.where(both_clamped, numbers.constant(act * lifted, case.dtype), numbers.round(act * lifted, case.dtype))
+    return Hidden(value, slope * lifted * of_gate, act * of_up)
 
 
 def experts(case: Case, x_PTD: Array, id_PTK: Array, w: Parameters, numbers: Numbers) -> Array:
