@@ -12,12 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 from parity import checkpoints
 from parity.cases.case import Case
-from parity.cases.parameters import Parameters
+from parity.cases.parameters import PARAMETERS, Parameters
 from parity.cases.presets import command
 from parity.checkpoints import FAMILIES, read
 from parity.cli.check import Command, Flags, chosen_cases
 from parity.oracle import reference
-from parity.oracle.evaluation import Evaluation
+from parity.oracle.evaluation import unreached
 from parity.oracle.problem import draw
 from parity.oracle.reference import Exact
 
@@ -346,6 +346,12 @@ def test_an_index_that_names_what_is_not_in_a_shard(tmp_path):
 # ---- Cases of a checkpoint
 
 
+def test_arrays_have_the_names_and_axes_of_what_a_layer_learns():
+    """But for the scale that is folded into Gemma 4's router."""
+    own = {name: axes for name, axes in checkpoints.CANONICAL.items() if name != "router_scale"}
+    assert own == {one.name: one.axes for one in PARAMETERS}
+
+
 def chosen(family, presets=(), **flags):
     return chosen_cases(Command(presets, case=Flags(checkpoint=str(CHECKPOINTS / family), **flags)))
 
@@ -366,7 +372,7 @@ def test_a_case_has_the_sizes_options_and_weights(family):
 
 
 def test_drawn_tokens_reach_every_side_of_a_clamp():
-    assert Evaluation(draw(*chosen("gpt_oss"))).unreached() == []
+    assert unreached(draw(*chosen("gpt_oss"))) == []
 
 
 @pytest.mark.parametrize(("flags", "said"), [

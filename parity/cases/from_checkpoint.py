@@ -1,7 +1,6 @@
 """Cases whose layer is out of a checkpoint: its sizes, options and arrays; tokens are drawn, or recorded."""
 
 import re
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,13 @@ def case_of_checkpoint(changes: dict[str, Any]) -> Case:
     Raises ValueError as `parity.checkpoints.read` does, and on a change of what the checkpoint fixes.
     """
     found = _read(changes["checkpoint"], changes.get("layer"))
-    fixed = found.fields
-    for name, value in changes.items():
-        if fixed.get(name, value) != value:
-            raise ValueError(f"--{flag(name)} is {value}, but layer {found.layer} of the checkpoint has {fixed[name]}")
+    _agree(found, changes)
     stored = found.arrays["w_up"].dtype.name
     name = re.sub(r"[^\w.+-]", "-", Path(changes["checkpoint"]).resolve().name)
-    most = next(ranks for ranks in (4, 2, 1) if fixed["experts"] % ranks == 0)
+    most = next(ranks for ranks in (4, 2, 1) if found.fields["experts"] % ranks == 0)
     own: dict[str, Any] = {"name": f"{name}-layer-{found.layer}", "ranks": most}
     own |= {"dtype": stored if stored in DTYPES else "float32"}
-    return Case(**{**own, **fixed, **changes, "layer": found.layer})
+    return Case(**{**own, **found.fields, **changes, "layer": found.layer})
 
 
 def learned(case: Case) -> dict[str, np.ndarray]:
@@ -42,14 +38,14 @@ def learned(case: Case) -> dict[str, np.ndarray]:
     """
     if case.checkpoint is None:
         return {}
-    whole = case_of_checkpoint({"checkpoint": case.checkpoint, "layer": case.layer})
-    if replace(whole, **{name: getattr(case, name) for name in FREE}) != case:
-        raise ValueError(f"--checkpoint {case.checkpoint}: the checkpoint needs {whole}, got {case}")
-    return _read(case.checkpoint, case.layer).arrays
+    found = _read(case.checkpoint, case.layer)
+    _agree(found, vars(case))
+    return found.arrays
 
 
-# Fields that a checkpoint leaves open.
-FREE = (
-    "name", "ranks", "tokens", "dtype", "pattern", "logit_scale", "logit_offset", "outlier", "capacity_factor",
-    "capacity_per", "priority", "align", "uneven", "way", "seed", "recording",
-)  # fmt: skip
+def _agree(found: Checkpoint, said: dict[str, Any]) -> None:
+    """Raises ValueError where fields of a case are others than the checkpoint's."""
+    for name, value in said.items():
+        if found.fields.get(name, value) != value:
+            had = found.fields[name]
+            raise ValueError(f"--{flag(name)} is {value}, but layer {found.layer} of the checkpoint has {had}")

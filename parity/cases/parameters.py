@@ -22,6 +22,11 @@ class Parameter(NamedTuple):
         return f"{self.stage}/d{self.name}"
 
     @property
+    def shared(self) -> bool:
+        """Whether it is the shared expert's."""
+        return self.name.startswith("shared")
+
+    @property
     def per_rank(self) -> bool:
         """Whether each rank has that of its own experts; the others are the same on all ranks."""
         return self.stage == "apply_experts" and self.axes[0] == "E"

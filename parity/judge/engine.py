@@ -20,7 +20,7 @@ from parity.judge.blame import blame
 from parity.judge.compare import Check, compare
 from parity.judge.picture import blank
 from parity.judge.records import CaseRecord, Header, Report, footer, header
-from parity.oracle.evaluation import Evaluation
+from parity.oracle.evaluation import unreached
 from parity.oracle.problem import Problem, draw
 from parity.oracle.quantities import STAGES
 from parity.run import supervisor
@@ -139,9 +139,8 @@ def judge(
     seconds |= {failure.backend: 0.0 for failure in results if isinstance(failure, Failure)}
     environment = {trace.backend.name: trace.environment for trace in traces}
     not_supported = {r.backend.name: r.not_supported for r in results if isinstance(r, Trace) and r.not_supported}
-    unreached = Evaluation(problem).unreached()
-    said = command(case) + flags
-    return CaseRecord(case, said, seconds, environment, picture, not_supported, unreached, beside), checks
+    said, sides = command(case) + flags, unreached(problem)
+    return CaseRecord(case, said, seconds, environment, picture, not_supported, sides, beside), checks
 
 
 def raised(failure: Failure) -> Check:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from parity.oracle import reference, vectorised
-from parity.oracle.problem import Problem, exact_inputs
+from parity.oracle.problem import Problem, exact_inputs, in_float64
 from parity.oracle.reference import Exact, Gradients, Layer, Numbers, Perturbed
 from parity.oracle.rows import Layout, Table, row_tables
 
@@ -140,23 +140,6 @@ class Evaluation:
         """[P, T, K, D] of [P, T, D], draws in front."""
         return np.repeat(a[..., None, :], self.case.top_k, axis=-2)
 
-    def unreached(self) -> list[str]:
-        """Which sides of a clamp no expert's gate or up is on: what is done there is not checked."""
-        if self.case.clamp is None:
-            return []
-        gate, up = (np.zeros(2, bool), np.zeros(3, bool))
-        for g in np.unique(self.problem.expert_id[self.problem.expert_id >= 0]):
-            x_nD = self.given[np.nonzero((self.problem.expert_id == g).any(axis=-1))]
-            gate_nF, up_nF = reference.gate_and_up(self.case, x_nD, self.parameters, g, Exact())
-            assert gate_nF is not None
-            gate |= [(gate_nF <= self.case.clamp).any(), (gate_nF > self.case.clamp).any()]
-            inside = np.abs(up_nF) <= self.case.clamp
-            up |= [inside.any(), (up_nF > self.case.clamp).any(), (up_nF < -self.case.clamp).any()]
-        c = f"{self.case.clamp:g}"
-        sides = {f"gate up to {c}": gate[0], f"gate above {c}": gate[1], f"up between -{c} and {c}": up[0]}
-        sides |= {f"up above {c}": up[1], f"up below -{c}": up[2]}
-        return [side for side, reached in sides.items() if not reached]
-
     def sent(self, layout: Layout) -> Array:
         """Rows that each rank sends to each expert, [P, E]: all assignments, or those that a static capacity keeps."""
         return reference.sent(self.case, self.problem.expert_id, self.problem.keep, layout)
@@ -168,6 +151,24 @@ class Evaluation:
     def table(self, layout: Layout) -> Table:
         """Which row lies where."""
         return row_tables(self.case, self.problem.expert_id, self.problem.keep, layout)
+
+
+def unreached(problem: Problem) -> list[str]:
+    """Which sides of a clamp no expert's gate or up is on: what is done there is not checked."""
+    case, ids = problem.case, problem.expert_id
+    if case.clamp is None:
+        return []
+    parameters, given = in_float64(problem.parameters), problem.given.astype(np.float64)
+    gate, up = np.zeros(2, bool), np.zeros(3, bool)
+    for g in np.unique(ids[ids >= 0]):
+        x_nD = given[(ids == g).any(axis=-1)]
+        gate_nF, up_nF = reference.gate_and_up(case, x_nD, parameters, g, Exact())
+        assert gate_nF is not None
+        gate |= [(gate_nF <= case.clamp).any(), (gate_nF > case.clamp).any()]
+        up |= [(np.abs(up_nF) <= case.clamp).any(), (up_nF > case.clamp).any(), (up_nF < -case.clamp).any()]
+    c = f"{case.clamp:g}"
+    sides = (f"gate up to {c}", f"gate above {c}", f"up between -{c} and {c}", f"up above {c}", f"up below -{c}")
+    return [side for side, reached in zip(sides, [*gate, *up], strict=True) if not reached]
 
 
 Value = Callable[[Evaluation, Layout], Array]

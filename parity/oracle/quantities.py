@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from parity.cases.case import Case, Kind
-from parity.cases.parameters import PARAMETERS, Parameter
+from parity.cases.parameters import BY_NAME, PARAMETERS, Parameter
 from parity.oracle.evaluation import Evaluation, Value
 from parity.oracle.rows import Layout, indices, positions_by_row
 
@@ -132,13 +132,12 @@ def _assignment(o: Evaluation, _: Layout) -> Array:
     return np.tile(np.arange(o.case.assignments), o.case.ranks)
 
 
+BACKWARD = {"route": "route_backward", "apply_experts": "experts_backward"}  # of an `Evaluation`
+
+
 def _gradient(parameter: Parameter) -> Quantity:
     """That of what a layer has learned, from a stage on its own and from the whole layer."""
-    part = (
-        "shared_backward"
-        if parameter.name.startswith("shared")
-        else f"{parameter.stage}_backward".removeprefix("apply_")
-    )
+    part = "shared_backward" if parameter.shared else BACKWARD[parameter.stage]
 
     def alone(o: Evaluation, _: Layout) -> Array:
         return getattr(o, part)[1][parameter.name]
@@ -160,9 +159,7 @@ def _scores_on_input(case: Case) -> bool:
     return case.score_on == "input"
 
 
-def _is_shared(case: Case) -> bool:
-    return case.shared_hidden > 0
-
+_is_shared = BY_NAME["shared_w_up"].there
 
 _TABLE = [
     Quantity("route/expert_id", "P T K", "int", "choice", lambda o, _: o.problem.expert_id),

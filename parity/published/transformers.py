@@ -161,6 +161,18 @@ def weighed_shared_expert(case):
     return {"shared_expert_intermediate_size": case.shared_hidden or 1}
 
 
+def run_qwen(path, case, x_TD, w):
+    """The output of a block of Qwen's with a shared expert, which has a score."""
+    only_softmax(case, renormalize=(False, True), cast_scores=True)
+    return run(path, case, x_TD, w, **weighed_shared_expert(case))
+
+
+def run_deepseek(path, case, x_TD, w):
+    """The output of a block that routes as DeepSeek-V3 does, and has shared experts of the size of the others."""
+    only_deepseek(case)
+    return run(path, case, x_TD, w, **shared_experts(case))
+
+
 @backend(framework="torch")
 def mixtral(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """Mixtral."""
@@ -217,10 +229,9 @@ def qwen2_moe(
     shared_w_gate_DH=None, shared_w_up_DH=None, shared_w_down_HD=None, shared_score_D=None,
 ):  # fmt: skip
     """Qwen2-MoE, whose shared expert has a score."""
-    only_softmax(case, renormalize=(False, True), cast_scores=True)
-    shared = shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD, shared_score_D
-    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, **of_shared(*shared))
-    return run("qwen2_moe:Qwen2Moe:SparseMoeBlock", case, x_TD, w, **weighed_shared_expert(case))
+    shared = of_shared(shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD, shared_score_D)
+    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, **shared)
+    return run_qwen("qwen2_moe:Qwen2Moe:SparseMoeBlock", case, x_TD, w)
 
 
 @backend(framework="torch")
@@ -229,10 +240,9 @@ def qwen3_next(
     shared_w_gate_DH=None, shared_w_up_DH=None, shared_w_down_HD=None, shared_score_D=None,
 ):  # fmt: skip
     """Qwen3-Next, whose shared expert has a score."""
-    only_softmax(case, renormalize=(False, True), cast_scores=True)
-    shared = shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD, shared_score_D
-    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, **of_shared(*shared))
-    return run("qwen3_next:Qwen3Next:SparseMoeBlock", case, x_TD, w, **weighed_shared_expert(case))
+    shared = of_shared(shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD, shared_score_D)
+    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, **shared)
+    return run_qwen("qwen3_next:Qwen3Next:SparseMoeBlock", case, x_TD, w)
 
 
 def of_shared(gate, up, down, score=None):
@@ -246,10 +256,9 @@ def deepseek_v3(
     shared_w_gate_DH=None, shared_w_up_DH=None, shared_w_down_HD=None,
 ):  # fmt: skip
     """DeepSeek-V3, and Kimi K2, with the router in float32."""
-    only_deepseek(case)
     shared = of_shared(shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD)
     w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, selection_bias=selection_bias_E, **shared)
-    return run("deepseek_v3:DeepseekV3:MoE", case, x_TD, w, **shared_experts(case))
+    return run_deepseek("deepseek_v3:DeepseekV3:MoE", case, x_TD, w)
 
 
 @backend(framework="torch")
@@ -258,10 +267,9 @@ def glm4_moe(
     shared_w_gate_DH=None, shared_w_up_DH=None, shared_w_down_HD=None,
 ):  # fmt: skip
     """GLM-4.5, with its router in float32."""
-    only_deepseek(case)
     shared = of_shared(shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD)
     w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, selection_bias=selection_bias_E, **shared)
-    return run("glm4_moe:Glm4Moe:MoE", case, x_TD, w, **shared_experts(case))
+    return run_deepseek("glm4_moe:Glm4Moe:MoE", case, x_TD, w)
 
 
 @backend(framework="torch")
@@ -286,8 +294,8 @@ def deepseek_v2(
     """DeepSeek-V2, with its router in float32; it never renormalises."""
     groups = {"group_score": "max", "outside_groups": "zero"}
     only(case, "activation", "scale", "groups", "top_groups", router_dtype=in_float32(case), **groups)
-    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD,
-                   **of_shared(shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD))  # fmt: skip
+    shared = of_shared(shared_w_gate_DH, shared_w_up_DH, shared_w_down_HD)
+    w = weights(router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, **shared)
     config = {"topk_method": "group_limited_greedy" if case.groups > 1 else "greedy", "num_attention_heads": 1}
     return run("deepseek_v2:DeepseekV2:Moe", case, x_TD, w, **config, **shared_experts(case))
 

@@ -539,7 +539,7 @@ def _isolated(
     found = alone("apply_experts", apply_experts, inputs, feeds["dy_expert_major"])
     gradients = compared(case, {name: found[f"d{name}"] for name in of_experts})
     keep_values("apply_experts", {f"d{name}": a for name, a in gradients.items()})
-    of_shared = of_stage(lambda one: one.name.startswith("shared"))
+    of_shared = of_stage(lambda one: one.shared)
     if of_shared:
 
         def shared_expert(x: jax.Array, *w: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_impl
 from parity import Unsupported, record, recording
-from parity.cases.parameters import BY_NAME, parameters_of
+from parity.cases.parameters import BY_NAME
 from parity.oracle.problem import Problem
 from parity.run import inside, own, torch_ranks
 from parity.run.backend import Backend, Setting
@@ -26,12 +26,13 @@ from parity.run.torch_ranks import At
 from parity.run.torch_stages import (
     Group,
     environment,
+    experts_of,
     gradients,
+    learned_of,
     options_of,
     poisoned_memory,
     to_numpy,
     to_torch,
-    weights_of,
 )  # fmt: skip
 from parity.run.trace import Trace, differing_bits
 from torch_impl import routing
@@ -140,15 +141,13 @@ def _step(
     group: Group,
 ) -> tuple[Arrays, Arrays, dict[str, str]]:  # fmt: skip
     """Output and gradients, by name; what the layer gives from its inside, and orders of rows that it names."""
-    case, e = problem.case, problem.case.experts // problem.case.ranks
-    mine = slice(None) if takes.all_experts else slice(rank * e, (rank + 1) * e)
+    case, own_experts = problem.case, experts_of(problem.case, rank)
 
     def put(a: np.ndarray) -> Tensor:
         return to_torch(a).to(device)
 
-    leaves, known = {"x": put(problem.x[rank])}, problem.parameters.there()
-    for one in parameters_of(case):
-        leaves[one.name] = weights_of(known[one.name], mine if one.per_rank else slice(None), device)
+    leaves = {"x": put(problem.x[rank])}
+    leaves |= learned_of(problem, slice(None) if takes.all_experts else own_experts, device)
     leaves = {name: leaf.requires_grad_(name not in BY_NAME or BY_NAME[name].learned) for name, leaf in leaves.items()}
     ids = put(problem.expert_id[rank])
     given: dict[str, Any] = {"expert_id": ids, "keep": put(problem.keep[rank]), "case": case, "group": group}
@@ -180,7 +179,7 @@ def _step(
     found = _gradients(out, score, {name: leaves[name] for name in taken}, problem, put, rank, backend)
     values = {"combine/out": out, "route/dx": found.pop("x")}
     for name in [name for name in found if takes.all_experts and BY_NAME[name].per_rank]:
-        found[name] = torch_ranks.all_sum(found[name], group)[rank * e : (rank + 1) * e]
+        found[name] = torch_ranks.all_sum(found[name], group)[own_experts]
     values |= gradients(case, found, group)
     outside = {f"e2e/{name}": to_numpy(a) for name, a in values.items()}
     return outside, {name: to_numpy(a) for name, a in within.items()}, orders

@@ -375,7 +375,7 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
 
     ids, keep, score = put_tokens(problem.expert_id), put_tokens(problem.keep), put_tokens(problem.score)
     x_rows = np.repeat(problem.given.reshape(-1, case.width), case.top_k, axis=0)
-    learned = learned_of(problem, rank, device)
+    learned = learned_of(problem, experts_of(case, rank), device)
     how = options_of(case)
 
     def of_stage(wanted: Callable[[Parameter], bool]) -> dict[str, Tensor]:
@@ -425,7 +425,7 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
         rows(problem.dy, "expert_major", stages.padding),
     )  # fmt: skip
     keep_values("apply_experts", compared(case, {name: found[f"d{name}"] for name in of_experts}))
-    of_shared = of_stage(lambda one: one.name.startswith("shared"))
+    of_shared = of_stage(lambda one: one.shared)
     if of_shared:
 
         def shared_expert(x: Tensor, *w: Tensor) -> Tensor:
@@ -479,7 +479,10 @@ class Step:
         def put_tokens(a: np.ndarray) -> Tensor:
             return put(tokens_of(case, rank, a))
 
-        self.x, self.learned = put_tokens(problem.x).requires_grad_(), learned_of(problem, rank, device)
+        self.x, self.learned = (
+            put_tokens(problem.x).requires_grad_(),
+            learned_of(problem, experts_of(case, rank), device),
+        )
         self.leaves = {one.name: self.learned[one.name].requires_grad_() for one in parameters_of(case) if one.learned}
         self.ids, self.keep = put_tokens(problem.expert_id), put_tokens(problem.keep)
         self.score = put_tokens(problem.score) if case.priority == "score" else None
@@ -554,10 +557,15 @@ def weights_of(w: np.ndarray | Windows, mine: slice, device: torch.device) -> to
     return bank.as_strided(size, strides, (w.first + mine.start) * STRIDE).clone()
 
 
-def learned_of(problem: Problem, rank: int, device: torch.device) -> dict[str, Tensor]:
-    """What is learned, by name: of the experts, a rank's own."""
-    e, values = problem.case.experts // problem.case.ranks, problem.parameters.there()
-    mine = slice(rank * e, (rank + 1) * e)
+def experts_of(case: Case, rank: int) -> slice:
+    """A rank's own experts."""
+    e = case.experts // case.ranks
+    return slice(rank * e, (rank + 1) * e)
+
+
+def learned_of(problem: Problem, mine: slice, device: torch.device) -> dict[str, Tensor]:
+    """What is learned, by name; what each expert has, of those that are `mine`."""
+    values = problem.parameters.there()
     return {
         one.name: weights_of(values[one.name], mine if one.per_rank else slice(None), device)
         for one in parameters_of(problem.case)

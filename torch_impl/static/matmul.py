@@ -19,13 +19,12 @@ def grouped_matmul(
     """
     if x_MD.ndim == 3:
         return torch.bmm(x_MD, w_eDF)
-    end_e = group_ends(counts_e)
     if x_MD.dtype == torch.bfloat16 and fits_grouped_mm(x_MD, w_eDF):
-        return grouped_mm(x_MD.contiguous(), w_eDF, offs=end_e)
-    expert_M1 = (torch.arange(x_MD.shape[0], device=x_MD.device)[:, None] >= end_e).sum(dim=1, keepdim=True)
+        return grouped_mm(x_MD.contiguous(), w_eDF, offs=group_ends(counts_e))
+    of_expert_Me = rows_of_experts(counts_e, x_MD.shape[0])
     y_MF = x_MD.new_zeros(x_MD.shape[0], w_eDF.shape[2])
     for j, w_DF in enumerate(w_eDF.unbind()):
-        y_MF = torch.where(expert_M1 == j, x_MD @ w_DF, y_MF)
+        y_MF = torch.where(of_expert_Me[:, j, None], x_MD @ w_DF, y_MF)
     return y_MF
 
 
