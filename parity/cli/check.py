@@ -7,6 +7,7 @@ from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import msgspec
 import tyro
 
 from parity.cases.case import Case, changed, flag
@@ -74,6 +75,8 @@ class Command:
 
     presets: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(help=PRESETS_HELP)] = ()
     case: Annotated[Any, tyro.conf.arg(name="", constructor=Flags)] = field(default_factory=Flags)
+    from_file: Annotated[Path | None, tyro.conf.arg(name="case", metavar="FILE")] = None
+    """Check the case in this file, which `python -m parity identify --write` wrote."""
     random: int = 0
     """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all. Twenty
     in a row have the same shapes, which JAX compiles once, and differ in routing."""
@@ -169,31 +172,59 @@ def chosen_backends(asked: Sequence[str]) -> list[Backend]:
 
 
 def chosen_cases(command: Command) -> list[Case]:
-    """The presets named, with every field that was given changed; or all of them; or one case of its own.
-
-    Raises ValueError on an unknown preset or a case that cannot exist.
-    """
-    changes = {name: value for name, value in vars(command.case).items() if value is not None}
-    if changes.get("capacity_factor") == "none":
-        changes["capacity_factor"] = None
-    if not re.fullmatch(r"[\w.+-]+", changes.get("name", "custom")):
-        raise ValueError(f"--name is {changes['name']!r}: it names files, so use letters, digits and .+-_ only")
+    """The cases of a command line. Raises ValueError on an unknown preset or a case that cannot exist."""
+    changes = changes_of(command.case)
+    if command.from_file:
+        if command.presets or command.model or command.random:
+            raise ValueError(
+                f"--case {command.from_file} is a case of its own: leave out presets, --model and --random"
+            )
+        return [changed(case_of_file(command.from_file), changes)]
     if command.random < 0:
         raise ValueError(f"--random is {command.random}: it cannot be negative")
     if command.random:
         if command.presets or "name" in changes or "recording" in changes:
             raise ValueError("--random draws its cases: leave out presets, --name and --recording")
         return random_cases(command.random, changes.pop("seed", 0), changes)
-    if command.model:
-        unknown = [name for name in command.model if name not in MODELS]
+    return named_cases(command.presets, command.case, command.model)
+
+
+def case_of_file(path: Path) -> Case:
+    """The case that `identify --write` wrote. Raises ValueError when the file holds none."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Case)
+    except msgspec.MsgspecError as error:
+        raise ValueError(
+            f"--case {path} holds no case: {error}. `python -m parity identify --write` writes one"
+        ) from error
+
+
+def changes_of(flags: Any) -> dict[str, Any]:
+    """The fields that were given. Raises ValueError on a name that cannot be a file's."""
+    changes = {name: value for name, value in vars(flags).items() if value is not None}
+    if changes.get("capacity_factor") == "none":
+        changes["capacity_factor"] = None
+    if not re.fullmatch(r"[\w.+-]+", changes.get("name", "custom")):
+        raise ValueError(f"--name is {changes['name']!r}: it names files, so use letters, digits and .+-_ only")
+    return changes
+
+
+def named_cases(presets: Sequence[str], flags: Any, models: Sequence[str]) -> list[Case]:
+    """The presets or models named, with every field that was given changed; or all presets; or one case of its own.
+
+    Raises ValueError on an unknown preset or a case that cannot exist.
+    """
+    changes = changes_of(flags)
+    if models:
+        unknown = [name for name in models if name not in MODELS]
         if unknown:
             raise ValueError(f"no model is called {', '.join(unknown)}. There are: {', '.join(MODELS)}")
-        return [changed(MODELS[name], changes) for name in command.model]
-    unknown = [name for name in command.presets if name not in PRESETS and name != "all"]
+        return [changed(MODELS[name], changes) for name in models]
+    unknown = [name for name in presets if name not in PRESETS and name != "all"]
     if unknown:
         raise ValueError(f"no preset is called {', '.join(unknown)}. There are: {', '.join(PRESETS)}")
-    named = [name for name in command.presets if name != "all"]
-    names = list(PRESETS) if "all" in command.presets else named if named or changes else USUAL
+    named = [name for name in presets if name != "all"]
+    names = list(PRESETS) if "all" in presets else named if named or changes else USUAL
     if "checkpoint" in changes:
         if names:
             raise ValueError(f"--checkpoint is a case of its own: leave out {', '.join(names)}")

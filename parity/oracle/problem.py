@@ -1,6 +1,7 @@
 """Seeded NumPy inputs of a case, drawn once and given to every runner."""
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,14 +125,21 @@ def _draw(
         }
     )
     dout = rng.standard_normal((P, T, D)).astype(dtype)
+    return posed(case, x, parameters, dout, recorded)
 
+
+def posed(
+    case: Case, x: Array, parameters: Parameters, dout: Array, recorded: Mapping[str, Array] | None = None
+) -> Problem:
+    """The problem of these inputs, in the case's dtypes, with what the oracle makes of them; expert ids if recorded."""
+    recorded, dtype = recorded or {}, numpy_dtype(case.dtype)
     x64, dout64 = x.astype(np.float64), dout.astype(np.float64)
     exact_parameters = in_float64(parameters)
     oracle = oracle_for(case)
     logits, score = oracle.route(case, x64, exact_parameters, Exact())
     by = reference.scores_to_choose_by(case, logits)
     expert_id = recorded["expert_id"].copy() if "expert_id" in recorded else oracle.select(case, by, exact_parameters)
-    for rank in range(P):
+    for rank in range(case.ranks):
         expert_id[rank, case.tokens_of(rank) :] = -1
     # Priority goes by the scores that are stored, so rounding to the stored dtype comes first. XLA on a CPU compares
     # numbers below the normal range as zeros.
@@ -139,7 +147,7 @@ def _draw(
     stored = reference.chosen_scores(case, score, expert_id, exact_parameters, Exact()).weight.astype(of_scores)
     stored[np.abs(stored) < underflow(case.dtype_of("weight"))] = 0
     keep = reference.keep_within_capacity(case, expert_id, stored)
-    aux = recorded.get("dscore", np.zeros((P, T, case.top_k))).astype(of_scores)
+    aux = recorded.get("dscore", np.zeros(expert_id.shape)).astype(of_scores)
     exact = oracle.layer(case, x64, exact_parameters, dout64, expert_id, keep, Exact(), aux.astype(np.float64))
     rows = {name: getattr(exact, name).astype(dtype) for name in ("y", "dy", "dx_rows")}
     dscore = exact.dscore.astype(of_scores)

@@ -45,6 +45,7 @@ class Backend(msgspec.Struct, frozen=True):
     refuses: str = ""  # function (Case, Setting): why it cannot run a case, or ""
     python: str = ""  # the interpreter that runs it, where that is not this one
     asked: str = ""  # what `--backend` calls it, where that is not its name
+    takes: tuple[str, ...] = ()  # what a layer of one's own is given; empty for one that is given all there is
 
     def __post_init__(self) -> None:
         """Raises ValueError on a name that cannot be, and on a quantity, a layout or a stage that there is not."""

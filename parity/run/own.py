@@ -148,7 +148,7 @@ def written(function: Callable[..., Any], path: Path) -> Backend:
         raise ValueError(f"{name} is not marked as a layer: put @parity.backend(framework=...) above it")
     code = inspect.unwrap(function).__code__
     where = f"{Path(code.co_filename).name}:{code.co_firstlineno}: {name}"
-    provides = provided(signature(framework, list(inspect.signature(function).parameters), where))
+    takes = signature(framework, list(inspect.signature(function).parameters), where)
     if module := inspect.getmodule(function):  # whole, as whoever reads it may not find the module
         cloudpickle.register_pickle_by_value(module)
     try:
@@ -159,8 +159,8 @@ def written(function: Callable[..., Any], path: Path) -> Backend:
         if module:
             cloudpickle.unregister_pickle_by_value(module)
     return Backend(
-        name, framework, "opaque", provides, {"": where}, needs=(framework,),
-        run=f"parity.run.own_in_{framework}:run_all", stages=f"{path}:{name}",
+        name, framework, "opaque", provided(takes), {"": where}, needs=(framework,),
+        run=f"parity.run.own_in_{framework}:run_all", stages=f"{path}:{name}", takes=tuple(takes.arguments),
     )  # fmt: skip
 
 
@@ -173,10 +173,11 @@ def _record(asked: str, path: Path, source: str, node: ast.FunctionDef, several:
     if framework not in KNOW_RANKS:
         raise ValueError(f'{where}: write @backend(framework="torch") or @backend(framework="jax")')
     names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-    provides = provided(signature(framework, names, where))
+    takes = signature(framework, names, where)
     return Backend(
-        path.stem + f".{node.name}" * several, framework, "opaque", provides, {"": where}, needs=(framework,),
+        path.stem + f".{node.name}" * several, framework, "opaque", provided(takes), {"": where}, needs=(framework,),
         run=f"parity.run.own_in_{framework}:run_all", stages=f"{source}:{node.name}", asked=asked,
+        takes=tuple(takes.arguments),
     )  # fmt: skip
 
 

@@ -1,0 +1,133 @@
+"""`python -m parity identify`."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import tyro
+from rich.console import Console
+
+from parity.cases.case import Case
+from parity.cases.presets import MODELS
+from parity.cli.check import BACKEND_HELP, MODEL_HELP, Flags, chosen_backends, named_cases, ranks_of_jax
+from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say
+from parity.explain.identify import computes, identify
+from parity.judge import records
+from parity.judge.card import Card
+from parity.report.card import print_cards
+from parity.run.backend import Backend, BackendError, Setting
+
+
+@dataclass
+class Command:
+    """What is this layer? Asks it with inputs for which its output says so, and needs no look inside.
+
+    Finds the score function, renormalisation, scale, groups, activation, layout of gate and up, clamps, biases, shared
+    expert, ties, precision, order of sums, what is dropped and what gradients are; says how sure that is, and by what
+    experiment; and ends with a case that says it all, in which output and gradients are checked. Two backends: two
+    cards, the differences first.
+
+    Exit code: 0 every card is proved, 1 one is not, 2 wrong usage, 3 a framework is missing, or the layer does not run.
+
+    Examples:
+        python -m parity identify --backend mine.py
+        python -m parity identify --backend mine.py --backend transformers:qwen3_moe
+        python -m parity identify --model deepseek-v3 --width 48 --hidden 24 --backend mine.py
+        python -m parity identify --backend mine.py --write case.json
+        python -m parity check --case case.json --backend mine.py
+    """
+
+    preset: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PRESET]")] = ()
+    """The preset to ask in; without one and without fields, the first case that the layer computes: a small one, or a
+    small one of a model's."""
+    case: Annotated[Any, tyro.conf.arg(name="", constructor=Flags)] = field(default_factory=Flags)
+    backend: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help=BACKEND_HELP)] = ()
+    model: Annotated[tuple[str, ...], tyro.conf.arg(help=MODEL_HELP)] = ()
+    write: Path | None = None
+    """Write the case that was found to this file, for `python -m parity check --case FILE`."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where."""
+    jax_ranks: Literal["auto", "shard_map", "processes", "vmap"] = "auto"
+    """As in `python -m parity check --help`."""
+    timeout: float = 60
+    """As in `python -m parity check --help`."""
+    json: bool = field(default_factory=not_a_terminal)
+    """A line of JSON for each card instead of a table: the default where the output is not a terminal."""
+
+
+def run(command: Command) -> int:
+    """Run `identify`; its exit code."""
+    backends = chosen_backends(command.backend)
+    check_writable(command.write)
+    if command.write and len(backends) > 1:
+        raise ValueError("--write is for the case of one layer: name one --backend")
+    asked = asked_case(command)
+    cards = []
+    with Console(stderr=True).status("") as status:
+        for backend in backends:
+
+            def tell(what: str, name: str = backend.name) -> None:
+                status.update(f"{name}: {what}")
+
+            ranks = ranks_of_jax(command.jax_ranks, command.device, (asked or SMALL).ranks)
+            setting = Setting(command.device, ranks, command.timeout)
+            base = asked or first_computed(backend, setting)
+            cards.append(identify(backend, base, setting, tell=tell))
+    if command.write:
+        command.write.write_bytes(msgspec.json.format(msgspec.json.encode(cards[0].case)))
+        cards[0] = msgspec.structs.replace(cards[0], command=proving(command.write, backends[0]))
+    publish_cards(cards, command.json)
+    if command.write:
+        say(f"wrote {command.write}")
+    return MATCH if all(card.proved for card in cards) else MISMATCH
+
+
+def publish_cards(cards: list[Card], as_json: bool) -> None:
+    """Print cards, as lines of JSON or for people."""
+    if as_json:
+        print("\n".join(map(records.encode, cards)))
+    else:
+        print_cards(Page(150), cards)
+
+
+def proving(path: Path, backend: Backend) -> str:
+    """The command that proves a card which was written."""
+    return f"python -m parity check --case {path} --backend {backend.asked or backend.name}"
+
+
+SMALL = Case(name="small")
+
+
+def asked_case(command: Command) -> Case | None:
+    """The case that was named; None where none was. Raises ValueError where it is several."""
+    given = command.preset or command.model or any(value is not None for value in vars(command.case).values())
+    if not given:
+        return None
+    cases = named_cases(command.preset, command.case, command.model)
+    if len(cases) > 1:
+        raise ValueError(f"a layer is asked in one case, and these are {len(cases)}: name one preset or model")
+    return cases[0]
+
+
+def first_computed(backend: Backend, setting: Setting) -> Case:
+    """A small case that the backend computes: one without options, or with those of a model.
+
+    Raises BackendError where it computes none of them.
+    """
+    models = [
+        replace(case, ranks=1, width=48, hidden=24, tokens=16, experts=16)
+        for case in MODELS.values()
+        if case.top_k <= 8
+    ]
+    small = [replace(case, shared_hidden=24 if case.shared_hidden else 0) for case in models]
+    plain = [SMALL, replace(SMALL, ranks=1)]
+    cases = [replace(case, name=f"{case.name}-small-{case.ranks}") for case in [*plain, *small]]
+    answers = computes(backend, cases, setting)
+    for case in cases:
+        if not answers[case.name]:
+            return case
+    why = "; ".join(dict.fromkeys(answers.values()))
+    raise BackendError(
+        backend.name, f"{backend.name} computes none of {len(cases)} cases ({why}): say which it does, as flags"
+    )

@@ -1,0 +1,1 @@
+"""What a layer is, read off its outputs: probes, hypotheses, and the card of those that hold."""

@@ -1,0 +1,167 @@
+"""What a layer drops: how many rows an expert or a rank takes, whose, and what becomes of their weight."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
+from itertools import product
+
+import numpy as np
+
+from parity.cases.case import Case
+from parity.explain.ask import Answer
+from parity.explain.hypotheses import Hypothesis, decide, residual
+from parity.explain.probes import FEATURES, OFFSET, U0, U0_ALONE, V0, Probes, U, V, shown, weights
+from parity.explain.reading import Reading
+from parity.judge.card import Finding
+from parity.oracle import reference
+from parity.oracle.problem import Problem, posed
+from parity.oracle.tolerances import numpy_dtype
+
+Array = np.ndarray
+
+TOKENS = (8, 25, 41)  # of a rank, in a probe each: ceil and floor part, and so do products rounded early and late
+FACTORS = ("1/2", "3/4", "1", "11/10", "6/5", "5/4", "3/2", "2", "3", "4")  # tried where a case has none
+
+
+def problems(found: Probes) -> dict[str, Problem]:
+    """Everybody wants expert 0: half of the tokens first of all, and half after expert 1."""
+    case = found.case
+    if not found.tokens.whole:
+        return {}
+    rng, made = np.random.default_rng(30), {}
+    w = weights(found, w_down=shown(case, 0))
+    for T in TOKENS:
+        x = np.zeros((case.ranks, T, case.width))
+        x[..., V], x[..., U], x[..., OFFSET] = V0, U0 if case.gated else U0_ALONE, 0
+        grid = np.arange(-4, 0, 1 / 32)
+        for p, t in np.ndindex(case.ranks, T):
+            x[p, t, FEATURES : FEATURES + case.experts] = rng.choice(
+                grid, case.experts, replace=case.experts > len(grid)
+            )
+        x[..., FEATURES] = 2 + np.stack([rng.permutation(T) for _ in range(case.ranks)]) / 32
+        if case.top_k > 1:
+            x[:, : T // 2, FEATURES + 1] = 3.75
+        dout = np.ones_like(x).astype(numpy_dtype(case.dtype))
+        of = replace(case, tokens=T, name=f"probe-capacity-{T}")
+        problem = posed(of, x.astype(numpy_dtype(case.dtype)), w, dout)
+        made[f"capacity-{T}"] = replace(problem, keep=np.ones_like(problem.keep))
+    return made
+
+
+def read(reading: Reading, answers: Mapping[str, Answer]) -> list[Finding]:
+    """What is dropped, as findings."""
+    case = reading.case
+    asked = [T for T in TOKENS if f"capacity-{T}" in answers and answers[f"capacity-{T}"].out is not None]
+    if not asked or reading.score is None or reading.case.groups > 1:
+        return []
+    got = {}
+    for T in asked:
+        out = answers[f"capacity-{T}"].out
+        assert out is not None
+        made = out[:, reading.numbers_E] / reading.usual()
+        got[T] = (np.sqrt(np.maximum(made, 0)) if reading.on_input else made).reshape(case.ranks, T, -1)
+    return _findings(reading, got, {T: _logits(reading, T) for T in asked})
+
+
+def _logits(reading: Reading, T: int) -> Array:
+    problem = reading.probes.problems[f"capacity-{T}"]
+    return problem.x.astype(np.float64) @ reading.probes.router_DE
+
+
+def _findings(reading: Reading, got: Mapping[int, Array], logits: Mapping[int, Array]) -> list[Finding]:
+    case = reading.case
+    experiment = f"all tokens want one expert, of {', '.join(map(str, got))} on a rank"
+    weight = {T: np.stack([reading.score(a) for a in logits[T]]) for T in got if reading.score}
+    lost = {T: int(((weight[T] != 0) & (got[T] == 0)).sum()) for T in got}
+    if not any(lost.values()):
+        return [Finding("dropped", "nothing, though all tokens want one expert", experiment=experiment)]
+    hypotheses = []
+    for what, fields, keep in _rules(case):
+        wrong = total = 0
+        for T in got:
+            ids = np.argsort(-logits[T], axis=-1, kind="stable")[..., : case.top_k]
+            score = np.take_along_axis(weight[T], ids, -1)
+            kept = keep(ids, score)
+            seen = np.take_along_axis(got[T], ids, -1) != 0
+            wrong, total = wrong + int((kept != seen).sum()), total + kept.size
+        hypotheses.append(Hypothesis(what, wrong / total, fields, not fields))
+    rule = decide(
+        "dropped",
+        hypotheses,
+        1e-9,
+        experiment + "; residual: part of the assignments that is not explained",
+        vars(case),
+    )
+    nearest = min(hypotheses, key=lambda h: h.residual)
+    if rule.state == "unknown":
+        counts = ", ".join(f"{(got[T][..., 0] != 0).sum(1).tolist()} of {T}" for T in got)
+        rule.what = (
+            f"by none of {len(hypotheses)} rules: expert 0 keeps, on each rank, {counts}; nearest: {nearest.what}"
+        )
+    reading.fields |= rule.fields if rule.state in ("found", "cannot tell") else {}
+    T = max(got)
+    kept = got[T] != 0
+    alone = np.where(kept, reading.scale * weight[T], 0)
+    share = alone.sum(-1, keepdims=True)
+    again = np.where(
+        share > 0, alone / np.where(share > 0, share, 1) * (reading.scale * weight[T]).sum(-1, keepdims=True), 0
+    )
+    becomes = decide(
+        "weight of the dropped",
+        [
+            Hypothesis("is lost: the others keep theirs", residual(got[T], alone)),
+            Hypothesis("goes to the others of the token", residual(got[T], again), odd=True),
+        ],
+        reading.tolerance,
+        experiment,
+    )
+    return [rule, becomes]
+
+
+Keep = Callable[[Array, Array], Array]  # expert ids and scores [P, T, K], to which are kept
+Rows = Callable[[Fraction, int, int, int], int]  # factor, T, K and bins, to rows of a bin
+
+# Formulas seen in the wild; b stands for bins, which are ranks or experts.
+FORMS: dict[str, Rows] = {
+    "ceil(f*T*K/b)": lambda f, T, K, b: math.ceil(f * T * K / b),
+    "floor(f*T*K/b)": lambda f, T, K, b: math.floor(f * T * K / b),
+    "floor(ceil(T*K/b)*f)": lambda f, T, K, b: math.floor(math.ceil(Fraction(T * K, b)) * f),
+    "ceil(f*T/b)": lambda f, T, K, b: math.ceil(f * T / b),  # noqa: ARG005  of K nothing is said
+    "floor(f*T/b)": lambda f, T, K, b: math.floor(f * T / b),  # noqa: ARG005
+}
+OWN = "ceil(f*T*K/b)"  # of a case
+LEAST = (1, 4)  # rows of a bin
+WHOSE = {"token": "first tokens first", "choice": "first choices first", "score": "largest scores first"}
+
+
+def _rules(case: Case) -> Iterable[tuple[str, dict[str, object], Keep]]:
+    """In words, the fields of a case that say it, and which assignments are kept."""
+    factors = (case.capacity_factor,) if case.capacity_factor else FACTORS
+    over = (False, True) if case.ranks > 1 else (False,)
+    for factor, per, form, least, priority, batch in product(factors, ("rank", "expert"), FORMS, LEAST, WHOSE, over):
+        if per == "rank" and batch:
+            continue  # as many as all ranks have
+        own = form == OWN and least == 1 and not batch
+        fields = {"capacity_factor": factor, "capacity_per": per, "priority": priority} if own else {}
+        formula = form.replace("b", "P" if per == "rank" else "E") + f", {least} at least" * (least > 1)
+        said = f"more than {formula} rows of {'a rank' if per == 'rank' else 'an expert'}, f = {factor}"
+        yield (
+            said + ", T of all ranks" * batch + f"; {WHOSE[priority]}",
+            fields,
+            partial(_kept, case, Fraction(factor), FORMS[form], least, per, priority, batch),
+        )
+
+
+def _kept(
+    case: Case, f: Fraction, rows: Rows, least: int, per: str, priority: str, batch: bool, ids: Array, score: Array
+) -> Array:
+    """Which assignments a capacity keeps, by the oracle's own filling of bins."""
+    P, K = 1 if batch else case.ranks, case.top_k
+    T = ids.shape[0] * ids.shape[1] // P
+    bins = case.ranks if per == "rank" else case.experts
+    capacity = Fraction(max(rows(f, T, K, bins), least) * bins, T * K)
+    of = replace(case, ranks=P, tokens=T, capacity_per=per, priority=priority, align=1, capacity_factor=str(capacity))
+    shape = (P, T, K)
+    return reference.keep_within_capacity(of, ids.reshape(shape), score.reshape(shape)).reshape(ids.shape)

@@ -1,0 +1,181 @@
+"""The card of a backend: ask, read, and prove the case that was found."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from parity.cases.case import Case
+from parity.cases.parameters import BY_NAME
+from parity.cases.presets import command
+from parity.explain import capacity, probes
+from parity.explain.ask import Answer, ask
+from parity.explain.hypotheses import Hypothesis, decide, residual, tolerance
+from parity.explain.reading import Reading
+from parity.judge.card import Card, Finding
+from parity.judge.compare import Check
+from parity.judge.engine import judge
+from parity.oracle import reference
+from parity.oracle.problem import Problem, draw, exact_inputs
+from parity.oracle.quantities import OUTSIDE
+from parity.oracle.reference import Exact
+from parity.oracle.vectorised import oracle_for
+from parity.run.backend import Backend, BackendError, Setting
+
+# What a layer that takes a parameter does with it, where it does not use it.
+UNUSED = {
+    "router bias": "router_bias",
+    "selection bias": "selection_bias",
+    "scale of experts": "expert_scale",
+    "bias of down": "expert_bias",
+}
+
+
+def identify(
+    backend: Backend,
+    base: Case,
+    setting: Setting,
+    home: Path | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Card:
+    """What the backend's layer is, asked in the sizes and with the options of `base`.
+
+    `tell` is called with what is being done; `home` is the folder to run from.
+
+    Raises BackendError where the layer does not compute the case, or does not run.
+    """
+    begin = time.perf_counter()
+    tell("asking")
+    found, answers = _asked(backend, base, setting, home)
+    reading = Reading(found, answers)
+    findings = reading.all()
+    findings += capacity.read(reading, answers)
+    tell("proving")
+    case = _found(base, found.case, reading)
+    proof, proved, more = _proved(backend, case, setting, home)
+    findings += more
+    again = f"{command(case)} --backend {backend.asked or backend.name}"
+    return Card(backend.name, base, findings, case, proof, proved, again, time.perf_counter() - begin)
+
+
+def _asked(
+    backend: Backend, base: Case, setting: Setting, home: Path | None
+) -> tuple[probes.Probes, dict[str, Answer]]:
+    """Probes and answers: with all that the layer takes, or, where it does not compute that, with what the case has."""
+    own = tuple(name for name in backend.takes if name not in BY_NAME or BY_NAME[name].there(base))
+    tried = dict.fromkeys((backend.takes, own))
+    why = ""
+    for takes in tried:
+        found = probes.make(probes.probing_case(base, takes))
+        if "keep" not in backend.takes and backend.layout == "opaque":
+            found.problems.update(capacity.problems(found))
+        answers = ask(backend, found.problems, setting, home)
+        if answers["readout-0"].trace is not None:
+            return found, answers
+        why = answers["readout-0"].why
+    raise BackendError(backend.name, f"{backend.name} does not compute the case that it is asked in: {why}")
+
+
+def _found(base: Case, asked: Case, reading: Reading) -> Case:
+    """The case that says what was found."""
+    unused = {
+        UNUSED[finding.key]: False
+        for finding in reading.findings
+        if finding.key in UNUSED and finding.what.startswith("ignored")
+    }
+    drawn = {"pattern": "random", "recording": None, "checkpoint": None, "layer": None, "name": f"{base.name}-found"}
+    return replace(asked, tokens=base.tokens, seed=base.seed, **(drawn | reading.fields | unused))
+
+
+def _proved(backend: Backend, case: Case, setting: Setting, home: Path | None) -> tuple[str, bool, list[Finding]]:
+    """What `check` says of the found case; and of gradients that do not match, what they are."""
+    problem = draw(case)
+    answer = ask(backend, {"proof": problem}, setting, home)["proof"]
+    if answer.trace is None:
+        return f"not run: {answer.why}", False, []
+    _, checks = judge(problem, [answer.trace])
+    bad = [check for check in checks if not check.ok]
+    gradients = [name for name in OUTSIDE[1:] if name in answer.trace.arrays]
+    closest = max((check.worst for check in checks if not check.bitwise), default=0.0)
+    if not bad:
+        said = f"output and {len(gradients)} gradients match, at most {closest:.2f} of their allowance"
+        derivative = Finding(
+            "gradients", f"the derivative of the output, all {len(gradients)}", experiment="the found case"
+        )
+        return said, True, [derivative]
+    if any(check.value == "out" for check in bad):
+        worst = max((check for check in bad if check.value == "out"), key=lambda check: check.worst)
+        return f"the output does not match: {worst.worst:.3g} times its allowance", False, []
+    names = sorted({check.value for check in bad})
+    return f"the output matches; {', '.join(names)} do not", False, _gradients(problem, answer, bad)
+
+
+def _gradients(problem: Problem, answer: Answer, bad: list[Check]) -> list[Finding]:
+    """What gradients are that are not the derivative."""
+    case = problem.case
+    derivatives = _derivatives(problem)
+    wrong = {f"{check.stage}/{check.value}" for check in bad}
+    found = []
+    for name in [name.removeprefix("e2e/") for name in OUTSIDE[1:]]:
+        got = answer.gradient(name)
+        if name not in wrong or got is None:
+            continue
+        factors: dict[str, float] = {"zero": 0.0, "of the other sign": -1.0}
+        factors |= (
+            {f"{case.ranks} times too large, once for each rank": case.ranks, f"1/{case.ranks} of it": 1 / case.ranks}
+            if case.ranks > 1
+            else {}
+        )
+        factors |= (
+            {f"{case.top_k} times too large, once for each choice": case.top_k}
+            if case.top_k not in (1, case.ranks)
+            else {}
+        )
+        n = case.ranks * case.tokens
+        factors |= {f"1/{case.tokens}: a mean over tokens": 1 / case.tokens, f"1/{n}: a mean over all tokens": 1 / n}
+        want = derivatives["the derivative"][name].reshape(got.shape)
+        hypotheses = [
+            Hypothesis(what, residual(got, factor * want, 1e-2) if factor else _size(got, want), odd=True)
+            for what, factor in factors.items()
+        ]
+        for what, of in derivatives.items():
+            if name in of and what != "the derivative":
+                hypotheses.append(Hypothesis(what, residual(got, of[name].reshape(got.shape), 1e-2), odd=True))
+        close = 100 * tolerance(case.dtype)
+        finding = decide(f"gradient {name.rpartition('/')[2]}", hypotheses, close, "the found case")
+        found.append(finding)
+    return found
+
+
+def _size(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.abs(got).max(initial=0)) / max(float(np.abs(want).max(initial=0)), 1e-300)
+
+
+def _derivatives(problem: Problem) -> dict[str, dict[str, np.ndarray]]:
+    """By what they are: gradients that implementations are known to have in place of the derivative."""
+    case, exact = problem.case, problem.exact
+    x, w, _ = exact_inputs(problem)
+    all_of: dict[str, dict[str, np.ndarray]] = {
+        "the derivative": {"route/dx": exact.dx} | {BY_NAME[name].gradient: a for name, a in exact.gradients.items()}
+    }
+    all_of["without what comes through the scores"] = {"route/dx": exact.dx - exact.dx_router}
+    all_of["only what comes through the scores"] = {"route/dx": exact.dx_router}
+    if case.renormalize:
+        plain = replace(case, renormalize=False)
+        _, score = oracle_for(case).route(case, x, w, Exact())
+        chosen = reference.chosen_scores(case, score, problem.expert_id, w, Exact()).score
+        divided = exact.dscore / (chosen.sum(-1, keepdims=True) + case.epsilon)
+        dx, of_router = oracle_for(case).route_backward(plain, x, w, problem.expert_id, divided, Exact())
+        kept = {BY_NAME[name].gradient: a for name, a in of_router.items()}
+        all_of["that of scores whose sum is taken for a constant"] = kept | {
+            "route/dx": exact.dx - exact.dx_router + dx
+        }
+    return all_of
+
+
+def computes(backend: Backend, cases: Sequence[Case], setting: Setting) -> dict[str, str]:
+    """By the names of cases, why the backend does not compute them; an empty string where it does."""
+    problems = {case.name: draw(replace(case, tokens=4)) for case in cases}
+    return {name: answer.why for name, answer in ask(backend, problems, setting).items()}

@@ -1,0 +1,285 @@
+"""Inputs chosen so that a layer's output says what the layer is.
+
+    x = [v | u | offset | fine | c]       logit_g = c . code_g + offset + fine * (g odd)
+    gate = v, up = u in every hidden unit     w_down[g] = 1 from hidden unit 0 to coordinate g, else 0
+
+    out[t, g] = score[t, g] * activation(v) * u
+
+So the output is a table of who went where with which weight. Where the width has room for it, c holds a logit for each
+expert, and the code is the identity; elsewhere logits are what a code of few coordinates makes of c, and several passes
+show D experts each. All tokens of an experiment are in one batch, spread over ranks in order.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from parity.cases.case import Case
+from parity.cases.parameters import Parameters, parameters_of, shape
+from parity.oracle.problem import Problem, draw, posed
+from parity.oracle.tolerances import numpy_dtype
+
+Array = np.ndarray
+
+V, U, OFFSET, FINE, FEATURES = 0, 1, 2, 3, 4
+
+# What gate and up are where scores are read: a power of two, at which each known activation is the identity or a square
+# in every dtype, so that nothing is rounded. It is large for a layer that weighs what experts are given.
+V0, U0 = 4096.0, 1.0
+U0_ALONE = 64.0  # of up where experts have no gate, as relu2 squares it
+
+# Logits are multiples of 1/32 between -4 and 4, which bfloat16 holds; so are the codes' quarters.
+STEP, MOST = 1 / 32, 4.0
+
+SCAN = tuple(2.0**j for j in range(-2, 11))  # of v and u, either sign: past every clamp that is seen in the wild
+BITS = range(1, 26)  # a float32 has 24
+LEVEL = -8.0  # of the logits whose last bits are looked at: every score function is steep there
+TOLD, REST = -4.0, -16.0  # of the experts that are chosen beside them, and of the others
+
+# Numbers of a hidden unit's gate and up: different ones, on both sides of zero, where activations differ most.
+STEEP = 3.0
+
+MOST_TOKENS = 4096  # that a probe has where experts are many
+
+
+@dataclass
+class Tokens:
+    """Tokens of several experiments under one set of weights, and where those of each are."""
+
+    case: Case
+    rng: np.random.Generator
+    code_CE: Array
+    at: dict[str, slice] = field(default_factory=dict)
+    rows: list[Array] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether each expert's logit is a coordinate of its own."""
+        return self.code_CE.shape[0] == self.case.experts
+
+    def add(self, name: str, c_nC: Array, **features: Array | float) -> None:
+        """Tokens with these c; v, u, offset and fine as usual, but for what is given."""
+        n = len(c_nC)
+        x_nD = np.zeros((n, self.case.width))
+        usual = {"v": V0, "u": U0 if self.case.gated else U0_ALONE, "offset": 0.0, "fine": 0.0} | features
+        for place, feature in ((V, "v"), (U, "u"), (OFFSET, "offset"), (FINE, "fine")):
+            x_nD[:, place] = usual[feature]
+        x_nD[:, FEATURES : FEATURES + c_nC.shape[1]] = c_nC
+        begin = sum(map(len, self.rows))
+        self.at[name] = slice(begin, begin + n)
+        self.rows.append(x_nD)
+
+    def random(self, n: int) -> Array:
+        """c for n tokens with different logits; in the identity code, from a grid, none equal to another."""
+        C = self.code_CE.shape[0]
+        grid = np.arange(-MOST, MOST, STEP) if self.whole else np.arange(-2, 2, 1 / 8)
+        if len(grid) < C and self.whole:  # some are equal
+            return self.rng.choice(grid, (n, C))
+        rows = [self.rng.choice(grid, C, replace=len(grid) < C) for _ in range(n)]
+        return np.array(rows).reshape(n, C)
+
+    def descending(self, n: int, step: float) -> Array:
+        """c for n equal tokens, of which expert 0 has the largest logit, 1 the next, and so on."""
+        if not self.whole:
+            return np.tile(self.random(1), (n, 1))
+        return np.tile(-step * np.arange(self.case.experts), (n, 1))
+
+
+@dataclass
+class Probes:
+    """Everything that a layer is asked, and what is known of it beforehand."""
+
+    case: Case  # with all that the layer takes
+    tokens: Tokens
+    x_nD: Array  # of all ranks, in order, in the case's dtype
+    router_DE: Array
+    hidden: tuple[Array, Array]  # of each hidden unit, gate over v and up over u, where units differ
+    combined_ED: Array  # rows of experts where all coordinates are summed over
+    learned: dict[str, Array]  # that is not neutral where it is asked for
+    problems: dict[str, Problem]
+
+    @property
+    def passes(self) -> int:
+        """In how many probes all experts show."""
+        return math.ceil(self.case.experts / self.case.width)
+
+    def logits(self, name: str) -> Array:
+        """Of an experiment's tokens, [n, E], exactly."""
+        return self.x_nD[self.tokens.at[name]].astype(np.float64) @ self.router_DE
+
+
+def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
+    """The case to ask in: sizes, dtype, ranks and options of this one, and all that the layer takes.
+
+    Raises ValueError where the width has no room for a probe.
+    """
+    if base.width < FEATURES + 2:
+        raise ValueError(f"--width is {base.width}: to ask a layer what it is takes {FEATURES + 2} at least")
+    plain = Case()
+    drawn = (
+        "pattern",
+        "logit_scale",
+        "logit_offset",
+        "outlier",
+        "recording",
+        "checkpoint",
+        "layer",
+        "uneven",
+        "way",
+        "seed",
+    )
+    case = replace(base, name="probe", **{name: getattr(plain, name) for name in drawn})
+    if not takes:
+        return case
+    has = {name: name in takes for name in ("router_bias", "selection_bias", "expert_scale", "shared_score")}
+    shared = (base.shared_hidden or base.hidden) if "shared_w_up" in takes else 0
+    gated = "w_gate" in takes and base.gated
+    return replace(case, gated=gated, expert_bias="b_up" in takes, shared_hidden=shared, **has)
+
+
+def make(case: Case) -> Probes:
+    """Every probe of a case. The same case has the same ones on every machine."""
+    rng = np.random.default_rng(20)
+    D, E, F, K = case.width, case.experts, case.hidden, case.top_k
+    whole = D >= E + FEATURES
+    code_CE = np.eye(E) if whole else rng.integers(-4, 5, (min(D - FEATURES, 16), E)) / 4
+    router_DE = np.zeros((D, E))
+    router_DE[OFFSET], router_DE[FINE, 1::2] = 1, 1
+    router_DE[FEATURES : FEATURES + len(code_CE)] = code_CE
+    tokens = Tokens(case, rng, code_CE)
+    _experiments(tokens)
+
+    T = math.ceil(sum(map(len, tokens.rows)) / case.ranks)
+    fill = case.ranks * T - sum(map(len, tokens.rows))
+    tokens.add("fill", tokens.random(fill))
+    x_nD = np.concatenate(tokens.rows).astype(numpy_dtype(case.dtype))
+    case = replace(case, tokens=T)
+    steep = rng.permutation(np.linspace(-STEEP, STEEP, F + 2)[1:-1])
+    sides = rng.choice([-1.0, 1.0], F) * rng.integers(2, 7, F) / 4
+    hidden = (_narrow(case, steep), sides) if case.gated else (np.ones(F), _narrow(case, steep))
+    combined_ED = rng.integers(-127, 128, (E, D)) / 128.0
+    learned = {
+        "router_bias": rng.permutation(np.arange(E) - E // 2) * (2 / E),
+        "selection_bias": rng.permutation(np.arange(E) - E // 2) * (1 / E),
+        "expert_scale": rng.integers(2, 9, E) / 4,
+        "b_gate": np.full((E, F), -0.5), "b_up": np.full((E, F), 0.25), "b_down": rng.integers(1, 9, (E, D)) / 8,
+        "shared_w_gate": _one_row(case.width, case.shared_hidden, V, 1 / 4096),
+        "shared_w_up": _one_row(case.width, case.shared_hidden, U, 1.0 if case.gated else 1 / 64),
+        "shared_w_down": _one_row(case.shared_hidden, D, 0, 1.0),
+        "shared_score": _one_row(case.width, 1, FEATURES, 0.25)[:, 0],
+    }  # fmt: skip
+    found = Probes(case, tokens, x_nD, router_DE, hidden, combined_ED, learned, {})
+    _pose(found, K)
+    return found
+
+
+def _narrow(case: Case, a: Array) -> Array:
+    return a.astype(numpy_dtype(case.dtype)).astype(np.float64)
+
+
+def _one_row(D: int, H: int, place: int, value: float) -> Array:
+    a = np.zeros((D, H))
+    a[place : place + 1] = value
+    return a
+
+
+def _experiments(tokens: Tokens) -> None:
+    """The tokens of every experiment; those that choose alike come last, as a capacity drops the last."""
+    case, E, K = tokens.case, tokens.case.experts, tokens.case.top_k
+    n = min(max(48, 2 * E), MOST_TOKENS)
+    tokens.add("routing", tokens.random(n))
+    if tokens.whole:
+        one = tokens.rng.choice(np.arange(-MOST, -3, STEP), (E, E))
+        np.fill_diagonal(one, MOST - STEP)
+        tokens.add("one", one)
+    both = np.concatenate([np.array(SCAN), -np.array(SCAN)])
+    near = tokens.descending(len(both), 0.25)
+    up = 1.0 if case.gated else both
+    tokens.add("gate scan", near, v=both, u=up)
+    tokens.add("up scan", near, v=2.0, u=both)
+    tokens.add("reference", near[:1], v=2.0, u=1.0)
+    low = -np.arange(0.0, 87.0)  # to where float32 ends
+    tokens.add("offset", tokens.descending(len(low), 1 / 64), offset=low)
+    tokens.add("precision", tokens.descending(len(BITS), 0.25), u=np.array([1 + 2.0**-b for b in BITS]))
+    if not tokens.whole:
+        return
+    tokens.add("ties", np.zeros((2, E)))
+    for name, side in (("fine above", 1), ("fine below", -1)):
+        c_nE = np.full((len(BITS), E), REST)
+        c_nE[:, :2] = LEVEL
+        c_nE[:, 2 : 1 + K] = TOLD
+        tokens.add(name, c_nE, fine=side * np.array([2.0**-b for b in BITS]))
+
+
+def weights(found: Probes, **changed: Array) -> Parameters:
+    """Those of a probe: neutral but for what is changed."""
+    case = found.case
+    neutral = {"expert_scale": 1.0}
+    w = {one.name: np.full(shape(case, one), neutral.get(one.name, 0.0)) for one in parameters_of(case)}
+    w["router"] = found.router_DE
+    if case.gated:
+        w["w_gate"][:, V] = 1
+    w["w_up"][:, U] = 1
+    w |= changed
+    kinds = {one.name: numpy_dtype(case.dtype_of(one.dtype)) for one in parameters_of(case)}
+    return Parameters(**{name: a.astype(kinds[name]) for name, a in w.items()})
+
+
+def shown(case: Case, which: int) -> Array:
+    """w_down of a pass, [E, F, D]: experts from which * D on have a coordinate each."""
+    w = np.zeros((case.experts, case.hidden, case.width))
+    for g in range(which * case.width, min((which + 1) * case.width, case.experts)):
+        w[g, 0, g - which * case.width] = 1
+    return w
+
+
+def _pose(found: Probes, K: int) -> None:
+    """All problems, by name."""
+    case = found.case
+    there = {one.name for one in parameters_of(case)}
+    dout = np.ones((case.ranks, case.tokens, case.width), numpy_dtype(case.dtype))
+
+    def put(name: str, w: Parameters, at: Case = case, x: Array = found.x_nD) -> None:
+        of = replace(at, name=f"probe-{len(found.problems):02}-{name}")
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            found.problems[name] = posed(of, x.reshape(dout.shape), w, dout)
+
+    for i in range(found.passes):
+        w_down = shown(case, i)
+        put(f"readout-{i}", weights(found, w_down=w_down))
+        for name in ("router_bias", "selection_bias", "expert_scale"):
+            if name in there:
+                put(f"{name}-{i}", weights(found, w_down=w_down, **{name: found.learned[name]}))
+        if case.expert_bias:
+            biases = {name: found.learned[name] for name in ("b_gate", "b_up") if name in there}
+            put(f"expert_bias-{i}", weights(found, w_down=w_down, **biases))
+        if K > 1:
+            put(f"one_choice-{i}", weights(found, w_down=w_down), replace(case, top_k=1))
+    gate, up = found.hidden
+    scale = V0 if case.gated else 1.0
+    different = {"w_up": _rows(case, U, up / (1 if case.gated else U0_ALONE))}
+    different |= {"w_gate": _rows(case, V, gate / scale)} if case.gated else {}
+    w_down = np.zeros((case.experts, case.hidden, case.width))
+    for f in range(min(case.hidden, case.width)):
+        w_down[:, f, f] = 1
+    put("hidden", weights(found, w_down=w_down, **different))
+    combined = np.zeros_like(w_down)
+    combined[:, 0] = found.combined_ED
+    put("combine", weights(found, w_down=combined))
+    others = found.x_nD.reshape(case.ranks, case.tokens, case.width).copy()
+    others[:, 1::2] = np.roll(others[:, 1::2], 1, axis=1)
+    put("company", weights(found, w_down=shown(case, 0)), x=others)
+    put("nothing", weights(found))
+    if case.expert_bias:
+        put("b_down", weights(found, b_down=found.learned["b_down"]))
+    if case.shared_hidden:
+        put("shared", weights(found, **{name: found.learned[name] for name in there if name.startswith("shared")}))
+    drawn = draw(replace(case, name=f"probe-{len(found.problems):02}-no-cotangent"))
+    found.problems["no-cotangent"] = posed(drawn.case, drawn.x, drawn.parameters, np.zeros_like(drawn.dout))
+
+
+def _rows(case: Case, place: int, value_F: Array) -> Array:
+    w = np.zeros((case.experts, case.width, case.hidden))
+    w[:, place] = value_F
+    return w

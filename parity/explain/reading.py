@@ -1,0 +1,1023 @@
+"""What each experiment says: the explanations that there are of it, and the one that holds."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+import numpy as np
+
+from parity.cases.case import Case
+from parity.cases.parameters import Parameters, parameters_of
+from parity.explain.ask import Answer
+from parity.explain.hypotheses import MARGIN, Hypothesis, decide, residual, times, tolerance
+from parity.explain.probes import BITS, SCAN, U0, U0_ALONE, V0, Probes
+from parity.judge.card import Finding
+from parity.oracle import reference, vectorised
+from parity.oracle.problem import in_float64
+from parity.oracle.quantities import OUTSIDE
+from parity.oracle.reference import Exact
+from parity.oracle.tolerances import numpy_dtype
+
+Array = np.ndarray
+Function = Callable[[Array], Array]
+
+HINTS = get_type_hints(Case)
+SCORES = get_args(HINTS["score_function"])
+SCORE_WORDS = {
+    "softmax": "softmax over all experts",
+    "sigmoid": "sigmoid",
+    "sqrt_softplus": "square root of softplus",
+    "softmax_of_chosen": "softmax over the chosen",
+}
+
+# Activations that a case can say, and some that it cannot.
+ODD_ACTIVATIONS: dict[str, Function] = {
+    "relu": lambda a: np.maximum(a, 0),
+    "tanh": np.tanh,
+    "sigmoid": reference.sigmoid,
+    "no activation": lambda a: a,
+}
+
+ENOUGH = 64  # tokens that a search over groups looks at
+
+
+class Layout(NamedTuple):
+    """Which hidden units a layer takes for gate and up, of ours."""
+
+    what: str
+    odd: bool
+    of: Callable[[Array, Array], tuple[Array, Array]]
+
+
+def _pairs(a: Array, b: Array) -> tuple[Array, Array]:
+    both = np.concatenate([a, b])
+    return both[0::2], both[1::2]
+
+
+def _halves(a: Array, b: Array) -> tuple[Array, Array]:
+    both = np.stack([a, b], -1).reshape(-1)
+    return both[: len(a)], both[len(a) :]
+
+
+def _swapped(a: Array, b: Array) -> tuple[Array, Array]:
+    return b, a
+
+
+LAYOUTS = (
+    Layout("gate and up are where they belong", False, lambda a, b: (a, b)),
+    Layout("gate and up are exchanged: the activation is on up", True, lambda a, b: (b, a)),
+    Layout("gate and up, one after the other, are read as pairs", True, _pairs),
+    Layout("gate and up, in pairs, are read one after the other", True, _halves),
+    Layout(
+        "gate and up, one after the other, are read as pairs and exchanged", True, lambda a, b: _swapped(*_pairs(a, b))
+    ),
+    Layout(
+        "gate and up, in pairs, are read one after the other and exchanged", True, lambda a, b: _swapped(*_halves(a, b))
+    ),
+    Layout("the gate is taken for up, too", True, lambda a, _: (a, a)),
+    Layout("up is taken for the gate, too", True, lambda _, b: (b, b)),
+)
+
+
+def activations(case: Case) -> dict[str, Function]:
+    """By name, every activation that a case can say."""
+    exact = replace(case, dtype="float64", router_dtype="wide")
+
+    def of(name: str) -> Function:
+        return lambda a: reference.activated(replace(exact, activation=name), a, Exact())[0]
+
+    return {name: of(name) for name in get_args(HINTS["activation"])}
+
+
+class Reading:
+    """Findings from the answers to probes, one after the other: what was found before is used after."""
+
+    def __init__(self, probes: Probes, answers: Mapping[str, Answer]) -> None:
+        self.probes, self.answers, self.case = probes, answers, probes.case
+        self.findings: list[Finding] = []
+        self.tolerance = tolerance(self.case.dtype)
+        self.fields: dict[str, Any] = {}
+        self.act: Function = lambda a: a
+        self.layout, self.offset = LAYOUTS[0], 0.0
+        self.most_gate, self.least_up, self.most_up = math.inf, -math.inf, math.inf
+        self.on_input = False
+        self.residual_path = 0.0
+        self.numbers_E = np.arange(self.case.experts)
+        self.scale = 1.0
+        self.score: Function | None = None  # logits [n, E], to weights of all, where they are known
+
+    def all(self) -> list[Finding]:
+        """Every finding, in order."""
+        for read in (
+            self._repeatable,
+            self._beside,
+            self._hidden,
+            self._clamp,
+            self._numbers,
+            self._choice,
+            self._score,
+            self._epsilon,
+            self._one_choice,
+            self._ties,
+            self._router_precision,
+            self._expert_precision,
+            self._combine,
+            self._router_bias,
+            self._selection_bias,
+            self._expert_scale,
+            self._expert_bias,
+            self._b_down,
+            self._shared,
+            self._company,
+            self._no_cotangent,
+        ):
+            with np.errstate(all="ignore"):
+                read()
+        return self.findings
+
+    # What the experiments have in common.
+
+    def _found(self, finding: Finding) -> Finding:
+        self.findings.append(finding)
+        if finding.state in ("found", "cannot tell"):
+            self.fields |= finding.fields
+        return finding
+
+    def _said(self, key: str, what: str, state: Any = "found", **more: Any) -> Finding:
+        return self._found(Finding(key, what, state, **more))
+
+    def _decide(self, key: str, hypotheses: Iterable[Hypothesis], experiment: str, tolerance: float = 0.0) -> Finding:
+        preferred = vars(self.case)
+        return self._found(decide(key, list(hypotheses), tolerance or self.tolerance, experiment, preferred))
+
+    def _out(self, probe: str) -> Array | None:
+        """The output of a probe, [n, D], without what the layer adds of the tokens themselves."""
+        answer = self.answers.get(probe)
+        if answer is None or answer.out is None:
+            return None
+        return answer.out - self.residual_path * self.probes.x_nD.astype(np.float64)
+
+    def _table(self, probe: str, at: str) -> Array | None:
+        """Of an experiment's tokens, what each expert put into its coordinate, [n, E]."""
+        passes = [self._out(f"{probe}-{i}") for i in range(self.probes.passes)]
+        if any(out is None for out in passes):
+            return None
+        whole = np.concatenate([out for out in passes if out is not None], axis=1)[:, : self.case.experts]
+        return whole[self.probes.tokens.at[at]][:, self.numbers_E]
+
+    def _value(self, gate: Array | float, up: Array | float, bias: tuple[float, float] = (0.0, 0.0)) -> Array:
+        """What a hidden unit makes of these, as far as it is known."""
+        a, b = np.atleast_1d(np.asarray(gate, float)), np.atleast_1d(np.asarray(up, float))
+        a, b = np.broadcast_arrays(a, b)
+        if self.case.gated and "exchanged" in self.layout.what:
+            a, b = b, a
+        elif self.layout.odd:
+            b = a
+        if not self.case.gated:
+            return self.act(b + bias[1])
+        a, b = np.minimum(a + bias[0], self.most_gate), np.clip(b + bias[1], self.least_up, self.most_up)
+        return self.act(a) * (b + self.offset)
+
+    def usual(self) -> float:
+        """What the expert makes of a token of which the scores are read."""
+        return float(self._value(V0, U0 if self.case.gated else U0_ALONE)[0])
+
+    def _weights(self, probe: str, at: str) -> Array | None:
+        """Of an experiment's tokens, the weight of each expert, [n, E]; 0 for those that were not chosen."""
+        table = self._table(probe, at)
+        if table is None:
+            return None
+        weights = np.sqrt(np.maximum(table / self.usual(), 0)) if self.on_input else table / self.usual()
+        if self.residual_path:
+            weights[np.abs(weights) < 1e-6 * np.abs(weights).max(initial=0)] = 0
+        return weights
+
+    def _narrow(self, a: Array, dtype: str | None = None) -> Array:
+        return np.asarray(a).astype(numpy_dtype(dtype or self.case.dtype)).astype(np.float64)
+
+    def _said_case(self, **fields: Any) -> Case:
+        """The asked case with what was found, in float64."""
+        known = {name: value for name, value in self.fields.items() if name != "top_k"}
+        exact = {"dtype": "float64", "router_dtype": "wide", "cast_scores": False, "scale": 1.0}
+        return replace(self.case, **(known | exact | fields))
+
+    def _scores(self, case: Case, logits_nE: Array, w: Parameters | None = None) -> Array:
+        """The weights of a case, [n, E], 0 for those that are not chosen; without the scale."""
+        w = w or Parameters(np.zeros(0))
+        logits = logits_nE[None]
+        at = replace(case, ranks=1, tokens=len(logits_nE))
+        if w.router_bias is not None:
+            logits = logits + w.router_bias
+        score = reference.scores(at, logits, Exact())
+        ids = vectorised.select(at, score, w)
+        return self._put(reference.chosen_scores(at, score, ids, w, Exact()).weight[0], ids[0])
+
+    def _of(self, case: Case, logits_nE: Array, ids_nK: Array) -> Array:
+        """The weights [n, K] of these experts."""
+        at = replace(case, ranks=1, tokens=len(logits_nE), top_k=ids_nK.shape[1])
+        score = reference.scores(at, logits_nE[None], Exact())
+        return reference.chosen_scores(at, score, ids_nK[None], Parameters(np.zeros(0)), Exact()).weight[0]
+
+    def _put(self, weight_nK: Array, ids_nK: Array) -> Array:
+        weights = np.zeros((len(ids_nK), self.case.experts))
+        np.put_along_axis(weights, ids_nK, weight_nK, 1)
+        return weights
+
+    # The experiments.
+
+    def _repeatable(self) -> None:
+        odd = [name for name, answer in self.answers.items() if answer.trace and not answer.repeats]
+        said = f"no: two runs on the same inputs differ in {len(odd)} of {len(self.answers)}" if odd else "yes"
+        self._said("repeatable", said, "odd" if odd else "found", experiment="each probe twice, all bits")
+
+    def _beside(self) -> None:
+        out, x = self.answers["nothing"].out, self.probes.x_nD.astype(np.float64)
+        if out is None:
+            return
+        hypotheses = [
+            Hypothesis("nothing", float(np.abs(out).max(initial=0)) / float(np.abs(x).max())),
+            Hypothesis("the tokens themselves: a residual path", residual(out, x), odd=True),
+        ]
+        finding = self._decide("beside the experts", hypotheses, "w_down = 0")
+        self.residual_path = float("residual path" in finding.what and finding.state == "odd")
+
+    def _hidden(self) -> None:
+        out = self._out("hidden")
+        if out is None:
+            return
+        shown = min(self.case.hidden, self.case.width)
+        rows = out[self.probes.tokens.at["routing"]]
+        got_nF = rows[:, :shown]
+        left, size, right = np.linalg.svd(got_nF, full_matrices=False)
+        one_shape = residual(got_nF, size[0] * np.outer(left[:, 0], right[0]))
+        h_F = right[0] * np.sign(left[:, 0].sum() or 1)
+        gate, up = self.probes.hidden
+        layouts = LAYOUTS if self.case.gated else LAYOUTS[:1]
+        known = activations(self.case)
+        on_output = [
+            self._fit(h_F, name, f, layout, gate, up, shown)
+            for name, f in (known | ODD_ACTIVATIONS).items()
+            for layout in layouts
+        ]
+        on_input = list(self._fits_on_input(got_nF, known, gate, up, shown))
+        best_input = min(on_input, key=lambda fit: fit[0].residual)
+        where = [
+            Hypothesis(
+                "what an expert returns",
+                max(one_shape, min(fit[0].residual for fit in on_output)),
+                {"score_on": "output"},
+            ),
+            Hypothesis("what an expert is given", best_input[0].residual, {"score_on": "input"}, self.case.top_k > 1),
+        ]
+        finding = self._decide("the score multiplies", where, "units of different gates and ups, several scores")
+        self.on_input = finding.fields.get("score_on") == "input" or (
+            "is given" in finding.what and finding.state == "odd"
+        )
+        fits = on_input if self.on_input else on_output
+        best = min(fits, key=lambda fit: fit[0].residual)
+        by_layout = [
+            Hypothesis(layout.what, min(fit[0].residual for fit in fits if fit[1] is layout), {}, layout.odd)
+            for layout in layouts
+            if any(fit[1] is layout for fit in fits)
+        ]
+        experiment = "units of different gates and ups"
+        if self.case.gated:
+            self._decide("gate and up", by_layout, experiment, MARGIN * self.tolerance)
+        self._decide("activation", [fit[0] for fit in fits if fit[1] is best[1]], experiment, MARGIN * self.tolerance)
+        name = self.fields.get("activation", best[0].fields.get("activation"))
+        self.layout = best[1]
+        self.act = (known | ODD_ACTIVATIONS).get(name or "") or (known | ODD_ACTIVATIONS)[best[0].what]
+        if self.case.gated and not self.on_input:
+            offset = next(fit[2] for fit in fits if fit[1] is best[1] and fit[0].what == (name or best[0].what))
+            self.offset = _nice(offset, self.case.up_offset, MARGIN * self.tolerance)
+            self._said(
+                "added to up",
+                "nothing" if self.offset == 0 else f"{self.offset:g}",
+                experiment=experiment,
+                fields={"up_offset": self.offset},
+                numbers={"fitted": offset},
+            )
+
+    def _fit(
+        self, h_F: Array, name: str, f: Function, layout: Layout, gate: Array, up: Array, shown: int
+    ) -> tuple[Hypothesis, Layout, float]:
+        """How well an activation explains hidden units, with what is added to up."""
+        odd = name in ODD_ACTIVATIONS
+        fields = {} if odd else {"activation": name}
+        if not self.case.gated:
+            expected = f(up)[:shown]
+            return Hypothesis(name, residual(h_F, times(h_F, expected) * expected), fields, odd), layout, 0.0
+        a, b = layout.of(gate, up)
+        basis = np.stack([f(a) * b, f(a)], 1)[:shown]
+        size, *_ = np.linalg.lstsq(basis, h_F, rcond=None)
+        if size[0] == 0:
+            return Hypothesis(name, math.inf, fields, odd), layout, 0.0
+        return Hypothesis(name, residual(h_F, basis @ size), fields, odd), layout, float(size[1] / size[0])
+
+    def _fits_on_input(
+        self, got_nF: Array, known: Mapping[str, Function], gate: Array, up: Array, shown: int
+    ) -> Iterable[tuple[Hypothesis, Layout, float]]:
+        logits = self.probes.logits("routing")
+        for function in SCORES:
+            for renormalize in (False, True):
+                weights = self._scores(self._said_case(score_function=function, renormalize=renormalize), logits)
+                s_nK = -np.sort(-weights, 1)[:, : self.case.top_k, None]
+                for layout in LAYOUTS[:2] if self.case.gated else LAYOUTS[:1]:
+                    a, b = layout.of(gate, up)
+                    for name, f in known.items():
+                        hidden = f(s_nK * a) * (s_nK * b) if self.case.gated else f(s_nK * b)
+                        expected = hidden.sum(1)[:, :shown]
+                        off = residual(got_nF, times(got_nF, expected) * expected)
+                        yield Hypothesis(name, off, {"activation": name}), layout, 0.0
+
+    def _clamp(self) -> None:
+        gate_scan, up_scan = self._table("readout", "gate scan"), self._table("readout", "up scan")
+        usual = self._table("readout", "reference")
+        if gate_scan is None or up_scan is None or usual is None or self.on_input or self.layout.odd:
+            return
+        both = np.concatenate([np.array(SCAN), -np.array(SCAN)])
+        size = float(usual.sum()) / float(self._value(2.0, 1.0)[0])
+        if size == 0:
+            return
+        of_gate, of_up = gate_scan.sum(1) / size, up_scan.sum(1) / size
+        largest = SCAN[-1]
+        if not self.case.gated:
+            off = residual(of_up, self._value(0.0, both))
+            self._decide("clamp", [Hypothesis("none", off, {"clamp": None})], f"up from -{largest:g} to {largest:g}")
+            return
+        lifted = of_up / float(self.act(np.array(2.0))) - self.offset
+        top, bottom = float(lifted[len(SCAN) - 1]), float(lifted[-1])
+        gate_top = float(of_gate[len(SCAN) - 1]) / (1 + self.offset)
+        limit = _inverse(self.act, gate_top)
+        close = 4 * self.tolerance
+        guess = [value for value in (limit, top, -bottom) if value < largest * (1 - close)]
+        hypotheses = [self._clamped("none", math.inf, math.inf, both, of_gate, of_up, {"clamp": None})]
+        if guess:
+            c = _nice(float(np.median(guess)), self.case.clamp, close)
+            hypotheses += [
+                self._clamped(f"gate at most {c:g}, up within {c:g} of zero", c, c, both, of_gate, of_up, {"clamp": c}),
+                self._clamped(f"up within {c:g} of zero; gate free", math.inf, c, both, of_gate, of_up, {}),
+                self._clamped(f"gate at most {c:g}; up free", c, math.inf, both, of_gate, of_up, {}),
+            ]
+        finding = self._decide("clamp", hypotheses, f"gate and up from -{largest:g} to {largest:g}", 2 * self.tolerance)
+        words = finding.what
+        c = _nice(float(np.median(guess)), self.case.clamp, close) if guess else math.inf
+        self.most_gate = c if "gate at most" in words else math.inf
+        self.most_up = c if "up within" in words else math.inf
+        self.least_up = -self.most_up
+
+    def _clamped(
+        self, what: str, gate: float, up: float, both: Array, of_gate: Array, of_up: Array, fields: dict[str, Any]
+    ) -> Hypothesis:
+        before = self.most_gate, self.least_up, self.most_up
+        self.most_gate, self.least_up, self.most_up = gate, -up, up
+        expected = np.concatenate([self._value(both, 1.0), self._value(2.0, both)])
+        self.most_gate, self.least_up, self.most_up = before
+        return Hypothesis(what, residual(np.concatenate([of_gate, of_up]), expected, 1e-4), fields, not fields)
+
+    def _numbers(self) -> None:
+        if not self.probes.tokens.whole:
+            return
+        table = self._table("readout", "one")
+        if table is None:
+            return
+        first = np.abs(table).argmax(1)
+        E = self.case.experts
+        if (first == np.arange(E)).all():
+            self._said("numbers of experts", "logit g leads to the weights of expert g", experiment="one large logit")
+            return
+        if sorted(first.tolist()) == list(range(E)):
+            self.numbers_E = first
+            shown = ", ".join(map(str, first[:16])) + ", ..." * (E > 16)
+            self._said(
+                "numbers of experts",
+                f"other ones: logits 0, 1, ... lead to the weights of experts {shown}",
+                "odd",
+                experiment="one large logit",
+            )
+            return
+        lost = np.flatnonzero(first != np.arange(E))[:8].tolist()
+        self._said(
+            "numbers of experts",
+            f"unclear: a large logit of expert {lost} leads elsewhere",
+            "unknown",
+            experiment="one large logit",
+        )
+
+    def _choice(self) -> None:
+        weights = self._weights("readout", "routing")
+        if weights is None:
+            return
+        on, logits, K = weights != 0, self.probes.logits("routing"), self.case.top_k
+        counts = sorted(set(on.sum(1).tolist()))
+        if counts == [K]:
+            self._said("experts of a token", f"{K}", experiment="random logits")
+        else:
+            shown = f"{counts[0]} to {counts[-1]}, where {K} are asked for"
+            self._said("experts of a token", shown, "odd", experiment="random logits")
+        if max(counts) == 0:
+            return
+
+        def off(case: Case, sign: float = 1.0) -> float:
+            chosen = self._scores(case, sign * logits) != 0
+            wrong = (on & ~chosen).any(1) | ((on.sum(1) == K) & (on != chosen).any(1))
+            return float(wrong.mean())
+
+        by = replace(self._said_case(), groups=1, top_groups=1)
+        # Experts that score 0, as in float64 nothing does, would look as if they were not chosen.
+        by = replace(by, score_function="softmax_of_chosen", renormalize=False)
+        hypotheses = [
+            Hypothesis("those with the largest logits", off(by), {"groups": 1, "top_groups": 1}),
+            Hypothesis("those with the smallest logits", off(by, -1.0), {}, odd=True),
+        ]
+        experiment = f"random logits of {len(logits)} tokens; residual: part of the tokens that is not explained"
+        if hypotheses[0].residual > 0:
+            hypotheses += list(self._groups(on[:ENOUGH], logits[:ENOUGH]))
+        self._decide("choice", hypotheses, experiment, 1e-9)
+
+    def _groups(self, on: Array, logits: Array) -> Iterable[Hypothesis]:
+        E, K = self.case.experts, self.case.top_k
+        options = [
+            (groups, best, by, outside)
+            for groups in range(2, E)
+            if E % groups == 0
+            for best in range(1, groups)
+            if best * (E // groups) >= K
+            for by in ("top2", "max")
+            if by == "max" or E // groups > 1
+            for outside in ("minus_inf", "zero")
+        ]
+        for function in SCORES[:3]:
+            for groups, best, by, outside in options:
+                fields = {"groups": groups, "top_groups": best, "group_score": by, "outside_groups": outside}
+                case = replace(self._said_case(), score_function=function, renormalize=False, **fields)
+                largest = "the sum of the two largest" if by == "top2" else "the largest"
+                what = f"within the best {best} of {groups} groups, by {largest} of {SCORE_WORDS[function]}"
+                chosen = self._scores(case, logits) != 0
+                yield Hypothesis(what, float((on != chosen).any(1).mean()), fields)
+
+    def _ids(self, on: Array, logits: Array) -> tuple[Array, Array]:
+        """Rows of tokens that have K experts, and these, best first: [n], [n, K]."""
+        rows = np.flatnonzero(on.sum(1) == self.case.top_k)
+        ordered = np.where(on[rows], -logits[rows], np.inf).argsort(1, kind="stable")
+        return rows, ordered[:, : self.case.top_k]
+
+    def _score(self) -> None:
+        weights = self._weights("readout", "routing")
+        if weights is None or not (weights != 0).any():
+            return
+        logits = self.probes.logits("routing")
+        rows, ids = self._ids(weights != 0, logits)
+        if not len(rows):
+            self._said("scores", "unknown: no token has as many experts as it should", "unknown")
+            return
+        got, logits = np.take_along_axis(weights[rows], ids, 1), logits[rows]
+        hypotheses, factor = [], {}
+        for function, renormalize in ((f, r) for f in SCORES for r in (False, True)):
+            case = self._said_case(score_function=function, renormalize=renormalize)
+            what = SCORE_WORDS[function] + ", renormalised" * renormalize
+            if function == "softmax_of_chosen" and renormalize:
+                continue  # which sums to 1 already
+            expected = self._of(case, logits, ids)
+            fields = {"score_function": function, "renormalize": renormalize}
+            for other, odd, a in (
+                (what, False, expected),
+                (f"square of: {what}", True, expected**2),
+                (f"{what}, in the order of the worst first", True, expected[:, ::-1]),
+                (f"{what}, of the next choice", True, np.roll(expected, 1, 1)),
+            ):
+                factor[other] = times(got, a)
+                hypotheses.append(Hypothesis(other, residual(got, factor[other] * a), {} if odd else fields, odd))
+        flat = np.ones_like(got)
+        factor["the same for all"] = times(got, flat)
+        hypotheses.append(Hypothesis("the same for all", residual(got, factor["the same for all"] * flat), {}, True))
+        if self.case.top_k == 1:
+            hypotheses = [h for h in hypotheses if not h.what.endswith(("first", "choice"))]
+        finding = self._decide("scores", hypotheses, "random logits, all experts alike")
+        best = finding.what.removeprefix("cannot tell: ").split("; or ")[0]
+        if finding.state == "unknown":
+            return
+        fitted = factor[best]
+        self.scale = _nice(fitted, self.case.scale, self.tolerance)
+        self._said(
+            "scale",
+            f"{self.scale:g}",
+            experiment="by least squares over all of them",
+            fields={"scale": self.scale},
+            numbers={"fitted": fitted},
+        )
+        if finding.fields:
+            found = self._said_case()
+            self.score = lambda logits_nE: self._scores(found, logits_nE)
+
+    def _epsilon(self) -> None:
+        function = self.fields.get("score_function")
+        if not self.fields.get("renormalize") or function not in ("sigmoid", "sqrt_softplus"):
+            return
+        weights = self._weights("readout", "offset")
+        if weights is None:
+            return
+        case = self._said_case(renormalize=False)
+        sums = self._scores(case, self.probes.logits("offset")).sum(1)
+        share = weights.sum(1) / self.scale
+        experiment = "logits down to -86: where the weights no longer add up to the scale"
+        between = (share > 0.1) & (share < 0.9)
+        if between.any():
+            fitted = float(np.median(sums[between] * (1 / share[between] - 1)))
+            nice = 10.0 ** round(math.log10(fitted))
+            near = abs(fitted / nice - 1) < 0.25
+            epsilon = nice if near else float(f"{fitted:.2g}")
+            self._said(
+                "added to the sum",
+                f"{epsilon:g}",
+                experiment=experiment,
+                fields={"epsilon": epsilon},
+                numbers={"fitted": fitted},
+            )
+            return
+        smallest = float(sums[share > 0.9].min(initial=math.inf))
+        if share.min() > 0.9:
+            said = f"nothing, or less than {smallest * 0.1:.0e}"
+            kept = self.case.epsilon if self.case.epsilon < smallest * 0.1 else 0.0
+            self._said("added to the sum", said, experiment=experiment, fields={"epsilon": kept})
+            return
+        self._said("added to the sum", "unclear: weights end at once", "unknown", experiment=experiment)
+
+    def _one_choice(self) -> None:
+        if self.case.top_k == 1 or "one_choice-0" not in self.answers:
+            return
+        experiment = "the same with one expert a token"
+        table = self._weights("one_choice", "routing")
+        if table is None:
+            self._said(
+                "one expert a token", f"not asked: {self.answers['one_choice-0'].why}", "unknown", experiment=experiment
+            )
+            return
+        if self.score is None:
+            return
+        logits = self.probes.logits("routing")
+        case = self._said_case(top_k=1)
+        hypotheses = [
+            Hypothesis(
+                words,
+                residual(table, self.scale * self._scores(replace(case, renormalize=renormalize), logits)),
+                odd=odd,
+            )
+            for words, renormalize, odd in (
+                ("its score, renormalised: 1", True, not self.fields.get("renormalize", False)),
+                ("its score, not renormalised", False, bool(self.fields.get("renormalize", False))),
+            )
+        ]
+        if case.score_function == "softmax_of_chosen":
+            softmax = replace(case, score_function="softmax", renormalize=False)
+            hypotheses[0] = replace(hypotheses[0], odd=False)
+            hypotheses[1] = Hypothesis(
+                "its score of a softmax over all experts",
+                residual(table, self.scale * self._scores(softmax, logits)),
+                odd=True,
+            )
+        self._decide("one expert a token", hypotheses, experiment)
+
+    def _ties(self) -> None:
+        if not self.probes.tokens.whole:
+            return
+        weights = self._weights("readout", "ties")
+        if weights is None:
+            return
+        E, K = self.case.experts, self.case.top_k
+        chosen = [np.flatnonzero(row).tolist() for row in weights]
+        experiment = "equal logits"
+        lower, higher = list(range(K)), list(range(E - K, E))
+        if all(ids == lower for ids in chosen):
+            self._said("of equal scores", "the lower expert id is chosen", experiment=experiment)
+        elif all(ids == higher for ids in chosen):
+            self._said("of equal scores", "the higher expert id is chosen", "odd", experiment=experiment)
+        else:
+            self._said(
+                "of equal scores",
+                f"neither the lower nor the higher id is chosen, but {chosen[0]}",
+                "odd",
+                experiment=experiment,
+            )
+
+    def _router_precision(self) -> None:
+        if not self.probes.tokens.whole or self.case.experts < self.case.top_k + 1:
+            return
+        above, below = self._weights("readout", "fine above"), self._weights("readout", "fine below")
+        if above is None or below is None:
+            return
+        told = (above[:, 1] != 0) & (above[:, 0] == 0) & (below[:, 0] != 0) & (below[:, 1] == 0)
+        experiment = "two logits at -8, one of them 2^-n away"
+        if not told.any():
+            self._said(
+                "precision of logits",
+                "unclear: two logits near each other are never told apart",
+                "unknown",
+                experiment=experiment,
+            )
+            return
+        bits = 4 + max(n for n, yes in zip(BITS, told, strict=True) if yes)
+        self._said_bits("precision of logits", bits, experiment)
+
+    def _said_bits(self, key: str, bits: int, experiment: str) -> None:
+        dtype = self.case.dtype
+        is_router = key == "precision of logits"
+        names = {8: "bfloat16", 9: "bfloat16", 11: "float16 or TF32", 12: "float16 or TF32"}
+        name = (
+            "float64"
+            if bits > 25
+            else "float32"
+            if bits >= (22 if is_router else 16)
+            else names.get(bits, f"{bits} bits")
+        )
+        fields: dict[str, Any] = {}
+        odd = False
+        if is_router:
+            if dtype == "float64":
+                fields = {"router_dtype": "float32"} if name == "float32" else {"router_dtype": "wide"}
+                odd = name not in ("float32", "float64")
+            elif dtype == "float32":
+                odd = name != "float32"
+            else:
+                own = {"bfloat16": "bfloat16", "float16": "float16 or TF32"}[dtype]
+                fields = {"router_dtype": "activations" if name == own else "wide"}
+                odd = name not in (own, "float32")
+        else:
+            odd = name not in (dtype, {"float16": "float16 or TF32"}.get(dtype))
+        self._said(
+            key,
+            name,
+            "odd" if odd else "found",
+            experiment=experiment,
+            fields={} if odd else fields,
+            numbers={"bits": bits},
+        )
+
+    def _expert_precision(self) -> None:
+        if self.case.dtype not in ("float32", "float64") or self.on_input:
+            return
+        table = self._table("readout", "precision")
+        if table is None:
+            return
+        total = table.sum(1)
+        last = total[-1] if self.case.dtype == "float32" else math.nan
+        seen = [n for n, value in zip(BITS, total, strict=True) if value != last and value != 0]
+        if seen:
+            self._said_bits("precision of experts", max(seen) + 1, "up = 1 + 2^-n")
+
+    def _combine(self) -> None:
+        out, weights = self._out("combine"), self._weights("readout", "routing")
+        if out is None or weights is None or self.score is None or self.on_input or self.layout.odd:
+            return
+        at = self.probes.tokens.at["routing"]
+        logits = self.probes.logits("routing")
+        rows, ids = self._ids(weights != 0, logits)
+        got = out[at][rows]
+        narrow = self.case.dtype in ("bfloat16", "float16")
+        wide = np.dtype(self.case.wide)
+        if narrow:
+            exact = self._of(self._said_case(), logits[rows], ids) * self.scale
+            s_nK = exact.astype(wide)
+        else:
+            s_nK = np.take_along_axis(weights[rows], ids, 1).astype(wide)
+        value = self._narrow(np.array(self.usual()))
+        own = self._narrow(value * self._narrow(self.probes.combined_ED))
+        y_nKD = own[self.numbers_E[ids]].astype(wide)
+        sums = _Sums(numpy_dtype(self.case.dtype), wide, self.case.experts // self.case.ranks, ids)
+        hypotheses, cast = [], {False: 1.0, True: 1.0}
+        for rounded in (False, True) if narrow else (False,):
+            s = s_nK.astype(numpy_dtype(self.case.dtype)).astype(wide) if rounded else s_nK
+            for what, total, odd in sums.each(s, y_nKD):
+                off = float((total.astype(np.float64) != got).mean())
+                hypotheses.append(Hypothesis(what, off, {}, odd))
+                cast[rounded] = min(cast[rounded], off)
+        experiment = f"{got.size} sums, bit for bit; residual: part of them that differs"
+        exact = narrow or math.frexp(self.usual())[0] == 0.5
+        if exact:
+            self._decide("sum over the chosen", _least(hypotheses), experiment, 0.01)
+        else:
+            self._said(
+                "sum over the chosen",
+                "cannot tell: behind a clamp, scores cannot be read bit for bit",
+                "cannot tell",
+                experiment=experiment,
+            )
+        if narrow:
+            self._decide(
+                "dtype of scores",
+                [
+                    Hypothesis(self.case.score_dtype, cast[False], {"cast_scores": False}),
+                    Hypothesis(
+                        f"{self.case.dtype}: rounded before they weigh anything", cast[True], {"cast_scores": True}
+                    ),
+                ],
+                experiment,
+                0.01,
+            )
+
+    def _parameters(self, name: str) -> Parameters:
+        return in_float64(self.probes.problems[f"{name}-0"].parameters)
+
+    def _asked_for(self, name: str) -> Array | None:
+        """The weights of routing tokens where this is not neutral; None where the layer does not take it."""
+        there = any(one.name == name for one in parameters_of(self.case))
+        return self._weights(name, "routing") if there and self.score is not None else None
+
+    def _router_bias(self) -> None:
+        got = self._asked_for("router_bias")
+        if got is None:
+            return
+        logits, case, w = self.probes.logits("routing"), self._said_case(), self._parameters("router_bias")
+        bias = w.router_bias
+        biased, plain = self._scores(case, logits + bias), self._scores(case, logits)
+        chosen = np.argsort(-(logits + bias), 1, kind="stable")[:, : case.top_k]
+        self._decide(
+            "router bias",
+            [
+                Hypothesis("added to the logits", residual(got, self.scale * biased), {"router_bias": True}),
+                Hypothesis("ignored", residual(got, self.scale * plain), odd=True),
+                Hypothesis(
+                    "for the choice only",
+                    residual(got, self.scale * self._put(self._of(case, logits, chosen), chosen)),
+                    odd=True,
+                ),
+            ],
+            "a bias for each expert",
+        )
+
+    def _selection_bias(self) -> None:
+        got = self._asked_for("selection_bias")
+        if got is None:
+            return
+        logits, case, w = self.probes.logits("routing"), self._said_case(), self._parameters("selection_bias")
+        bias = w.selection_bias
+        only = Parameters(np.zeros(0), selection_bias=bias)
+        score = reference.scores(replace(case, ranks=1, tokens=len(logits)), logits[None], Exact())[0]
+        chosen = np.argsort(-(score + bias), 1, kind="stable")[:, : case.top_k]
+        weighed = np.take_along_axis(score + bias, chosen, 1)
+        if case.renormalize:
+            weighed = weighed / weighed.sum(1, keepdims=True)
+        self._decide(
+            "selection bias",
+            [
+                Hypothesis(
+                    "added to the scores for the choice only",
+                    residual(got, self.scale * self._scores(case, logits, only)),
+                    {"selection_bias": True},
+                ),
+                Hypothesis("ignored", residual(got, self.scale * self._scores(case, logits)), odd=True),
+                Hypothesis(
+                    "added to the logits", residual(got, self.scale * self._scores(case, logits + bias)), odd=True
+                ),
+                Hypothesis(
+                    "added to the scores, and in the weights too",
+                    residual(got, self.scale * self._put(weighed, chosen)),
+                    odd=True,
+                ),
+            ],
+            "a bias for each expert",
+        )
+
+    def _expert_scale(self) -> None:
+        got = self._asked_for("expert_scale")
+        if got is None:
+            return
+        logits, case, w = self.probes.logits("routing"), self._said_case(), self._parameters("expert_scale")
+        plain = self._scores(case, logits)
+        before = plain * w.expert_scale
+        self._decide(
+            "scale of experts",
+            [
+                Hypothesis("multiplies the weights", residual(got, self.scale * before), {"expert_scale": True}),
+                Hypothesis("ignored", residual(got, self.scale * plain), odd=True),
+                Hypothesis(
+                    "multiplies the scores before they are renormalised",
+                    residual(got, self.scale * before / before.sum(1, keepdims=True)),
+                    odd=True,
+                ),
+            ],
+            "a scale for each expert",
+        )
+
+    def _expert_bias(self) -> None:
+        if not self.case.expert_bias or self.on_input or self.layout.odd:
+            return
+        both = np.concatenate([np.array(SCAN), -np.array(SCAN)])
+        small = np.abs(both) <= 8
+        tables = [
+            self._table("expert_bias", "gate scan"),
+            self._table("expert_bias", "up scan"),
+            self._table("readout", "reference"),
+        ]
+        if any(table is None for table in tables):
+            return
+        gate_scan, up_scan, usual = (table.sum(1) for table in tables if table is not None)
+        size = usual[0] / float(self._value(2.0, 1.0)[0])
+        if size == 0:
+            return
+        got = np.concatenate([gate_scan[small], up_scan[small]]) / size
+        b_gate, b_up = -0.5, 0.25
+        hypotheses = []
+        for what, bias, odd in (
+            ("added to gate and up", (b_gate, b_up), False),
+            ("ignored", (0.0, 0.0), True),
+            ("of up ignored", (b_gate, 0.0), True),
+            ("of the gate ignored", (0.0, b_up), True),
+            ("of gate and up exchanged", (b_up, b_gate), True),
+        ):
+            if not self.case.gated and what not in ("added to gate and up", "ignored"):
+                continue
+            first = self._value(both[small], 1.0 if self.case.gated else both[small], bias)
+            second = self._value(2.0, both[small], bias)
+            off = residual(got, np.concatenate([first, second]), 1e-2)
+            hypotheses.append(Hypothesis(what, off, {} if odd else {"expert_bias": True}, odd))
+        self._decide("biases of gate and up", hypotheses, "biases of -0.5 and 0.25")
+
+    def _b_down(self) -> None:
+        if not self.case.expert_bias or self.on_input:
+            return
+        out, weights = self._out("b_down"), self._weights("readout", "routing")
+        if out is None or weights is None:
+            return
+        got = out[self.probes.tokens.at["routing"]]
+        b = self.probes.learned["b_down"][self.numbers_E]
+        self._decide(
+            "bias of down",
+            [
+                Hypothesis(
+                    "added to what an expert returns, and weighed", residual(got, weights @ b), {"expert_bias": True}
+                ),
+                Hypothesis("added and not weighed", residual(got, (weights != 0) @ b), odd=True),
+                Hypothesis("ignored", 0.0 if not got.any() else math.inf, odd=True),
+            ],
+            "w_down = 0, and a bias for each expert",
+        )
+
+    def _shared(self) -> None:
+        if not self.case.shared_hidden:
+            return
+        out = self._out("shared")
+        if out is None:
+            return
+        at = self.probes.tokens.at["routing"]
+        got, x = out[at], self.probes.x_nD[at].astype(np.float64)
+        up = 1.0
+        gate = x[:, 0] / 4096
+        weight = reference.sigmoid(0.25 * x[:, 4])[:, None] if self.case.shared_score else np.ones((len(x), 1))
+        made = self.act(gate) * up if self.case.gated else self.act(np.full(len(x), up))
+        with_offset = self._value(gate, up) if self.case.gated else made
+        shown = np.ones((1, self.case.width))
+        known = {"shared_hidden": self.case.shared_hidden, "shared_score": self.case.shared_score}
+        weighed = ", weighed by the sigmoid of its score" * self.case.shared_score
+        hypotheses = [
+            Hypothesis(f"added{weighed}", residual(got, weight * with_offset[:, None] * shown), known),
+            Hypothesis("ignored", 0.0 if not got.any() else math.inf, odd=True),
+        ]
+        if self.scale != 1:
+            scaled = self.scale * weight * with_offset[:, None] * shown
+            hypotheses.append(Hypothesis(f"added{weighed}, times the scale", residual(got, scaled), odd=True))
+        if self.case.shared_score:
+            hypotheses.append(
+                Hypothesis("added; its score ignored", residual(got, with_offset[:, None] * shown), odd=True)
+            )
+            hypotheses.append(
+                Hypothesis(
+                    "added, weighed by its score without a sigmoid",
+                    residual(got, 0.25 * x[:, 4:5] * with_offset[:, None] * shown),
+                    odd=True,
+                )
+            )
+        self._decide("shared expert", hypotheses, "w_down of all others = 0")
+
+    def _company(self) -> None:
+        answer, alone = self.answers["company"].out, self.answers["readout-0"].out
+        if answer is None or alone is None:
+            return
+        shape = (self.case.ranks, self.case.tokens, self.case.width)
+        here, there = answer.reshape(shape)[:, ::2], alone.reshape(shape)[:, ::2]
+        changed = int((here != there).any(-1).sum())
+        off = residual(here, there)
+        experiment = "every other token exchanged"
+        if not changed:
+            self._said("other tokens", "change nothing, bit for bit", experiment=experiment)
+        elif off <= self.tolerance:
+            self._said("other tokens", "change nothing but roundings", residual=off, experiment=experiment)
+        else:
+            tokens = here.shape[0] * here.shape[1]
+            self._said(
+                "other tokens",
+                f"change the output of {changed} of {tokens} tokens, by {off:.0%} at most",
+                "odd",
+                residual=off,
+                experiment=experiment,
+            )
+
+    def _no_cotangent(self) -> None:
+        answer = self.answers["no-cotangent"]
+        if answer.trace is None:
+            return
+        names = [name for name in OUTSIDE[1:] if name in answer.trace.arrays]
+        some = [
+            name.rpartition("/")[2]
+            for name in names
+            if any(a.astype(np.float64).any() for a in answer.trace.arrays[name])
+        ]
+        experiment = "a cotangent of zero"
+        if some:
+            self._said(
+                "gradient at cotangent 0",
+                f"not zero: {', '.join(some)}: an auxiliary loss",
+                "odd",
+                experiment=experiment,
+            )
+        else:
+            self._said("gradient at cotangent 0", "zero: no auxiliary loss", experiment=experiment)
+
+
+class _Sums(NamedTuple):
+    """The ways to add up what the chosen experts return."""
+
+    dtype: np.dtype
+    wide: np.dtype
+    per_rank: int
+    ids_nK: Array
+
+    def each(self, s_nK: Array, y_nKD: Array) -> Iterable[tuple[str, Array, bool]]:
+        """In words, the sum in the case's dtype, and whether it is not what this project does."""
+        n, K = self.ids_nK.shape
+        by_k = np.tile(np.arange(K), (n, 1))
+        by_id = np.argsort(self.ids_nK, 1, kind="stable")
+        orders = {
+            "in order of k": by_k,
+            "from the last of k": by_k[:, ::-1],
+            "in order of expert": by_id,
+            "from the last expert": by_id[:, ::-1],
+        }
+        if K <= 2:
+            orders = {"": by_k}
+        for words, order in orders.items():
+            s, y = np.take_along_axis(s_nK, order, 1), np.take_along_axis(y_nKD, order[..., None], 1)
+            for how, total in self._ways(s, y):
+                yield f"{words}{', ' * bool(words)}{how}", total.astype(self.dtype), False
+        if K > 2:
+            part = self.ids_nK // self.per_rank
+            total = np.zeros((n, y_nKD.shape[2]), self.wide)
+            for rank in range(int(part.max(initial=0)) + 1):
+                inner = np.zeros_like(total)
+                for k in range(K):
+                    inner = inner + np.where(part[:, k, None] == rank, s_nK[:, k, None] * y_nKD[:, k], 0).astype(
+                        self.wide
+                    )
+                total = total + inner
+            yield f"ranks one after the other, in {self.wide}", total.astype(self.dtype), False
+
+    def _ways(self, s: Array, y: Array) -> Iterable[tuple[str, Array]]:
+        wide, dtype = self.wide, self.dtype
+        start = np.zeros(y[:, 0].shape, wide)
+        rounded, fused = start, start
+        for k in range(s.shape[1]):
+            rounded = rounded + s[:, k, None] * y[:, k]
+            fused = (fused.astype(np.longdouble) + s[:, k, None].astype(np.longdouble) * y[:, k]).astype(wide)
+        yield f"in {wide}", rounded
+        yield f"in {wide}, products not rounded", fused
+        if dtype == wide:
+            return
+        products = (s[..., None] * y).astype(dtype)
+        total, narrow, mixed = start, start.astype(dtype), start.astype(dtype)
+        for k in range(s.shape[1]):
+            total = total + products[:, k].astype(wide)
+            narrow = (narrow.astype(wide) + products[:, k].astype(wide)).astype(dtype)
+            mixed = (mixed.astype(wide) + s[:, k, None] * y[:, k]).astype(dtype)
+        yield f"in {wide}, of products in {dtype}", total
+        yield f"in {dtype}", narrow
+        yield f"in {dtype}, of products in {wide}", mixed
+
+
+def _least(hypotheses: Iterable[Hypothesis]) -> list[Hypothesis]:
+    """One of each words: the closest."""
+    best: dict[str, Hypothesis] = {}
+    for one in hypotheses:
+        if one.what not in best or one.residual < best[one.what].residual:
+            best[one.what] = one
+    return list(best.values())
+
+
+def _nice(value: float, asked: float | None, tolerance: float) -> float:
+    """The number that was meant: the asked case's, 0 or 1 where it is near; or with as many digits as are known."""
+    for wanted in (asked, 0.0, 1.0):
+        if wanted is not None and abs(value - wanted) <= tolerance * max(abs(wanted), 1.0):
+            return float(wanted)
+    digits = max(2, int(-math.log10(max(tolerance, 1e-12))))
+    return float(f"{value:.{digits}g}")
+
+
+def _inverse(f: Function, value: float) -> float:
+    """Where a function that rises above zero has this value; infinity where it does not up to the end of the scan."""
+    low, high = 0.0, 2 * SCAN[-1]
+    if value >= float(f(np.array(high))):
+        return math.inf
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(f(np.array(middle))) < value else (low, middle)
+    return low
