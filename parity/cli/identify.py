@@ -6,12 +6,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import tyro
-from rich.console import Console
 
 from parity.cases.case import Case
 from parity.cases.presets import MODELS
 from parity.cli.check import BACKEND_HELP, MODEL_HELP, Flags, chosen_backends, named_cases, ranks_of_jax
-from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say
+from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say, working
 from parity.explain.identify import computes, identify
 from parity.judge import records
 from parity.judge.card import Card
@@ -64,16 +63,12 @@ def run(command: Command) -> int:
         raise ValueError("--write is for the case of one layer: name one --backend")
     asked = asked_case(command)
     cards = []
-    with Console(stderr=True).status("") as status:
+    with working("") as say_that:
         for backend in backends:
-
-            def tell(what: str, name: str = backend.name) -> None:
-                status.update(f"{name}: {what}")
-
             ranks = ranks_of_jax(command.jax_ranks, command.device, (asked or SMALL).ranks)
             setting = Setting(command.device, ranks, command.timeout)
             base = asked or first_computed(backend, setting)
-            cards.append(identify(backend, base, setting, tell=tell))
+            cards.append(identify(backend, base, setting, tell=lambda what: say_that(what)))
     if command.write:
         command.write.write_bytes(msgspec.json.format(msgspec.json.encode(cards[0].case)))
         cards[0] = msgspec.structs.replace(cards[0], command=proving(command.write, backends[0]))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -136,7 +137,7 @@ LEAST = (1, 4)  # rows of a bin
 WHOSE = {"token": "first tokens first", "choice": "first choices first", "score": "largest scores first"}
 
 
-def _rules(case: Case) -> Iterable[tuple[str, dict[str, object], Keep]]:
+def _rules(case: Case) -> Iterable[tuple[str, dict[str, Any], Keep]]:
     """In words, the fields of a case that say it, and which assignments are kept."""
     factors = (case.capacity_factor,) if case.capacity_factor else FACTORS
     over = (False, True) if case.ranks > 1 else (False,)
@@ -144,7 +145,9 @@ def _rules(case: Case) -> Iterable[tuple[str, dict[str, object], Keep]]:
         if per == "rank" and batch:
             continue  # as many as all ranks have
         own = form == OWN and least == 1 and not batch
-        fields = {"capacity_factor": factor, "capacity_per": per, "priority": priority} if own else {}
+        fields: dict[str, Any] = {}
+        if own:
+            fields = {"capacity_factor": factor, "capacity_per": per, "priority": priority}
         formula = form.replace("b", "P" if per == "rank" else "E") + f", {least} at least" * (least > 1)
         said = f"more than {formula} rows of {'a rank' if per == 'rank' else 'an expert'}, f = {factor}"
         yield (

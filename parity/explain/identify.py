@@ -47,17 +47,25 @@ def identify(
     Raises BackendError where the layer does not compute the case, or does not run.
     """
     begin = time.perf_counter()
-    tell("asking")
+    tell(f"{backend.name}: asking")
     found, answers = _asked(backend, base, setting, home)
     reading = Reading(found, answers)
     findings = reading.all()
     findings += capacity.read(reading, answers)
-    tell("proving")
+    tell(f"{backend.name}: proving what was found")
     case = _found(base, found.case, reading)
     proof, proved, more = _proved(backend, case, setting, home)
     findings += more
     again = f"{command(case)} --backend {backend.asked or backend.name}"
     return Card(backend.name, base, findings, case, proof, proved, again, time.perf_counter() - begin)
+
+
+def explained(backend: Backend, case: Case, setting: Setting) -> Card | None:
+    """The card of a layer that fails in a case; None where it cannot be asked."""
+    try:
+        return identify(backend, case, setting)
+    except (BackendError, ValueError):
+        return None
 
 
 def _asked(

@@ -31,6 +31,8 @@ SCORE_WORDS = {
     "softmax_of_chosen": "softmax over the chosen",
 }
 
+SAME = {"softmax over all experts, renormalised", "softmax over the chosen"}
+
 # Activations that a case can say, and some that it cannot.
 ODD_ACTIVATIONS: dict[str, Function] = {
     "relu": lambda a: np.maximum(a, 0),
@@ -270,7 +272,9 @@ class Reading:
             ),
             Hypothesis("what an expert is given", best_input[0].residual, {"score_on": "input"}, self.case.top_k > 1),
         ]
-        finding = self._decide("the score multiplies", where, "units of different gates and ups, several scores")
+        finding = self._decide(
+            "the score multiplies", where, "units of different gates and ups, several scores", MARGIN * self.tolerance
+        )
         self.on_input = finding.fields.get("score_on") == "input" or (
             "is given" in finding.what and finding.state == "odd"
         )
@@ -496,6 +500,8 @@ class Reading:
             hypotheses = [h for h in hypotheses if not h.what.endswith(("first", "choice"))]
         finding = self._decide("scores", hypotheses, "random logits, all experts alike")
         best = finding.what.removeprefix("cannot tell: ").split("; or ")[0]
+        if finding.state == "cannot tell" and {*finding.what.removeprefix("cannot tell: ").split("; or ")} == SAME:
+            finding.what += ": they are the same function"
         if finding.state == "unknown":
             return
         fitted = factor[best]
