@@ -51,7 +51,7 @@ def identify(
     found, answers = _asked(backend, base, setting, home)
     reading = Reading(found, answers)
     findings = reading.all()
-    findings += capacity.read(reading, answers)
+    findings += capacity.read(reading, answers, base.capacity_factor)
     tell(f"{backend.name}: proving what was found")
     case = _found(base, found.case, reading)
     proof, proved, more = _proved(backend, case, setting, home)
@@ -78,7 +78,7 @@ def _asked(
     for takes in tried:
         found = probes.make(probes.probing_case(base, takes))
         if "keep" not in backend.takes and backend.layout == "opaque":
-            found.problems.update(capacity.problems(found))
+            found.problems.update(capacity.problems(found, base.capacity_factor))
         answers = ask(backend, found.problems, setting, home)
         if answers["readout-0"].trace is not None:
             return found, answers
@@ -94,13 +94,15 @@ def _found(base: Case, asked: Case, reading: Reading) -> Case:
         if finding.key in UNUSED and finding.what.startswith("ignored")
     }
     drawn = {"pattern": "random", "recording": None, "checkpoint": None, "layer": None, "name": f"{base.name}-found"}
+    asked = replace(asked, capacity_factor=base.capacity_factor)
     return replace(asked, tokens=base.tokens, seed=base.seed, **(drawn | reading.fields | unused))
 
 
 def _proved(backend: Backend, case: Case, setting: Setting, home: Path | None) -> tuple[str, bool, list[Finding]]:
     """What `check` says of the found case; and of gradients that do not match, what they are."""
     problem = draw(case)
-    answer = ask(backend, {"proof": problem}, setting, home)["proof"]
+    given = problem if "keep" in backend.takes else replace(problem, keep=np.ones_like(problem.keep))
+    answer = ask(backend, {"proof": given}, setting, home)["proof"]
     if answer.trace is None:
         return f"not run: {answer.why}", False, []
     _, checks = judge(problem, [answer.trace])

@@ -130,6 +130,8 @@ def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
         "seed",
     )
     case = replace(base, name="probe", **{name: getattr(plain, name) for name in drawn})
+    if base.capacity_factor is not None:  # one at which nothing is dropped: what is, other probes show
+        case = replace(case, capacity_factor=str(base.experts))
     if not takes:
         return case
     has = {name: name in takes for name in ("router_bias", "selection_bias", "expert_scale", "shared_score")}
@@ -243,7 +245,8 @@ def _pose(found: Probes, K: int) -> None:
     def put(name: str, w: Parameters, at: Case = case, x: Array = found.x_nD) -> None:
         of = replace(at, name=f"probe-{len(found.problems):02}-{name}")
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            found.problems[name] = posed(of, x.reshape(dout.shape), w, dout)
+            problem = posed(of, x.reshape(dout.shape), w, dout)
+        found.problems[name] = replace(problem, keep=np.ones_like(problem.keep))  # what to drop is the layer's to say
 
     for i in range(found.passes):
         w_down = shown(case, i)

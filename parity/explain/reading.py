@@ -613,6 +613,11 @@ class Reading:
         above, below = self._weights("readout", "fine above"), self._weights("readout", "fine below")
         if above is None or below is None:
             return
+        enough = [((a != 0).sum(1) == self.case.top_k).all() for a in (above, below)]
+        if not all(enough):
+            said = "cannot tell: not all experts of these tokens show, as where some are dropped"
+            self._said("precision of logits", said, "cannot tell", experiment="two logits near each other")
+            return
         told = (above[:, 1] != 0) & (above[:, 0] == 0) & (below[:, 0] != 0) & (below[:, 1] == 0)
         experiment = "two logits at -8, one of them 2^-n away"
         if not told.any():

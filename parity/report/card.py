@@ -5,6 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parity.judge.card import Card, Finding, differences, keys
+from parity.report.terminal import few
 
 MARKS = {
     "found": ("\N{CHECK MARK}", "green"), "odd": ("!", "bold yellow"), "cannot tell": ("?", "cyan"),
@@ -70,8 +71,3 @@ def _cell(finding: Finding | None) -> Text:
 def mark(finding: Finding) -> Text:
     """How sure a finding is."""
     return Text(*MARKS[finding.state])
-
-
-def few(value: float | None) -> str:
-    """A residual in one digit."""
-    return "" if value is None else f"{value:.0e}" if value else "0"

@@ -159,6 +159,18 @@ def failures(report: Report) -> Group:
     return Group(*lines)
 
 
+def few(value: float | None) -> str:
+    """A residual in one digit."""
+    return "" if value is None else f"{value:.0e}" if value else "0"
+
+
+# In words, how sure a finding is.
+SURE = {
+    "found": "found: nothing else explains it", "odd": "found, and no case can say it",
+    "cannot tell": "several explanations hold", "unknown": "no explanation holds",
+}  # fmt: skip
+
+
 def explanation(card: Card) -> list[str]:
     """Why a layer is not what the case says that it was asked in, in sentences; what would match; what was excluded."""
     said = [f"stage {SHORT[stage]}: {sentence}" if stage else sentence for stage, sentence in card.reasons()]
