@@ -1,0 +1,170 @@
+"""What each published layer's source and configuration state, and whether its card says so.
+
+`python tests/published_cards.py [NAMES]`, in an environment that has them.
+"""
+
+import shlex
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from parity.cases.case import Case
+from parity.cli.check import chosen_cases
+from parity.cli.main import parse
+from parity.explain.identify import identify
+from parity.judge import records
+from parity.judge.card import Card, Finding
+from parity.run import ours
+from parity.run.backend import BackendError, Setting
+
+# What a line of a card has to say: words; one of several words, where the source leaves it to a library; or fields of a
+# case. None: there is no such line.
+Words = str | tuple[str, ...] | dict[str, Any] | None
+
+
+class Stated(NamedTuple):
+    """Of a layer: the case that says what it is, and what its source states beside."""
+
+    flags: str
+    says: dict[str, Words] = {}  # where it differs from USUAL
+    narrow: dict[str, Words] = {}  # and in bfloat16
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # that it computes
+
+
+# What most of them state. Words that depend on the case are filled in by `stated`.
+USUAL: dict[str, Words] = {
+    "repeatable": "yes",
+    "beside the experts": "nothing",
+    "the score multiplies": "what an expert returns",
+    "gate and up": "gate and up are where they belong",
+    "activation": "silu",
+    "added to up": "nothing",
+    "clamp": "none",
+    "numbers of experts": "logit g leads to the weights of expert g",
+    "choice": "those with the largest logits",
+    "precision of logits": "float32",
+    "precision of experts": "float32",
+    "other tokens": "change nothing, bit for bit",
+    "gradient at cotangent 0": "zero: no auxiliary loss",
+    "dropped": "nothing, though all tokens want one expert",
+}
+# In 16 bits nothing is more precise than what is asked.
+NARROW: dict[str, Words] = {"precision of experts": None, "precision of logits": "bfloat16"}
+
+# A loop over experts, each of which adds its weighed rows to a buffer in the dtype of the tokens.
+LOOP: dict[str, Words] = {"sum over the chosen": "in order of expert, in float32"}
+LOOP_NARROW: dict[str, Words] = {"sum over the chosen": "in order of expert, in bfloat16"}
+# Scores in float32 weigh what experts return, or are rounded to the dtype of the tokens before.
+WIDE: dict[str, Words] = {"dtype of scores": "float32"}
+CAST: dict[str, Words] = {"dtype of scores": "bfloat16: rounded before they weigh anything"}
+IN_FLOAT32: dict[str, Words] = {"precision of logits": "float32"}
+
+SOFTMAX: dict[str, Words] = {"scores": "softmax over all experts", "one expert a token": "its score, not renormalised"}
+RENORMALISED: dict[str, Words] = {
+    "scores": "softmax over all experts, renormalised",
+    "one expert a token": "its score, renormalised: 1",
+}
+SIGMOID: dict[str, Words] = {"scores": "sigmoid, renormalised", "one expert a token": "its score, renormalised: 1"}
+BIASED: dict[str, Words] = {"selection bias": "added to the scores for the choice only"}
+SHARED: dict[str, Words] = {"shared expert": "added"}
+WEIGHED: dict[str, Words] = {"shared expert": "added, weighed by the sigmoid of its score"}
+TOP2: dict[str, Words] = {"choice": {"groups": 4, "top_groups": 2, "group_score": "top2"}}
+LOWER: dict[str, Words] = {"of equal scores": "the lower expert id is chosen"}
+
+SIZES = "--width 48 --hidden 24 --experts 16 --top-k 3 --ranks 1"
+AS_TOKENS = f"{SIZES} --router-dtype activations"
+TWO = f"{SIZES.replace('--ranks 1', '--ranks 2')} --router-dtype activations --cast-scores True --renormalize True"
+QWEN = f"{AS_TOKENS} --cast-scores True"
+DEEPSEEK = f"{SIZES} --score-function sigmoid --renormalize True --scale 2.5 --selection-bias True"
+
+_LOOP_WIDE, _LOOP_CAST = LOOP_NARROW | WIDE, LOOP_NARROW | CAST
+_DEEPSEEK = LOOP | SIGMOID | BIASED | SHARED | {"added to the sum": "nothing, or less than {smallest}"}
+# A product over all experts, or over the chosen; in which order and how it rounds is up to XLA.
+_ANY_SUM: tuple[str, ...] = ("in float32", "products not rounded", "of products in bfloat16")
+
+LAYERS: dict[str, Stated] = {
+    "transformers:mixtral": Stated(f"{AS_TOKENS} --renormalize True --epsilon 0", LOOP | RENORMALISED, _LOOP_WIDE),
+    "transformers:minimax": Stated(f"{AS_TOKENS} --renormalize True --epsilon 0", LOOP | RENORMALISED, _LOOP_WIDE),
+    "transformers:granitemoe": Stated(
+        f"{QWEN} --score-function softmax_of_chosen --activation gelu",
+        LOOP | RENORMALISED | {"scores": "softmax over the chosen", "activation": "gelu"}, _LOOP_CAST,
+    ),
+    "transformers:jamba": Stated(QWEN, LOOP | SOFTMAX, _LOOP_CAST),
+    "transformers:olmoe": Stated(QWEN, LOOP | SOFTMAX, _LOOP_CAST),
+    "transformers:flex_olmo": Stated(f"{QWEN} --renormalize True --epsilon 0", LOOP | RENORMALISED, _LOOP_CAST),
+    "transformers:qwen3_moe": Stated(f"{QWEN} --renormalize True --epsilon 0", LOOP | RENORMALISED, _LOOP_CAST),
+    "transformers:qwen2_moe": Stated(
+        f"{QWEN} --shared-hidden 40 --shared-score True", LOOP | SOFTMAX | WEIGHED, _LOOP_CAST
+    ),
+    "transformers:qwen3_next": Stated(
+        f"{QWEN} --renormalize True --epsilon 0 --shared-hidden 40 --shared-score True",
+        LOOP | RENORMALISED | WEIGHED, _LOOP_CAST,
+    ),
+    "transformers:deepseek_v3": Stated(
+        f"{DEEPSEEK} --groups 4 --top-groups 2 --shared-hidden 72", _DEEPSEEK | TOP2, _LOOP_WIDE | IN_FLOAT32
+    ),
+    "transformers:glm4_moe": Stated(f"{DEEPSEEK} --shared-hidden 72", _DEEPSEEK, _LOOP_WIDE | IN_FLOAT32),
+    "transformers:nemotron_h": Stated(  # its buffer has the dtype of the scores
+        f"{DEEPSEEK} --groups 4 --top-groups 2 --shared-hidden 40 --gated False --activation relu2",
+        _DEEPSEEK | TOP2 | {"activation": "relu2", "gate and up": None, "added to up": None},
+        LOOP | WIDE | IN_FLOAT32,
+    ),
+    "transformers:deepseek_v2": Stated(
+        f"{SIZES} --groups 4 --top-groups 2 --group-score max --outside-groups zero --scale 16 --shared-hidden 72",
+        LOOP | SOFTMAX | SHARED | {"choice": {"groups": 4, "top_groups": 2, "group_score": "max"}},
+        _LOOP_WIDE | IN_FLOAT32,
+    ),
+    "transformers:minimax_m2": Stated(
+        f"{SIZES} --score-function sigmoid --renormalize True --epsilon 0 --selection-bias True --router-dtype activations",
+        LOOP | SIGMOID | BIASED | {"added to the sum": "nothing, or less than {smallest}"}, _LOOP_WIDE,
+    ),
+    "transformers:lfm2_moe": Stated(
+        f"{DEEPSEEK} --epsilon 1e-6 --router-dtype activations --cast-scores True",
+        LOOP | SIGMOID | BIASED | {"added to the sum": {"epsilon": 1e-6}}, _LOOP_CAST,
+    ),
+    "transformers:gpt_oss": Stated(
+        f"{QWEN} --score-function softmax_of_chosen --router-bias True --expert-bias True --activation quick_gelu "
+        "--clamp 7 --up-offset 1",
+        LOOP | RENORMALISED | {
+            "scores": "softmax over the chosen", "activation": "quick_gelu", "added to up": "1",
+            "clamp": "gate at most 7, up within 7 of zero", "router bias": "added to the logits",
+            "biases of gate and up": "added to gate and up",
+            "bias of down": "added to what an expert returns, and weighed",
+        }, _LOOP_CAST,
+    ),
+    "transformers:llama4": Stated(
+        f"{QWEN.replace('--top-k 3', '--top-k 1')} --score-function sigmoid --score-on input --shared-hidden 24",
+        SHARED | {
+            "the score multiplies": "what an expert is given", "scores": "sigmoid", "added to up": None,
+            "clamp": None, "precision of experts": None, "sum over the chosen": None,
+        },
+    ),
+    "transformers:gemma4": Stated(
+        f"{AS_TOKENS} --renormalize True --expert-scale True --activation gelu_tanh --epsilon 0",
+        LOOP | RENORMALISED | {"activation": "gelu_tanh", "scale of experts": "multiplies the weights"}, _LOOP_WIDE,
+    ),
+    "megatron": Stated(  # scores weigh hidden units; each rank adds up its own experts', in the dtype of the tokens
+        DEEPSEEK.replace("--ranks 1", "--ranks 2"),
+        SIGMOID | BIASED | {
+            "added to the sum": "nothing, or less than {smallest}",
+            "sum over the chosen": "ranks one after the other, in float32",
+        },
+        WIDE | IN_FLOAT32 | {"sum over the chosen": "ranks one after the other, in bfloat16"},
+    ),
+    "torchtitan": Stated(
+        f"{DEEPSEEK} --router-dtype activations --cast-scores True",
+        LOOP | SIGMOID | BIASED | {"added to the sum": "nothing, or less than {smallest}"}, _LOOP_CAST,
+        dtypes=("bfloat16",),
+    ),
+    "maxtext:dense": Stated(f"{QWEN} --renormalize True", LOWER | RENORMALISED, CAST),
+    "maxtext:dense_over_ranks": Stated(TWO, LOWER | RENORMALISED, CAST),
+    "maxtext:ragged": Stated(f"{QWEN} --renormalize True", LOWER | RENORMALISED, CAST),
+    "maxtext:ring_over_ranks": Stated(TWO, LOWER | RENORMALISED, CAST),
+}  # fmt: skip
