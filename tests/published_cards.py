@@ -5,27 +5,25 @@
 
 import shlex
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, NamedTuple
 
-import msgspec
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from parity.cases.case import Case
+from parity.cases.parameters import parameters_of
 from parity.cli.check import chosen_cases
 from parity.cli.main import parse
 from parity.explain.identify import identify
-from parity.judge import records
 from parity.judge.card import Card, Finding
 from parity.run import ours
 from parity.run.backend import BackendError, Setting
 
-# What a line of a card has to say: words; one of several words, where the source leaves it to a library; or fields of a
-# case. None: there is no such line.
+# What a line of a card has to say: words, or how they begin, with dots; several ways to end, where the source leaves it
+# to a library; or fields of a case. None: there is no such line.
 Words = str | tuple[str, ...] | dict[str, Any] | None
 
 
@@ -38,7 +36,7 @@ class Stated(NamedTuple):
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # that it computes
 
 
-# What most of them state. Words that depend on the case are filled in by `stated`.
+# What most of them state. `stated` adds what depends on the case.
 USUAL: dict[str, Words] = {
     "repeatable": "yes",
     "beside the experts": "nothing",
@@ -85,7 +83,7 @@ QWEN = f"{AS_TOKENS} --cast-scores True"
 DEEPSEEK = f"{SIZES} --score-function sigmoid --renormalize True --scale 2.5 --selection-bias True"
 
 _LOOP_WIDE, _LOOP_CAST = LOOP_NARROW | WIDE, LOOP_NARROW | CAST
-_DEEPSEEK = LOOP | SIGMOID | BIASED | SHARED | {"added to the sum": "nothing, or less than {smallest}"}
+_DEEPSEEK = LOOP | SIGMOID | BIASED | SHARED | {"added to the sum": "nothing, or less than ..."}
 # A product over all experts, or over the chosen; in which order and how it rounds is up to XLA.
 _ANY_SUM: tuple[str, ...] = ("in float32", "products not rounded", "of products in bfloat16")
 
@@ -122,8 +120,8 @@ LAYERS: dict[str, Stated] = {
         _LOOP_WIDE | IN_FLOAT32,
     ),
     "transformers:minimax_m2": Stated(
-        f"{SIZES} --score-function sigmoid --renormalize True --epsilon 0 --selection-bias True --router-dtype activations",
-        LOOP | SIGMOID | BIASED | {"added to the sum": "nothing, or less than {smallest}"}, _LOOP_WIDE,
+        f"{AS_TOKENS} --score-function sigmoid --renormalize True --epsilon 0 --selection-bias True",
+        LOOP | SIGMOID | BIASED | {"added to the sum": "nothing, or less than ..."}, _LOOP_WIDE,
     ),
     "transformers:lfm2_moe": Stated(
         f"{DEEPSEEK} --epsilon 1e-6 --router-dtype activations --cast-scores True",
@@ -153,14 +151,14 @@ LAYERS: dict[str, Stated] = {
     "megatron": Stated(  # scores weigh hidden units; each rank adds up its own experts', in the dtype of the tokens
         DEEPSEEK.replace("--ranks 1", "--ranks 2"),
         SIGMOID | BIASED | {
-            "added to the sum": "nothing, or less than {smallest}",
+            "added to the sum": "nothing, or less than ...",
             "sum over the chosen": "ranks one after the other, in float32",
         },
         WIDE | IN_FLOAT32 | {"sum over the chosen": "ranks one after the other, in bfloat16"},
     ),
     "torchtitan": Stated(
         f"{DEEPSEEK} --router-dtype activations --cast-scores True",
-        LOOP | SIGMOID | BIASED | {"added to the sum": "nothing, or less than {smallest}"}, _LOOP_CAST,
+        LOOP | SIGMOID | BIASED | {"added to the sum": "nothing, or less than ..."}, _LOOP_CAST,
         dtypes=("bfloat16",),
     ),
     "maxtext:dense": Stated(f"{QWEN} --renormalize True", LOWER | RENORMALISED, CAST),
@@ -168,3 +166,126 @@ LAYERS: dict[str, Stated] = {
     "maxtext:ragged": Stated(f"{QWEN} --renormalize True", LOWER | RENORMALISED, CAST),
     "maxtext:ring_over_ranks": Stated(TWO, LOWER | RENORMALISED, CAST),
 }  # fmt: skip
+
+
+def stated(name: str, dtype: str) -> tuple[Case, dict[str, Words]]:
+    """The case that says what a layer is, and what the lines of its card have to say."""
+    of = LAYERS[name]
+    case = chosen_cases(parse(["check", *shlex.split(of.flags), "--dtype", dtype]))[0]
+    says = USUAL | {"scale": f"{case.scale:g}", "experts of a token": f"{case.top_k}"}
+    says |= {"of equal scores": torch_ties(case), "sum over the chosen": _ANY_SUM} | of.says
+    says |= (NARROW | of.narrow) if dtype == "bfloat16" else {}
+    learned = 1 + sum(parameter.learned for parameter in parameters_of(case))
+    says["gradients"] = f"the derivative of the output, all {learned}"
+    return case, {key: words for key, words in says.items() if words is not None}
+
+
+def torch_ties(case: Case) -> str:
+    """Which of equal scores torch.topk chooses, in words: where scores are equal, so are groups."""
+    import torch
+
+    groups = torch.topk(torch.zeros(case.groups), case.top_groups, sorted=False)[1]
+    open_E = torch.zeros(case.groups, case.experts // case.groups)
+    if case.groups > 1:
+        closed = 0.0 if case.outside_groups == "zero" else -torch.inf
+        open_E = torch.full_like(open_E, closed)
+        open_E[groups] = 1
+    ids = sorted(torch.topk(open_E.reshape(-1), case.top_k)[1].tolist())
+    if ids == list(range(case.top_k)):
+        return "the lower expert id is chosen"
+    if ids == list(range(case.experts - case.top_k, case.experts)):
+        return "the higher expert id is chosen"
+    return f"neither the lower nor the higher id is chosen, but {ids}"
+
+
+def verdict(finding: Finding | None, words: Words) -> str:
+    """What a line of a card is: right, wrong, cannot tell, unknown."""
+    if finding is None or words is None:
+        return "wrong"
+    if finding.state == "unknown":
+        return "unknown"
+    possible = finding.what.removeprefix("cannot tell: ").removesuffix(": they are the same function").split("; or ")
+    if isinstance(words, dict):
+        fits = all(finding.fields.get(name) == value for name, value in words.items())
+    elif isinstance(words, tuple):
+        fits = any(said.endswith(words) for said in possible)
+    elif words.endswith("..."):
+        fits = any(said.startswith(words[:-3]) for said in possible)
+    else:
+        fits = words in possible
+    return "wrong" if not fits else "cannot tell" if finding.state == "cannot tell" else "right"
+
+
+class Outcome(NamedTuple):
+    """A card held against what is stated."""
+
+    card: Card
+    lines: dict[str, tuple[str, str, Words]]  # by key: verdict, what the card says, what is stated
+
+    def count(self, what: str) -> int:
+        """How many lines are so."""
+        return sum(found == what for found, *_ in self.lines.values())
+
+
+def held(name: str, dtype: str) -> Outcome:
+    """The card of a layer, held line by line against what is stated; and that its case is the stated one."""
+    case, says = stated(name, dtype)
+    card = identify(ours.find(name), case, Setting())
+    found = {finding.key: finding for finding in card.findings}
+    lines: dict[str, tuple[str, str, Words]] = {}
+    for key in dict.fromkeys([*found, *says]):
+        finding, words = found.get(key), says.get(key)
+        lines[key] = verdict(finding, words), finding.what if finding else "", words
+    differ = [
+        f"{f.name} {getattr(card.case, f.name)}"
+        for f in fields(Case)
+        if f.name not in ("name", *case.idle, "epsilon") and getattr(card.case, f.name) != getattr(case, f.name)
+    ]
+    lines["the case"] = "wrong" if differ else "right", ", ".join(differ) or "as stated", "as stated"
+    return Outcome(card, lines)
+
+
+@dataclass
+class Arguments:
+    """Hold the cards of published layers against what their sources state."""
+
+    names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAMES]")] = ()
+    """Layers, or ends of their names; all if none is named."""
+    dtype: tuple[str, ...] = ("float32", "bfloat16")
+    """Of tokens and experts."""
+    show: bool = False
+    """Every line of every card, not only those that are not right."""
+
+
+def main(asked: Arguments) -> int:
+    """Print the table; exit code 1 where a line is wrong, or a case is not proved."""
+    console = Console(width=150)
+    table = Table("layer", "dtype", "right", "wrong", "cannot tell", "unknown", "proved", "s")
+    total: Counter[str] = Counter()
+    for dtype in asked.dtype:
+        for name, of in LAYERS.items():
+            if dtype not in of.dtypes or (asked.names and not name.endswith(asked.names)):
+                continue
+            try:
+                outcome = held(name, dtype)
+            except BackendError as error:
+                total["wrong"] += 1
+                table.add_row(name, dtype, "", "", "", "", f"not run: {error}", "")
+                continue
+            counts = {what: outcome.count(what) for what in ("right", "wrong", "cannot tell", "unknown")}
+            total.update(counts, layers=1, proved=outcome.card.proved)
+            proved = "yes" if outcome.card.proved else f"no: {outcome.card.proof}"
+            table.add_row(name, dtype, *map(str, counts.values()), proved, f"{outcome.card.seconds:.0f}")
+            console.print(f"{name} {dtype} {counts}", soft_wrap=True, markup=False)
+            for key, (what, said, words) in outcome.lines.items():
+                if asked.show or what != "right":
+                    console.print(f"  {what}: {key}: {said} [stated: {words}]", soft_wrap=True, markup=False)
+    table.add_section()
+    names = ("right", "wrong", "cannot tell", "unknown")
+    table.add_row("all", "", *(str(total[what]) for what in names), f"{total['proved']} of {total['layers']}", "")
+    console.print(table)
+    return int(total["wrong"] > 0 or total["proved"] < total["layers"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Arguments)))
