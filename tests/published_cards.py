@@ -6,6 +6,7 @@
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, NamedTuple
 
@@ -31,8 +32,8 @@ class Stated(NamedTuple):
     """Of a layer: the case that says what it is, and what its source states beside."""
 
     flags: str
-    says: dict[str, Words] = {}  # where it differs from USUAL
-    narrow: dict[str, Words] = {}  # and in bfloat16
+    says: Mapping[str, Words] = {}  # where it differs from USUAL
+    narrow: Mapping[str, Words] = {}  # and in bfloat16
     dtypes: tuple[str, ...] = ("float32", "bfloat16")  # that it computes
 
 
@@ -73,7 +74,11 @@ SIGMOID: dict[str, Words] = {"scores": "sigmoid, renormalised", "one expert a to
 BIASED: dict[str, Words] = {"selection bias": "added to the scores for the choice only"}
 SHARED: dict[str, Words] = {"shared expert": "added"}
 WEIGHED: dict[str, Words] = {"shared expert": "added, weighed by the sigmoid of its score"}
-TOP2: dict[str, Words] = {"choice": {"groups": 4, "top_groups": 2, "group_score": "top2"}}
+TOP2: dict[str, Words] = {"choice": "within the best 2 of 4 groups, by the sum of the two largest of sigmoid"}
+GROUPS_BY_MAX: dict[str, Words] = {
+    "choice": "within the best 2 of 4 groups, by the largest of softmax over all experts"
+}
+BY_RANK = "ranks one after the other, each in order of expert, in float32"
 LOWER: dict[str, Words] = {"of equal scores": "the lower expert id is chosen"}
 
 SIZES = "--width 48 --hidden 24 --experts 16 --top-k 3 --ranks 1"
@@ -83,7 +88,7 @@ QWEN = f"{AS_TOKENS} --cast-scores True"
 DEEPSEEK = f"{SIZES} --score-function sigmoid --renormalize True --scale 2.5 --selection-bias True"
 
 _LOOP_WIDE, _LOOP_CAST = LOOP_NARROW | WIDE, LOOP_NARROW | CAST
-_DEEPSEEK = LOOP | SIGMOID | BIASED | SHARED | {"added to the sum": "nothing, or less than ..."}
+_DEEPSEEK = LOOP | SIGMOID | BIASED | SHARED | {"added to the sum": "1e-20"}
 # A product over all experts, or over the chosen; in which order and how it rounds is up to XLA.
 _ANY_SUM: tuple[str, ...] = ("in float32", "products not rounded", "of products in bfloat16")
 
@@ -116,16 +121,16 @@ LAYERS: dict[str, Stated] = {
     ),
     "transformers:deepseek_v2": Stated(
         f"{SIZES} --groups 4 --top-groups 2 --group-score max --outside-groups zero --scale 16 --shared-hidden 72",
-        LOOP | SOFTMAX | SHARED | {"choice": {"groups": 4, "top_groups": 2, "group_score": "max"}},
+        LOOP | SOFTMAX | SHARED | GROUPS_BY_MAX,
         _LOOP_WIDE | IN_FLOAT32,
     ),
     "transformers:minimax_m2": Stated(
         f"{AS_TOKENS} --score-function sigmoid --renormalize True --epsilon 0 --selection-bias True",
-        LOOP | SIGMOID | BIASED | {"added to the sum": "nothing, or less than ..."}, _LOOP_WIDE,
+        LOOP | SIGMOID | BIASED | {"added to the sum": "nothing..."}, _LOOP_WIDE,
     ),
     "transformers:lfm2_moe": Stated(
         f"{DEEPSEEK} --epsilon 1e-6 --router-dtype activations --cast-scores True",
-        LOOP | SIGMOID | BIASED | {"added to the sum": {"epsilon": 1e-6}}, _LOOP_CAST,
+        LOOP | SIGMOID | BIASED | {"added to the sum": "1e-06"}, _LOOP_CAST,
     ),
     "transformers:gpt_oss": Stated(
         f"{QWEN} --score-function softmax_of_chosen --router-bias True --expert-bias True --activation quick_gelu "
@@ -151,14 +156,18 @@ LAYERS: dict[str, Stated] = {
     "megatron": Stated(  # scores weigh hidden units; each rank adds up its own experts', in the dtype of the tokens
         DEEPSEEK.replace("--ranks 1", "--ranks 2"),
         SIGMOID | BIASED | {
-            "added to the sum": "nothing, or less than ...",
-            "sum over the chosen": "ranks one after the other, in float32",
+            "added to the sum": "1e-20",
+            "sum over the chosen": BY_RANK,
+            "one expert a token": "its score, not renormalised",  # of one it does not do so
         },
-        WIDE | IN_FLOAT32 | {"sum over the chosen": "ranks one after the other, in bfloat16"},
+        IN_FLOAT32 | {
+            "sum over the chosen": f"{BY_RANK}, of sums in bfloat16",
+            "dtype of scores": "float32, and rounded with the hidden units that they weigh",
+        },
     ),
     "torchtitan": Stated(
         f"{DEEPSEEK} --router-dtype activations --cast-scores True",
-        LOOP | SIGMOID | BIASED | {"added to the sum": "nothing, or less than ..."}, _LOOP_CAST,
+        LOOP | SIGMOID | BIASED | {"added to the sum": "1e-20"}, _LOOP_CAST,
         dtypes=("bfloat16",),
     ),
     "maxtext:dense": Stated(f"{QWEN} --renormalize True", LOWER | RENORMALISED, CAST),
@@ -172,9 +181,10 @@ def stated(name: str, dtype: str) -> tuple[Case, dict[str, Words]]:
     """The case that says what a layer is, and what the lines of its card have to say."""
     of = LAYERS[name]
     case = chosen_cases(parse(["check", *shlex.split(of.flags), "--dtype", dtype]))[0]
-    says = USUAL | {"scale": f"{case.scale:g}", "experts of a token": f"{case.top_k}"}
-    says |= {"of equal scores": torch_ties(case), "sum over the chosen": _ANY_SUM} | of.says
-    says |= (NARROW | of.narrow) if dtype == "bfloat16" else {}
+    says: dict[str, Words] = USUAL | {"scale": f"{case.scale:g}", "experts of a token": f"{case.top_k}"}
+    says |= {"of equal scores": torch_ties(case), "sum over the chosen": _ANY_SUM}
+    says |= of.says
+    says |= {**NARROW, **of.narrow} if dtype == "bfloat16" else {}
     learned = 1 + sum(parameter.learned for parameter in parameters_of(case))
     says["gradients"] = f"the derivative of the output, all {learned}"
     return case, {key: words for key, words in says.items() if words is not None}
@@ -204,6 +214,8 @@ def verdict(finding: Finding | None, words: Words) -> str:
         return "wrong"
     if finding.state == "unknown":
         return "unknown"
+    if finding.what.startswith("cannot tell: ") and "; or " not in finding.what:
+        return "cannot tell"  # and why
     possible = finding.what.removeprefix("cannot tell: ").removesuffix(": they are the same function").split("; or ")
     if isinstance(words, dict):
         fits = all(finding.fields.get(name) == value for name, value in words.items())
