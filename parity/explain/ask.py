@@ -1,5 +1,6 @@
 """Give a backend problems, and take what it makes of them."""
 
+import atexit
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -9,12 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from parity.oracle.problem import Problem
-from parity.run import supervisor
 from parity.run.backend import Backend, BackendError, Setting
-from parity.run.supervisor import Failure
+from parity.run.supervisor import Failure, Kept
 from parity.run.trace import Trace
 
 Array = np.ndarray
+
+KEPT = Kept()
+atexit.register(KEPT.end)
 
 
 class Answer(NamedTuple):
@@ -47,6 +50,8 @@ def ask(
 ) -> dict[str, Answer]:
     """Run the problems, from the folder `home` if it is another one; answers by name.
 
+    The process that does waits for the next problems: importing a framework takes longer than most of them.
+
     Raises BackendError when the backend cannot run at all, or dies.
     """
     by_case = {problem.case.name: name for name, problem in problems.items()}
@@ -56,9 +61,8 @@ def ask(
         for problem in problems.values():
             problem.save(folder / f"{problem.case.name}.problem")
         cases = [problem.case for problem in problems.values()]
-        homes = {backend.name: home or Path.cwd()}
-        with closing(supervisor.run(folder, homes, [backend], cases, setting, {})) as running:
-            for _, case, failure in running:
+        with closing(KEPT.run(folder, home or Path.cwd(), backend, cases, setting)) as running:
+            for case, failure in running:
                 if failure and not failure.case:
                     raise BackendError(backend.name, str(failure))
                 found[by_case[case]] = _answer(folder / f"{case}.{backend.name}.safetensors", failure)

@@ -56,7 +56,7 @@ def read(reading: Reading, answers: Mapping[str, Answer], factor: str | None) ->
     """What is dropped, as findings."""
     case = replace(reading.case, capacity_factor=factor)
     asked = [T for T in TOKENS if f"capacity-{T}" in answers and answers[f"capacity-{T}"].out is not None]
-    if not asked or reading.score is None or reading.case.groups > 1:
+    if not asked or reading.score is None:
         return []
     got = {}
     for T in asked:
@@ -82,7 +82,8 @@ def _findings(reading: Reading, case: Case, got: Mapping[int, Array], logits: Ma
     for what, fields, keep in _rules(case):
         wrong = total = 0
         for T in got:
-            ids = np.argsort(-logits[T], axis=-1, kind="stable")[..., : case.top_k]
+            wanted = np.where(weight[T] != 0, -logits[T], np.inf)  # of groups, some are closed
+            ids = np.argsort(wanted, axis=-1, kind="stable")[..., : case.top_k]
             score = np.take_along_axis(weight[T], ids, -1)
             kept = keep(ids, score)
             seen = np.take_along_axis(got[T], ids, -1) != 0

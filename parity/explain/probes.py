@@ -162,7 +162,7 @@ def make(case: Case) -> Probes:
     hidden = (_narrow(case, steep), sides) if case.gated else (np.ones(F), _narrow(case, steep))
     combined_ED = rng.integers(-127, 128, (E, D)) / 128.0
     learned = {
-        "router_bias": rng.permutation(np.arange(E) - E // 2) * (2 / E),
+        "router_bias": _on_grid(rng.permutation(np.arange(E) - E // 2) * (2 / E)),
         "selection_bias": rng.permutation(np.arange(E) - E // 2) * (1 / E),
         "expert_scale": rng.integers(2, 9, E) / 4,
         "b_gate": np.full((E, F), -0.5), "b_up": np.full((E, F), 0.25), "b_down": rng.integers(1, 9, (E, D)) / 8,
@@ -174,6 +174,11 @@ def make(case: Case) -> Probes:
     found = Probes(case, tokens, x_nD, router_DE, hidden, combined_ED, learned, {})
     _pose(found, K)
     return found
+
+
+def _on_grid(a: Array) -> Array:
+    """As logits are, so that their sums are not rounded in any dtype."""
+    return np.round(a / STEP) * STEP
 
 
 def _narrow(case: Case, a: Array) -> Array:
@@ -259,6 +264,8 @@ def _pose(found: Probes, K: int) -> None:
             put(f"expert_bias-{i}", weights(found, w_down=w_down, **biases))
         if K > 1:
             put(f"one_choice-{i}", weights(found, w_down=w_down), replace(case, top_k=1))
+            other = replace(case, top_k=1, renormalize=not case.renormalize)  # asked, as some say so of one expert
+            put(f"one_choice_other-{i}", weights(found, w_down=w_down), other)
     gate, up = found.hidden
     scale = V0 if case.gated else 1.0
     different = {"w_up": _rows(case, U, up / (1 if case.gated else U0_ALONE))}

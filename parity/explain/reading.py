@@ -555,6 +555,8 @@ class Reading:
             return
         experiment = "the same with one expert a token"
         table = self._weights("one_choice", "routing")
+        if table is None:  # of one expert, it may have a case of its own
+            table = self._weights("one_choice_other", "routing")
         if table is None:
             self._said(
                 "one expert a token", f"not asked: {self.answers['one_choice-0'].why}", "unknown", experiment=experiment
@@ -715,17 +717,36 @@ class Reading:
                 experiment=experiment,
             )
         if narrow:
-            self._decide(
-                "dtype of scores",
-                [
-                    Hypothesis(self.case.score_dtype, cast[False], {"cast_scores": False}),
-                    Hypothesis(
-                        f"{self.case.dtype}: rounded before they weigh anything", cast[True], {"cast_scores": True}
-                    ),
-                ],
-                experiment,
-                0.01,
-            )
+            self._score_dtype(cast, experiment)
+
+    def _score_dtype(self, cast: dict[bool, float], experiment: str) -> None:
+        """Whether scores are rounded before they weigh anything, or what they have weighed is, which may be either side
+        of w_down.
+
+        By sums of what experts return, where hidden units are a power of two, so that both are the same; and by the
+        hidden units themselves, where they are none.
+        """
+        wide, dtype = self.case.score_dtype, self.case.dtype
+        rounded = {True: 1.0, False: 1.0}
+        table = self._table("readout", "gate scan")
+        if table is not None and self.score is not None:
+            with np.errstate(all="ignore"):
+                s_nE = self.scale * self.score(self.probes.logits("gate scan"))
+                h_n1 = self._narrow(self._value(np.concatenate([np.array(SCAN), -np.array(SCAN)]), 1.0))[:, None]
+            steep = np.isfinite(h_n1[:, 0]) & (np.abs(np.frexp(h_n1[:, 0])[0]) != 0.5) & (np.abs(h_n1[:, 0]) > 1e-3)
+            for narrow in (False, True):
+                s = self._narrow(s_nE) if narrow else s_nE
+                on = (s != 0) & steep[:, None]
+                expected = self._narrow((s * h_n1).astype(np.float32))
+                rounded[narrow] = float((expected != table)[on].mean()) if on.any() else 0.0
+        words = (
+            (wide, max(cast[False], min(rounded[False], 1.0)), False),
+            (f"{wide}, and rounded with the hidden units that they weigh", max(cast[True], rounded[False]), False),
+            (f"{dtype}: rounded before they weigh anything", max(cast[True], rounded[True]), True),
+        )
+        experiment = f"{experiment}; and {len(SCAN) * 2} numbers of hidden units"
+        hypotheses = [Hypothesis(what, off, {"cast_scores": narrow}) for what, off, narrow in words]
+        self._decide("dtype of scores", hypotheses, experiment, 0.05)
 
     def _parameters(self, name: str) -> Parameters:
         return in_float64(self.probes.problems[f"{name}-0"].parameters)
@@ -739,8 +760,15 @@ class Reading:
         got = self._asked_for("router_bias")
         if got is None:
             return
-        logits, case, w = self.probes.logits("routing"), self._said_case(), self._parameters("router_bias")
-        bias = w.router_bias
+        logits, case, bias = (
+            self.probes.logits("routing"),
+            self._said_case(),
+            self._parameters("router_bias").router_bias,
+        )
+        ordered = -np.sort(-(logits + bias), 1)
+        if case.top_k < case.experts:  # of equal sums, which is chosen is another question
+            told = ordered[:, case.top_k - 1] > ordered[:, case.top_k]
+            got, logits = got[told], logits[told]
         biased, plain = self._scores(case, logits + bias), self._scores(case, logits)
         chosen = np.argsort(-(logits + bias), 1, kind="stable")[:, : case.top_k]
         self._decide(
@@ -971,17 +999,30 @@ class _Sums(NamedTuple):
             s, y = np.take_along_axis(s_nK, order, 1), np.take_along_axis(y_nKD, order[..., None], 1)
             for how, total in self._ways(s, y):
                 yield f"{words}{', ' * bool(words)}{how}", total.astype(self.dtype), False
-        if K > 2:
-            part = self.ids_nK // self.per_rank
-            total = np.zeros((n, y_nKD.shape[2]), self.wide)
-            for rank in range(int(part.max(initial=0)) + 1):
-                inner = np.zeros_like(total)
-                for k in range(K):
-                    inner = inner + np.where(part[:, k, None] == rank, s_nK[:, k, None] * y_nKD[:, k], 0).astype(
-                        self.wide
-                    )
-                total = total + inner
-            yield f"ranks one after the other, in {self.wide}", total.astype(self.dtype), False
+        if K > 2 and (self.ids_nK // self.per_rank).any():
+            yield from self._by_rank(s_nK, y_nKD, {"in order of k": by_k, "in order of expert": by_id})
+
+    def _by_rank(self, s_nK: Array, y_nKD: Array, orders: Mapping[str, Array]) -> Iterable[tuple[str, Array, bool]]:
+        """Each rank adds up what its own experts return, and then these sums are added up."""
+        wide, dtype = self.wide, self.dtype
+        part_nK = self.ids_nK // self.per_rank
+        for words, order in orders.items():
+            part = np.take_along_axis(part_nK, order, 1)[..., None]
+            s, y = np.take_along_axis(s_nK, order, 1), np.take_along_axis(y_nKD, order[..., None], 1)
+            for inner in dict.fromkeys((wide, dtype)):
+                products = (s[..., None] * y).astype(inner).astype(wide)
+                sums = []
+                for rank in range(int(part.max(initial=0)) + 1):
+                    own = np.zeros(y[:, 0].shape, wide)
+                    for k in range(s.shape[1]):
+                        own = (own + np.where(part[:, k] == rank, products[:, k], 0)).astype(inner).astype(wide)
+                    sums.append(own)
+                for outer in dict.fromkeys((wide, dtype)):
+                    total = np.zeros_like(sums[0])
+                    for own in sums:
+                        total = (total + own).astype(outer).astype(wide)
+                    how = f"in {outer}" if inner == outer else f"in {outer}, of sums in {inner}"
+                    yield f"ranks one after the other, each {words}, {how}", total.astype(dtype), False
 
     def _ways(self, s: Array, y: Array) -> Iterable[tuple[str, Array]]:
         wide, dtype = self.wide, self.dtype

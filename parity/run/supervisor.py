@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import wait
@@ -155,12 +155,71 @@ def run(
             seconds[name] = max(seconds.get(name, 0), worker.process.seconds)
 
 
+class Kept:
+    """Processes that run folders of problems one after the other, so that what they import is imported once.
+
+    They are of one interpreter, framework, file as it was, home folder and setting, and end when others are needed, on
+    an error, or at `end`.
+    """
+
+    def __init__(self) -> None:
+        self.stack, self.workers = ExitStack(), list[_Worker]()
+        self.of: tuple[object, ...] = ()
+
+    def run(
+        self, folder: Path, home: Path, backend: Backend, cases: Sequence[Case], setting: Setting
+    ) -> Generator[tuple[str, Failure | None]]:
+        """Run the problems in the folder; yield (case, None) as each trace is written, or the reason why not.
+
+        Raises BackendError with the cause when the backend cannot run at all.
+        """
+        source = Path(backend.stages.rpartition(":")[0])
+        written = source.stat().st_mtime_ns if source.is_file() else 0  # it is read once
+        of = (backend.python, backend.framework, backend.run, source, written, home, setting)
+        if of != self.of:
+            self.end()
+        self.of = of
+        left = {case.name for case in cases}
+        alone = backend.framework != "jax" or setting.jax_ranks == "processes"
+        n = 1 if alone else min(8, os.cpu_count() or 1, len(cases))
+        try:
+            for share in range(n):
+                part = msgspec.structs.replace(setting, share=share, shares=n)
+                if share < len(self.workers):
+                    self.workers[share].more(folder, backend, part)
+                else:
+                    self.workers.append(_Worker(self.stack, folder, home, backend, part, kept=True))
+            while left:
+                if all(worker.process.ended for worker in self.workers):
+                    raise BackendError(backend.name, f"{backend.name}: it ended before {', '.join(sorted(left))}")
+                running = [worker for worker in self.workers if not worker.process.ended]
+                heard = wait([worker.process.stdout for worker in running], TURN)
+                for worker in running:
+                    for case, failure in worker.answers(heard):
+                        left.discard(case)
+                        yield case, failure
+        finally:
+            if left or any(worker.process.ended for worker in self.workers):
+                self.end()
+
+    def end(self) -> None:
+        """End them and all that they started."""
+        self.stack.close()
+        self.stack, self.workers, self.of = ExitStack(), [], ()
+
+
+def _records(*records: Backend | Setting) -> list[str]:
+    return [msgspec.json.encode(record).decode() for record in records]
+
+
 class _Worker:
     """A process that runs some of the cases of one backend: see `worker`."""
 
-    def __init__(self, stack: ExitStack, folder: Path, home: Path, backend: Backend, setting: Setting) -> None:
-        asked = [msgspec.json.encode(record).decode() for record in (backend, setting)]
-        command = [backend.python or sys.executable, "-m", "parity.run.worker", str(folder), *asked]
+    def __init__(
+        self, stack: ExitStack, folder: Path, home: Path, backend: Backend, setting: Setting, kept: bool = False
+    ) -> None:
+        command = [backend.python or sys.executable, "-m", "parity.run.worker", str(folder)]
+        command += [*_records(backend, setting), *["kept"] * kept]
         # Forked ranks must not find a machine's worth of threads each, nor one framework take all of a GPU's memory.
         own = {"JAX_PLATFORMS": setting.device, "OMP_NUM_THREADS": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         if backend.framework == "jax" and setting.device == "cpu":
@@ -169,6 +228,13 @@ class _Worker:
             own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.backend, self.setting, self.began = backend, setting, False
         self.process = stack.enter_context(Process(command, environment=os.environ | own, cwd=home))
+
+    def more(self, folder: Path, backend: Backend, setting: Setting) -> None:
+        """Give another folder to one that is kept."""
+        self.backend, self.setting = backend, setting
+        assert self.process.popen.stdin
+        with suppress(BrokenPipeError):  # it has ended in error: `answers` says so
+            self.process.popen.stdin.write(msgspec.json.encode([str(folder), *_records(backend, setting)]) + b"\n")
 
     def answers(self, heard: Sequence[Any]) -> Iterator[tuple[str, Failure | None]]:
         """Those that are there. Raises BackendError when it has ended in error, or does not even begin."""
@@ -234,8 +300,8 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def end_with_parent() -> None:
-    """End this process and all that it started when the one that started it is gone.
+def end_with_parent(tell: Callable[[bytes], object] = bytes) -> None:
+    """End this process and all that it started when the one that started it is gone; `tell` what it writes till then.
 
     That is seen by standard input, which it held open, or as `multiprocessing` sees it. Started by hand, from a
     terminal, a file or nothing, there is nobody to wait for. Its group may then be a shell's: only a session that it
@@ -254,8 +320,8 @@ def end_with_parent() -> None:
 
     def wait_for_the_end() -> None:
         if parent is None:
-            while os.read(0, 1):  # not sys.stdin, whose lock a forked rank would inherit
-                pass
+            while data := os.read(0, 2**16):  # not sys.stdin, whose lock a forked rank would inherit
+                tell(data)
         else:
             wait([parent.sentinel])
         end_all(os.getpid())
