@@ -268,7 +268,8 @@ def _pose(found: Probes, K: int) -> None:
     combined[:, 0] = found.combined_ED
     put("combine", weights(found, w_down=combined))
     others = found.x_nD.reshape(case.ranks, case.tokens, case.width).copy()
-    others[:, 1::2] = np.roll(others[:, 1::2], 1, axis=1)
+    others[:, 1::2, V] /= 2  # not the same rows in another order: what is summed over all of them is another sum
+    others[:, 1::2, FEATURES:] *= -1  # and they go elsewhere
     put("company", weights(found, w_down=shown(case, 0)), x=others)
     put("nothing", weights(found))
     if case.expert_bias:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
@@ -64,6 +65,30 @@ def _swapped(a: Array, b: Array) -> tuple[Array, Array]:
     return b, a
 
 
+class Clamp(NamedTuple):
+    """What gate and up are kept within."""
+
+    least_gate: float
+    most_gate: float
+    least_up: float
+    most_up: float
+
+    def of(self, gate: Array, up: Array) -> tuple[Array, Array]:
+        """Gate and up, clamped."""
+        return np.clip(gate, self.least_gate, self.most_gate), np.clip(up, self.least_up, self.most_up)
+
+
+FREE = Clamp(-math.inf, math.inf, -math.inf, math.inf)
+
+
+def clamps(c: float) -> Iterable[tuple[str, Clamp]]:
+    """In words, every clamp at c: on none, one or both sides of gate and up."""
+    sides = {"free": (-math.inf, math.inf), f"at most {c:g}": (-math.inf, c), f"within {c:g} of zero": (-c, c)}
+    for (of_gate, gate), (of_up, up) in product(sides.items(), sides.items()):
+        if (*gate, *up) != FREE:
+            yield f"gate {of_gate}, up {of_up}", Clamp(*gate, *up)
+
+
 LAYOUTS = (
     Layout("gate and up are where they belong", False, lambda a, b: (a, b)),
     Layout("gate and up are exchanged: the activation is on up", True, lambda a, b: (b, a)),
@@ -100,7 +125,8 @@ class Reading:
         self.fields: dict[str, Any] = {}
         self.act: Function = lambda a: a
         self.layout, self.offset = LAYOUTS[0], 0.0
-        self.most_gate, self.least_up, self.most_up = math.inf, -math.inf, math.inf
+        self.clamp = FREE
+        self.kept_K = np.ones(self.case.top_k, bool)  # choices that are there
         self.on_input = False
         self.residual_path = 0.0
         self.numbers_E = np.arange(self.case.experts)
@@ -176,7 +202,7 @@ class Reading:
             b = a
         if not self.case.gated:
             return self.act(b + bias[1])
-        a, b = np.minimum(a + bias[0], self.most_gate), np.clip(b + bias[1], self.least_up, self.most_up)
+        a, b = self.clamp.of(a + bias[0], b + bias[1])
         return self.act(a) * (b + self.offset)
 
     def usual(self) -> float:
@@ -211,7 +237,8 @@ class Reading:
             logits = logits + w.router_bias
         score = reference.scores(at, logits, Exact())
         ids = vectorised.select(at, score, w)
-        return self._put(reference.chosen_scores(at, score, ids, w, Exact()).weight[0], ids[0])
+        weight = reference.chosen_scores(at, score, ids, w, Exact()).weight[0]
+        return self._put(weight * self.kept_K if case.top_k == self.case.top_k else weight, ids[0])
 
     def _of(self, case: Case, logits_nE: Array, ids_nK: Array) -> Array:
         """The weights [n, K] of these experts."""
@@ -352,29 +379,18 @@ class Reading:
         limit = _inverse(self.act, gate_top)
         close = 4 * self.tolerance
         guess = [value for value in (limit, top, -bottom) if value < largest * (1 - close)]
-        hypotheses = [self._clamped("none", math.inf, math.inf, both, of_gate, of_up, {"clamp": None})]
-        if guess:
-            c = _nice(float(np.median(guess)), self.case.clamp, close)
-            hypotheses += [
-                self._clamped(f"gate at most {c:g}, up within {c:g} of zero", c, c, both, of_gate, of_up, {"clamp": c}),
-                self._clamped(f"up within {c:g} of zero; gate free", math.inf, c, both, of_gate, of_up, {}),
-                self._clamped(f"gate at most {c:g}; up free", c, math.inf, both, of_gate, of_up, {}),
-            ]
+        own = self.case.clamp
+        c = _nice(float(np.median(guess)), own, close) if guess else math.inf
+        options = {"none": FREE} | (dict(clamps(c)) if guess else {})
+        hypotheses = []
+        for what, option in options.items():
+            self.clamp = option
+            off = max(residual(of_gate, self._value(both, 1.0), 1e-4), residual(of_up, self._value(2.0, both), 1e-4))
+            said = {"none": {"clamp": None}, f"gate at most {c:g}, up within {c:g} of zero": {"clamp": c}}.get(what)
+            hypotheses.append(Hypothesis(what, off, said or {}, said is None))
         finding = self._decide("clamp", hypotheses, f"gate and up from -{largest:g} to {largest:g}", 2 * self.tolerance)
-        words = finding.what
-        c = _nice(float(np.median(guess)), self.case.clamp, close) if guess else math.inf
-        self.most_gate = c if "gate at most" in words else math.inf
-        self.most_up = c if "up within" in words else math.inf
-        self.least_up = -self.most_up
-
-    def _clamped(
-        self, what: str, gate: float, up: float, both: Array, of_gate: Array, of_up: Array, fields: dict[str, Any]
-    ) -> Hypothesis:
-        before = self.most_gate, self.least_up, self.most_up
-        self.most_gate, self.least_up, self.most_up = gate, -up, up
-        expected = np.concatenate([self._value(both, 1.0), self._value(2.0, both)])
-        self.most_gate, self.least_up, self.most_up = before
-        return Hypothesis(what, residual(np.concatenate([of_gate, of_up]), expected, 1e-4), fields, not fields)
+        words = finding.what.removeprefix("cannot tell: ").split("; or ")[0]
+        self.clamp = options.get(words, FREE)
 
     def _numbers(self) -> None:
         if not self.probes.tokens.whole:
@@ -411,8 +427,12 @@ class Reading:
             return
         on, logits, K = weights != 0, self.probes.logits("routing"), self.case.top_k
         counts = sorted(set(on.sum(1).tolist()))
+        lost = "" if counts == [K] else self._lost(on, logits)
         if counts == [K]:
             self._said("experts of a token", f"{K}", experiment="random logits")
+        elif lost:
+            self._said("experts of a token", f"{counts[0]} of {K}: {lost}", "odd", experiment="random logits")
+            on = self._put(np.ones((len(logits), K)), self._largest(logits)) != 0
         else:
             shown = f"{counts[0]} to {counts[-1]}, where {K} are asked for"
             self._said("experts of a token", shown, "odd", experiment="random logits")
@@ -436,6 +456,23 @@ class Reading:
             hypotheses += list(self._groups(on[:ENOUGH], logits[:ENOUGH]))
         self._decide("choice", hypotheses, experiment, 1e-9)
 
+    def _largest(self, logits: Array) -> Array:
+        """The experts [n, K] that the asked case chooses, best first."""
+        at = replace(self._said_case(renormalize=False), ranks=1, tokens=len(logits))
+        return vectorised.select(at, reference.scores(at, logits[None], Exact()), Parameters(np.zeros(0)))[0]
+
+    def _lost(self, on: Array, logits: Array) -> str:
+        """Which of the choices are not there, the same ones of each token; an empty string where that is not so."""
+        there = np.take_along_axis(on, self._largest(logits), 1)
+        if not there.any() or (there != there[0]).any() or (there.sum(1) != on.sum(1)).any():
+            return ""
+        self.kept_K = there[0]
+        lost = [str(k + 1) for k in np.flatnonzero(~self.kept_K)]
+        if self.kept_K[-1] and len(lost) == len(self.kept_K) - 1:
+            return "only the last choice is there: the others are overwritten, or lost"
+        last = not self.kept_K[-1] and len(lost) == 1
+        return "the last choice is lost" if last else f"of the choices, best first, these are lost: {', '.join(lost)}"
+
     def _groups(self, on: Array, logits: Array) -> Iterable[Hypothesis]:
         E, K = self.case.experts, self.case.top_k
         options = [
@@ -448,17 +485,23 @@ class Reading:
             if by == "max" or E // groups > 1
             for outside in ("minus_inf", "zero")
         ]
-        for function in SCORES[:3]:
+        for function in SCORES:
             for groups, best, by, outside in options:
+                if outside == "zero" and function != "softmax_of_chosen":
+                    continue  # zero is less than all scores that are not logits
                 fields = {"groups": groups, "top_groups": best, "group_score": by, "outside_groups": outside}
                 case = replace(self._said_case(), score_function=function, renormalize=False, **fields)
                 largest = "the sum of the two largest" if by == "top2" else "the largest"
-                what = f"within the best {best} of {groups} groups, by {largest} of {SCORE_WORDS[function]}"
+                of = "logit" if function == "softmax_of_chosen" else SCORE_WORDS[function]
+                what = f"within the best {best} of {groups} groups, by {largest} of {of}"
+                what += "; the others count as zero" * (outside == "zero")
                 chosen = self._scores(case, logits) != 0
                 yield Hypothesis(what, float((on != chosen).any(1).mean()), fields)
 
     def _ids(self, on: Array, logits: Array) -> tuple[Array, Array]:
         """Rows of tokens that have K experts, and these, best first: [n], [n, K]."""
+        if not self.kept_K.all():
+            return np.arange(len(on)), self._largest(logits)
         rows = np.flatnonzero(on.sum(1) == self.case.top_k)
         ordered = np.where(on[rows], -logits[rows], np.inf).argsort(1, kind="stable")
         return rows, ordered[:, : self.case.top_k]
@@ -472,7 +515,7 @@ class Reading:
         if not len(rows):
             self._said("scores", "unknown: no token has as many experts as it should", "unknown")
             return
-        got, logits = np.take_along_axis(weights[rows], ids, 1), logits[rows]
+        got, logits, K = np.take_along_axis(weights[rows], ids, 1)[:, self.kept_K], logits[rows], self.case.top_k
         hypotheses, factor = [], {}
         for function, renormalize in ((f, r) for f in SCORES for r in (False, True)):
             case = self._said_case(score_function=function, renormalize=renormalize)
@@ -480,19 +523,26 @@ class Reading:
             if function == "softmax_of_chosen" and renormalize:
                 continue  # which sums to 1 already
             expected = self._of(case, logits, ids)
+            every = reference.scores(replace(case, ranks=1, tokens=len(logits)), logits[None], Exact())[0].sum(1)
             fields = {"score_function": function, "renormalize": renormalize}
             for other, odd, a in (
                 (what, False, expected),
                 (f"square of: {what}", True, expected**2),
                 (f"{what}, in the order of the worst first", True, expected[:, ::-1]),
                 (f"{what}, of the next choice", True, np.roll(expected, 1, 1)),
+                (f"{what}, over the sum of all experts", True, expected / every[:, None]),
             ):
+                if K == 2 and other.endswith("of the next choice"):
+                    continue  # which is the worst first
+                if other.endswith("all experts") and (renormalize or function.startswith("softmax")):
+                    continue  # whose sum is 1 already
+                a = a[:, self.kept_K]
                 factor[other] = times(got, a)
                 hypotheses.append(Hypothesis(other, residual(got, factor[other] * a), {} if odd else fields, odd))
         flat = np.ones_like(got)
         factor["the same for all"] = times(got, flat)
         hypotheses.append(Hypothesis("the same for all", residual(got, factor["the same for all"] * flat), {}, True))
-        if self.case.top_k == 1:
+        if K == 1:
             hypotheses = [h for h in hypotheses if not h.what.endswith(("first", "choice"))]
         finding = self._decide("scores", hypotheses, "random logits, all experts alike")
         best = finding.what.removeprefix("cannot tell: ").split("; or ")[0]
@@ -753,11 +803,15 @@ class Reading:
         logits, case, w = self.probes.logits("routing"), self._said_case(), self._parameters("selection_bias")
         bias = w.selection_bias
         only = Parameters(np.zeros(0), selection_bias=bias)
-        score = reference.scores(replace(case, ranks=1, tokens=len(logits)), logits[None], Exact())[0]
-        chosen = np.argsort(-(score + bias), 1, kind="stable")[:, : case.top_k]
+        at = replace(case, ranks=1, tokens=len(logits))
+        score = reference.scores(at, logits[None], Exact())[0]
+        chosen = vectorised.select(at, score[None], only)[0]
         weighed = np.take_along_axis(score + bias, chosen, 1)
         if case.renormalize:
             weighed = weighed / weighed.sum(1, keepdims=True)
+        by_logits = vectorised.select(
+            at, reference.scores(at, (logits + bias)[None], Exact()), Parameters(np.zeros(0))
+        )[0]
         self._decide(
             "selection bias",
             [
@@ -769,6 +823,11 @@ class Reading:
                 Hypothesis("ignored", residual(got, self.scale * self._scores(case, logits)), odd=True),
                 Hypothesis(
                     "added to the logits", residual(got, self.scale * self._scores(case, logits + bias)), odd=True
+                ),
+                Hypothesis(
+                    "added to the logits for the choice only",
+                    residual(got, self.scale * self._put(self._of(case, logits, by_logits), by_logits)),
+                    odd=True,
                 ),
                 Hypothesis(
                     "added to the scores, and in the weights too",
@@ -842,6 +901,10 @@ class Reading:
             return
         got = out[self.probes.tokens.at["routing"]]
         b = self.probes.learned["b_down"][self.numbers_E]
+        of_ranks = b.reshape(self.case.ranks, -1, self.case.width)
+        e = of_ranks.shape[1]
+        others = {"next": np.roll(of_ranks, -1, 1).reshape(b.shape)} if e > 1 else {}
+        others |= {"previous": np.roll(of_ranks, 1, 1).reshape(b.shape)} if e > 2 else {}
         self._decide(
             "bias of down",
             [
@@ -849,6 +912,10 @@ class Reading:
                     "added to what an expert returns, and weighed", residual(got, weights @ b), {"expert_bias": True}
                 ),
                 Hypothesis("added and not weighed", residual(got, (weights != 0) @ b), odd=True),
+                *(
+                    Hypothesis(f"added, of the {which} expert of the rank", residual(got, weights @ other), odd=True)
+                    for which, other in others.items()
+                ),
                 Hypothesis("ignored", 0.0 if not got.any() else math.inf, odd=True),
             ],
             "w_down = 0, and a bias for each expert",
@@ -877,6 +944,14 @@ class Reading:
         if self.scale != 1:
             scaled = self.scale * weight * with_offset[:, None] * shown
             hypotheses.append(Hypothesis(f"added{weighed}, times the scale", residual(got, scaled), odd=True))
+        one = weight * with_offset[:, None] * shown
+        factor = times(got, one)
+        if min(abs(factor - other) for other in (0, 1, self.scale)) > self.tolerance:
+            each = {self.case.top_k: ": once for each choice", self.case.ranks: ": once for each rank"}
+            often = _nice(factor, self.case.top_k, self.tolerance)
+            why = each.get(int(often), "") if often == int(often) else ""
+            what = f"added{weighed}, {often:g} times{why}"
+            hypotheses.append(Hypothesis(what, residual(got, often * one), odd=True))
         if self.case.shared_score:
             hypotheses.append(
                 Hypothesis("added; its score ignored", residual(got, with_offset[:, None] * shown), odd=True)
@@ -898,7 +973,7 @@ class Reading:
         here, there = answer.reshape(shape)[:, ::2], alone.reshape(shape)[:, ::2]
         changed = int((here != there).any(-1).sum())
         off = residual(here, there)
-        experiment = "every other token exchanged"
+        experiment = "every other token changed"
         if not changed:
             self._said("other tokens", "change nothing, bit for bit", experiment=experiment)
         elif off <= self.tolerance:
