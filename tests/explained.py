@@ -18,6 +18,9 @@ from parity.run.faults import Fault, plant
 HERE = Path(__file__).parent
 SETTING = Setting(timeout=120)
 
+# What a case does not say: each is as good as the others.
+SAME_RESULT = ("sum over the chosen", "gradients", "one expert a token")
+
 Verdict = Literal["right", "cannot tell", "wrong"]
 
 
@@ -65,13 +68,19 @@ def differences(card: Card, takes: tuple[str, ...]) -> list[Finding]:
     return [finding for finding in card.findings if differs(finding)]
 
 
+def alike(finding: Finding, one: Explained) -> bool:
+    """Whether it says of another gradient what is right of the one that is looked at."""
+    return finding.key.startswith("gradient ") and one.key.startswith("gradient ") and one.phrase in finding.what
+
+
 def verdict(card: Card, one: Explained) -> tuple[Verdict, str]:
     """Whether the card explains the fault, and the sentence; "wrong" where any sentence is."""
     takes = opaque(one.fault.backend, one.layer).takes
     found = card.get(one.key)
     said = differences(card, takes)
-    if wrong := [f for f in said if f.key not in (one.key, *one.also)]:
+    if wrong := [f for f in said if f.key not in (one.key, *one.also) and not alike(f, one)]:
         return "wrong", "; ".join(f"{f.key}: {f.what}" for f in wrong)
     if found is None or found.state in ("cannot tell", "unknown"):
         return "cannot tell", f"{one.key}: {found.what if found else 'nothing is said'}"
-    return "right" if one.phrase in found.what else "wrong", f"{found.key}: {found.what}"
+    right = one.phrase in found.what and (found in said or found.key in SAME_RESULT)
+    return "right" if right else "wrong", f"{found.key}: {found.what}"

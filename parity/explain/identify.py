@@ -86,6 +86,8 @@ def _found(base: Case, asked: Case, reading: Reading) -> Case:
         if finding.key in UNUSED and finding.what.startswith("ignored")
     }
     drawn = {"pattern": "random", "recording": None, "checkpoint": None, "layer": None, "name": f"{base.name}-found"}
+    if reading.fields.get("score_on") == "input":
+        unused["expert_bias"] = False  # no case has both
     return replace(asked, tokens=base.tokens, seed=base.seed, **(drawn | reading.fields | unused))
 
 
@@ -170,6 +172,7 @@ def _derivatives(problem: Problem) -> dict[str, dict[str, np.ndarray]]:
     }
     if case.score_on == "output" and case.top_k > 1:
         all_of["without what comes through the last choice"] = {"route/dx": exact.dx - exact.dx_rows[..., -1, :]}
+    if case.score_on == "output" and case.top_k > 2:
         all_of["only the first choice's, of what comes through experts"] = {
             "route/dx": exact.dx - exact.dx_experts + exact.dx_rows[..., 0, :]
         }

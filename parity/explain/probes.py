@@ -135,7 +135,8 @@ def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
     has = {name: name in takes for name in ("router_bias", "selection_bias", "expert_scale", "shared_score")}
     shared = (base.shared_hidden or base.hidden) if "shared_w_up" in takes else 0
     gated = "w_gate" in takes and base.gated
-    return replace(case, gated=gated, expert_bias="b_up" in takes, shared_hidden=shared, **has)
+    biased = "b_up" in takes and base.score_on == "output"  # no case has both
+    return replace(case, gated=gated, expert_bias=biased, shared_hidden=shared, **has)
 
 
 def make(case: Case) -> Probes:

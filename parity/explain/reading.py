@@ -40,6 +40,9 @@ ODD_ACTIVATIONS: dict[str, Function] = {
     "no activation": lambda a: a,
 }
 
+# What a group goes by: in the words of a case, and in words.
+BEST_OF = {"top2": "the sum of the two largest", "max": "the largest score", "all": "the sum of all"}
+
 ENOUGH = 64  # tokens that a search over groups looks at
 
 
@@ -115,6 +118,18 @@ def activations(case: Case) -> dict[str, Function]:
     return {name: of(name) for name in get_args(HINTS["activation"])}
 
 
+def within_groups(score_nE: Array, groups: int, best: int, by: str, outside: str) -> Array:
+    """Experts in the order in which a token takes them, [n, E]: those of its best groups first."""
+    score_nGe = score_nE.reshape(len(score_nE), groups, -1)
+    n_best = {"max": 1, "top2": 2, "all": score_nGe.shape[2]}[by]
+    of_nG = -np.sort(-score_nGe, axis=2)[..., :n_best].sum(2)
+    best_nG = np.argsort(-of_nG, axis=1, kind="stable")[:, :best]
+    inside_nG = np.zeros(of_nG.shape, bool)
+    np.put_along_axis(inside_nG, best_nG, True, 1)
+    key_nGe = np.where(inside_nG[..., None], score_nGe, 0 if outside == "zero" else -np.inf)
+    return np.argsort(-key_nGe.reshape(score_nE.shape), axis=1, kind="stable")
+
+
 class Reading:
     """Findings from the answers to probes, one after the other: what was found before is used after."""
 
@@ -126,6 +141,7 @@ class Reading:
         self.act: Function = lambda a: a
         self.layout, self.offset = LAYOUTS[0], 0.0
         self.clamp = FREE
+        self.broken: set[str] = set()  # probes whose outputs are no numbers
         self.kept_K = np.ones(self.case.top_k, bool)  # choices that are there
         self.on_input = False
         self.residual_path = 0.0
@@ -137,6 +153,7 @@ class Reading:
         """Every finding, in order."""
         for read in (
             self._repeatable,
+            self._finite,
             self._beside,
             self._hidden,
             self._clamp,
@@ -180,7 +197,7 @@ class Reading:
     def _out(self, probe: str) -> Array | None:
         """The output of a probe, [n, D], without what the layer adds of the tokens themselves."""
         answer = self.answers.get(probe)
-        if answer is None or answer.out is None:
+        if answer is None or answer.out is None or probe in self.broken:
             return None
         return answer.out - self.residual_path * self.probes.x_nD.astype(np.float64)
 
@@ -258,8 +275,20 @@ class Reading:
         said = f"no: two runs on the same inputs differ in {len(odd)} of {len(self.answers)}" if odd else "yes"
         self._said("repeatable", said, "odd" if odd else "found", experiment="each probe twice, all bits")
 
+    def _finite(self) -> None:
+        at = self.probes.tokens.at["routing"]
+        outs = {name: self._out(name) for name in self.answers if not name.startswith(("capacity", "no-cotangent"))}
+        self.broken = {name for name, out in outs.items() if out is not None and not np.isfinite(out[at]).all()}
+        if self.broken:
+            self._said(
+                "finite",
+                f"no: in {len(self.broken)} of {len(outs)} the output of tokens of usual size is infinite or NaN",
+                "odd",
+                experiment="each probe",
+            )
+
     def _beside(self) -> None:
-        out, x = self.answers["nothing"].out, self.probes.x_nD.astype(np.float64)
+        out, x = self._out("nothing"), self.probes.x_nD.astype(np.float64)
         if out is None:
             return
         hypotheses = [
@@ -467,6 +496,7 @@ class Reading:
         if not there.any() or (there != there[0]).any() or (there.sum(1) != on.sum(1)).any():
             return ""
         self.kept_K = there[0]
+        self.findings = [f for f in self.findings if f.state != "unknown" or f.key != "numbers of experts"]
         lost = [str(k + 1) for k in np.flatnonzero(~self.kept_K)]
         if self.kept_K[-1] and len(lost) == len(self.kept_K) - 1:
             return "only the last choice is there: the others are overwritten, or lost"
@@ -481,22 +511,26 @@ class Reading:
             if E % groups == 0
             for best in range(1, groups)
             if best * (E // groups) >= K
-            for by in ("top2", "max")
+            for by in BEST_OF
             if by == "max" or E // groups > 1
             for outside in ("minus_inf", "zero")
         ]
         for function in SCORES:
+            at = replace(self._said_case(), score_function=function, ranks=1, tokens=len(logits))
+            score = reference.scores(at, logits[None], Exact())[0]
+            of = "logits" if function == "softmax_of_chosen" else SCORE_WORDS[function]
             for groups, best, by, outside in options:
                 if outside == "zero" and function != "softmax_of_chosen":
                     continue  # zero is less than all scores that are not logits
+                if by == "max" and outside == "minus_inf" and function != SCORES[0]:
+                    continue  # each function has the same largest
                 fields = {"groups": groups, "top_groups": best, "group_score": by, "outside_groups": outside}
-                case = replace(self._said_case(), score_function=function, renormalize=False, **fields)
-                largest = "the sum of the two largest" if by == "top2" else "the largest"
-                of = "logit" if function == "softmax_of_chosen" else SCORE_WORDS[function]
-                what = f"within the best {best} of {groups} groups, by {largest} of {of}"
+                what = f"within the best {best} of {groups} groups, by {BEST_OF[by]}"
+                what += "" if by == "max" and outside == "minus_inf" else f" of {of}"
                 what += "; the others count as zero" * (outside == "zero")
-                chosen = self._scores(case, logits) != 0
-                yield Hypothesis(what, float((on != chosen).any(1).mean()), fields)
+                chosen = self._put(np.ones((len(logits), K)), within_groups(score, groups, best, by, outside)[:, :K])
+                off = float((on != (chosen != 0)).any(1).mean())
+                yield Hypothesis(what, off, {} if by == "all" else fields, by == "all")
 
     def _ids(self, on: Array, logits: Array) -> tuple[Array, Array]:
         """Rows of tokens that have K experts, and these, best first: [n], [n, K]."""
@@ -534,7 +568,7 @@ class Reading:
             ):
                 if K == 2 and other.endswith("of the next choice"):
                     continue  # which is the worst first
-                if other.endswith("all experts") and (renormalize or function.startswith("softmax")):
+                if other.endswith("sum of all experts") and (renormalize or function.startswith("softmax")):
                     continue  # whose sum is 1 already
                 a = a[:, self.kept_K]
                 factor[other] = times(got, a)
@@ -638,7 +672,8 @@ class Reading:
         E, K = self.case.experts, self.case.top_k
         chosen = [np.flatnonzero(row).tolist() for row in weights]
         experiment = "equal logits"
-        lower, higher = list(range(K)), list(range(E - K, E))
+        lower = np.arange(K)[self.kept_K].tolist()
+        higher = sorted(np.arange(E)[::-1][:K][self.kept_K].tolist())
         if all(ids == lower for ids in chosen):
             self._said("of equal scores", "the lower expert id is chosen", experiment=experiment)
         elif all(ids == higher for ids in chosen):
@@ -966,7 +1001,7 @@ class Reading:
         self._decide("shared expert", hypotheses, "w_down of all others = 0")
 
     def _company(self) -> None:
-        answer, alone = self.answers["company"].out, self.answers["readout-0"].out
+        answer, alone = self._out("company"), self._out("readout-0")
         if answer is None or alone is None:
             return
         shape = (self.case.ranks, self.case.tokens, self.case.width)
