@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -78,19 +78,20 @@ def _findings(reading: Reading, case: Case, got: Mapping[int, Array], logits: Ma
     lost = {T: int(((weight[T] != 0) & (got[T] == 0)).sum()) for T in got}
     if not any(lost.values()):
         return [Finding("dropped", "nothing, though all tokens want one expert", experiment=experiment)]
+    wanted = {T: np.where(weight[T] != 0, -logits[T], np.inf) for T in got}  # of groups, some are closed
+    ids = {T: np.argsort(wanted[T], axis=-1, kind="stable")[..., : case.top_k] for T in got}
+    score = {T: np.take_along_axis(weight[T], ids[T], -1) for T in got}
+    seen = {T: np.take_along_axis(got[T], ids[T], -1) != 0 for T in got}
+
+    @cache  # many rules come to as many rows
+    def wrong(T: int, rows: int, per: str, priority: tuple[str, bool], batch: bool) -> int:
+        return int((_kept(case, rows, per, priority, batch, ids[T], score[T]) != seen[T]).sum())
+
+    total = sum(a.size for a in seen.values())
     hypotheses = []
-    for what, fields, keep in _rules(case):
-        wrong = total = 0
-        for T in got:
-            wanted = np.where(weight[T] != 0, -logits[T], np.inf)  # of groups, some are closed
-            ids = np.argsort(wanted, axis=-1, kind="stable")[..., : case.top_k]
-            score = np.take_along_axis(weight[T], ids, -1)
-            kept = keep(ids, score)
-            seen = np.take_along_axis(got[T], ids, -1) != 0
-            wrong, total = wrong + int((kept != seen).sum()), total + kept.size
-            if wrong:
-                break
-        hypotheses.append(Hypothesis(what, wrong / total, fields, not fields))
+    for what, fields, rows_of, *how in _rules(case):
+        off = sum(wrong(T, rows_of(T), *how) for T in got) / total
+        hypotheses.append(Hypothesis(what, off, fields, not fields))
     rule = decide(
         "dropped",
         hypotheses,
@@ -124,7 +125,6 @@ def _findings(reading: Reading, case: Case, got: Mapping[int, Array], logits: Ma
     return [rule, becomes]
 
 
-Keep = Callable[[Array, Array], Array]  # expert ids and scores [P, T, K], to which are kept
 Rows = Callable[[Fraction, int, int, int], int]  # factor, T, K and bins, to rows of a bin
 
 # Formulas seen in the wild; b stands for bins, which are ranks or experts.
@@ -134,40 +134,54 @@ FORMS: dict[str, Rows] = {
     "floor(ceil(T*K/b)*f)": lambda f, T, K, b: math.floor(math.ceil(Fraction(T * K, b)) * f),
     "ceil(f*T/b)": lambda f, T, K, b: math.ceil(f * T / b),  # noqa: ARG005  of K nothing is said
     "floor(f*T/b)": lambda f, T, K, b: math.floor(f * T / b),  # noqa: ARG005
+    "ceil(f*T*K/b) + 1": lambda f, T, K, b: math.ceil(f * T * K / b) + 1,
 }
 OWN = "ceil(f*T*K/b)"  # of a case
 LEAST = (1, 4)  # rows of a bin
-WHOSE = {"token": "first tokens first", "choice": "first choices first", "score": "largest scores first"}
+# By the field of a case, and whether it is the other way round.
+WHOSE = {
+    ("token", False): "first tokens first",
+    ("token", True): "last tokens first",
+    ("choice", False): "first choices first",
+    ("choice", True): "first choices first, and of these the last tokens",
+    ("score", False): "largest scores first",
+    ("score", True): "smallest scores first",
+}
 
 
-def _rules(case: Case) -> Iterable[tuple[str, dict[str, Any], Keep]]:
-    """In words, the fields of a case that say it, and which assignments are kept."""
+def _rules(case: Case) -> Iterable[tuple[str, dict[str, Any], Callable[[int], int], str, tuple[str, bool], bool]]:
+    """In words, the fields of a case that say it, rows of a bin by a rank's tokens, and how bins are filled."""
     factors = (case.capacity_factor,) if case.capacity_factor else FACTORS
     over = (False, True) if case.ranks > 1 else (False,)
     for factor, per, form, least, priority, batch in product(factors, ("rank", "expert"), FORMS, LEAST, WHOSE, over):
         if per == "rank" and batch:
             continue  # as many as all ranks have
-        own = form == OWN and least == 1 and not batch
+        own = form == OWN and least == 1 and not batch and not priority[1]
         fields: dict[str, Any] = {}
         if own:
-            fields = {"capacity_factor": factor, "capacity_per": per, "priority": priority}
+            fields = {"capacity_factor": factor, "capacity_per": per, "priority": priority[0]}
+        bins, ranks = case.ranks if per == "rank" else case.experts, case.ranks if batch else 1
+
+        def rows_of(T: int, f: Fraction = Fraction(factor), form: str = form, least: int = least, n: int = bins,
+                    ranks: int = ranks) -> int:  # fmt: skip
+            return max(FORMS[form](f, T * ranks, case.top_k, n), least)
+
         formula = form.replace("b", "P" if per == "rank" else "E") + f", {least} at least" * (least > 1)
         said = f"more than {formula} rows of {'a rank' if per == 'rank' else 'an expert'}, f = {factor}"
-        yield (
-            said + ", T of all ranks" * batch + f"; {WHOSE[priority]}",
-            fields,
-            partial(_kept, case, Fraction(factor), FORMS[form], least, per, priority, batch),
-        )
+        yield f"{said}{', T of all ranks' * batch}; {WHOSE[priority]}", fields, rows_of, per, priority, batch
 
 
-def _kept(
-    case: Case, f: Fraction, rows: Rows, least: int, per: str, priority: str, batch: bool, ids: Array, score: Array
-) -> Array:
-    """Which assignments a capacity keeps, by the oracle's own filling of bins."""
+def _kept(case: Case, rows: int, per: str, priority: tuple[str, bool], batch: bool, ids: Array, score: Array) -> Array:
+    """Which assignments bins of so many rows keep, by the oracle's own filling of them."""
     P, K = 1 if batch else case.ranks, case.top_k
     T = ids.shape[0] * ids.shape[1] // P
     bins = case.ranks if per == "rank" else case.experts
-    capacity = Fraction(max(rows(f, T, K, bins), least) * bins, T * K)
-    of = replace(case, ranks=P, tokens=T, capacity_per=per, priority=priority, align=1, capacity_factor=str(capacity))
-    shape = (P, T, K)
-    return reference.keep_within_capacity(of, ids.reshape(shape), score.reshape(shape)).reshape(ids.shape)
+    by, other_way = priority
+    capacity = str(Fraction(rows * bins, T * K))
+    of = replace(case, ranks=P, tokens=T, capacity_per=per, priority=by, align=1, capacity_factor=capacity)
+    ids, score = ids.reshape(P, T, K), score.reshape(P, T, K)
+    if other_way and by != "score":
+        kept = reference.keep_within_capacity(of, ids[:, ::-1], score[:, ::-1])[:, ::-1]
+    else:
+        kept = reference.keep_within_capacity(of, ids, -score if other_way else score)
+    return kept.reshape(case.ranks, -1, K)

@@ -95,6 +95,8 @@ def _found(base: Case, asked: Case, reading: Reading) -> Case:
     }
     drawn = {"pattern": "random", "recording": None, "checkpoint": None, "layer": None, "name": f"{base.name}-found"}
     asked = replace(asked, capacity_factor=base.capacity_factor)
+    if reading.fields.get("score_on") == "input":
+        unused["expert_bias"] = False  # no case has both
     return replace(asked, tokens=base.tokens, seed=base.seed, **(drawn | reading.fields | unused))
 
 
@@ -145,18 +147,23 @@ def _gradients(problem: Problem, answer: Answer, bad: list[Check]) -> list[Findi
         )
         n = case.ranks * case.tokens
         factors |= {f"1/{case.tokens}: a mean over tokens": 1 / case.tokens, f"1/{n}: a mean over all tokens": 1 / n}
-        want = derivatives["the derivative"][name].reshape(got.shape)
+        want = _as_many(derivatives["the derivative"][name], got)
         hypotheses = [
             Hypothesis(what, residual(got, factor * want, 1e-2) if factor else _size(got, want), odd=True)
             for what, factor in factors.items()
         ]
         for what, of in derivatives.items():
             if name in of and what != "the derivative":
-                hypotheses.append(Hypothesis(what, residual(got, of[name].reshape(got.shape), 1e-2), odd=True))
+                hypotheses.append(Hypothesis(what, residual(got, _as_many(of[name], got), 1e-2), odd=True))
         close = 100 * tolerance(case.dtype)
         finding = decide(f"gradient {name.rpartition('/')[2]}", hypotheses, close, "the found case")
         found.append(finding)
     return found
+
+
+def _as_many(of: np.ndarray, got: np.ndarray) -> np.ndarray:
+    """In the shape of `got`, which holds once for each rank what all ranks have alike."""
+    return np.concatenate([of.reshape(-1)] * (got.size // of.size)).reshape(got.shape)
 
 
 def _size(got: np.ndarray, want: np.ndarray) -> float:
@@ -165,13 +172,26 @@ def _size(got: np.ndarray, want: np.ndarray) -> float:
 
 def _derivatives(problem: Problem) -> dict[str, dict[str, np.ndarray]]:
     """By what they are: gradients that implementations are known to have in place of the derivative."""
-    case, exact = problem.case, problem.exact
-    x, w, _ = exact_inputs(problem)
+    case, exact, keep = problem.case, problem.exact, problem.keep
+    x, w, dout = exact_inputs(problem)
+    derivative = {"route/dx": exact.dx} | {BY_NAME[name].gradient: a for name, a in exact.gradients.items()}
     all_of: dict[str, dict[str, np.ndarray]] = {
-        "the derivative": {"route/dx": exact.dx} | {BY_NAME[name].gradient: a for name, a in exact.gradients.items()}
+        "the derivative": derivative,
+        "without what comes through the scores": {"route/dx": exact.dx - exact.dx_router},
+        "only what comes through the scores": {"route/dx": exact.dx_router},
     }
-    all_of["without what comes through the scores"] = {"route/dx": exact.dx - exact.dx_router}
-    all_of["only what comes through the scores"] = {"route/dx": exact.dx_router}
+    if case.score_on == "output" and case.top_k > 1:
+        all_of["without what comes through the last choice"] = {"route/dx": exact.dx - exact.dx_rows[..., -1, :]}
+    if case.score_on == "output" and case.top_k > 2:
+        all_of["only the first choice's, of what comes through experts"] = {
+            "route/dx": exact.dx - exact.dx_experts + exact.dx_rows[..., 0, :]
+        }
+    if case.score_on == "output":
+        for what, score in _other_scores(problem).items():
+            dy = np.where(keep, score, 0)[..., None] * dout[..., None, :]
+            dx_rows, of_experts = oracle_for(case).experts_backward(case, x, problem.expert_id, w, dy, Exact())
+            of = {BY_NAME[name].gradient: a for name, a in of_experts.items()}
+            all_of[what] = of | {"route/dx": exact.dx - exact.dx_experts + dx_rows.sum(axis=-2)}
     if case.renormalize:
         plain = replace(case, renormalize=False)
         _, score = oracle_for(case).route(case, x, w, Exact())
@@ -183,6 +203,19 @@ def _derivatives(problem: Problem) -> dict[str, dict[str, np.ndarray]]:
             "route/dx": exact.dx - exact.dx_router + dx
         }
     return all_of
+
+
+def _other_scores(problem: Problem) -> dict[str, np.ndarray]:
+    """Scores [P, T, K] that the gradients of experts are known to be weighed by in place of each row's own."""
+    case, score = problem.case, problem.exact.score
+    unsorted = np.zeros_like(score)
+    for rank in range(case.ranks):
+        order = np.argsort(problem.expert_id[rank].reshape(-1), kind="stable")
+        unsorted[rank].reshape(-1)[order] = score[rank].reshape(-1)
+    return {
+        "that of experts whose rows no score weighs": np.ones_like(score),
+        "that of experts weighed by scores of other rows: scores by token, rows by expert": unsorted,
+    }
 
 
 def computes(backend: Backend, cases: Sequence[Case], setting: Setting) -> dict[str, str]:

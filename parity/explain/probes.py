@@ -137,7 +137,8 @@ def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
     has = {name: name in takes for name in ("router_bias", "selection_bias", "expert_scale", "shared_score")}
     shared = (base.shared_hidden or base.hidden) if "shared_w_up" in takes else 0
     gated = "w_gate" in takes and base.gated
-    return replace(case, gated=gated, expert_bias="b_up" in takes, shared_hidden=shared, **has)
+    biased = "b_up" in takes and base.score_on == "output"  # no case has both
+    return replace(case, gated=gated, expert_bias=biased, shared_hidden=shared, **has)
 
 
 def make(case: Case) -> Probes:
@@ -278,7 +279,8 @@ def _pose(found: Probes, K: int) -> None:
     combined[:, 0] = found.combined_ED
     put("combine", weights(found, w_down=combined))
     others = found.x_nD.reshape(case.ranks, case.tokens, case.width).copy()
-    others[:, 1::2] = np.roll(others[:, 1::2], 1, axis=1)
+    others[:, 1::2, V] /= 2  # not the same rows in another order: what is summed over all of them is another sum
+    others[:, 1::2, FEATURES:] *= -1  # and they go elsewhere
     put("company", weights(found, w_down=shown(case, 0)), x=others)
     put("nothing", weights(found))
     if case.expert_bias:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
@@ -41,6 +42,9 @@ ODD_ACTIVATIONS: dict[str, Function] = {
     "no activation": lambda a: a,
 }
 
+# What a group goes by: in the words of a case, and in words.
+BEST_OF = {"top2": "the sum of the two largest", "max": "the largest score", "all": "the sum of all"}
+
 ENOUGH = 64  # tokens that a search over groups looks at
 
 
@@ -64,6 +68,30 @@ def _halves(a: Array, b: Array) -> tuple[Array, Array]:
 
 def _swapped(a: Array, b: Array) -> tuple[Array, Array]:
     return b, a
+
+
+class Clamp(NamedTuple):
+    """What gate and up are kept within."""
+
+    least_gate: float
+    most_gate: float
+    least_up: float
+    most_up: float
+
+    def of(self, gate: Array, up: Array) -> tuple[Array, Array]:
+        """Gate and up, clamped."""
+        return np.clip(gate, self.least_gate, self.most_gate), np.clip(up, self.least_up, self.most_up)
+
+
+FREE = Clamp(-math.inf, math.inf, -math.inf, math.inf)
+
+
+def clamps(c: float) -> Iterable[tuple[str, Clamp]]:
+    """In words, every clamp at c: on none, one or both sides of gate and up."""
+    sides = {"free": (-math.inf, math.inf), f"at most {c:g}": (-math.inf, c), f"within {c:g} of zero": (-c, c)}
+    for (of_gate, gate), (of_up, up) in product(sides.items(), sides.items()):
+        if (*gate, *up) != FREE:
+            yield f"gate {of_gate}, up {of_up}", Clamp(*gate, *up)
 
 
 LAYOUTS = (
@@ -92,6 +120,18 @@ def activations(case: Case) -> dict[str, Function]:
     return {name: of(name) for name in get_args(HINTS["activation"])}
 
 
+def within_groups(score_nE: Array, groups: int, best: int, by: str, outside: str) -> Array:
+    """Experts in the order in which a token takes them, [n, E]: those of its best groups first."""
+    score_nGe = score_nE.reshape(len(score_nE), groups, -1)
+    n_best = {"max": 1, "top2": 2, "all": score_nGe.shape[2]}[by]
+    of_nG = -np.sort(-score_nGe, axis=2)[..., :n_best].sum(2)
+    best_nG = np.argsort(-of_nG, axis=1, kind="stable")[:, :best]
+    inside_nG = np.zeros(of_nG.shape, bool)
+    np.put_along_axis(inside_nG, best_nG, True, 1)
+    key_nGe = np.where(inside_nG[..., None], score_nGe, 0 if outside == "zero" else -np.inf)
+    return np.argsort(-key_nGe.reshape(score_nE.shape), axis=1, kind="stable")
+
+
 class Reading:
     """Findings from the answers to probes, one after the other: what was found before is used after."""
 
@@ -102,7 +142,9 @@ class Reading:
         self.fields: dict[str, Any] = {}
         self.act: Function = lambda a: a
         self.layout, self.offset = LAYOUTS[0], 0.0
-        self.most_gate, self.least_up, self.most_up = math.inf, -math.inf, math.inf
+        self.clamp = FREE
+        self.broken: set[str] = set()  # probes whose outputs are no numbers
+        self.kept_K = np.ones(self.case.top_k, bool)  # choices that are there
         self.on_input = False
         self.residual_path = 0.0
         self.numbers_E = np.arange(self.case.experts)
@@ -113,6 +155,7 @@ class Reading:
         """Every finding, in order."""
         for read in (
             self._repeatable,
+            self._finite,
             self._beside,
             self._hidden,
             self._clamp,
@@ -156,7 +199,7 @@ class Reading:
     def _out(self, probe: str) -> Array | None:
         """The output of a probe, [n, D], without what the layer adds of the tokens themselves."""
         answer = self.answers.get(probe)
-        if answer is None or answer.out is None:
+        if answer is None or answer.out is None or probe in self.broken:
             return None
         return answer.out - self.residual_path * self.probes.x_nD.astype(np.float64)
 
@@ -178,7 +221,7 @@ class Reading:
             b = a
         if not self.case.gated:
             return self.act(b + bias[1])
-        a, b = np.minimum(a + bias[0], self.most_gate), np.clip(b + bias[1], self.least_up, self.most_up)
+        a, b = self.clamp.of(a + bias[0], b + bias[1])
         return self.act(a) * (b + self.offset)
 
     def usual(self) -> float:
@@ -213,7 +256,8 @@ class Reading:
             logits = logits + w.router_bias
         score = reference.scores(at, logits, Exact())
         ids = vectorised.select(at, score, w)
-        return self._put(reference.chosen_scores(at, score, ids, w, Exact()).weight[0], ids[0])
+        weight = reference.chosen_scores(at, score, ids, w, Exact()).weight[0]
+        return self._put(weight * self.kept_K if case.top_k == self.case.top_k else weight, ids[0])
 
     def _of(self, case: Case, logits_nE: Array, ids_nK: Array) -> Array:
         """The weights [n, K] of these experts."""
@@ -233,8 +277,20 @@ class Reading:
         said = f"no: two runs on the same inputs differ in {len(odd)} of {len(self.answers)}" if odd else "yes"
         self._said("repeatable", said, "odd" if odd else "found", experiment="each probe twice, all bits")
 
+    def _finite(self) -> None:
+        at = self.probes.tokens.at["routing"]
+        outs = {name: self._out(name) for name in self.answers if not name.startswith(("capacity", "no-cotangent"))}
+        self.broken = {name for name, out in outs.items() if out is not None and not np.isfinite(out[at]).all()}
+        if self.broken:
+            self._said(
+                "finite",
+                f"no: in {len(self.broken)} of {len(outs)} the output of tokens of usual size is infinite or NaN",
+                "odd",
+                experiment="each probe",
+            )
+
     def _beside(self) -> None:
-        out, x = self.answers["nothing"].out, self.probes.x_nD.astype(np.float64)
+        out, x = self._out("nothing"), self.probes.x_nD.astype(np.float64)
         if out is None:
             return
         hypotheses = [
@@ -356,29 +412,18 @@ class Reading:
         limit = _inverse(self.act, gate_top)
         close = 4 * self.tolerance
         guess = [value for value in (limit, top, -bottom) if value < largest * (1 - close)]
-        hypotheses = [self._clamped("none", math.inf, math.inf, both, of_gate, of_up, {"clamp": None})]
-        if guess:
-            c = _nice(float(np.median(guess)), self.case.clamp, close)
-            hypotheses += [
-                self._clamped(f"gate at most {c:g}, up within {c:g} of zero", c, c, both, of_gate, of_up, {"clamp": c}),
-                self._clamped(f"up within {c:g} of zero; gate free", math.inf, c, both, of_gate, of_up, {}),
-                self._clamped(f"gate at most {c:g}; up free", c, math.inf, both, of_gate, of_up, {}),
-            ]
+        own = self.case.clamp
+        c = _nice(float(np.median(guess)), own, close) if guess else math.inf
+        options = {"none": FREE} | (dict(clamps(c)) if guess else {})
+        hypotheses = []
+        for what, option in options.items():
+            self.clamp = option
+            off = max(residual(of_gate, self._value(both, 1.0), 1e-4), residual(of_up, self._value(2.0, both), 1e-4))
+            said = {"none": {"clamp": None}, f"gate at most {c:g}, up within {c:g} of zero": {"clamp": c}}.get(what)
+            hypotheses.append(Hypothesis(what, off, said or {}, said is None))
         finding = self._decide("clamp", hypotheses, f"gate and up from -{largest:g} to {largest:g}", 2 * self.tolerance)
-        words = finding.what
-        c = _nice(float(np.median(guess)), self.case.clamp, close) if guess else math.inf
-        self.most_gate = c if "gate at most" in words else math.inf
-        self.most_up = c if "up within" in words else math.inf
-        self.least_up = -self.most_up
-
-    def _clamped(
-        self, what: str, gate: float, up: float, both: Array, of_gate: Array, of_up: Array, fields: dict[str, Any]
-    ) -> Hypothesis:
-        before = self.most_gate, self.least_up, self.most_up
-        self.most_gate, self.least_up, self.most_up = gate, -up, up
-        expected = np.concatenate([self._value(both, 1.0), self._value(2.0, both)])
-        self.most_gate, self.least_up, self.most_up = before
-        return Hypothesis(what, residual(np.concatenate([of_gate, of_up]), expected, 1e-4), fields, not fields)
+        words = finding.what.removeprefix("cannot tell: ").split("; or ")[0]
+        self.clamp = options.get(words, FREE)
 
     def _numbers(self) -> None:
         if not self.probes.tokens.whole:
@@ -415,8 +460,12 @@ class Reading:
             return
         on, logits, K = weights != 0, self.probes.logits("routing"), self.case.top_k
         counts = sorted(set(on.sum(1).tolist()))
+        lost = "" if counts == [K] else self._lost(on, logits)
         if counts == [K]:
             self._said("experts of a token", f"{K}", experiment="random logits")
+        elif lost:
+            self._said("experts of a token", f"{counts[0]} of {K}: {lost}", "odd", experiment="random logits")
+            on = self._put(np.ones((len(logits), K)), self._largest(logits)) != 0
         else:
             shown = f"{counts[0]} to {counts[-1]}, where {K} are asked for"
             self._said("experts of a token", shown, "odd", experiment="random logits")
@@ -440,6 +489,24 @@ class Reading:
             hypotheses += list(self._groups(on[:ENOUGH], logits[:ENOUGH]))
         self._decide("choice", hypotheses, experiment, 1e-9)
 
+    def _largest(self, logits: Array) -> Array:
+        """The experts [n, K] that the asked case chooses, best first."""
+        at = replace(self._said_case(renormalize=False), ranks=1, tokens=len(logits))
+        return vectorised.select(at, reference.scores(at, logits[None], Exact()), Parameters(np.zeros(0)))[0]
+
+    def _lost(self, on: Array, logits: Array) -> str:
+        """Which of the choices are not there, the same ones of each token; an empty string where that is not so."""
+        there = np.take_along_axis(on, self._largest(logits), 1)
+        if not there.any() or (there != there[0]).any() or (there.sum(1) != on.sum(1)).any():
+            return ""
+        self.kept_K = there[0]
+        self.findings = [f for f in self.findings if f.state != "unknown" or f.key != "numbers of experts"]
+        lost = [str(k + 1) for k in np.flatnonzero(~self.kept_K)]
+        if self.kept_K[-1] and len(lost) == len(self.kept_K) - 1:
+            return "only the last choice is there: the others are overwritten, or lost"
+        last = not self.kept_K[-1] and len(lost) == 1
+        return "the last choice is lost" if last else f"of the choices, best first, these are lost: {', '.join(lost)}"
+
     def _groups(self, on: Array, logits: Array) -> Iterable[Hypothesis]:
         E, K = self.case.experts, self.case.top_k
         options = [
@@ -448,21 +515,31 @@ class Reading:
             if E % groups == 0
             for best in range(1, groups)
             if best * (E // groups) >= K
-            for by in ("top2", "max")
+            for by in BEST_OF
             if by == "max" or E // groups > 1
             for outside in ("minus_inf", "zero")
         ]
-        for function in SCORES[:3]:
+        for function in SCORES:
+            at = replace(self._said_case(), score_function=function, ranks=1, tokens=len(logits))
+            score = reference.scores(at, logits[None], Exact())[0]
+            of = "logits" if function == "softmax_of_chosen" else SCORE_WORDS[function]
             for groups, best, by, outside in options:
+                if outside == "zero" and function != "softmax_of_chosen":
+                    continue  # zero is less than all scores that are not logits
+                if by == "max" and outside == "minus_inf" and function != SCORES[0]:
+                    continue  # each function has the same largest
                 fields = {"groups": groups, "top_groups": best, "group_score": by, "outside_groups": outside}
-                case = replace(self._said_case(), score_function=function, renormalize=False, **fields)
-                largest = "the sum of the two largest" if by == "top2" else "the largest"
-                what = f"within the best {best} of {groups} groups, by {largest} of {SCORE_WORDS[function]}"
-                chosen = self._scores(case, logits) != 0
-                yield Hypothesis(what, float((on != chosen).any(1).mean()), fields)
+                what = f"within the best {best} of {groups} groups, by {BEST_OF[by]}"
+                what += "" if by == "max" and outside == "minus_inf" else f" of {of}"
+                what += "; the others count as zero" * (outside == "zero")
+                chosen = self._put(np.ones((len(logits), K)), within_groups(score, groups, best, by, outside)[:, :K])
+                off = float((on != (chosen != 0)).any(1).mean())
+                yield Hypothesis(what, off, {} if by == "all" else fields, by == "all")
 
     def _ids(self, on: Array, logits: Array) -> tuple[Array, Array]:
         """Rows of tokens that have K experts, and these, best first: [n], [n, K]."""
+        if not self.kept_K.all():
+            return np.arange(len(on)), self._largest(logits)
         rows = np.flatnonzero(on.sum(1) == self.case.top_k)
         ordered = np.where(on[rows], -logits[rows], np.inf).argsort(1, kind="stable")
         return rows, ordered[:, : self.case.top_k]
@@ -476,7 +553,7 @@ class Reading:
         if not len(rows):
             self._said("scores", "unknown: no token has as many experts as it should", "unknown")
             return
-        got, logits = np.take_along_axis(weights[rows], ids, 1), logits[rows]
+        got, logits, K = np.take_along_axis(weights[rows], ids, 1)[:, self.kept_K], logits[rows], self.case.top_k
         hypotheses, factor = [], {}
         for function, renormalize in ((f, r) for f in SCORES for r in (False, True)):
             case = self._said_case(score_function=function, renormalize=renormalize)
@@ -484,19 +561,26 @@ class Reading:
             if function == "softmax_of_chosen" and renormalize:
                 continue  # which sums to 1 already
             expected = self._of(case, logits, ids)
+            every = reference.scores(replace(case, ranks=1, tokens=len(logits)), logits[None], Exact())[0].sum(1)
             fields = {"score_function": function, "renormalize": renormalize}
             for other, odd, a in (
                 (what, False, expected),
                 (f"square of: {what}", True, expected**2),
                 (f"{what}, in the order of the worst first", True, expected[:, ::-1]),
                 (f"{what}, of the next choice", True, np.roll(expected, 1, 1)),
+                (f"{what}, over the sum of all experts", True, expected / every[:, None]),
             ):
+                if K == 2 and other.endswith("of the next choice"):
+                    continue  # which is the worst first
+                if other.endswith("sum of all experts") and (renormalize or function.startswith("softmax")):
+                    continue  # whose sum is 1 already
+                a = a[:, self.kept_K]
                 factor[other] = times(got, a)
                 hypotheses.append(Hypothesis(other, residual(got, factor[other] * a), {} if odd else fields, odd))
         flat = np.ones_like(got)
         factor["the same for all"] = times(got, flat)
         hypotheses.append(Hypothesis("the same for all", residual(got, factor["the same for all"] * flat), {}, True))
-        if self.case.top_k == 1:
+        if K == 1:
             hypotheses = [h for h in hypotheses if not h.what.endswith(("first", "choice"))]
         finding = self._decide("scores", hypotheses, "random logits, all experts alike")
         best = finding.what.removeprefix("cannot tell: ").split("; or ")[0]
@@ -596,7 +680,8 @@ class Reading:
         E, K = self.case.experts, self.case.top_k
         chosen = [np.flatnonzero(row).tolist() for row in weights]
         experiment = "equal logits"
-        lower, higher = list(range(K)), list(range(E - K, E))
+        lower = np.arange(K)[self.kept_K].tolist()
+        higher = sorted(np.arange(E)[::-1][:K][self.kept_K].tolist())
         if all(ids == lower for ids in chosen):
             self._said("of equal scores", "the lower expert id is chosen", experiment=experiment)
         elif all(ids == higher for ids in chosen):
@@ -792,11 +877,15 @@ class Reading:
         logits, case, w = self.probes.logits("routing"), self._said_case(), self._parameters("selection_bias")
         bias = w.selection_bias
         only = Parameters(np.zeros(0), selection_bias=bias)
-        score = reference.scores(replace(case, ranks=1, tokens=len(logits)), logits[None], Exact())[0]
-        chosen = np.argsort(-(score + bias), 1, kind="stable")[:, : case.top_k]
+        at = replace(case, ranks=1, tokens=len(logits))
+        score = reference.scores(at, logits[None], Exact())[0]
+        chosen = vectorised.select(at, score[None], only)[0]
         weighed = np.take_along_axis(score + bias, chosen, 1)
         if case.renormalize:
             weighed = weighed / weighed.sum(1, keepdims=True)
+        by_logits = vectorised.select(
+            at, reference.scores(at, (logits + bias)[None], Exact()), Parameters(np.zeros(0))
+        )[0]
         self._decide(
             "selection bias",
             [
@@ -808,6 +897,11 @@ class Reading:
                 Hypothesis("ignored", residual(got, self.scale * self._scores(case, logits)), odd=True),
                 Hypothesis(
                     "added to the logits", residual(got, self.scale * self._scores(case, logits + bias)), odd=True
+                ),
+                Hypothesis(
+                    "added to the logits for the choice only",
+                    residual(got, self.scale * self._put(self._of(case, logits, by_logits), by_logits)),
+                    odd=True,
                 ),
                 Hypothesis(
                     "added to the scores, and in the weights too",
@@ -881,6 +975,10 @@ class Reading:
             return
         got = out[self.probes.tokens.at["routing"]]
         b = self.probes.learned["b_down"][self.numbers_E]
+        of_ranks = b.reshape(self.case.ranks, -1, self.case.width)
+        e = of_ranks.shape[1]
+        others = {"next": np.roll(of_ranks, -1, 1).reshape(b.shape)} if e > 1 else {}
+        others |= {"previous": np.roll(of_ranks, 1, 1).reshape(b.shape)} if e > 2 else {}
         self._decide(
             "bias of down",
             [
@@ -888,6 +986,10 @@ class Reading:
                     "added to what an expert returns, and weighed", residual(got, weights @ b), {"expert_bias": True}
                 ),
                 Hypothesis("added and not weighed", residual(got, (weights != 0) @ b), odd=True),
+                *(
+                    Hypothesis(f"added, of the {which} expert of the rank", residual(got, weights @ other), odd=True)
+                    for which, other in others.items()
+                ),
                 Hypothesis("ignored", 0.0 if not got.any() else math.inf, odd=True),
             ],
             "w_down = 0, and a bias for each expert",
@@ -916,6 +1018,14 @@ class Reading:
         if self.scale != 1:
             scaled = self.scale * weight * with_offset[:, None] * shown
             hypotheses.append(Hypothesis(f"added{weighed}, times the scale", residual(got, scaled), odd=True))
+        one = weight * with_offset[:, None] * shown
+        factor = times(got, one)
+        if min(abs(factor - other) for other in (0, 1, self.scale)) > self.tolerance:
+            each = {self.case.top_k: ": once for each choice", self.case.ranks: ": once for each rank"}
+            often = _nice(factor, self.case.top_k, self.tolerance)
+            why = each.get(int(often), "") if often == int(often) else ""
+            what = f"added{weighed}, {often:g} times{why}"
+            hypotheses.append(Hypothesis(what, residual(got, often * one), odd=True))
         if self.case.shared_score:
             hypotheses.append(
                 Hypothesis("added; its score ignored", residual(got, with_offset[:, None] * shown), odd=True)
@@ -930,14 +1040,14 @@ class Reading:
         self._decide("shared expert", hypotheses, "w_down of all others = 0")
 
     def _company(self) -> None:
-        answer, alone = self.answers["company"].out, self.answers["readout-0"].out
+        answer, alone = self._out("company"), self._out("readout-0")
         if answer is None or alone is None:
             return
         shape = (self.case.ranks, self.case.tokens, self.case.width)
         here, there = answer.reshape(shape)[:, ::2], alone.reshape(shape)[:, ::2]
         changed = int((here != there).any(-1).sum())
         off = residual(here, there)
-        experiment = "every other token exchanged"
+        experiment = "every other token changed"
         if not changed:
             self._said("other tokens", "change nothing, bit for bit", experiment=experiment)
         elif off <= self.tolerance:
