@@ -29,7 +29,8 @@ FACTORS = ("1/2", "3/4", "1", "11/10", "6/5", "5/4", "3/2", "2", "3", "4")  # tr
 def problems(found: Probes, factor: str | None) -> dict[str, Problem]:
     """Everybody wants expert 0: half of the tokens first of all, and half after expert 1."""
     case = found.case
-    if not found.tokens.whole:
+    grid = np.arange(-MOST, 0, STEP / 2)
+    if not found.tokens.whole or case.experts > len(grid):
         return {}
     rng, made = np.random.default_rng(30), {}
     w = weights(found, w_down=shown(case, 0))
@@ -37,17 +38,14 @@ def problems(found: Probes, factor: str | None) -> dict[str, Problem]:
     for T in TOKENS:
         x = np.zeros((case.ranks, T, case.width))
         x[..., V], x[..., U], x[..., OFFSET] = V0, U0 if case.gated else U0_ALONE, 0
-        grid = np.arange(-4, 0, 1 / 32)
         for p, t in np.ndindex(case.ranks, T):
-            x[p, t, FEATURES : FEATURES + case.experts] = rng.choice(
-                grid, case.experts, replace=case.experts > len(grid)
-            )
+            x[p, t, FEATURES : FEATURES + case.experts] = rng.choice(grid, case.experts, replace=False)
         x[..., FEATURES] = 2 + np.stack([rng.permutation(T) for _ in range(case.ranks)]) / 32
         if case.top_k > 1:
             x[:, : T // 2, FEATURES + 1] = MOST - STEP
         dout = np.ones_like(x).astype(numpy_dtype(case.dtype))
         of = replace(case, tokens=T, name=f"probe-capacity-{T}")
-        problem = posed(of, x.astype(numpy_dtype(case.dtype)), w, dout)
+        problem = posed(of, x.astype(numpy_dtype(case.dtype)), w, dout, evaluated=False)
         made[f"capacity-{T}"] = replace(problem, keep=np.ones_like(problem.keep))
     return made
 

@@ -76,7 +76,7 @@ def _asked(
     tried = dict.fromkeys((backend.takes, own))
     why = ""
     for takes in tried:
-        found = probes.make(probes.probing_case(base, takes))
+        found = probes.make(probes.probing_case(base, takes), evaluated=backend.layout != "opaque")
         if "keep" not in backend.takes and backend.layout == "opaque":
             found.problems.update(capacity.problems(found, base.capacity_factor))
         answers = ask(backend, found.problems, setting, home)

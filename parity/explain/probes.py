@@ -11,6 +11,7 @@ show D experts each. All tokens of an experiment are in one batch, spread over r
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -71,13 +72,20 @@ class Tokens:
         self.rows.append(x_nD)
 
     def random(self, n: int) -> Array:
-        """c for n tokens with different logits; in the identity code, from a grid, none equal to another."""
+        """c for n tokens with different logits; in the identity code none equal to another, up to 256 experts."""
         C = self.code_CE.shape[0]
         grid = np.arange(-MOST, MOST, STEP) if self.whole else np.arange(-2, 2, 1 / 8)
-        if len(grid) < C and self.whole:  # some are equal
-            return self.rng.choice(grid, (n, C))
-        rows = [self.rng.choice(grid, C, replace=len(grid) < C) for _ in range(n)]
-        return np.array(rows).reshape(n, C)
+        rows = [self._clear(lambda: self.rng.choice(grid, C, replace=len(grid) < C)) for _ in range(n)]
+        # Of many experts, all tokens have nearly the same largest logits: in some they are nearer to each other.
+        return np.array(rows).reshape(n, C) / self.rng.choice([1, 2, 4], (n, 1))
+
+    def _clear(self, draw: Callable[[], Array]) -> Array:
+        """A drawn row by which no two of the largest logits are equal, as far as a hundred tries go."""
+        tries = (draw() for _ in range(100))
+        return next(row for i, row in enumerate(tries) if i == 99 or (np.diff(self._largest(row)) != 0).all())
+
+    def _largest(self, row_C: Array) -> Array:
+        return np.sort(row_C @ self.code_CE)[-self.case.top_k - 1 :]
 
     def descending(self, n: int, step: float) -> Array:
         """c for n equal tokens, of which expert 0 has the largest logit, 1 the next, and so on."""
@@ -112,10 +120,14 @@ class Probes:
 def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
     """The case to ask in: sizes, dtype, ranks and options of this one, and all that the layer takes.
 
-    Raises ValueError where the width has no room for a probe.
+    Raises ValueError where the width has no room for a probe, and where the weights would fill memory.
     """
     if base.width < FEATURES + 2:
         raise ValueError(f"--width is {base.width}: to ask a layer what it is takes {FEATURES + 2} at least")
+    if base.real_size:
+        raise ValueError(
+            f"{base.name} is of real size: ask in a smaller --hidden, which changes nothing in the answers"
+        )
     plain = Case()
     drawn = (
         "pattern",
@@ -141,8 +153,11 @@ def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
     return replace(case, gated=gated, expert_bias=biased, shared_hidden=shared, **has)
 
 
-def make(case: Case) -> Probes:
-    """Every probe of a case. The same case has the same ones on every machine."""
+def make(case: Case, *, evaluated: bool = True) -> Probes:
+    """Every probe of a case. The same case has the same ones on every machine.
+
+    `evaluated`: with the oracle's values at every stage, for a layer that is fed them.
+    """
     rng = np.random.default_rng(20)
     D, E, F, K = case.width, case.experts, case.hidden, case.top_k
     whole = D >= E + FEATURES
@@ -173,7 +188,7 @@ def make(case: Case) -> Probes:
         "shared_score": _one_row(case.width, 1, FEATURES, 0.25)[:, 0],
     }  # fmt: skip
     found = Probes(case, tokens, x_nD, router_DE, hidden, combined_ED, learned, {})
-    _pose(found, K)
+    _pose(found, K, evaluated)
     return found
 
 
@@ -242,7 +257,7 @@ def shown(case: Case, which: int) -> Array:
     return w
 
 
-def _pose(found: Probes, K: int) -> None:
+def _pose(found: Probes, K: int, evaluated: bool) -> None:
     """All problems, by name."""
     case = found.case
     there = {one.name for one in parameters_of(case)}
@@ -251,7 +266,7 @@ def _pose(found: Probes, K: int) -> None:
     def put(name: str, w: Parameters, at: Case = case, x: Array = found.x_nD) -> None:
         of = replace(at, name=f"probe-{len(found.problems):02}-{name}")
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            problem = posed(of, x.reshape(dout.shape), w, dout)
+            problem = posed(of, x.reshape(dout.shape), w, dout, evaluated=evaluated)
         found.problems[name] = replace(problem, keep=np.ones_like(problem.keep))  # what to drop is the layer's to say
 
     for i in range(found.passes):
@@ -288,7 +303,8 @@ def _pose(found: Probes, K: int) -> None:
     if case.shared_hidden:
         put("shared", weights(found, **{name: found.learned[name] for name in there if name.startswith("shared")}))
     drawn = draw(replace(case, name=f"probe-{len(found.problems):02}-no-cotangent"))
-    found.problems["no-cotangent"] = posed(drawn.case, drawn.x, drawn.parameters, np.zeros_like(drawn.dout))
+    none = np.zeros_like(drawn.dout)
+    found.problems["no-cotangent"] = posed(drawn.case, drawn.x, drawn.parameters, none, evaluated=evaluated)
 
 
 def _rows(case: Case, place: int, value_F: Array) -> Array:
