@@ -33,8 +33,7 @@ class Command:
         python -m parity identify --backend mine.py
         python -m parity identify --backend mine.py --backend transformers:qwen3_moe
         python -m parity identify --model deepseek-v3 --width 48 --hidden 24 --backend mine.py
-        python -m parity identify --backend mine.py --write case.json
-        python -m parity check --case case.json --backend mine.py
+        python -m parity identify --backend mine.py --write case.json    for `check --case case.json --backend mine.py`
     """
 
     preset: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PRESET]")] = ()

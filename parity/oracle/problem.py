@@ -153,7 +153,7 @@ def posed(
     keep = reference.keep_within_capacity(case, expert_id, stored)
     aux = recorded.get("dscore", np.zeros(expert_id.shape)).astype(of_scores)
     if not evaluated:
-        nothing = Layer(**dict.fromkeys(Layer._fields, np.zeros(0)) | {"gradients": {}})
+        nothing = Layer(*[np.zeros(0)] * (len(Layer._fields) - 1), gradients={})
         none = np.zeros(0)
         return Problem(case, x, parameters, dout, expert_id, keep, stored, none, none, none, none, aux, nothing)
     exact = oracle.layer(case, x64, exact_parameters, dout64, expert_id, keep, Exact(), aux.astype(np.float64))
