@@ -75,9 +75,7 @@ BIASED: dict[str, Words] = {"selection bias": "added to the scores for the choic
 SHARED: dict[str, Words] = {"shared expert": "added"}
 WEIGHED: dict[str, Words] = {"shared expert": "added, weighed by the sigmoid of its score"}
 TOP2: dict[str, Words] = {"choice": "within the best 2 of 4 groups, by the sum of the two largest of sigmoid"}
-GROUPS_BY_MAX: dict[str, Words] = {
-    "choice": "within the best 2 of 4 groups, by the largest of softmax over all experts"
-}
+GROUPS_BY_MAX: dict[str, Words] = {"choice": "within the best 2 of 4 groups, by the largest score"}
 BY_RANK = "ranks one after the other, each in order of expert, in float32"
 LOWER: dict[str, Words] = {"of equal scores": "the lower expert id is chosen"}
 
@@ -169,6 +167,12 @@ LAYERS: dict[str, Stated] = {
         f"{DEEPSEEK} --router-dtype activations --cast-scores True",
         LOOP | SIGMOID | BIASED | {"added to the sum": "1e-20"}, _LOOP_CAST,
         dtypes=("bfloat16",),
+    ),
+    "tokamax": Stated(  # experts alone
+        SIZES.replace("--ranks 1", "--ranks 2"),
+        {"scores": "given to the layer", "choice": "given to the layer", "scale": None, "experts of a token": None,
+         "of equal scores": None, "precision of logits": None},
+        {"precision of logits": None},
     ),
     "maxtext:dense": Stated(f"{QWEN} --renormalize True", LOWER | RENORMALISED, CAST),
     "maxtext:dense_over_ranks": Stated(TWO, LOWER | RENORMALISED, CAST),
