@@ -1008,23 +1008,22 @@ class _Sums(NamedTuple):
         """Each rank adds up what its own experts return, and then these sums are added up."""
         wide, dtype = self.wide, self.dtype
         part_nK = self.ids_nK // self.per_rank
+        ranks = int(part_nK.max(initial=0)) + 1
         for words, order in orders.items():
-            part = np.take_along_axis(part_nK, order, 1)[..., None]
-            s, y = np.take_along_axis(s_nK, order, 1), np.take_along_axis(y_nKD, order[..., None], 1)
-            for inner in dict.fromkeys((wide, dtype)):
-                products = (s[..., None] * y).astype(inner).astype(wide)
-                sums = []
-                for rank in range(int(part.max(initial=0)) + 1):
-                    own = np.zeros(y[:, 0].shape, wide)
-                    for k in range(s.shape[1]):
-                        own = (own + np.where(part[:, k] == rank, products[:, k], 0)).astype(inner).astype(wide)
-                    sums.append(own)
-                for outer in dict.fromkeys((wide, dtype)):
+            part, s = (np.take_along_axis(a, order, 1) for a in (part_nK, s_nK))
+            y = np.take_along_axis(y_nKD, order[..., None], 1)
+            for ways in zip(*(self._ways(np.where(part == rank, s, 0), y) for rank in range(ranks)), strict=True):
+                each = f"each {words}, {ways[0][0]}"
+                for rounded, outer in dict.fromkeys([(wide, wide), (dtype, wide), (dtype, dtype)]):
+                    if ranks == 2 and outer != wide:
+                        continue  # of two sums it is the same
+                    sums = [own.astype(rounded).astype(wide) for _, own in ways]
                     total = np.zeros_like(sums[0])
                     for own in sums:
                         total = (total + own).astype(outer).astype(wide)
-                    how = f"in {outer}" if inner == outer else f"in {outer}, of sums in {inner}"
-                    yield f"ranks one after the other, each {words}, {how}", total.astype(dtype), False
+                    narrowed = rounded != wide and ways[0][1].dtype != rounded
+                    how = each + f", rounded to {rounded}" * narrowed
+                    yield f"ranks one after the other, in {outer}; {how}", total.astype(dtype), False
 
     def _ways(self, s: Array, y: Array) -> Iterable[tuple[str, Array]]:
         wide, dtype = self.wide, self.dtype
