@@ -73,7 +73,9 @@ class Tokens:
     def random(self, n: int) -> Array:
         """c for n tokens with different logits; in the identity code, from a grid, none equal to another."""
         C = self.code_CE.shape[0]
-        grid = np.arange(-MOST, MOST, STEP) if self.whole else np.arange(-2, 2, 1 / 8)
+        # In 16 bits, scores of large logits would be equal: a sigmoid of 3.9 and one of 3.8.
+        most = MOST if self.case.dtype in ("float32", "float64") else 0
+        grid = np.arange(-MOST, most, STEP) if self.whole else np.arange(-2, 2, 1 / 8)
         if len(grid) < C and self.whole:  # some are equal
             return self.rng.choice(grid, (n, C))
         rows = [self.rng.choice(grid, C, replace=len(grid) < C) for _ in range(n)]

@@ -689,24 +689,25 @@ class Reading:
         narrow = self.case.dtype in ("bfloat16", "float16")
         wide = np.dtype(self.case.wide)
         if narrow:
-            exact = self._of(self._said_case(), logits[rows], ids) * self.scale
-            s_nK = exact.astype(wide)
+            s_nK = (self._of(self._said_case(), logits[rows], ids) * self.scale).astype(wide)
         else:
             s_nK = np.take_along_axis(weights[rows], ids, 1).astype(wide)
         value = self._narrow(np.array(self.usual()))
         own = self._narrow(value * self._narrow(self.probes.combined_ED))
         y_nKD = own[self.numbers_E[ids]].astype(wide)
+        exact = math.frexp(self.usual())[0] == 0.5
         sums = _Sums(numpy_dtype(self.case.dtype), wide, self.case.experts // self.case.ranks, ids)
         hypotheses, cast = [], {False: 1.0, True: 1.0}
         for rounded in (False, True) if narrow else (False,):
-            s = s_nK.astype(numpy_dtype(self.case.dtype)).astype(wide) if rounded else s_nK
+            # As it is read where nothing is rounded besides: it may have been computed in few bits, too.
+            read = np.take_along_axis(weights[rows], ids, 1) if exact else self._narrow(s_nK)
+            s = read.astype(wide) if rounded else s_nK
             for what, total, odd in sums.each(s, y_nKD):
                 off = float((total.astype(np.float64) != got).mean())
                 hypotheses.append(Hypothesis(what, off, {}, odd))
                 cast[rounded] = min(cast[rounded], off)
         experiment = f"{got.size} sums, bit for bit; residual: part of them that differs"
-        exact = narrow or math.frexp(self.usual())[0] == 0.5
-        if exact:
+        if narrow or exact:
             best = _least(hypotheses)
             # Where one way is right in every bit, a few bits tell the others.
             few = 1e-9 if min(one.residual for one in best) == 0 else 0.01
@@ -736,8 +737,12 @@ class Reading:
                 s_nE = self.scale * self.score(self.probes.logits("gate scan"))
                 h_n1 = self._narrow(self._value(np.concatenate([np.array(SCAN), -np.array(SCAN)]), 1.0))[:, None]
             steep = np.isfinite(h_n1[:, 0]) & (np.abs(np.frexp(h_n1[:, 0])[0]) != 0.5) & (np.abs(h_n1[:, 0]) > 1e-3)
+            largest = len(SCAN) - 1
+            exact = math.frexp(float(h_n1[largest, 0]))[0] == 0.5  # all these tokens have the same scores
+            read = table[largest] / h_n1[largest, 0] if exact else self._narrow(s_nE)
             for narrow in (False, True):
-                s = self._narrow(s_nE) if narrow else s_nE
+                s = read if narrow else s_nE
+                s = np.broadcast_to(s, table.shape)
                 on = (s != 0) & steep[:, None]
                 expected = self._narrow((s * h_n1).astype(np.float32))
                 rounded[narrow] = float((expected != table)[on].mean()) if on.any() else 0.0
@@ -795,6 +800,10 @@ class Reading:
         bias = w.selection_bias
         only = Parameters(np.zeros(0), selection_bias=bias)
         score = reference.scores(replace(case, ranks=1, tokens=len(logits)), logits[None], Exact())[0]
+        ordered = -np.sort(-(score + bias), 1)
+        if case.top_k < case.experts:  # where others round, they may choose another one
+            told = ordered[:, case.top_k - 1] - ordered[:, case.top_k] > self.tolerance
+            got, logits, score = got[told], logits[told], score[told]
         chosen = np.argsort(-(score + bias), 1, kind="stable")[:, : case.top_k]
         weighed = np.take_along_axis(score + bias, chosen, 1)
         if case.renormalize:
