@@ -76,6 +76,11 @@ SHARED: dict[str, Words] = {"shared expert": "added"}
 WEIGHED: dict[str, Words] = {"shared expert": "added, weighed by the sigmoid of its score"}
 TOP2: dict[str, Words] = {"choice": "within the best 2 of 4 groups, by the sum of the two largest of sigmoid"}
 GROUPS_BY_MAX: dict[str, Words] = {"choice": "within the best 2 of 4 groups, by the largest score"}
+# PyTorch's scatter_add on a CPU adds up 16 bits in float32.
+SCATTERED: tuple[str, ...] = ("in order of expert, in float32, of products in bfloat16",)
+SCATTERED_BY_RANK: tuple[str, ...] = (
+    "each in order of expert, in float32, of products in bfloat16, rounded to bfloat16",
+)
 BY_RANK = "ranks one after the other, in float32; each in order of expert, in"
 MAXTEXT: dict[str, Words] = {
     "of equal scores": "the lower expert id is chosen",
@@ -164,13 +169,13 @@ LAYERS: dict[str, Stated] = {
             "one expert a token": "its score, not renormalised",  # of one it does not do so
         },
         IN_FLOAT32 | {
-            "sum over the chosen": f"{BY_RANK} bfloat16",
+            "sum over the chosen": SCATTERED_BY_RANK,
             "dtype of scores": "float32, and rounded with the hidden units that they weigh",
         },
     ),
     "torchtitan": Stated(
         f"{DEEPSEEK} --router-dtype activations --cast-scores True",
-        LOOP | SIGMOID | BIASED | {"added to the sum": "1e-20"}, _LOOP_CAST,
+        LOOP | SIGMOID | BIASED | {"added to the sum": "1e-20"}, CAST | {"sum over the chosen": SCATTERED},
         dtypes=("bfloat16",),
     ),
     "tokamax": Stated(  # experts alone

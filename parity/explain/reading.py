@@ -730,30 +730,42 @@ class Reading:
         hidden units themselves, where they are none.
         """
         wide, dtype = self.case.score_dtype, self.case.dtype
-        rounded = {True: 1.0, False: 1.0}
-        table = self._table("readout", "gate scan")
-        if table is not None and self.score is not None:
-            with np.errstate(all="ignore"):
-                s_nE = self.scale * self.score(self.probes.logits("gate scan"))
-                h_n1 = self._narrow(self._value(np.concatenate([np.array(SCAN), -np.array(SCAN)]), 1.0))[:, None]
-            steep = np.isfinite(h_n1[:, 0]) & (np.abs(np.frexp(h_n1[:, 0])[0]) != 0.5) & (np.abs(h_n1[:, 0]) > 1e-3)
-            largest = len(SCAN) - 1
-            exact = math.frexp(float(h_n1[largest, 0]))[0] == 0.5  # all these tokens have the same scores
-            read = table[largest] / h_n1[largest, 0] if exact else self._narrow(s_nE)
-            for narrow in (False, True):
-                s = read if narrow else s_nE
-                s = np.broadcast_to(s, table.shape)
-                on = (s != 0) & steep[:, None]
-                expected = self._narrow((s * h_n1).astype(np.float32))
-                rounded[narrow] = float((expected != table)[on].mean()) if on.any() else 0.0
+        off = self._rounded_scores()
+        if min(off.values()) > 0.05:
+            off = {True: 0.0, False: 0.0}  # hidden units are not known bit for bit
         words = (
-            (wide, max(cast[False], min(rounded[False], 1.0)), False),
-            (f"{wide}, and rounded with the hidden units that they weigh", max(cast[True], rounded[False]), False),
-            (f"{dtype}: rounded before they weigh anything", max(cast[True], rounded[True]), True),
+            (wide, max(cast[False], off[False]), False),
+            (f"{wide}, and rounded with the hidden units that they weigh", max(cast[True], off[False]), False),
+            (f"{dtype}: rounded before they weigh anything", max(cast[True], off[True]), True),
         )
-        experiment = f"{experiment}; and {len(SCAN) * 2} numbers of hidden units"
-        hypotheses = [Hypothesis(what, off, {"cast_scores": narrow}) for what, off, narrow in words]
-        self._decide("dtype of scores", hypotheses, experiment, 0.05)
+        hypotheses = [Hypothesis(what, residual, {"cast_scores": narrow}) for what, residual, narrow in words]
+        self._decide("dtype of scores", hypotheses, f"{experiment}; and hidden units of several sizes", 0.02)
+
+    def _rounded_scores(self) -> dict[bool, float]:
+        """Which part of weighed hidden units is not explained by rounded scores, and by scores that are not rounded."""
+        both = np.concatenate([np.array(SCAN), -np.array(SCAN)])
+        ups = self._narrow(np.array([1 + 2.0**-b for b in BITS]))
+        made = {"gate scan": self._value(both, 1.0 if self.case.gated else both), "precision": self._value(V0, ups)}
+        wrong, total = {True: 0, False: 0}, 0
+        for name, h_n in made.items():
+            table = self._table("readout", name)
+            if table is None or self.score is None:
+                continue
+            h_n1 = self._narrow(h_n)[:, None]
+            s_nE = self.scale * self.score(self.probes.logits(name))
+            size = np.abs(h_n1[:, 0])
+            power = np.frexp(size)[0] == 0.5
+            # All these tokens have the same scores: they are read where they weigh a power of two.
+            read = self._narrow(s_nE)
+            if power.any():
+                first = int(np.argmax(power & (size > 1e-3)))
+                read = np.broadcast_to(table[first] / h_n1[first], table.shape)
+            on = (s_nE != 0) & (np.isfinite(size) & ~power & (size > 1e-3))[:, None]
+            total += int(on.sum())
+            for narrow, s in ((True, read), (False, s_nE)):
+                expected = self._narrow((s * h_n1).astype(np.float32))
+                wrong[narrow] += int((expected != table)[on].sum())
+        return {narrow: n / max(total, 1) for narrow, n in wrong.items()}
 
     def _parameters(self, name: str) -> Parameters:
         return in_float64(self.probes.problems[f"{name}-0"].parameters)
