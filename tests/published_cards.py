@@ -75,22 +75,30 @@ BIASED: dict[str, Words] = {"selection bias": "added to the scores for the choic
 SHARED: dict[str, Words] = {"shared expert": "added"}
 WEIGHED: dict[str, Words] = {"shared expert": "added, weighed by the sigmoid of its score"}
 TOP2: dict[str, Words] = {"choice": "within the best 2 of 4 groups, by the sum of the two largest of sigmoid"}
-GROUPS_BY_MAX: dict[str, Words] = {
-    "choice": "within the best 2 of 4 groups, by the largest of softmax over all experts"
+GROUPS_BY_MAX: dict[str, Words] = {"choice": "within the best 2 of 4 groups, by the largest score"}
+# PyTorch's scatter_add on a CPU adds up 16 bits in float32.
+SCATTERED: tuple[str, ...] = ("in order of expert, in float32, of products in bfloat16",)
+SCATTERED_BY_RANK: tuple[str, ...] = (
+    "each in order of expert, in float32, of products in bfloat16, rounded to bfloat16",
+)
+BY_RANK = "ranks one after the other, in float32; each in order of expert, in"
+MAXTEXT: dict[str, Words] = {
+    "of equal scores": "the lower expert id is chosen",
+    "scores": "softmax over the chosen",
+    "one expert a token": "its score, renormalised: 1",
 }
-BY_RANK = "ranks one after the other, each in order of expert, in float32"
-LOWER: dict[str, Words] = {"of equal scores": "the lower expert id is chosen"}
 
 SIZES = "--width 48 --hidden 24 --experts 16 --top-k 3 --ranks 1"
 AS_TOKENS = f"{SIZES} --router-dtype activations"
-TWO = f"{SIZES.replace('--ranks 1', '--ranks 2')} --router-dtype activations --cast-scores True --renormalize True"
+OF_CHOSEN = "--score-function softmax_of_chosen"
+TWO = f"{SIZES.replace('--ranks 1', '--ranks 2')} --router-dtype activations --cast-scores True {OF_CHOSEN}"
 QWEN = f"{AS_TOKENS} --cast-scores True"
 DEEPSEEK = f"{SIZES} --score-function sigmoid --renormalize True --scale 2.5 --selection-bias True"
 
 _LOOP_WIDE, _LOOP_CAST = LOOP_NARROW | WIDE, LOOP_NARROW | CAST
 _DEEPSEEK = LOOP | SIGMOID | BIASED | SHARED | {"added to the sum": "1e-20"}
 # A product over all experts, or over the chosen; in which order and how it rounds is up to XLA.
-_ANY_SUM: tuple[str, ...] = ("in float32", "products not rounded", "of products in bfloat16")
+_ANY_SUM: tuple[str, ...] = ("in float32", "products not rounded", "of products in bfloat16", "rounded to bfloat16")
 
 LAYERS: dict[str, Stated] = {
     "transformers:mixtral": Stated(f"{AS_TOKENS} --renormalize True --epsilon 0", LOOP | RENORMALISED, _LOOP_WIDE),
@@ -157,23 +165,29 @@ LAYERS: dict[str, Stated] = {
         DEEPSEEK.replace("--ranks 1", "--ranks 2"),
         SIGMOID | BIASED | {
             "added to the sum": "1e-20",
-            "sum over the chosen": BY_RANK,
+            "sum over the chosen": f"{BY_RANK} float32",
             "one expert a token": "its score, not renormalised",  # of one it does not do so
         },
         IN_FLOAT32 | {
-            "sum over the chosen": f"{BY_RANK}, of sums in bfloat16",
+            "sum over the chosen": SCATTERED_BY_RANK,
             "dtype of scores": "float32, and rounded with the hidden units that they weigh",
         },
     ),
     "torchtitan": Stated(
         f"{DEEPSEEK} --router-dtype activations --cast-scores True",
-        LOOP | SIGMOID | BIASED | {"added to the sum": "1e-20"}, _LOOP_CAST,
+        LOOP | SIGMOID | BIASED | {"added to the sum": "1e-20"}, CAST | {"sum over the chosen": SCATTERED},
         dtypes=("bfloat16",),
     ),
-    "maxtext:dense": Stated(f"{QWEN} --renormalize True", LOWER | RENORMALISED, CAST),
-    "maxtext:dense_over_ranks": Stated(TWO, LOWER | RENORMALISED, CAST),
-    "maxtext:ragged": Stated(f"{QWEN} --renormalize True", LOWER | RENORMALISED, CAST),
-    "maxtext:ring_over_ranks": Stated(TWO, LOWER | RENORMALISED, CAST),
+    "tokamax": Stated(  # experts alone
+        SIZES.replace("--ranks 1", "--ranks 2"),
+        {"scores": "given to the layer", "choice": "given to the layer", "scale": None, "experts of a token": None,
+         "of equal scores": None, "precision of logits": None},
+        {"precision of logits": None},
+    ),
+    "maxtext:dense": Stated(f"{QWEN} {OF_CHOSEN}", MAXTEXT, CAST),
+    "maxtext:dense_over_ranks": Stated(TWO, MAXTEXT, CAST),
+    "maxtext:ragged": Stated(f"{QWEN} {OF_CHOSEN}", MAXTEXT, CAST),
+    "maxtext:ring_over_ranks": Stated(TWO, MAXTEXT, CAST),
 }  # fmt: skip
 
 

@@ -24,6 +24,15 @@ from parity.oracle.reference import Exact
 from parity.oracle.vectorised import oracle_for
 from parity.run.backend import Backend, BackendError, Setting
 
+# Findings that are of the layer's inputs where it takes these; the first stands for all.
+GIVEN = {
+    "expert_id": ("choice", "experts of a token", "of equal scores", "precision of logits"),
+    "score": (
+        "scores", "scale", "added to the sum", "one expert a token", "dtype of scores", "router bias",
+        "selection bias", "scale of experts",
+    ),
+}  # fmt: skip
+
 # What a layer that takes a parameter does with it, where it does not use it.
 UNUSED = {
     "router bias": "router_bias",
@@ -50,7 +59,7 @@ def identify(
     tell(f"{backend.name}: asking")
     found, answers = _asked(backend, base, setting, home)
     reading = Reading(found, answers)
-    findings = reading.all()
+    findings = _of_its_own(backend, reading.all())
     findings += capacity.read(reading, answers, base.capacity_factor)
     tell(f"{backend.name}: proving what was found")
     case = _found(base, found.case, reading)
@@ -58,6 +67,14 @@ def identify(
     findings += more
     again = f"{command(case)} --backend {backend.asked or backend.name}"
     return Card(backend.name, base, findings, case, proof, proved, again, time.perf_counter() - begin)
+
+
+def _of_its_own(backend: Backend, findings: list[Finding]) -> list[Finding]:
+    """Without what is found of scores and choice where the layer is given them: a word of that in their place."""
+    given = {key: keys[0] for name, keys in GIVEN.items() if name in backend.takes for key in keys}
+    own = [finding for finding in findings if given.get(finding.key, finding.key) == finding.key]
+    said = "given to the layer"
+    return [Finding(f.key, said, experiment="what it takes") if f.key in given else f for f in own]
 
 
 def explained(backend: Backend, case: Case, setting: Setting) -> Card | None:

@@ -74,10 +74,13 @@ class Tokens:
     def random(self, n: int) -> Array:
         """c for n tokens with different logits; in the identity code none equal to another, up to 256 experts."""
         C = self.code_CE.shape[0]
-        grid = np.arange(-MOST, MOST, STEP) if self.whole else np.arange(-2, 2, 1 / 8)
+        # In 16 bits, scores of large logits would be equal: a sigmoid of 3.9 and one of 3.8.
+        most = MOST if self.case.dtype in ("float32", "float64") else 0
+        grid = np.arange(-MOST, most, STEP) if self.whole else np.arange(-2, 2, 1 / 8)
         rows = [self._clear(lambda: self.rng.choice(grid, C, replace=len(grid) < C)) for _ in range(n)]
         # Of many experts, all tokens have nearly the same largest logits: in some they are nearer to each other.
-        return np.array(rows).reshape(n, C) / self.rng.choice([1, 2, 4], (n, 1))
+        nearer = [1, 2, 4] if self.case.experts > 64 else [1]
+        return np.array(rows).reshape(n, C) / self.rng.choice(nearer, (n, 1))
 
     def _clear(self, draw: Callable[[], Array]) -> Array:
         """A drawn row by which no two of the largest logits are equal, as far as a hundred tries go."""

@@ -775,25 +775,29 @@ class Reading:
         narrow = self.case.dtype in ("bfloat16", "float16")
         wide = np.dtype(self.case.wide)
         if narrow:
-            exact = self._of(self._said_case(), logits[rows], ids) * self.scale
-            s_nK = exact.astype(wide)
+            s_nK = (self._of(self._said_case(), logits[rows], ids) * self.scale).astype(wide)
         else:
             s_nK = np.take_along_axis(weights[rows], ids, 1).astype(wide)
         value = self._narrow(np.array(self.usual()))
         own = self._narrow(value * self._narrow(self.probes.combined_ED))
         y_nKD = own[self.numbers_E[ids]].astype(wide)
+        exact = math.frexp(self.usual())[0] == 0.5
         sums = _Sums(numpy_dtype(self.case.dtype), wide, self.case.experts // self.case.ranks, ids)
         hypotheses, cast = [], {False: 1.0, True: 1.0}
         for rounded in (False, True) if narrow else (False,):
-            s = s_nK.astype(numpy_dtype(self.case.dtype)).astype(wide) if rounded else s_nK
+            # As it is read where nothing is rounded besides: it may have been computed in few bits, too.
+            read = np.take_along_axis(weights[rows], ids, 1) if exact else self._narrow(s_nK)
+            s = read.astype(wide) if rounded else s_nK
             for what, total, odd in sums.each(s, y_nKD):
                 off = float((total.astype(np.float64) != got).mean())
                 hypotheses.append(Hypothesis(what, off, {}, odd))
                 cast[rounded] = min(cast[rounded], off)
         experiment = f"{got.size} sums, bit for bit; residual: part of them that differs"
-        exact = narrow or math.frexp(self.usual())[0] == 0.5
-        if exact:
-            self._decide("sum over the chosen", _least(hypotheses), experiment, 0.01)
+        if narrow or exact:
+            best = _least(hypotheses)
+            # Where one way is right in every bit, a few bits tell the others.
+            few = 1e-9 if min(one.residual for one in best) == 0 else 0.01
+            self._decide("sum over the chosen", best, experiment, few)
         else:
             self._said(
                 "sum over the chosen",
@@ -812,26 +816,42 @@ class Reading:
         hidden units themselves, where they are none.
         """
         wide, dtype = self.case.score_dtype, self.case.dtype
-        rounded = {True: 1.0, False: 1.0}
-        table = self._table("readout", "gate scan")
-        if table is not None and self.score is not None:
-            with np.errstate(all="ignore"):
-                s_nE = self.scale * self.score(self.probes.logits("gate scan"))
-                h_n1 = self._narrow(self._value(np.concatenate([np.array(SCAN), -np.array(SCAN)]), 1.0))[:, None]
-            steep = np.isfinite(h_n1[:, 0]) & (np.abs(np.frexp(h_n1[:, 0])[0]) != 0.5) & (np.abs(h_n1[:, 0]) > 1e-3)
-            for narrow in (False, True):
-                s = self._narrow(s_nE) if narrow else s_nE
-                on = (s != 0) & steep[:, None]
-                expected = self._narrow((s * h_n1).astype(np.float32))
-                rounded[narrow] = float((expected != table)[on].mean()) if on.any() else 0.0
+        off = self._rounded_scores()
+        if min(off.values()) > 0.05:
+            off = {True: 0.0, False: 0.0}  # hidden units are not known bit for bit
         words = (
-            (wide, max(cast[False], min(rounded[False], 1.0)), False),
-            (f"{wide}, and rounded with the hidden units that they weigh", max(cast[True], rounded[False]), False),
-            (f"{dtype}: rounded before they weigh anything", max(cast[True], rounded[True]), True),
+            (wide, max(cast[False], off[False]), False),
+            (f"{wide}, and rounded with the hidden units that they weigh", max(cast[True], off[False]), False),
+            (f"{dtype}: rounded before they weigh anything", max(cast[True], off[True]), True),
         )
-        experiment = f"{experiment}; and {len(SCAN) * 2} numbers of hidden units"
-        hypotheses = [Hypothesis(what, off, {"cast_scores": narrow}) for what, off, narrow in words]
-        self._decide("dtype of scores", hypotheses, experiment, 0.05)
+        hypotheses = [Hypothesis(what, residual, {"cast_scores": narrow}) for what, residual, narrow in words]
+        self._decide("dtype of scores", hypotheses, f"{experiment}; and hidden units of several sizes", 0.02)
+
+    def _rounded_scores(self) -> dict[bool, float]:
+        """Which part of weighed hidden units is not explained by rounded scores, and by scores that are not rounded."""
+        both = np.concatenate([np.array(SCAN), -np.array(SCAN)])
+        ups = self._narrow(np.array([1 + 2.0**-b for b in BITS]))
+        made = {"gate scan": self._value(both, 1.0 if self.case.gated else both), "precision": self._value(V0, ups)}
+        wrong, total = {True: 0, False: 0}, 0
+        for name, h_n in made.items():
+            table = self._table("readout", name)
+            if table is None or self.score is None:
+                continue
+            h_n1 = self._narrow(h_n)[:, None]
+            s_nE = self.scale * self.score(self.probes.logits(name))
+            size = np.abs(h_n1[:, 0])
+            power = np.frexp(size)[0] == 0.5
+            # All these tokens have the same scores: they are read where they weigh a power of two.
+            read = self._narrow(s_nE)
+            if power.any():
+                first = int(np.argmax(power & (size > 1e-3)))
+                read = np.broadcast_to(table[first] / h_n1[first], table.shape)
+            on = (s_nE != 0) & (np.isfinite(size) & ~power & (size > 1e-3))[:, None]
+            total += int(on.sum())
+            for narrow, s in ((True, read), (False, s_nE)):
+                expected = self._narrow((s * h_n1).astype(np.float32))
+                wrong[narrow] += int((expected != table)[on].sum())
+        return {narrow: n / max(total, 1) for narrow, n in wrong.items()}
 
     def _parameters(self, name: str) -> Parameters:
         return in_float64(self.probes.problems[f"{name}-0"].parameters)
@@ -879,7 +899,11 @@ class Reading:
         only = Parameters(np.zeros(0), selection_bias=bias)
         at = replace(case, ranks=1, tokens=len(logits))
         score = reference.scores(at, logits[None], Exact())[0]
-        chosen = vectorised.select(at, score[None], only)[0]
+        ordered = -np.sort(-(score + bias), 1)
+        if case.top_k < case.experts:  # where others round, they may choose another one
+            told = ordered[:, case.top_k - 1] - ordered[:, case.top_k] > self.tolerance
+            got, logits, score = got[told], logits[told], score[told]
+        chosen = vectorised.select(replace(at, tokens=len(logits)), score[None], only)[0]
         weighed = np.take_along_axis(score + bias, chosen, 1)
         if case.renormalize:
             weighed = weighed / weighed.sum(1, keepdims=True)
@@ -1116,23 +1140,22 @@ class _Sums(NamedTuple):
         """Each rank adds up what its own experts return, and then these sums are added up."""
         wide, dtype = self.wide, self.dtype
         part_nK = self.ids_nK // self.per_rank
+        ranks = int(part_nK.max(initial=0)) + 1
         for words, order in orders.items():
-            part = np.take_along_axis(part_nK, order, 1)[..., None]
-            s, y = np.take_along_axis(s_nK, order, 1), np.take_along_axis(y_nKD, order[..., None], 1)
-            for inner in dict.fromkeys((wide, dtype)):
-                products = (s[..., None] * y).astype(inner).astype(wide)
-                sums = []
-                for rank in range(int(part.max(initial=0)) + 1):
-                    own = np.zeros(y[:, 0].shape, wide)
-                    for k in range(s.shape[1]):
-                        own = (own + np.where(part[:, k] == rank, products[:, k], 0)).astype(inner).astype(wide)
-                    sums.append(own)
-                for outer in dict.fromkeys((wide, dtype)):
+            part, s = (np.take_along_axis(a, order, 1) for a in (part_nK, s_nK))
+            y = np.take_along_axis(y_nKD, order[..., None], 1)
+            for ways in zip(*(self._ways(np.where(part == rank, s, 0), y) for rank in range(ranks)), strict=True):
+                each = f"each {words}, {ways[0][0]}"
+                for rounded, outer in dict.fromkeys([(wide, wide), (dtype, wide), (dtype, dtype)]):
+                    if ranks == 2 and outer != wide:
+                        continue  # of two sums it is the same
+                    sums = [own.astype(rounded).astype(wide) for _, own in ways]
                     total = np.zeros_like(sums[0])
                     for own in sums:
                         total = (total + own).astype(outer).astype(wide)
-                    how = f"in {outer}" if inner == outer else f"in {outer}, of sums in {inner}"
-                    yield f"ranks one after the other, each {words}, {how}", total.astype(dtype), False
+                    narrowed = rounded != wide and ways[0][1].dtype != rounded
+                    how = each + f", rounded to {rounded}" * narrowed
+                    yield f"ranks one after the other, in {outer}; {how}", total.astype(dtype), False
 
     def _ways(self, s: Array, y: Array) -> Iterable[tuple[str, Array]]:
         wide, dtype = self.wide, self.dtype
