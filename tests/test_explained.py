@@ -99,7 +99,7 @@ TABLE = [
     edit("renormalise-missing", "torch", "routing.py", _RENORMALIZE, "    if False:\n", "like-qwen3-next",
          "scores", "softmax over all experts", "one expert a token"),
     edit("renormalise-where-none", "torch", "routing.py", _RENORMALIZE, "    if True:\n", "bfloat16",
-         "scores", "softmax over all experts, renormalised", "one expert a token"),
+         "scores", "renormalised, which is the same", "one expert a token"),
     edit("scale-twice", "torch", "routing.py", "score_TK * router.scale", "score_TK * router.scale**2",
          "like-deepseek-v3", "scale", "6.25"),
     edit("sigmoid-for-softmax", "jax", "routing.py", '"softmax": partial(jax.nn.softmax, axis=-1)',

@@ -63,7 +63,8 @@ def decide(
 ) -> Finding:
     """The finding: of explanations that fit, the one; or those that cannot be told apart; or none.
 
-    Among those that cannot be told apart the one with the `preferred` fields, the asked case's, stands for all.
+    Among those that cannot be told apart, and those that say the same in other fields, the one with the `preferred`
+    fields, the asked case's, stands for all.
     """
     ranked = sorted(hypotheses, key=lambda h: h.residual)
     best = ranked[0]
@@ -73,11 +74,12 @@ def decide(
     fits = [h for h in ranked if h.residual <= MARGIN * tolerance]
     words = list(dict.fromkeys(h.what for h in fits))
     others = [h for h in ranked if h.what not in words]
+    wanted = preferred or {}
     if len(words) == 1:
+        best = max(fits, key=lambda h: sum(wanted.get(name) == value for name, value in h.fields.items()))
         return Finding(
             key, best.what, "odd" if best.odd else "found", best.residual, *_rival(others), experiment, best.fields
         )
-    wanted = preferred or {}
     usual = [h for h in fits if not h.odd] or fits
     chosen = max(usual, key=lambda h: sum(wanted.get(name) == value for name, value in h.fields.items()))
     what = "cannot tell: " + "; or ".join([chosen.what, *(word for word in words if word != chosen.what)])

@@ -40,6 +40,9 @@ ODD_ACTIVATIONS: dict[str, Function] = {
     "no activation": lambda a: a,
 }
 
+# Of the same scores, a case says this or that. A selection bias tells them apart, as it is added to other numbers.
+SAME_SOFTMAX = (("softmax", True), ("softmax_of_chosen", False))
+
 # What a group goes by: in the words of a case, and in words.
 BEST_OF = {"top2": "the sum of the two largest", "max": "the largest score", "all": "the sum of all"}
 
@@ -242,7 +245,8 @@ class Reading:
     def _said_case(self, **fields: Any) -> Case:
         """The asked case with what was found, in float64."""
         known = {name: value for name, value in self.fields.items() if name != "top_k"}
-        exact = {"dtype": "float64", "router_dtype": "wide", "cast_scores": False, "scale": 1.0}
+        exact: dict[str, Any] = {"dtype": "float64", "router_dtype": "wide", "cast_scores": False, "scale": 1.0}
+        exact |= {"expert_bias": False} if self.fields.get("score_on") == "input" else {}  # no case has both
         return replace(self.case, **(known | exact | fields))
 
     def _scores(self, case: Case, logits_nE: Array, w: Parameters | None = None) -> Array:
@@ -554,6 +558,8 @@ class Reading:
         for function, renormalize in ((f, r) for f in SCORES for r in (False, True)):
             case = self._said_case(score_function=function, renormalize=renormalize)
             what = SCORE_WORDS[function] + ", renormalised" * renormalize
+            if (function, renormalize) in SAME_SOFTMAX:
+                what = "softmax over the chosen, or over all experts and renormalised, which is the same"
             if function == "softmax_of_chosen" and renormalize:
                 continue  # which sums to 1 already
             expected = self._of(case, logits, ids)
@@ -835,43 +841,37 @@ class Reading:
         got = self._asked_for("selection_bias")
         if got is None:
             return
-        logits, case, w = self.probes.logits("routing"), self._said_case(), self._parameters("selection_bias")
-        bias = w.selection_bias
-        only = Parameters(np.zeros(0), selection_bias=bias)
+        said = self.fields.get("score_function"), self.fields.get("renormalize")
+        hypotheses = list(self._selection_biases(got, self._said_case()))
+        for function, renormalize in SAME_SOFTMAX if said in SAME_SOFTMAX else ():
+            fields = {"score_function": function, "renormalize": renormalize}
+            others = list(self._selection_biases(got, self._said_case(**fields)))
+            if min(h.residual for h in hypotheses) > self.tolerance >= min(h.residual for h in others):
+                hypotheses = others
+                self.fields |= fields
+                next(finding for finding in self.findings if finding.key == "scores").fields = fields
+        self._decide("selection bias", hypotheses, "a bias for each expert")
+
+    def _selection_biases(self, got: Array, case: Case) -> Iterable[Hypothesis]:
+        """What a selection bias may do to the scores of a case."""
+        logits, bias = self.probes.logits("routing"), self._parameters("selection_bias").selection_bias
+        none, only = Parameters(np.zeros(0)), Parameters(np.zeros(0), selection_bias=bias)
         at = replace(case, ranks=1, tokens=len(logits))
-        score = reference.scores(at, logits[None], Exact())[0]
-        chosen = vectorised.select(at, score[None], only)[0]
-        weighed = np.take_along_axis(score + bias, chosen, 1)
-        if case.renormalize:
-            weighed = weighed / weighed.sum(1, keepdims=True)
-        by_logits = vectorised.select(
-            at, reference.scores(at, (logits + bias)[None], Exact()), Parameters(np.zeros(0))
-        )[0]
-        self._decide(
-            "selection bias",
-            [
-                Hypothesis(
-                    "added to the scores for the choice only",
-                    residual(got, self.scale * self._scores(case, logits, only)),
-                    {"selection_bias": True},
-                ),
-                Hypothesis("ignored", residual(got, self.scale * self._scores(case, logits)), odd=True),
-                Hypothesis(
-                    "added to the logits", residual(got, self.scale * self._scores(case, logits + bias)), odd=True
-                ),
-                Hypothesis(
-                    "added to the logits for the choice only",
-                    residual(got, self.scale * self._put(self._of(case, logits, by_logits), by_logits)),
-                    odd=True,
-                ),
-                Hypothesis(
-                    "added to the scores, and in the weights too",
-                    residual(got, self.scale * self._put(weighed, chosen)),
-                    odd=True,
-                ),
-            ],
-            "a bias for each expert",
-        )
+        score = reference.scores(at, logits[None], Exact())
+        chosen = vectorised.select(at, score, only)[0]
+        weighed = reference.chosen_scores(at, score + bias, chosen[None], none, Exact()).weight[0]
+        by_logits = vectorised.select(at, reference.scores(at, (logits + bias)[None], Exact()), none)[0]
+        for what, weight, odd in (
+            ("added to the scores for the choice only", self._scores(case, logits, only), False),
+            ("ignored", self._scores(case, logits), True),
+            ("added to the logits", self._scores(case, logits + bias), True),
+            ("added to the logits for the choice only", self._put(self._of(case, logits, by_logits), by_logits), True),
+            ("added to the scores, and in the weights too", self._put(weighed, chosen), True),
+        ):
+            # Of scores that are logits, two of these are the same.
+            if case.score_function != "softmax_of_chosen" or "logits" not in what:
+                of_case = {} if odd else {"selection_bias": True}
+                yield Hypothesis(what, residual(got, self.scale * weight), of_case, odd)
 
     def _expert_scale(self) -> None:
         got = self._asked_for("expert_scale")
