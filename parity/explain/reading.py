@@ -40,6 +40,8 @@ ODD_ACTIVATIONS: dict[str, Function] = {
     "no activation": lambda a: a,
 }
 
+BITS_OF_FLOAT32 = 16  # of what experts make: that many are seen, at least, behind other roundings
+
 # Of the same scores, a case says this or that. A selection bias tells them apart, as it is added to other numbers.
 SAME_SOFTMAX = (("softmax", True), ("softmax_of_chosen", False))
 
@@ -158,6 +160,7 @@ class Reading:
             self._repeatable,
             self._finite,
             self._beside,
+            self._rounded,
             self._hidden,
             self._clamp,
             self._numbers,
@@ -719,7 +722,7 @@ class Reading:
             "float64"
             if bits > 25
             else "float32"
-            if bits >= (22 if is_router else 16)
+            if bits >= (22 if is_router else BITS_OF_FLOAT32)
             else names.get(bits, f"{bits} bits")
         )
         fields: dict[str, Any] = {}
@@ -745,17 +748,25 @@ class Reading:
             numbers={"bits": bits},
         )
 
-    def _expert_precision(self) -> None:
-        if self.case.dtype not in ("float32", "float64") or self.on_input:
-            return
-        table = self._table("readout", "precision")
+    def _rounded(self) -> None:
+        """Numbers of a layer that computes in fewer bits than its tokens have are known as well as these say."""
+        bits = self._bits_of_experts()
+        if self.case.dtype == "float32" and bits and bits < BITS_OF_FLOAT32:
+            self.tolerance = tolerance("float16" if bits > 9 else "bfloat16")
+
+    def _bits_of_experts(self) -> int:
+        """Bits of what an expert makes; 0 where that is not asked, or not to be seen."""
+        table = self._table("readout", "precision") if self.case.dtype in ("float32", "float64") else None
         if table is None:
-            return
+            return 0
         total = table.sum(1)
         last = total[-1] if self.case.dtype == "float32" else math.nan
-        seen = [n for n, value in zip(BITS, total, strict=True) if value != last and value != 0]
-        if seen:
-            self._said_bits("precision of experts", max(seen) + 1, "up = 1 + 2^-n")
+        return max((n + 1 for n, value in zip(BITS, total, strict=True) if value not in (last, 0)), default=0)
+
+    def _expert_precision(self) -> None:
+        bits = self._bits_of_experts()
+        if bits and not self.on_input:
+            self._said_bits("precision of experts", bits, "up = 1 + 2^-n")
 
     def _combine(self) -> None:
         out, weights = self._out("combine"), self._weights("readout", "routing")
@@ -1001,7 +1012,7 @@ class Reading:
         self._decide("shared expert", hypotheses, "w_down of all others = 0")
 
     def _company(self) -> None:
-        answer, alone = self._out("company"), self._out("readout-0")
+        answer, alone = self._out("company"), self._out("expert_bias-0" if self.case.expert_bias else "readout-0")
         if answer is None or alone is None:
             return
         shape = (self.case.ranks, self.case.tokens, self.case.width)
