@@ -89,12 +89,12 @@ TABLE = [
     planted("jax-clamp-on-the-wrong-one", "clamp", "gate within 7 of zero, up at most 7"),
     planted("jax-shared-expert-forgotten", "shared expert", "ignored"),
     planted("jax-bias-on-padding-only", "other tokens", "change the output"),
-    planted("jax-one-too-many-kept", "dropped", "+ 1", "other tokens", layer="dropping", preset="zipf"),
+    planted("jax-one-too-many-kept", "dropped", "+ 1", "other tokens", "experts of a token", layer="dropping", preset="zipf"),
     planted("jax-drop-by-lowest-score", "dropped", "smallest scores first", "other tokens", layer="dropping",
          preset="zipf", priority="score"),
     planted("jax-drop-ignores-choice", "dropped", "first tokens first", "other tokens", layer="dropping",
          preset="zipf", priority="choice"),
-    planted("jax-drop-ties-backwards", "dropped", "last tokens first", "other tokens", layer="dropping",
+    planted("jax-drop-ties-backwards", "dropped", "of these the last tokens", "other tokens", layer="dropping",
          preset="zipf", priority="choice"),
     planted("jax-renormalise-after-drops", "weight of the dropped", "goes to the others", "other tokens",
          layer="dropping", preset="zipf"),
@@ -120,7 +120,7 @@ TABLE = [
          "zipf", "activation", "quick_gelu", ranks=1),
     edit("clamp-of-up-missing", "torch", "glu.py",
          "gate.clamp(max=experts.clamp), up.clamp(-experts.clamp, experts.clamp)",
-         "gate.clamp(max=experts.clamp), up", "like-deepseek-v4", "clamp", "gate at most 10; up free"),
+         "gate.clamp(max=experts.clamp), up", "like-deepseek-v4", "clamp", "gate at most 10, up free"),
     edit("clamp-of-gate-missing", "jax", "glu.py", "clamped(gate, -jnp.inf, experts.clamp), clamped(", "gate, clamped(",
          "like-gpt-oss", "clamp", "gate free"),
     edit("clamp-on-both-sides", "torch", "glu.py", "gate.clamp(max=experts.clamp)",
@@ -219,7 +219,10 @@ TABLE = [
 ]  # fmt: skip
 
 # Whose sentence is "cannot tell", or none of those that are tried.
-OPEN: tuple[str, ...] = ()
+OPEN = (
+    "jax-one-too-many-kept",  # the one too many lies where another expert's row does
+    "torch-gelu-for-silu",  # in bfloat16, where its approximation by tanh is as near
+)
 
 BY_NAME = {one.fault.name: one for one in TABLE}
 

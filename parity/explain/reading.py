@@ -469,6 +469,10 @@ class Reading:
         elif lost:
             self._said("experts of a token", f"{counts[0]} of {K}: {lost}", "odd", experiment="random logits")
             on = self._put(np.ones((len(logits), K)), self._largest(logits)) != 0
+        elif counts[-1] == K and not (on & (self._put(np.ones((len(logits), K)), self._largest(logits)) == 0)).any():
+            fewer = int((on.sum(1) < K).sum())
+            said = f"cannot tell: {K}, or fewer: of {fewer} of {len(on)} tokens some are not there, as if dropped"
+            self._said("experts of a token", said, "cannot tell", experiment="random logits")
         else:
             shown = f"{counts[0]} to {counts[-1]}, where {K} are asked for"
             self._said("experts of a token", shown, "odd", experiment="random logits")
@@ -519,7 +523,7 @@ class Reading:
             for best in range(1, groups)
             if best * (E // groups) >= K
             for by in BEST_OF
-            if by == "max" or E // groups > 1
+            if E // groups > {"max": 0, "top2": 1, "all": 2}[by]  # of fewer, another says the same
             for outside in ("minus_inf", "zero")
         ]
         for function in SCORES:
@@ -683,10 +687,13 @@ class Reading:
         experiment = "equal logits"
         lower = np.arange(K)[self.kept_K].tolist()
         higher = sorted(np.arange(E)[::-1][:K][self.kept_K].tolist())
-        if all(ids == lower for ids in chosen):
+        every = sorted({g for ids in chosen for g in ids})  # a layer that drops may lack some
+        if every and set(every) <= set(lower):
             self._said("of equal scores", "the lower expert id is chosen", experiment=experiment)
-        elif all(ids == higher for ids in chosen):
+        elif every and set(every) <= set(higher):
             self._said("of equal scores", "the higher expert id is chosen", "odd", experiment=experiment)
+        elif not every:
+            self._said("of equal scores", "cannot tell: none is there", "cannot tell", experiment=experiment)
         else:
             self._said(
                 "of equal scores",
