@@ -152,8 +152,10 @@ def _rules(case: Case) -> Iterable[tuple[str, dict[str, Any], Callable[[int], in
     factors = (case.capacity_factor,) if case.capacity_factor else FACTORS
     over = (False, True) if case.ranks > 1 else (False,)
     for factor, per, form, least, priority, batch in product(factors, ("rank", "expert"), FORMS, LEAST, WHOSE, over):
-        if per == "rank" and batch:
-            continue  # as many as all ranks have
+        if per == "rank" and (batch or least > 1):
+            continue  # as many as all ranks have; and no layer is known that gives a rank so many at least
+        if "K" not in form and str(Fraction(factor) / case.top_k) in factors:
+            continue  # the same with K and a smaller factor
         own = form == OWN and least == 1 and not batch and not priority[1]
         fields: dict[str, Any] = {}
         if own:

@@ -63,7 +63,8 @@ def decide(
 ) -> Finding:
     """The finding: of explanations that fit, the one; or those that cannot be told apart; or none.
 
-    Among those that cannot be told apart the one with the `preferred` fields, the asked case's, stands for all.
+    Among those that cannot be told apart, and those that say the same in other fields, the one with the `preferred`
+    fields, the asked case's, stands for all.
     """
     ranked = sorted(hypotheses, key=lambda h: h.residual)
     best = ranked[0]

@@ -197,6 +197,8 @@ def _derivatives(problem: Problem) -> dict[str, dict[str, np.ndarray]]:
         "without what comes through the scores": {"route/dx": exact.dx - exact.dx_router},
         "only what comes through the scores": {"route/dx": exact.dx_router},
     }
+    if case.shared_hidden:
+        all_of["without what comes through the chosen experts"] = {"route/dx": exact.dx - exact.dx_experts}
     if case.score_on == "output" and case.top_k > 1:
         all_of["without what comes through the last choice"] = {"route/dx": exact.dx - exact.dx_rows[..., -1, :]}
     if case.score_on == "output" and case.top_k > 2:

@@ -272,6 +272,7 @@ def _pose(found: Probes, K: int, evaluated: bool) -> None:
             problem = posed(of, x.reshape(dout.shape), w, dout, evaluated=evaluated)
         found.problems[name] = replace(problem, keep=np.ones_like(problem.keep))  # what to drop is the layer's to say
 
+    biases = {name: found.learned[name] for name in ("b_gate", "b_up") if name in there}
     for i in range(found.passes):
         w_down = shown(case, i)
         put(f"readout-{i}", weights(found, w_down=w_down))
@@ -279,7 +280,6 @@ def _pose(found: Probes, K: int, evaluated: bool) -> None:
             if name in there:
                 put(f"{name}-{i}", weights(found, w_down=w_down, **{name: found.learned[name]}))
         if case.expert_bias:
-            biases = {name: found.learned[name] for name in ("b_gate", "b_up") if name in there}
             put(f"expert_bias-{i}", weights(found, w_down=w_down, **biases))
         if K > 1:
             put(f"one_choice-{i}", weights(found, w_down=w_down), replace(case, top_k=1))
@@ -299,7 +299,7 @@ def _pose(found: Probes, K: int, evaluated: bool) -> None:
     others = found.x_nD.reshape(case.ranks, case.tokens, case.width).copy()
     others[:, 1::2, V] /= 2  # not the same rows in another order: what is summed over all of them is another sum
     others[:, 1::2, FEATURES:] *= -1  # and they go elsewhere
-    put("company", weights(found, w_down=shown(case, 0)), x=others)
+    put("company", weights(found, w_down=shown(case, 0), **biases), x=others)
     put("nothing", weights(found))
     if case.expert_bias:
         put("b_down", weights(found, b_down=found.learned["b_down"]))

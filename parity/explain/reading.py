@@ -42,6 +42,11 @@ ODD_ACTIVATIONS: dict[str, Function] = {
     "no activation": lambda a: a,
 }
 
+BITS_OF_FLOAT32 = 16  # of what experts make: that many are seen, at least, behind other roundings
+
+# Of the same scores, a case says this or that. A selection bias tells them apart, as it is added to other numbers.
+SAME_SOFTMAX = (("softmax", True), ("softmax_of_chosen", False))
+
 # What a group goes by: in the words of a case, and in words.
 BEST_OF = {"top2": "the sum of the two largest", "max": "the largest score", "all": "the sum of all"}
 
@@ -157,6 +162,7 @@ class Reading:
             self._repeatable,
             self._finite,
             self._beside,
+            self._rounded,
             self._hidden,
             self._clamp,
             self._numbers,
@@ -244,7 +250,8 @@ class Reading:
     def _said_case(self, **fields: Any) -> Case:
         """The asked case with what was found, in float64."""
         known = {name: value for name, value in self.fields.items() if name != "top_k"}
-        exact = {"dtype": "float64", "router_dtype": "wide", "cast_scores": False, "scale": 1.0}
+        exact: dict[str, Any] = {"dtype": "float64", "router_dtype": "wide", "cast_scores": False, "scale": 1.0}
+        exact |= {"expert_bias": False} if self.fields.get("score_on") == "input" else {}  # no case has both
         return replace(self.case, **(known | exact | fields))
 
     def _scores(self, case: Case, logits_nE: Array, w: Parameters | None = None) -> Array:
@@ -466,6 +473,10 @@ class Reading:
         elif lost:
             self._said("experts of a token", f"{counts[0]} of {K}: {lost}", "odd", experiment="random logits")
             on = self._put(np.ones((len(logits), K)), self._largest(logits)) != 0
+        elif counts[-1] == K and not (on & (self._put(np.ones((len(logits), K)), self._largest(logits)) == 0)).any():
+            fewer = int((on.sum(1) < K).sum())
+            said = f"cannot tell: {K}, or fewer: of {fewer} of {len(on)} tokens some are not there, as if dropped"
+            self._said("experts of a token", said, "cannot tell", experiment="random logits")
         else:
             shown = f"{counts[0]} to {counts[-1]}, where {K} are asked for"
             self._said("experts of a token", shown, "odd", experiment="random logits")
@@ -516,7 +527,7 @@ class Reading:
             for best in range(1, groups)
             if best * (E // groups) >= K
             for by in BEST_OF
-            if by == "max" or E // groups > 1
+            if E // groups > {"max": 0, "top2": 1, "all": 2}[by]  # of fewer, another says the same
             for outside in ("minus_inf", "zero")
         ]
         for function in SCORES:
@@ -558,6 +569,8 @@ class Reading:
         for function, renormalize in ((f, r) for f in SCORES for r in (False, True)):
             case = self._said_case(score_function=function, renormalize=renormalize)
             what = SCORE_WORDS[function] + ", renormalised" * renormalize
+            if (function, renormalize) in SAME_SOFTMAX:
+                what = "softmax over the chosen, or over all experts and renormalised, which is the same"
             if function == "softmax_of_chosen" and renormalize:
                 continue  # which sums to 1 already
             expected = self._of(case, logits, ids)
@@ -682,10 +695,13 @@ class Reading:
         experiment = "equal logits"
         lower = np.arange(K)[self.kept_K].tolist()
         higher = sorted(np.arange(E)[::-1][:K][self.kept_K].tolist())
-        if all(ids == lower for ids in chosen):
+        every = sorted({g for ids in chosen for g in ids})  # a layer that drops may lack some
+        if every and set(every) <= set(lower):
             self._said("of equal scores", "the lower expert id is chosen", experiment=experiment)
-        elif all(ids == higher for ids in chosen):
+        elif every and set(every) <= set(higher):
             self._said("of equal scores", "the higher expert id is chosen", "odd", experiment=experiment)
+        elif not every:
+            self._said("of equal scores", "cannot tell: none is there", "cannot tell", experiment=experiment)
         else:
             self._said(
                 "of equal scores",
@@ -726,7 +742,7 @@ class Reading:
             "float64"
             if bits > 25
             else "float32"
-            if bits >= (22 if is_router else 16)
+            if bits >= (22 if is_router else BITS_OF_FLOAT32)
             else names.get(bits, f"{bits} bits")
         )
         fields: dict[str, Any] = {}
@@ -752,17 +768,25 @@ class Reading:
             numbers={"bits": bits},
         )
 
-    def _expert_precision(self) -> None:
-        if self.case.dtype not in ("float32", "float64") or self.on_input:
-            return
-        table = self._table("readout", "precision")
+    def _rounded(self) -> None:
+        """Numbers of a layer that computes in fewer bits than its tokens have are known as well as these say."""
+        bits = self._bits_of_experts()
+        if self.case.dtype == "float32" and bits and bits < BITS_OF_FLOAT32:
+            self.tolerance = tolerance("float16" if bits > 9 else "bfloat16")
+
+    def _bits_of_experts(self) -> int:
+        """Bits of what an expert makes; 0 where that is not asked, or not to be seen."""
+        table = self._table("readout", "precision") if self.case.dtype in ("float32", "float64") else None
         if table is None:
-            return
+            return 0
         total = table.sum(1)
         last = total[-1] if self.case.dtype == "float32" else math.nan
-        seen = [n for n, value in zip(BITS, total, strict=True) if value != last and value != 0]
-        if seen:
-            self._said_bits("precision of experts", max(seen) + 1, "up = 1 + 2^-n")
+        return max((n + 1 for n, value in zip(BITS, total, strict=True) if value not in (last, 0)), default=0)
+
+    def _expert_precision(self) -> None:
+        bits = self._bits_of_experts()
+        if bits and not self.on_input:
+            self._said_bits("precision of experts", bits, "up = 1 + 2^-n")
 
     def _combine(self) -> None:
         out, weights = self._out("combine"), self._weights("readout", "routing")
@@ -894,47 +918,39 @@ class Reading:
         got = self._asked_for("selection_bias")
         if got is None:
             return
-        logits, case, w = self.probes.logits("routing"), self._said_case(), self._parameters("selection_bias")
-        bias = w.selection_bias
-        only = Parameters(np.zeros(0), selection_bias=bias)
+        said = self.fields.get("score_function"), self.fields.get("renormalize")
+        hypotheses = list(self._selection_biases(got, self._said_case()))
+        for function, renormalize in SAME_SOFTMAX if said in SAME_SOFTMAX else ():
+            fields = {"score_function": function, "renormalize": renormalize}
+            others = list(self._selection_biases(got, self._said_case(**fields)))
+            if min(h.residual for h in hypotheses) > self.tolerance >= min(h.residual for h in others):
+                hypotheses = others
+                self.fields |= fields
+                next(finding for finding in self.findings if finding.key == "scores").fields = fields
+        self._decide("selection bias", hypotheses, "a bias for each expert")
+
+    def _selection_biases(self, got: Array, case: Case) -> Iterable[Hypothesis]:
+        """What a selection bias may do to the scores of a case."""
+        logits, bias = self.probes.logits("routing"), self._parameters("selection_bias").selection_bias
+        none, only = Parameters(np.zeros(0)), Parameters(np.zeros(0), selection_bias=bias)
         at = replace(case, ranks=1, tokens=len(logits))
-        score = reference.scores(at, logits[None], Exact())[0]
-        ordered = -np.sort(-(score + bias), 1)
-        if case.top_k < case.experts:  # where others round, they may choose another one
-            told = ordered[:, case.top_k - 1] - ordered[:, case.top_k] > self.tolerance
-            got, logits, score = got[told], logits[told], score[told]
-        chosen = vectorised.select(replace(at, tokens=len(logits)), score[None], only)[0]
-        weighed = np.take_along_axis(score + bias, chosen, 1)
-        if case.renormalize:
-            weighed = weighed / weighed.sum(1, keepdims=True)
-        by_logits = vectorised.select(
-            at, reference.scores(at, (logits + bias)[None], Exact()), Parameters(np.zeros(0))
-        )[0]
-        self._decide(
-            "selection bias",
-            [
-                Hypothesis(
-                    "added to the scores for the choice only",
-                    residual(got, self.scale * self._scores(case, logits, only)),
-                    {"selection_bias": True},
-                ),
-                Hypothesis("ignored", residual(got, self.scale * self._scores(case, logits)), odd=True),
-                Hypothesis(
-                    "added to the logits", residual(got, self.scale * self._scores(case, logits + bias)), odd=True
-                ),
-                Hypothesis(
-                    "added to the logits for the choice only",
-                    residual(got, self.scale * self._put(self._of(case, logits, by_logits), by_logits)),
-                    odd=True,
-                ),
-                Hypothesis(
-                    "added to the scores, and in the weights too",
-                    residual(got, self.scale * self._put(weighed, chosen)),
-                    odd=True,
-                ),
-            ],
-            "a bias for each expert",
-        )
+        score = reference.scores(at, logits[None], Exact())
+        largest = -np.sort(-np.pad(score[0] + bias, ((0, 0), (0, 1)), constant_values=-np.inf), 1)
+        told = largest[:, case.top_k - 1] - largest[:, case.top_k] > self.tolerance  # where others round, they agree
+        chosen = vectorised.select(at, score, only)[0]
+        weighed = reference.chosen_scores(at, score + bias, chosen[None], none, Exact()).weight[0]
+        by_logits = vectorised.select(at, reference.scores(at, (logits + bias)[None], Exact()), none)[0]
+        for what, weight, odd in (
+            ("added to the scores for the choice only", self._scores(case, logits, only), False),
+            ("ignored", self._scores(case, logits), True),
+            ("added to the logits", self._scores(case, logits + bias), True),
+            ("added to the logits for the choice only", self._put(self._of(case, logits, by_logits), by_logits), True),
+            ("added to the scores, and in the weights too", self._put(weighed, chosen), True),
+        ):
+            # Of scores that are logits, two of these are the same.
+            if case.score_function != "softmax_of_chosen" or "logits" not in what:
+                of_case = {} if odd else {"selection_bias": True}
+                yield Hypothesis(what, residual(got[told], self.scale * weight[told]), of_case, odd)
 
     def _expert_scale(self) -> None:
         got = self._asked_for("expert_scale")
@@ -1064,7 +1080,7 @@ class Reading:
         self._decide("shared expert", hypotheses, "w_down of all others = 0")
 
     def _company(self) -> None:
-        answer, alone = self._out("company"), self._out("readout-0")
+        answer, alone = self._out("company"), self._out("expert_bias-0" if self.case.expert_bias else "readout-0")
         if answer is None or alone is None:
             return
         shape = (self.case.ranks, self.case.tokens, self.case.width)
