@@ -256,7 +256,7 @@ class Outcome(NamedTuple):
 def held(name: str, dtype: str) -> Outcome:
     """The card of a layer, held line by line against what is stated; and that its case is the stated one."""
     case, says = stated(name, dtype)
-    card = identify(ours.find(name), case, Setting())
+    card = identify(ours.find(name), [case], Setting())
     found = {finding.key: finding for finding in card.findings}
     lines: dict[str, tuple[str, str, Words]] = {}
     for key in dict.fromkeys([*found, *says]):

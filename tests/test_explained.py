@@ -271,7 +271,7 @@ def test_every_edit_fits_the_code(tmp_path, name):
 
 
 def the_same(preset: str, framework: str, **changed: Any) -> Card:
-    return identify(opaque(framework), replace(PRESETS[preset], **changed), SETTING)
+    return identify(opaque(framework), [replace(PRESETS[preset], **changed)], SETTING)
 
 
 def assert_alike(card: Card, other: Card) -> None:

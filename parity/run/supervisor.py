@@ -156,56 +156,46 @@ def run(
 
 
 class Kept:
-    """Processes that run folders of problems one after the other, so that what they import is imported once.
+    """Processes of one backend that run folders of problems one after the other: what they import is imported once.
 
-    They are of one interpreter, framework, file as it was, home folder and setting, and end when others are needed, on
-    an error, or at `end`.
+    Leaving the `with` ends them and all that they started.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend, setting: Setting, home: Path) -> None:
+        self.backend, self.setting, self.home = backend, setting, home
         self.stack, self.workers = ExitStack(), list[_Worker]()
-        self.of: tuple[object, ...] = ()
 
-    def run(
-        self, folder: Path, home: Path, backend: Backend, cases: Sequence[Case], setting: Setting
-    ) -> Generator[tuple[str, Failure | None]]:
+    def __enter__(self) -> "Kept":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def run(self, folder: Path, cases: Sequence[Case]) -> Iterator[tuple[str, Failure | None]]:
         """Run the problems in the folder; yield (case, None) as each trace is written, or the reason why not.
 
-        Raises BackendError with the cause when the backend cannot run at all.
+        Raises BackendError with the cause when the backend cannot run at all, or ends.
         """
-        source = Path(backend.stages.rpartition(":")[0])
-        written = source.stat().st_mtime_ns if source.is_file() else 0  # it is read once
-        of = (backend.python, backend.framework, backend.run, source, written, home, setting)
-        if of != self.of:
-            self.end()
-        self.of = of
-        left = {case.name for case in cases}
-        alone = backend.framework != "jax" or setting.jax_ranks == "processes"
+        name, left = self.backend.name, {case.name for case in cases}
+        alone = self.backend.framework != "jax" or self.setting.jax_ranks == "processes"
         n = 1 if alone else min(8, os.cpu_count() or 1, len(cases))
-        try:
-            for share in range(n):
-                part = msgspec.structs.replace(setting, share=share, shares=n)
-                if share < len(self.workers):
-                    self.workers[share].more(folder, backend, part)
-                else:
-                    self.workers.append(_Worker(self.stack, folder, home, backend, part, kept=True))
-            while left:
-                if all(worker.process.ended for worker in self.workers):
-                    raise BackendError(backend.name, f"{backend.name}: it ended before {', '.join(sorted(left))}")
-                running = [worker for worker in self.workers if not worker.process.ended]
-                heard = wait([worker.process.stdout for worker in running], TURN)
-                for worker in running:
-                    for case, failure in worker.answers(heard):
-                        left.discard(case)
-                        yield case, failure
-        finally:
-            if left or any(worker.process.ended for worker in self.workers):
-                self.end()
-
-    def end(self) -> None:
-        """End them and all that they started."""
-        self.stack.close()
-        self.stack, self.workers, self.of = ExitStack(), [], ()
+        for share in range(n):
+            part = msgspec.structs.replace(self.setting, share=share, shares=n)
+            if share < len(self.workers):
+                self.workers[share].more(folder, self.backend, part)
+            else:
+                self.workers.append(_Worker(self.stack, folder, self.home, self.backend, part, kept=True))
+        while left:
+            running = [worker for worker in self.workers if not worker.process.ended]
+            if not running:
+                raise BackendError(name, f"{name}: it ended before {', '.join(sorted(left))}")
+            heard = wait([worker.process.stdout for worker in running], TURN)
+            for worker in running:
+                for case, failure in worker.answers(heard):
+                    if failure and not failure.case:
+                        raise BackendError(name, str(failure))
+                    left.discard(case)
+                    yield case, failure
 
 
 def _records(*records: Backend | Setting) -> list[str]:
