@@ -7,7 +7,6 @@ from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import msgspec
 import tyro
 
 from parity.cases.case import Case, changed, flag
@@ -16,7 +15,7 @@ from parity.cases.presets import MODELS, PLAIN, PRESETS, USUAL
 from parity.cases.random_cases import random_cases
 from parity.cases.recording import case_of_recording
 from parity.cli.report import publish
-from parity.cli.shared import MATCH, check_writable, not_a_terminal, working
+from parity.cli.shared import MATCH, case_of_file, check_writable, not_a_terminal, working
 from parity.explain.identify import explained
 from parity.explain.probes import FEATURES
 from parity.judge.engine import DiedError, run_cases
@@ -214,16 +213,6 @@ def chosen_cases(command: Command) -> list[Case]:
             raise ValueError("--random draws its cases: leave out presets, --name and --recording")
         return random_cases(command.random, changes.pop("seed", 0), changes)
     return named_cases(command.presets, command.case, command.model)
-
-
-def case_of_file(path: Path) -> Case:
-    """The case that `identify --write` wrote. Raises ValueError when the file holds none."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Case)
-    except msgspec.MsgspecError as error:
-        raise ValueError(
-            f"--case {path} holds no case: {error}. `python -m parity identify --write` writes one"
-        ) from error
 
 
 def changes_of(flags: Any) -> dict[str, Any]:

@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 from rich.text import Text
+
+from parity.cases.case import Case
 
 MATCH, MISMATCH, USAGE, BACKEND, INTERRUPTED, PIPE = 0, 1, 2, 3, 130, 141
 
@@ -37,6 +40,16 @@ def working(what: str) -> Iterator[Callable[[str], None]]:
     """A sign of life on standard error while this block runs, where that is a terminal; call it to say what is done."""
     with Console(stderr=True).status(what) as status:
         yield status.update
+
+
+def case_of_file(path: Path) -> Case:
+    """The case that `identify --write` wrote. Raises ValueError when the file holds none."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Case)
+    except msgspec.MsgspecError as error:
+        raise ValueError(
+            f"--case {path} holds no case: {error}. `python -m parity identify --write` writes one"
+        ) from error
 
 
 def check_writable(*files: Path | None) -> None:

@@ -9,7 +9,7 @@ import tyro
 from parity.cases.case import Case
 from parity.cases.presets import MODELS, PRESETS
 from parity.cases.recording import case_of_recording
-from parity.cli.shared import MATCH, Page, not_a_terminal, say
+from parity.cli.shared import MATCH, Page, case_of_file, not_a_terminal, say
 from parity.judge.engine import progress
 from parity.study.engine import run_study
 from parity.study.page import print_study, write
@@ -30,11 +30,14 @@ class Command:
         python -m parity study --recording recording.safetensors
         python -m parity study zipf p8                     the routing of these presets, not the plan's
         python -m parity study --model deepseek-v3 --steps 5000
+        python -m parity study --case case.json            the capacity of a layer, as `identify --write` found it
         python -m parity study --learn 3                   and train with every kind of capacity, three seeds
     """
 
     presets: tyro.conf.Positional[tuple[str, ...]] = ()
     """Sweep the routing of these presets, drawn with 8 seeds each."""
+    case: Path | None = None
+    """Look at the capacity of this case too, on every routing: what `identify --write FILE` found of a layer."""
     recording: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--trace"])] = ("pydoc",)
     """Recordings to sweep, and to fit the simulation to (see the README for their form)."""
     model: tuple[str, ...] = tuple(MODELS)
@@ -68,10 +71,13 @@ def run(command: Command) -> int:
         raise ValueError(f"--learn {command.learn} --learn-steps {command.learn_steps}: at least 0 seeds and 20 steps")
     for recording in command.recording:
         case_of_recording(Case(ranks=1, tokens=0, recording=recording))
+    capacity = case_of_file(command.case) if command.case else None
+    if capacity and capacity.capacity_factor is None:
+        raise ValueError(f"--case {command.case} has no capacity: nothing is dropped")
     command.out.mkdir(parents=True, exist_ok=True)
     wanted = Asked(
         [PRESETS[name] for name in command.presets], command.recording, command.model, command.tokens, command.steps,
-        command.learn, command.learn_steps, command.dispatch,
+        command.learn, command.learn_steps, command.dispatch, capacity,
     )  # fmt: skip
     with progress() as bar:
         found = run_study(wanted, bar)

@@ -34,6 +34,7 @@ class Asked:
     learn: int = 0  # seeds
     learn_steps: int = 200
     dispatch: bool = True
+    capacity: Case | None = None  # of which the capacity is looked at, too
 
 
 class Study(msgspec.Struct):

@@ -73,6 +73,7 @@ class Figures(msgspec.Struct, tag_field="kind", tag="figures"):
     out_error: float | None = None  # relative error in L2 of the layer's output against dropless, of the first step
     dx_error: float | None = None  # of the tokens' gradient
     dw_error: float | None = None  # of all expert weights' gradients
+    own: bool = False  # of the capacity that was asked for
 
 
 def measure(routing: Routing, factor: str | None, per: str, priority: str, place: Array | None = None) -> Figures:
@@ -246,9 +247,10 @@ def drop_table(study: Study) -> Table | None:
     if not (figures := study.of(Figures)):
         return None
     columns = ["routing", "bins", "P", "T", "E", "K", "needed: median", "p99", "worst"]
+    asked = [f for f in figures if f.own]
     result = table(
         "Capacity factor at which nothing drops, over steps; % dropped (priority token) / % of rows padding",
-        [*columns, *(f"at {factor}" for factor in SHOWN), "output off at 1"], 2,
+        [*columns, *(f"at {factor}" for factor in SHOWN), *as_asked(asked), "output off at 1"], 2,
     )  # fmt: skip
     for group in by_routing(figures).values():
         for per in PER:
@@ -258,8 +260,20 @@ def drop_table(study: Study) -> Table | None:
             for factor in SHOWN:
                 f = find(group, factor, per)
                 cells.append(f"{100 * f.dropped:.1f}/{100 * f.padded:.0f}")
+            own = next((f for f in group if f.own), None)
+            if own:
+                cells.append(f"{100 * own.dropped:.1f}/{100 * own.padded:.0f}" if own.per == per else "")
             result.add_row(*cells, "" if first.out_error is None else f"{100 * first.out_error:.1f}%")
     return result
+
+
+def _two(f: Figures) -> tuple[str, str]:
+    return f"{100 * f.dropped:.1f}%", f"{100 * f.padded:.0f}%"
+
+
+def as_asked(figures: Sequence[Figures]) -> list[str]:
+    """The heading of the column of the capacity that was asked for; none where none was."""
+    return [f"at {f.factor} a {f.per}, {f.priority}" for f in figures[:1]]
 
 
 def drop_section(study: Study) -> str:
@@ -268,6 +282,7 @@ def drop_section(study: Study) -> str:
         return ""
     columns = ["routing", "bins", "P", "T", "E", "K", "steps", "needed: median", "p99", "worst"]
     columns += [column for factor in SHOWN for column in (f"dropped at {factor}", "padding")]
+    columns += [column for what in as_asked([f for f in figures if f.own]) for column in (f"dropped {what}", "padding")]
     rows = []
     for group in by_routing(figures).values():
         for per in PER:
@@ -276,7 +291,8 @@ def drop_section(study: Study) -> str:
             rows.append([
                 f.routing, per, f.ranks, f.tokens, f.experts, f.top_k, f.steps,
                 *(f"{n:.2f}" for n in (f.needed.median, f.needed.p99, f.needed.worst)),
-                *(cell for f in shown for cell in (f"{100 * f.dropped:.1f}%", f"{100 * f.padded:.0f}%")),
+                *(cell for f in shown for cell in _two(f)),
+                *(cell for own in group if own.own for cell in (_two(own) if own.per == per else ("", ""))),
             ])  # fmt: skip
     return section(
         "drops", "Capacity needed, and what drops below it",
@@ -348,11 +364,15 @@ def _errors(figures: Sequence[Figures]) -> str:
 def jobs(asked: Asked) -> list[Callable[[], list[Figures]]]:
     """A routing each: those of the presets asked for, or the plan's and the recordings'."""
     made = [partial(preset_routing, case, 8) for case in asked.presets]
-    return [partial(_swept, routing) for routing in made or routings(Plan(), asked.recordings)]
+    return [partial(_swept, asked.capacity, routing) for routing in made or routings(Plan(), asked.recordings)]
 
 
-def _swept(routing: Callable[[], Routing]) -> list[Figures]:
-    return list(sweep(routing()))
+def _swept(own: Case | None, routing: Callable[[], Routing]) -> list[Figures]:
+    found = list(sweep(made := routing()))
+    if own:
+        as_asked = measure(made, own.capacity_factor, own.capacity_per, own.priority)
+        found.append(msgspec.structs.replace(as_asked, own=True))
+    return found
 
 
 PART = Part("sweep", jobs, table=drop_table, section=drop_section, plots=plots)
