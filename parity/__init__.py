@@ -9,18 +9,21 @@ class Unsupported(Exception):  # noqa: N818  it is no error
     """Raised by a layer of one's own in a case that it does not compute: neither passed nor failed."""
 
 
-def backend(*, framework: str, supports: Callable[[Any], Any] = bool) -> Callable[[Callable], Callable]:
+def backend(
+    *, framework: str, supports: Callable[[Any], Any] = bool, drops: bool = False
+) -> Callable[[Callable], Callable]:
     """Mark a function as a layer that `python -m parity check --backend FILE.py` can run.
 
     `framework` is "torch" or "jax", written out: it is read without running the file. `supports` takes a case, and
-    returns whether the layer computes it, or the reason why not, as a string.
+    returns whether the layer computes it, or the reason why not, as a string. `drops`: where the case has a capacity,
+    the layer drops by itself as the case says, and need not be told by `keep`.
 
     What the function's arguments are called says what it is given (README, "A layer of your own").
     """
     assert framework in ("torch", "jax"), framework
 
     def mark(function: Callable) -> Callable:
-        function.framework, function.supports = framework, supports  # type: ignore[attr-defined]
+        function.framework, function.supports, function.drops = framework, supports, drops  # type: ignore[attr-defined]
         return function
 
     return mark

@@ -51,7 +51,7 @@ def card_of(one: Explained) -> Card:
     """The card of the layer with the fault."""
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         home = plant(one.fault, Path(folder) / "planted")
-        return identify(opaque(one.fault.backend, one.layer), one.base, SETTING, home)
+        return identify(opaque(one.fault.backend, one.layer), [one.base], SETTING, home)
 
 
 def differences(card: Card, takes: tuple[str, ...]) -> list[Finding]:

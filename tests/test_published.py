@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from published_cards import LAYERS as CARDS
+from published_cards import held
 from published_table import LAYERS, SOFTMAX
 
 from parity.cases.case import Case
@@ -107,6 +109,14 @@ def test_what_a_layer_does_not_compute_it_says(layer, said):
     run = check("zipf", *SOFTMAX, "--backend", layer)
     assert run.returncode == 5, run.stdout + run.stderr
     assert said in " ".join(run.stdout.split())
+
+
+@pytest.mark.published
+@pytest.mark.parametrize(("layer", "dtype"), [(layer, dtype) for layer, of in CARDS.items() for dtype in of.dtypes])
+def test_a_card_says_what_the_source_of_its_layer_states(layer, dtype):
+    outcome = held(layer, dtype)
+    assert not {key: line for key, line in outcome.lines.items() if line[0] == "wrong"}
+    assert outcome.card.proved, outcome.card.proof
 
 
 @pytest.mark.published

@@ -16,8 +16,11 @@ from parity.cases.presets import MODELS, PLAIN, PRESETS, USUAL
 from parity.cases.random_cases import random_cases
 from parity.cases.recording import case_of_recording
 from parity.cli.report import publish
-from parity.cli.shared import MATCH, check_writable, not_a_terminal
+from parity.cli.shared import MATCH, check_writable, not_a_terminal, working
+from parity.explain.identify import explained
+from parity.explain.probes import FEATURES
 from parity.judge.engine import DiedError, run_cases
+from parity.judge.records import Report
 from parity.run import faults, ours
 from parity.run.backend import Backend, Setting
 from parity.run.inside import Hook
@@ -108,6 +111,9 @@ class Command:
     """Lines of JSON instead of a table: the default where the output is not a terminal."""
     html: Path | None = None
     """Write the report as a page of its own too: nothing is loaded from anywhere."""
+    explain: bool = True
+    """Ask a layer of your own that fails, and gives no stages, why: `python -m parity identify`. Of each such layer the
+    first case that fails, unless it is of real size."""
     fault: str | None = None
     """Plant this fault (see `python -m parity faults`)."""
 
@@ -154,7 +160,28 @@ def run(command: Command) -> int:
     except DiedError as died:
         publish(died.report, command.json, command.html)
         raise
-    return MATCH if report is None else publish(report, command.json, command.html)
+    if report is None:
+        return MATCH
+    if command.explain and not join:
+        explain_failures(report, backends, setting)
+    return publish(report, command.json, command.html)
+
+
+def explain_failures(report: Report, backends: Sequence[Backend], setting: Setting) -> None:
+    """Put cards in the report: of each layer that fails and gives no stages, in the first case where it does."""
+    for backend in backends:
+        if backend.layout != "opaque":
+            continue
+        blamed = ((name, report.blamed(name)) for name in report.cases)
+        failing = [name for name, verdict in blamed if verdict and backend.name in verdict.backends]
+        for name in failing[:1]:
+            case = report.cases[name].case
+            if case.real_size or case.width < FEATURES + 2:
+                continue
+            with working(f"{backend.name}: why?"):
+                card = explained(backend, case, setting)
+            if card:
+                report.cards.setdefault(name, []).append(card)
 
 
 def chosen_backends(asked: Sequence[str]) -> list[Backend]:

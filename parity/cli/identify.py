@@ -6,17 +6,16 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import tyro
-from rich.console import Console
 
 from parity.cases.case import Case
 from parity.cases.presets import MODELS
 from parity.cli.check import BACKEND_HELP, MODEL_HELP, Flags, chosen_backends, named_cases, ranks_of_jax
-from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say
-from parity.explain.identify import computes, identify
+from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say, working
+from parity.explain.identify import identify
 from parity.judge import records
 from parity.judge.card import Card
 from parity.report.card import print_cards
-from parity.run.backend import Backend, BackendError, Setting
+from parity.run.backend import Backend, Setting
 
 
 @dataclass
@@ -34,8 +33,7 @@ class Command:
         python -m parity identify --backend mine.py
         python -m parity identify --backend mine.py --backend transformers:qwen3_moe
         python -m parity identify --model deepseek-v3 --width 48 --hidden 24 --backend mine.py
-        python -m parity identify --backend mine.py --write case.json
-        python -m parity check --case case.json --backend mine.py
+        python -m parity identify --backend mine.py --write case.json    for `check --case case.json --backend mine.py`
     """
 
     preset: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PRESET]")] = ()
@@ -63,17 +61,13 @@ def run(command: Command) -> int:
     if command.write and len(backends) > 1:
         raise ValueError("--write is for the case of one layer: name one --backend")
     asked = asked_case(command)
+    bases = [asked] if asked else small_cases()
+    ranks = ranks_of_jax(command.jax_ranks, command.device, max(case.ranks for case in bases))
+    setting = Setting(command.device, ranks, command.timeout)
     cards = []
-    with Console(stderr=True).status("") as status:
+    with working("") as say_that:
         for backend in backends:
-
-            def tell(what: str, name: str = backend.name) -> None:
-                status.update(f"{name}: {what}")
-
-            ranks = ranks_of_jax(command.jax_ranks, command.device, (asked or SMALL).ranks)
-            setting = Setting(command.device, ranks, command.timeout)
-            base = asked or first_computed(backend, setting)
-            cards.append(identify(backend, base, setting, tell=tell))
+            cards.append(identify(backend, bases, setting, tell=lambda what: say_that(what)))
     if command.write:
         command.write.write_bytes(msgspec.json.format(msgspec.json.encode(cards[0].case)))
         cards[0] = msgspec.structs.replace(cards[0], command=proving(command.write, backends[0]))
@@ -96,9 +90,6 @@ def proving(path: Path, backend: Backend) -> str:
     return f"python -m parity check --case {path} --backend {backend.asked or backend.name}"
 
 
-SMALL = Case(name="small")
-
-
 def asked_case(command: Command) -> Case | None:
     """The case that was named; None where none was. Raises ValueError where it is several."""
     given = command.preset or command.model or any(value is not None for value in vars(command.case).values())
@@ -110,24 +101,13 @@ def asked_case(command: Command) -> Case | None:
     return cases[0]
 
 
-def first_computed(backend: Backend, setting: Setting) -> Case:
-    """A small case that the backend computes: one without options, or with those of a model.
-
-    Raises BackendError where it computes none of them.
-    """
+def small_cases() -> list[Case]:
+    """What a layer is asked in where nothing is said: a case without options, or one with those of a model."""
+    plain = Case(name="small")
     models = [
         replace(case, ranks=1, width=48, hidden=24, tokens=16, experts=16)
         for case in MODELS.values()
         if case.top_k <= 8
     ]
-    small = [replace(case, shared_hidden=24 if case.shared_hidden else 0) for case in models]
-    plain = [SMALL, replace(SMALL, ranks=1)]
-    cases = [replace(case, name=f"{case.name}-small-{case.ranks}") for case in [*plain, *small]]
-    answers = computes(backend, cases, setting)
-    for case in cases:
-        if not answers[case.name]:
-            return case
-    why = "; ".join(dict.fromkeys(answers.values()))
-    raise BackendError(
-        backend.name, f"{backend.name} computes none of {len(cases)} cases ({why}): say which it does, as flags"
-    )
+    models = [replace(case, shared_hidden=24 if case.shared_hidden else 0) for case in models]
+    return [replace(case, name=f"{case.name}-{case.ranks}") for case in (plain, replace(plain, ranks=1), *models)]

@@ -1,6 +1,8 @@
 """What the commands share: exit codes, and how they talk."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +30,13 @@ class Page(Console):
 def say(message: str | Text) -> None:
     """On standard error, as it is: a line is never broken, so that a path or a command in it can be copied."""
     Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """A sign of life on standard error while this block runs, where that is a terminal; call it to say what is done."""
+    with Console(stderr=True).status(what) as status:
+        yield status.update
 
 
 def check_writable(*files: Path | None) -> None:

@@ -1,17 +1,14 @@
 """Give a backend problems, and take what it makes of them."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from parity.oracle.problem import Problem
-from parity.run import supervisor
-from parity.run.backend import Backend, BackendError, Setting
-from parity.run.supervisor import Failure
+from parity.run.supervisor import Failure, Kept
 from parity.run.trace import Trace
 
 Array = np.ndarray
@@ -42,27 +39,20 @@ class Answer(NamedTuple):
         return not any(a.any() for n, per in self.trace.arrays.items() if n.startswith("repeat/") for a in per)
 
 
-def ask(
-    backend: Backend, problems: Mapping[str, Problem], setting: Setting, home: Path | None = None
-) -> dict[str, Answer]:
-    """Run the problems, from the folder `home` if it is another one; answers by name.
+def ask(kept: Kept, problems: Mapping[str, Problem]) -> dict[str, Answer]:
+    """What a backend makes of the problems, by name.
 
-    Raises BackendError when the backend cannot run at all, or dies.
+    Raises BackendError when it cannot run at all, or dies.
     """
     by_case = {problem.case.name: name for name, problem in problems.items()}
-    found: dict[str, Answer] = {}
     with tempfile.TemporaryDirectory(prefix="parity-") as temporary:
         folder = Path(temporary)
         for problem in problems.values():
             problem.save(folder / f"{problem.case.name}.problem")
-        cases = [problem.case for problem in problems.values()]
-        homes = {backend.name: home or Path.cwd()}
-        with closing(supervisor.run(folder, homes, [backend], cases, setting, {})) as running:
-            for _, case, failure in running:
-                if failure and not failure.case:
-                    raise BackendError(backend.name, str(failure))
-                found[by_case[case]] = _answer(folder / f"{case}.{backend.name}.safetensors", failure)
-    return found
+        return {
+            by_case[case]: _answer(folder / f"{case}.{kept.backend.name}.safetensors", failure)
+            for case, failure in kept.run(folder, [problem.case for problem in problems.values()])
+        }
 
 
 def _answer(path: Path, failure: Failure | None) -> Answer:
@@ -70,8 +60,3 @@ def _answer(path: Path, failure: Failure | None) -> Answer:
         return Answer(None, str(failure))
     trace = Trace.load(path)
     return Answer(None, trace.not_supported) if trace.not_supported else Answer(trace)
-
-
-def lacking(answers: Mapping[str, Answer], names: Sequence[str]) -> str:
-    """Why one of these was not answered, or an empty string."""
-    return next((answers[name].why for name in names if answers[name].trace is None), "")

@@ -6,13 +6,14 @@ from dataclasses import replace
 from fractions import Fraction
 from functools import cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 
 from parity.cases.case import Case
 from parity.explain.ask import Answer
 from parity.explain.hypotheses import Hypothesis, decide, residual
-from parity.explain.probes import FEATURES, OFFSET, U0, U0_ALONE, V0, Probes, U, V, shown, weights
+from parity.explain.probes import FEATURES, MOST, OFFSET, STEP, U0, U0_ALONE, V0, Probes, U, V, shown, weights
 from parity.explain.reading import Reading
 from parity.judge.card import Finding
 from parity.oracle import reference
@@ -21,40 +22,39 @@ from parity.oracle.tolerances import numpy_dtype
 
 Array = np.ndarray
 
-TOKENS = (8, 25, 41)  # of a rank, in a probe each: ceil and floor part, and so do products rounded early and late
+TOKENS = (8, 25, 61)  # of a rank, in a probe each: ceil and floor part, and so do products rounded early and late
 FACTORS = ("1/2", "3/4", "1", "11/10", "6/5", "5/4", "3/2", "2", "3", "4")  # tried where a case has none
 
 
-def problems(found: Probes) -> dict[str, Problem]:
+def problems(found: Probes, factor: str | None) -> dict[str, Problem]:
     """Everybody wants expert 0: half of the tokens first of all, and half after expert 1."""
     case = found.case
-    if not found.tokens.whole:
+    grid = np.arange(-MOST, 0, STEP / 2)
+    if not found.tokens.whole or case.experts > len(grid):
         return {}
     rng, made = np.random.default_rng(30), {}
     w = weights(found, w_down=shown(case, 0))
+    case = replace(case, capacity_factor=factor)
     for T in TOKENS:
         x = np.zeros((case.ranks, T, case.width))
         x[..., V], x[..., U], x[..., OFFSET] = V0, U0 if case.gated else U0_ALONE, 0
-        grid = np.arange(-4, 0, 1 / 32)
         for p, t in np.ndindex(case.ranks, T):
-            x[p, t, FEATURES : FEATURES + case.experts] = rng.choice(
-                grid, case.experts, replace=case.experts > len(grid)
-            )
+            x[p, t, FEATURES : FEATURES + case.experts] = rng.choice(grid, case.experts, replace=False)
         x[..., FEATURES] = 2 + np.stack([rng.permutation(T) for _ in range(case.ranks)]) / 32
         if case.top_k > 1:
-            x[:, : T // 2, FEATURES + 1] = 3.75
+            x[:, : T // 2, FEATURES + 1] = MOST - STEP
         dout = np.ones_like(x).astype(numpy_dtype(case.dtype))
         of = replace(case, tokens=T, name=f"probe-capacity-{T}")
-        problem = posed(of, x.astype(numpy_dtype(case.dtype)), w, dout)
+        problem = posed(of, x.astype(numpy_dtype(case.dtype)), w, dout, evaluated=False)
         made[f"capacity-{T}"] = replace(problem, keep=np.ones_like(problem.keep))
     return made
 
 
-def read(reading: Reading, answers: Mapping[str, Answer]) -> list[Finding]:
+def read(reading: Reading, answers: Mapping[str, Answer], factor: str | None) -> list[Finding]:
     """What is dropped, as findings."""
-    case = reading.case
+    case = replace(reading.case, capacity_factor=factor)
     asked = [T for T in TOKENS if f"capacity-{T}" in answers and answers[f"capacity-{T}"].out is not None]
-    if not asked or reading.score is None or reading.case.groups > 1:
+    if not asked or reading.score is None:
         return []
     got = {}
     for T in asked:
@@ -62,7 +62,7 @@ def read(reading: Reading, answers: Mapping[str, Answer]) -> list[Finding]:
         assert out is not None
         made = out[:, reading.numbers_E] / reading.usual()
         got[T] = (np.sqrt(np.maximum(made, 0)) if reading.on_input else made).reshape(case.ranks, T, -1)
-    return _findings(reading, got, {T: _logits(reading, T) for T in asked})
+    return _findings(reading, case, got, {T: _logits(reading, T) for T in asked})
 
 
 def _logits(reading: Reading, T: int) -> Array:
@@ -70,14 +70,14 @@ def _logits(reading: Reading, T: int) -> Array:
     return problem.x.astype(np.float64) @ reading.probes.router_DE
 
 
-def _findings(reading: Reading, got: Mapping[int, Array], logits: Mapping[int, Array]) -> list[Finding]:
-    case = reading.case
+def _findings(reading: Reading, case: Case, got: Mapping[int, Array], logits: Mapping[int, Array]) -> list[Finding]:
     experiment = f"all tokens want one expert, of {', '.join(map(str, got))} on a rank"
     weight = {T: np.stack([reading.score(a) for a in logits[T]]) for T in got if reading.score}
     lost = {T: int(((weight[T] != 0) & (got[T] == 0)).sum()) for T in got}
     if not any(lost.values()):
         return [Finding("dropped", "nothing, though all tokens want one expert", experiment=experiment)]
-    ids = {T: np.argsort(-logits[T], axis=-1, kind="stable")[..., : case.top_k] for T in got}
+    wanted = {T: np.where(weight[T] != 0, -logits[T], np.inf) for T in got}  # of groups, some are closed
+    ids = {T: np.argsort(wanted[T], axis=-1, kind="stable")[..., : case.top_k] for T in got}
     score = {T: np.take_along_axis(weight[T], ids[T], -1) for T in got}
     seen = {T: np.take_along_axis(got[T], ids[T], -1) != 0 for T in got}
 
@@ -147,7 +147,7 @@ WHOSE = {
 }
 
 
-def _rules(case: Case) -> Iterable[tuple[str, dict[str, object], Callable[[int], int], str, tuple[str, bool], bool]]:
+def _rules(case: Case) -> Iterable[tuple[str, dict[str, Any], Callable[[int], int], str, tuple[str, bool], bool]]:
     """In words, the fields of a case that say it, rows of a bin by a rank's tokens, and how bins are filled."""
     factors = (case.capacity_factor,) if case.capacity_factor else FACTORS
     over = (False, True) if case.ranks > 1 else (False,)
@@ -157,7 +157,7 @@ def _rules(case: Case) -> Iterable[tuple[str, dict[str, object], Callable[[int],
         if "K" not in form and str(Fraction(factor) / case.top_k) in factors:
             continue  # the same with K and a smaller factor
         own = form == OWN and least == 1 and not batch and not priority[1]
-        fields: dict[str, object] = {}
+        fields: dict[str, Any] = {}
         if own:
             fields = {"capacity_factor": factor, "capacity_per": per, "priority": priority[0]}
         bins, ranks = case.ranks if per == "rank" else case.experts, case.ranks if batch else 1

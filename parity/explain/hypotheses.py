@@ -75,13 +75,11 @@ def decide(
     words = list(dict.fromkeys(h.what for h in fits))
     others = [h for h in ranked if h.what not in words]
     wanted = preferred or {}
-    if len(words) == 1:
-        best = max(fits, key=lambda h: sum(wanted.get(name) == value for name, value in h.fields.items()))
-        return Finding(
-            key, best.what, "odd" if best.odd else "found", best.residual, *_rival(others), experiment, best.fields
-        )
     usual = [h for h in fits if not h.odd] or fits
     chosen = max(usual, key=lambda h: sum(wanted.get(name) == value for name, value in h.fields.items()))
+    if len(words) == 1:
+        state = "odd" if chosen.odd else "found"
+        return Finding(key, chosen.what, state, chosen.residual, *_rival(others), experiment, chosen.fields)
     what = "cannot tell: " + "; or ".join([chosen.what, *(word for word in words if word != chosen.what)])
     return Finding(key, what, "cannot tell", chosen.residual, *_rival(others), experiment, chosen.fields)
 

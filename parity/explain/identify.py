@@ -23,6 +23,16 @@ from parity.oracle.quantities import OUTSIDE
 from parity.oracle.reference import Exact
 from parity.oracle.vectorised import oracle_for
 from parity.run.backend import Backend, BackendError, Setting
+from parity.run.supervisor import Kept
+
+# Findings that are of the layer's inputs where it takes these; the first stands for all.
+GIVEN = {
+    "expert_id": ("choice", "experts of a token", "of equal scores", "precision of logits"),
+    "score": (
+        "scores", "scale", "added to the sum", "one expert a token", "dtype of scores", "router bias",
+        "selection bias", "scale of experts",
+    ),
+}  # fmt: skip
 
 # What a layer that takes a parameter does with it, where it does not use it.
 UNUSED = {
@@ -35,43 +45,73 @@ UNUSED = {
 
 def identify(
     backend: Backend,
-    base: Case,
+    bases: Sequence[Case],
     setting: Setting,
     home: Path | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Card:
-    """What the backend's layer is, asked in the sizes and with the options of `base`.
+    """What the backend's layer is, asked in the sizes and with the options of the first of `bases` that it computes.
 
     `tell` is called with what is being done; `home` is the folder to run from.
 
-    Raises BackendError where the layer does not compute the case, or does not run.
+    Raises BackendError where the layer computes none of them, or does not run.
     """
     begin = time.perf_counter()
-    tell("asking")
-    found, answers = _asked(backend, base, setting, home)
-    reading = Reading(found, answers)
-    findings = reading.all()
-    findings += capacity.read(reading, answers)
-    tell("proving")
-    case = _found(base, found.case, reading)
-    proof, proved, more = _proved(backend, case, setting, home)
+    with Kept(backend, setting, home or Path.cwd()) as kept:
+        tell(f"{backend.name}: asking")
+        base = _computed(kept, bases)
+        found, answers = _asked(kept, base)
+        reading = Reading(found, answers)
+        findings = _of_its_own(backend, reading.all())
+        findings += capacity.read(reading, answers, base.capacity_factor)
+        tell(f"{backend.name}: proving what was found")
+        case = _found(base, found.case, reading)
+        proof, proved, more = _proved(kept, case)
     findings += more
     again = f"{command(case)} --backend {backend.asked or backend.name}"
     return Card(backend.name, base, findings, case, proof, proved, again, time.perf_counter() - begin)
 
 
-def _asked(
-    backend: Backend, base: Case, setting: Setting, home: Path | None
-) -> tuple[probes.Probes, dict[str, Answer]]:
+def _computed(kept: Kept, cases: Sequence[Case]) -> Case:
+    """The first of these cases that the backend computes."""
+    if len(cases) == 1:
+        return cases[0]
+    answers = ask(kept, {case.name: draw(replace(case, tokens=4)) for case in cases})
+    for case in cases:
+        if answers[case.name].trace is not None:
+            return case
+    why = "; ".join(dict.fromkeys(answer.why for answer in answers.values()))
+    name = kept.backend.name
+    raise BackendError(name, f"{name} computes none of {len(cases)} cases ({why}): say which it does, as flags")
+
+
+def _of_its_own(backend: Backend, findings: list[Finding]) -> list[Finding]:
+    """Without what is found of scores and choice where the layer is given them: a word of that in their place."""
+    given = {key: keys[0] for name, keys in GIVEN.items() if name in backend.takes for key in keys}
+    own = [finding for finding in findings if given.get(finding.key, finding.key) == finding.key]
+    said = "given to the layer"
+    return [Finding(f.key, said, experiment="what it takes") if f.key in given else f for f in own]
+
+
+def explained(backend: Backend, case: Case, setting: Setting) -> Card | None:
+    """The card of a layer that fails in a case; None where it cannot be asked."""
+    try:
+        return identify(backend, [case], setting)
+    except (BackendError, ValueError):
+        return None
+
+
+def _asked(kept: Kept, base: Case) -> tuple[probes.Probes, dict[str, Answer]]:
     """Probes and answers: with all that the layer takes, or, where it does not compute that, with what the case has."""
+    backend = kept.backend
     own = tuple(name for name in backend.takes if name not in BY_NAME or BY_NAME[name].there(base))
     tried = dict.fromkeys((backend.takes, own))
     why = ""
     for takes in tried:
-        found = probes.make(probes.probing_case(base, takes))
+        found = probes.make(probes.probing_case(base, takes), evaluated=backend.layout != "opaque")
         if "keep" not in backend.takes and backend.layout == "opaque":
-            found.problems.update(capacity.problems(found))
-        answers = ask(backend, found.problems, setting, home)
+            found.problems.update(capacity.problems(found, base.capacity_factor))
+        answers = ask(kept, found.problems)
         if answers["readout-0"].trace is not None:
             return found, answers
         why = answers["readout-0"].why
@@ -86,15 +126,17 @@ def _found(base: Case, asked: Case, reading: Reading) -> Case:
         if finding.key in UNUSED and finding.what.startswith("ignored")
     }
     drawn = {"pattern": "random", "recording": None, "checkpoint": None, "layer": None, "name": f"{base.name}-found"}
+    asked = replace(asked, capacity_factor=base.capacity_factor)
     if reading.fields.get("score_on") == "input":
         unused["expert_bias"] = False  # no case has both
     return replace(asked, tokens=base.tokens, seed=base.seed, **(drawn | reading.fields | unused))
 
 
-def _proved(backend: Backend, case: Case, setting: Setting, home: Path | None) -> tuple[str, bool, list[Finding]]:
+def _proved(kept: Kept, case: Case) -> tuple[str, bool, list[Finding]]:
     """What `check` says of the found case; and of gradients that do not match, what they are."""
     problem = draw(case)
-    answer = ask(backend, {"proof": problem}, setting, home)["proof"]
+    given = problem if "keep" in kept.backend.takes else replace(problem, keep=np.ones_like(problem.keep))
+    answer = ask(kept, {"proof": given})["proof"]
     if answer.trace is None:
         return f"not run: {answer.why}", False, []
     _, checks = judge(problem, [answer.trace])
@@ -208,9 +250,3 @@ def _other_scores(problem: Problem) -> dict[str, np.ndarray]:
         "that of experts whose rows no score weighs": np.ones_like(score),
         "that of experts weighed by scores of other rows: scores by token, rows by expert": unsorted,
     }
-
-
-def computes(backend: Backend, cases: Sequence[Case], setting: Setting) -> dict[str, str]:
-    """By the names of cases, why the backend does not compute them; an empty string where it does."""
-    problems = {case.name: draw(replace(case, tokens=4)) for case in cases}
-    return {name: answer.why for name, answer in ask(backend, problems, setting).items()}

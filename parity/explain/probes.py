@@ -11,6 +11,7 @@ show D experts each. All tokens of an experiment are in one batch, spread over r
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -71,13 +72,23 @@ class Tokens:
         self.rows.append(x_nD)
 
     def random(self, n: int) -> Array:
-        """c for n tokens with different logits; in the identity code, from a grid, none equal to another."""
+        """c for n tokens with different logits; in the identity code none equal to another, up to 256 experts."""
         C = self.code_CE.shape[0]
-        grid = np.arange(-MOST, MOST, STEP) if self.whole else np.arange(-2, 2, 1 / 8)
-        if len(grid) < C and self.whole:  # some are equal
-            return self.rng.choice(grid, (n, C))
-        rows = [self.rng.choice(grid, C, replace=len(grid) < C) for _ in range(n)]
-        return np.array(rows).reshape(n, C)
+        # In 16 bits, scores of large logits would be equal: a sigmoid of 3.9 and one of 3.8.
+        most = MOST if self.case.dtype in ("float32", "float64") else 0
+        grid = np.arange(-MOST, most, STEP) if self.whole else np.arange(-2, 2, 1 / 8)
+        rows = [self._clear(lambda: self.rng.choice(grid, C, replace=len(grid) < C)) for _ in range(n)]
+        # Of many experts, all tokens have nearly the same largest logits: in some they are nearer to each other.
+        nearer = [1, 2, 4] if self.case.experts > 64 else [1]
+        return np.array(rows).reshape(n, C) / self.rng.choice(nearer, (n, 1))
+
+    def _clear(self, draw: Callable[[], Array]) -> Array:
+        """A drawn row by which no two of the largest logits are equal, as far as a hundred tries go."""
+        tries = (draw() for _ in range(100))
+        return next(row for i, row in enumerate(tries) if i == 99 or (np.diff(self._largest(row)) != 0).all())
+
+    def _largest(self, row_C: Array) -> Array:
+        return np.sort(row_C @ self.code_CE)[-self.case.top_k - 1 :]
 
     def descending(self, n: int, step: float) -> Array:
         """c for n equal tokens, of which expert 0 has the largest logit, 1 the next, and so on."""
@@ -112,10 +123,14 @@ class Probes:
 def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
     """The case to ask in: sizes, dtype, ranks and options of this one, and all that the layer takes.
 
-    Raises ValueError where the width has no room for a probe.
+    Raises ValueError where the width has no room for a probe, and where the weights would fill memory.
     """
     if base.width < FEATURES + 2:
         raise ValueError(f"--width is {base.width}: to ask a layer what it is takes {FEATURES + 2} at least")
+    if base.real_size:
+        raise ValueError(
+            f"{base.name} is of real size: ask in a smaller --hidden, which changes nothing in the answers"
+        )
     plain = Case()
     drawn = (
         "pattern",
@@ -130,6 +145,8 @@ def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
         "seed",
     )
     case = replace(base, name="probe", **{name: getattr(plain, name) for name in drawn})
+    if base.capacity_factor is not None:  # one at which nothing is dropped: what is, other probes show
+        case = replace(case, capacity_factor=str(base.experts))
     if not takes:
         return case
     has = {name: name in takes for name in ("router_bias", "selection_bias", "expert_scale", "shared_score")}
@@ -139,8 +156,11 @@ def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
     return replace(case, gated=gated, expert_bias=biased, shared_hidden=shared, **has)
 
 
-def make(case: Case) -> Probes:
-    """Every probe of a case. The same case has the same ones on every machine."""
+def make(case: Case, *, evaluated: bool = True) -> Probes:
+    """Every probe of a case. The same case has the same ones on every machine.
+
+    `evaluated`: with the oracle's values at every stage, for a layer that is fed them.
+    """
     rng = np.random.default_rng(20)
     D, E, F, K = case.width, case.experts, case.hidden, case.top_k
     whole = D >= E + FEATURES
@@ -161,7 +181,7 @@ def make(case: Case) -> Probes:
     hidden = (_narrow(case, steep), sides) if case.gated else (np.ones(F), _narrow(case, steep))
     combined_ED = rng.integers(-127, 128, (E, D)) / 128.0
     learned = {
-        "router_bias": rng.permutation(np.arange(E) - E // 2) * (2 / E),
+        "router_bias": _on_grid(rng.permutation(np.arange(E) - E // 2) * (2 / E)),
         "selection_bias": rng.permutation(np.arange(E) - E // 2) * (1 / E),
         "expert_scale": rng.integers(2, 9, E) / 4,
         "b_gate": np.full((E, F), -0.5), "b_up": np.full((E, F), 0.25), "b_down": rng.integers(1, 9, (E, D)) / 8,
@@ -171,8 +191,13 @@ def make(case: Case) -> Probes:
         "shared_score": _one_row(case.width, 1, FEATURES, 0.25)[:, 0],
     }  # fmt: skip
     found = Probes(case, tokens, x_nD, router_DE, hidden, combined_ED, learned, {})
-    _pose(found, K)
+    _pose(found, K, evaluated)
     return found
+
+
+def _on_grid(a: Array) -> Array:
+    """As logits are, so that their sums are not rounded in any dtype."""
+    return np.round(a / STEP) * STEP
 
 
 def _narrow(case: Case, a: Array) -> Array:
@@ -235,7 +260,7 @@ def shown(case: Case, which: int) -> Array:
     return w
 
 
-def _pose(found: Probes, K: int) -> None:
+def _pose(found: Probes, K: int, evaluated: bool) -> None:
     """All problems, by name."""
     case = found.case
     there = {one.name for one in parameters_of(case)}
@@ -244,7 +269,8 @@ def _pose(found: Probes, K: int) -> None:
     def put(name: str, w: Parameters, at: Case = case, x: Array = found.x_nD) -> None:
         of = replace(at, name=f"probe-{len(found.problems):02}-{name}")
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            found.problems[name] = posed(of, x.reshape(dout.shape), w, dout)
+            problem = posed(of, x.reshape(dout.shape), w, dout, evaluated=evaluated)
+        found.problems[name] = replace(problem, keep=np.ones_like(problem.keep))  # what to drop is the layer's to say
 
     biases = {name: found.learned[name] for name in ("b_gate", "b_up") if name in there}
     for i in range(found.passes):
@@ -257,6 +283,8 @@ def _pose(found: Probes, K: int) -> None:
             put(f"expert_bias-{i}", weights(found, w_down=w_down, **biases))
         if K > 1:
             put(f"one_choice-{i}", weights(found, w_down=w_down), replace(case, top_k=1))
+            other = replace(case, top_k=1, renormalize=not case.renormalize)  # asked, as some say so of one expert
+            put(f"one_choice_other-{i}", weights(found, w_down=w_down), other)
     gate, up = found.hidden
     scale = V0 if case.gated else 1.0
     different = {"w_up": _rows(case, U, up / (1 if case.gated else U0_ALONE))}
@@ -278,7 +306,8 @@ def _pose(found: Probes, K: int) -> None:
     if case.shared_hidden:
         put("shared", weights(found, **{name: found.learned[name] for name in there if name.startswith("shared")}))
     drawn = draw(replace(case, name=f"probe-{len(found.problems):02}-no-cotangent"))
-    found.problems["no-cotangent"] = posed(drawn.case, drawn.x, drawn.parameters, np.zeros_like(drawn.dout))
+    none = np.zeros_like(drawn.dout)
+    found.problems["no-cotangent"] = posed(drawn.case, drawn.x, drawn.parameters, none, evaluated=evaluated)
 
 
 def _rows(case: Case, place: int, value_F: Array) -> Array:

@@ -32,6 +32,8 @@ SCORE_WORDS = {
     "softmax_of_chosen": "softmax over the chosen",
 }
 
+SAME = {"softmax over all experts, renormalised", "softmax over the chosen"}
+
 # Activations that a case can say, and some that it cannot.
 ODD_ACTIVATIONS: dict[str, Function] = {
     "relu": lambda a: np.maximum(a, 0),
@@ -333,7 +335,9 @@ class Reading:
             ),
             Hypothesis("what an expert is given", best_input[0].residual, {"score_on": "input"}, self.case.top_k > 1),
         ]
-        finding = self._decide("the score multiplies", where, "units of different gates and ups, several scores")
+        finding = self._decide(
+            "the score multiplies", where, "units of different gates and ups, several scores", MARGIN * self.tolerance
+        )
         self.on_input = finding.fields.get("score_on") == "input" or (
             "is given" in finding.what and finding.state == "odd"
         )
@@ -593,6 +597,8 @@ class Reading:
             hypotheses = [h for h in hypotheses if not h.what.endswith(("first", "choice"))]
         finding = self._decide("scores", hypotheses, "random logits, all experts alike")
         best = finding.what.removeprefix("cannot tell: ").split("; or ")[0]
+        if finding.state == "cannot tell" and {*finding.what.removeprefix("cannot tell: ").split("; or ")} == SAME:
+            finding.what += ": they are the same function"
         if finding.state == "unknown":
             return
         fitted = factor[best]
@@ -646,6 +652,8 @@ class Reading:
             return
         experiment = "the same with one expert a token"
         table = self._weights("one_choice", "routing")
+        if table is None:  # of one expert, it may have a case of its own
+            table = self._weights("one_choice_other", "routing")
         if table is None:
             self._said(
                 "one expert a token", f"not asked: {self.answers['one_choice-0'].why}", "unknown", experiment=experiment
@@ -707,6 +715,11 @@ class Reading:
             return
         above, below = self._weights("readout", "fine above"), self._weights("readout", "fine below")
         if above is None or below is None:
+            return
+        enough = [((a != 0).sum(1) == self.case.top_k).all() for a in (above, below)]
+        if not all(enough):
+            said = "cannot tell: not all experts of these tokens show, as where some are dropped"
+            self._said("precision of logits", said, "cannot tell", experiment="two logits near each other")
             return
         told = (above[:, 1] != 0) & (above[:, 0] == 0) & (below[:, 0] != 0) & (below[:, 1] == 0)
         experiment = "two logits at -8, one of them 2^-n away"
@@ -786,25 +799,29 @@ class Reading:
         narrow = self.case.dtype in ("bfloat16", "float16")
         wide = np.dtype(self.case.wide)
         if narrow:
-            exact = self._of(self._said_case(), logits[rows], ids) * self.scale
-            s_nK = exact.astype(wide)
+            s_nK = (self._of(self._said_case(), logits[rows], ids) * self.scale).astype(wide)
         else:
             s_nK = np.take_along_axis(weights[rows], ids, 1).astype(wide)
         value = self._narrow(np.array(self.usual()))
         own = self._narrow(value * self._narrow(self.probes.combined_ED))
         y_nKD = own[self.numbers_E[ids]].astype(wide)
+        exact = math.frexp(self.usual())[0] == 0.5
         sums = _Sums(numpy_dtype(self.case.dtype), wide, self.case.experts // self.case.ranks, ids)
         hypotheses, cast = [], {False: 1.0, True: 1.0}
         for rounded in (False, True) if narrow else (False,):
-            s = s_nK.astype(numpy_dtype(self.case.dtype)).astype(wide) if rounded else s_nK
+            # As it is read where nothing is rounded besides: it may have been computed in few bits, too.
+            read = np.take_along_axis(weights[rows], ids, 1) if exact else self._narrow(s_nK)
+            s = read.astype(wide) if rounded else s_nK
             for what, total, odd in sums.each(s, y_nKD):
                 off = float((total.astype(np.float64) != got).mean())
                 hypotheses.append(Hypothesis(what, off, {}, odd))
                 cast[rounded] = min(cast[rounded], off)
         experiment = f"{got.size} sums, bit for bit; residual: part of them that differs"
-        exact = narrow or math.frexp(self.usual())[0] == 0.5
-        if exact:
-            self._decide("sum over the chosen", _least(hypotheses), experiment, 0.01)
+        if narrow or exact:
+            best = _least(hypotheses)
+            # Where one way is right in every bit, a few bits tell the others.
+            few = 1e-9 if min(one.residual for one in best) == 0 else 0.01
+            self._decide("sum over the chosen", best, experiment, few)
         else:
             self._said(
                 "sum over the chosen",
@@ -813,17 +830,52 @@ class Reading:
                 experiment=experiment,
             )
         if narrow:
-            self._decide(
-                "dtype of scores",
-                [
-                    Hypothesis(self.case.score_dtype, cast[False], {"cast_scores": False}),
-                    Hypothesis(
-                        f"{self.case.dtype}: rounded before they weigh anything", cast[True], {"cast_scores": True}
-                    ),
-                ],
-                experiment,
-                0.01,
-            )
+            self._score_dtype(cast, experiment)
+
+    def _score_dtype(self, cast: dict[bool, float], experiment: str) -> None:
+        """Whether scores are rounded before they weigh anything, or what they have weighed is, which may be either side
+        of w_down.
+
+        By sums of what experts return, where hidden units are a power of two, so that both are the same; and by the
+        hidden units themselves, where they are none.
+        """
+        wide, dtype = self.case.score_dtype, self.case.dtype
+        off = self._rounded_scores()
+        if min(off.values()) > 0.05:
+            off = {True: 0.0, False: 0.0}  # hidden units are not known bit for bit
+        words = (
+            (wide, max(cast[False], off[False]), False),
+            (f"{wide}, and rounded with the hidden units that they weigh", max(cast[True], off[False]), False),
+            (f"{dtype}: rounded before they weigh anything", max(cast[True], off[True]), True),
+        )
+        hypotheses = [Hypothesis(what, residual, {"cast_scores": narrow}) for what, residual, narrow in words]
+        self._decide("dtype of scores", hypotheses, f"{experiment}; and hidden units of several sizes", 0.02)
+
+    def _rounded_scores(self) -> dict[bool, float]:
+        """Which part of weighed hidden units is not explained by rounded scores, and by scores that are not rounded."""
+        both = np.concatenate([np.array(SCAN), -np.array(SCAN)])
+        ups = self._narrow(np.array([1 + 2.0**-b for b in BITS]))
+        made = {"gate scan": self._value(both, 1.0 if self.case.gated else both), "precision": self._value(V0, ups)}
+        wrong, total = {True: 0, False: 0}, 0
+        for name, h_n in made.items():
+            table = self._table("readout", name)
+            if table is None or self.score is None:
+                continue
+            h_n1 = self._narrow(h_n)[:, None]
+            s_nE = self.scale * self.score(self.probes.logits(name))
+            size = np.abs(h_n1[:, 0])
+            power = np.frexp(size)[0] == 0.5
+            # All these tokens have the same scores: they are read where they weigh a power of two.
+            read = self._narrow(s_nE)
+            if power.any():
+                first = int(np.argmax(power & (size > 1e-3)))
+                read = np.broadcast_to(table[first] / h_n1[first], table.shape)
+            on = (s_nE != 0) & (np.isfinite(size) & ~power & (size > 1e-3))[:, None]
+            total += int(on.sum())
+            for narrow, s in ((True, read), (False, s_nE)):
+                expected = self._narrow((s * h_n1).astype(np.float32))
+                wrong[narrow] += int((expected != table)[on].sum())
+        return {narrow: n / max(total, 1) for narrow, n in wrong.items()}
 
     def _parameters(self, name: str) -> Parameters:
         return in_float64(self.probes.problems[f"{name}-0"].parameters)
@@ -837,8 +889,15 @@ class Reading:
         got = self._asked_for("router_bias")
         if got is None:
             return
-        logits, case, w = self.probes.logits("routing"), self._said_case(), self._parameters("router_bias")
-        bias = w.router_bias
+        logits, case, bias = (
+            self.probes.logits("routing"),
+            self._said_case(),
+            self._parameters("router_bias").router_bias,
+        )
+        ordered = -np.sort(-(logits + bias), 1)
+        if case.top_k < case.experts:  # of equal sums, which is chosen is another question
+            told = ordered[:, case.top_k - 1] > ordered[:, case.top_k]
+            got, logits = got[told], logits[told]
         biased, plain = self._scores(case, logits + bias), self._scores(case, logits)
         chosen = np.argsort(-(logits + bias), 1, kind="stable")[:, : case.top_k]
         self._decide(
@@ -876,6 +935,8 @@ class Reading:
         none, only = Parameters(np.zeros(0)), Parameters(np.zeros(0), selection_bias=bias)
         at = replace(case, ranks=1, tokens=len(logits))
         score = reference.scores(at, logits[None], Exact())
+        largest = -np.sort(-np.pad(score[0] + bias, ((0, 0), (0, 1)), constant_values=-np.inf), 1)
+        told = largest[:, case.top_k - 1] - largest[:, case.top_k] > self.tolerance  # where others round, they agree
         chosen = vectorised.select(at, score, only)[0]
         weighed = reference.chosen_scores(at, score + bias, chosen[None], none, Exact()).weight[0]
         by_logits = vectorised.select(at, reference.scores(at, (logits + bias)[None], Exact()), none)[0]
@@ -889,7 +950,7 @@ class Reading:
             # Of scores that are logits, two of these are the same.
             if case.score_function != "softmax_of_chosen" or "logits" not in what:
                 of_case = {} if odd else {"selection_bias": True}
-                yield Hypothesis(what, residual(got, self.scale * weight), of_case, odd)
+                yield Hypothesis(what, residual(got[told], self.scale * weight[told]), of_case, odd)
 
     def _expert_scale(self) -> None:
         got = self._asked_for("expert_scale")
@@ -1088,17 +1149,29 @@ class _Sums(NamedTuple):
             s, y = np.take_along_axis(s_nK, order, 1), np.take_along_axis(y_nKD, order[..., None], 1)
             for how, total in self._ways(s, y):
                 yield f"{words}{', ' * bool(words)}{how}", total.astype(self.dtype), False
-        if K > 2:
-            part = self.ids_nK // self.per_rank
-            total = np.zeros((n, y_nKD.shape[2]), self.wide)
-            for rank in range(int(part.max(initial=0)) + 1):
-                inner = np.zeros_like(total)
-                for k in range(K):
-                    inner = inner + np.where(part[:, k, None] == rank, s_nK[:, k, None] * y_nKD[:, k], 0).astype(
-                        self.wide
-                    )
-                total = total + inner
-            yield f"ranks one after the other, in {self.wide}", total.astype(self.dtype), False
+        if K > 2 and (self.ids_nK // self.per_rank).any():
+            yield from self._by_rank(s_nK, y_nKD, {"in order of k": by_k, "in order of expert": by_id})
+
+    def _by_rank(self, s_nK: Array, y_nKD: Array, orders: Mapping[str, Array]) -> Iterable[tuple[str, Array, bool]]:
+        """Each rank adds up what its own experts return, and then these sums are added up."""
+        wide, dtype = self.wide, self.dtype
+        part_nK = self.ids_nK // self.per_rank
+        ranks = int(part_nK.max(initial=0)) + 1
+        for words, order in orders.items():
+            part, s = (np.take_along_axis(a, order, 1) for a in (part_nK, s_nK))
+            y = np.take_along_axis(y_nKD, order[..., None], 1)
+            for ways in zip(*(self._ways(np.where(part == rank, s, 0), y) for rank in range(ranks)), strict=True):
+                each = f"each {words}, {ways[0][0]}"
+                for rounded, outer in dict.fromkeys([(wide, wide), (dtype, wide), (dtype, dtype)]):
+                    if ranks == 2 and outer != wide:
+                        continue  # of two sums it is the same
+                    sums = [own.astype(rounded).astype(wide) for _, own in ways]
+                    total = np.zeros_like(sums[0])
+                    for own in sums:
+                        total = (total + own).astype(outer).astype(wide)
+                    narrowed = rounded != wide and ways[0][1].dtype != rounded
+                    how = each + f", rounded to {rounded}" * narrowed
+                    yield f"ranks one after the other, in {outer}; {how}", total.astype(dtype), False
 
     def _ways(self, s: Array, y: Array) -> Iterable[tuple[str, Array]]:
         wide, dtype = self.wide, self.dtype

@@ -60,20 +60,26 @@ class Card(msgspec.Struct, tag_field="kind", tag="card"):
         return next((finding for finding in self.findings if finding.key == key), None)
 
     def reasons(self) -> list[tuple[str, str]]:
-        """Why the layer is not what the asked case says, as (stage, sentence): what differs, then what is odd."""
+        """Why the layer is not what the asked case says, as (stage, sentence).
+
+        What the case says otherwise; and, unless that is shown to be all, what no case can say.
+        """
         differs, odd = [], []
         for finding in self.findings:
-            other = {
-                n: v for n, v in finding.fields.items() if getattr(self.asked, n) != v and n not in self.asked.idle
-            }
-            if other and finding.state == "found":
-                says = ", ".join(f"--{flag(name)} {getattr(self.asked, name)}" for name in other)
-                differs.append((finding.stage, f"{finding.key}: {finding.what}; the case says {says}"))
-            if finding.state == "odd":
-                odd.append((finding.stage, f"{finding.key}: {finding.what}"))
-            if finding.state == "unknown":
-                odd.append((finding.stage, f"{finding.key}: {finding.what}"))
-        return differs + odd
+            said = (finding.stage, f"{finding.key}: {finding.what}")
+            other = [n for n, v in finding.fields.items() if getattr(self.asked, n) != v and n not in self.asked.idle]
+            if other and finding.state in ("found", "cannot tell"):
+                says = " ".join(f"--{flag(name)} {getattr(self.asked, name)}" for name in other)
+                differs.append((said[0], f"{said[1]}; the case says {says}"))
+            if finding.state in ("odd", "unknown"):
+                odd.append(said)
+        return differs if differs and self.proved else differs + odd
+
+    @property
+    def differs(self) -> bool:
+        """Whether the found case says something else than the asked one, in what the probes look at."""
+        fields = {name for finding in self.findings for name in finding.fields}
+        return any(getattr(self.case, name) != getattr(self.asked, name) for name in fields)
 
     def excluded(self) -> list[str]:
         """Keys of what was found to be as the asked case says."""

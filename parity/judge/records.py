@@ -18,6 +18,7 @@ from parity.cases.case import Case
 from parity.cases.pairs import covered
 from parity.cases.presets import PRESETS
 from parity.judge.blame import Blame, blame
+from parity.judge.card import Card
 from parity.judge.compare import Check
 from parity.judge.picture import Picture
 from parity.run.backend import Backend
@@ -67,7 +68,7 @@ class Footer(msgspec.Struct, tag_field="kind", tag="footer"):
 
 MANY = 10  # cases, from which on the report says what pairs of values they have
 
-Record = Header | CaseRecord | Check | Blame | Footer
+Record = Header | CaseRecord | Check | Blame | Card | Footer
 
 
 class Report(msgspec.Struct):
@@ -77,6 +78,7 @@ class Report(msgspec.Struct):
     cases: dict[str, CaseRecord]
     checks: dict[str, list[Check]]
     footer: Footer
+    cards: dict[str, list[Card]] = {}  # by case: of layers that fail there and give no stages, what they are
 
     @property
     def backends(self) -> dict[str, Backend]:
@@ -143,6 +145,7 @@ def lines(report: Report) -> list[str]:
                 encode(record),
                 *map(encode, report.checks[name]),
                 *map(encode, filter(None, [report.blamed(name)])),
+                *map(encode, report.cards.get(name, ())),
             )
         ),
         encode(report.footer),
@@ -168,12 +171,14 @@ def read(path: Path) -> Report:
         )
     if not isinstance(last, Footer):
         raise ValueError(f"{path} has no footer: its run did not end, so it says nothing. Run it again")
-    report = Report(first, {}, {}, last)
+    report = Report(first, {}, {}, last, {})
     for record in records[1:-1]:
         if isinstance(record, CaseRecord):
             report.cases[record.case.name], report.checks[record.case.name] = record, []
         if isinstance(record, Check):
             report.checks.setdefault(record.case, []).append(record)
+        if isinstance(record, Card):
+            report.cards.setdefault(record.asked.name, []).append(record)
     found = sum(map(len, report.checks.values()))
     if found != last.comparisons or report.cases.keys() != report.checks.keys():
         raise ValueError(f"{path} has {found} comparisons where its footer counts {last.comparisons}: it is not whole")

@@ -129,9 +129,13 @@ def _draw(
 
 
 def posed(
-    case: Case, x: Array, parameters: Parameters, dout: Array, recorded: Mapping[str, Array] | None = None
-) -> Problem:
-    """The problem of these inputs, in the case's dtypes, with what the oracle makes of them; expert ids if recorded."""
+    case: Case, x: Array, parameters: Parameters, dout: Array, recorded: Mapping[str, Array] | None = None,
+    *, evaluated: bool = True,
+) -> Problem:  # fmt: skip
+    """The problem of these inputs, in the case's dtypes, with what the oracle makes of them; expert ids if recorded.
+
+    Not `evaluated`, for a layer that is fed no stage's input and not judged, it has the oracle's routing only.
+    """
     recorded, dtype = recorded or {}, numpy_dtype(case.dtype)
     x64, dout64 = x.astype(np.float64), dout.astype(np.float64)
     exact_parameters = in_float64(parameters)
@@ -148,6 +152,10 @@ def posed(
     stored[np.abs(stored) < underflow(case.dtype_of("weight"))] = 0
     keep = reference.keep_within_capacity(case, expert_id, stored)
     aux = recorded.get("dscore", np.zeros(expert_id.shape)).astype(of_scores)
+    if not evaluated:
+        nothing = Layer(*[np.zeros(0)] * (len(Layer._fields) - 1), gradients={})
+        none = np.zeros(0)
+        return Problem(case, x, parameters, dout, expert_id, keep, stored, none, none, none, none, aux, nothing)
     exact = oracle.layer(case, x64, exact_parameters, dout64, expert_id, keep, Exact(), aux.astype(np.float64))
     rows = {name: getattr(exact, name).astype(dtype) for name in ("y", "dy", "dx_rows")}
     dscore = exact.dscore.astype(of_scores)

@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parity.judge.card import Card, Finding, differences, keys
-from parity.report.terminal import SHORT
+from parity.report.terminal import few
 
 MARKS = {
     "found": ("\N{CHECK MARK}", "green"), "odd": ("!", "bold yellow"), "cannot tell": ("?", "cyan"),
@@ -24,8 +24,8 @@ def print_cards(console: Console, cards: list[Card]) -> None:
     console.print("time: " + ", ".join(f"{card.backend} {card.seconds:.1f} s" for card in cards))
     if len(cards) == 1:
         console.print(
-            "\N{CHECK MARK} found: it explains what was measured, and nothing else does; ! found, and no case can say it; "
-            "? several explanations hold; \N{BALLOT X} none does",
+            "\N{CHECK MARK} found: it explains what was measured, and nothing else does; ! found, and no case can say "
+            "it; ? several explanations hold; \N{BALLOT X} none does",
             style="dim",
         )
 
@@ -71,19 +71,3 @@ def _cell(finding: Finding | None) -> Text:
 def mark(finding: Finding) -> Text:
     """How sure a finding is."""
     return Text(*MARKS[finding.state])
-
-
-def few(value: float | None) -> str:
-    """A residual in one digit."""
-    return "" if value is None else f"{value:.0e}" if value else "0"
-
-
-def explanation(card: Card) -> list[str]:
-    """Why a layer differs from the case that it was asked in, in sentences; what would match; or what was excluded."""
-    said = [f"stage {SHORT[stage]}: {sentence}" if stage else sentence for stage, sentence in card.reasons()]
-    lines = [f"{'why:' if i == 0 else '    '}      {sentence}" for i, sentence in enumerate(said)]
-    if not said:
-        lines = [f"why:      the probes do not show it; as the case says are {', '.join(card.excluded())}"]
-    if card.proved and card.case != card.asked:
-        lines.append(f"matches:  {card.command}")
-    return lines

@@ -7,11 +7,12 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from parity.judge.blame import Blame
+from parity.judge.card import Card
 from parity.judge.compare import LISTED, Check, Row, Where
 from parity.judge.picture import Magnitude
 from parity.judge.records import CaseRecord, Report
 from parity.oracle.quantities import STAGES
-from parity.report.terminal import SHORT, backends, describe, drops, headline, notes, of_stage, place, repeat
+from parity.report.terminal import SHORT, SURE, backends, describe, drops, few, headline, notes, of_stage, place, repeat
 from parity.run.backend import Backend
 from parity.run.faults import FAULTS
 
@@ -117,6 +118,7 @@ class View(NamedTuple):
     tiles: list[Tile]
     closest: float
     missing: list[str]
+    cards: list[Card]  # of layers that fail in it and give no stages
 
 
 def page(report: Report) -> str:
@@ -158,6 +160,7 @@ def _view(report: Report, id: str, name: str) -> View:
         _tiles(record, checks, backends(report, record)),
         max((check.worst for check in checks if not check.bitwise), default=math.nan),
         _missing(record, checks, backends(report, record)),
+        report.cards.get(name, []),
     )  # fmt: skip
 
 
@@ -444,5 +447,6 @@ _ENVIRONMENT = Environment(
 _ENVIRONMENT.filters.update(num=num, ratio=ratio_text, shade=shade)
 _ENVIRONMENT.globals.update(
     bars=bars, chart=chart, colours=COLOURS, describe=describe, drops=drops, exact=exact, failing_rows=failing_rows,
-    listed=LISTED, modes=MODES, not_by_row=not_by_row, place=place, short=SHORT, stages=STAGES, totals=totals,
+    few=few, listed=LISTED, modes=MODES, not_by_row=not_by_row, place=place, short=SHORT, stages=STAGES, sure=SURE,
+    totals=totals,
 )  # fmt: skip

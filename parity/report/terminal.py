@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parity.judge.blame import Blame, is_backward
+from parity.judge.card import Card
 from parity.judge.compare import Check, Where
 from parity.judge.power import Power
 from parity.judge.records import CaseRecord, Report
@@ -154,7 +155,29 @@ def failures(report: Report) -> Group:
         lines.append(Text(f"  look at:  {verdict.function}"))
         lines.append(Text(f"  in all:   {verdict.arrays} comparisons differ"))
         lines.append(Text(f"  repeat:   {repeat(report, record, verdict)}", "cyan"))
+        lines += [Text(f"  {line}") for card in report.cards.get(name, ()) for line in explanation(card)]
     return Group(*lines)
+
+
+def few(value: float | None) -> str:
+    """A residual in one digit."""
+    return "" if value is None else f"{value:.0e}" if value else "0"
+
+
+# In words, how sure a finding is.
+SURE = {
+    "found": "found: nothing else explains it", "odd": "found, and no case can say it",
+    "cannot tell": "several explanations hold", "unknown": "no explanation holds",
+}  # fmt: skip
+
+
+def explanation(card: Card) -> list[str]:
+    """Why a layer is not what the case says that it was asked in, in sentences; what would match; what was excluded."""
+    said = [f"stage {SHORT[stage]}: {sentence}" if stage else sentence for stage, sentence in card.reasons()]
+    lines = [f"{'why:' if i == 0 else '':9} {sentence}" for i, sentence in enumerate(said)]
+    if not said:
+        lines = [f"why:      the probes do not show it: as the case says are {', '.join(card.excluded())}"]
+    return [*lines, f"matches:  {card.command}"] if card.proved and card.differs else lines
 
 
 def headline(verdict: Blame) -> str:

@@ -229,8 +229,8 @@ def refusal(function: Callable[..., Any], takes: Signature, problem: Problem) ->
         return "it runs one step at a time, and the case has two"
     if problem.case.uneven:
         return "some tokens are padding"
-    if not problem.keep.all() and not takes.given("keep"):
-        return "assignments are dropped, and it takes no `keep` that says which"
+    if not problem.keep.all() and not takes.given("keep") and not getattr(function, "drops", False):
+        return "assignments are dropped, it takes no `keep` that says which, and is not marked with drops=True"
     if problem.aux.any() and not takes.given("score"):
         return "the gradient of an auxiliary loss is handed in, and it takes no `score`"
     there = {one.name for one in parameters_of(problem.case)}

@@ -1,6 +1,7 @@
 """A layer of the user's own in JAX: called once with all ranks' tokens, or on each rank; gradients by `vjp`."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,13 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
             raise Unsupported(why)
         with jax.enable_x64(case.dtype == "float64"):
             inputs = jax_ranks.everywhere(_inputs(problem), case.ranks, how)
-            orders: dict[str, str] = {}
-            step = partial(_step, layer, takes, case, backend, how, orders)
-            program = Eager(step) if case.way == "eager" else Program(jax.jit(step))
+            key = layer, replace(case, name=""), how
+            program, orders = PROGRAMS.pop(key, None) or _program(layer, takes, case, backend, how)
             first, _ = fetch(program(at, "the first step", inputs), how)
             again, within = fetch(program(at, "the first step, repeated", inputs), how)
+            PROGRAMS[key] = program, orders
+            if len(PROGRAMS) > KEPT:
+                del PROGRAMS[next(iter(PROGRAMS))]
     except Unsupported as reason:
         return Trace(case, backend, environment() | {"not supported": str(reason)})
     arrays = {name: _per_rank(case, name, a) for name, a in again.items()}
@@ -60,6 +63,20 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
         arrays[name.replace("e2e", "repeat", 1)] = [differ, *[np.zeros_like(differ)] * (len(arrays[name]) - 1)]
     given = inside.placed(problem, backend, _per_rank_inside(case, within), orders)
     return Trace(case, backend.providing(inside.quantities(given)), environment(), arrays=arrays | given)
+
+
+# Those that were used last, by layer, case and how ranks are had: of cases that differ in inputs only, one is compiled.
+PROGRAMS: dict[tuple[object, ...], tuple[Program | Eager, dict[str, str]]] = {}
+KEPT = 4
+
+
+def _program(
+    layer: Callable[..., Any], takes: Signature, case: Case, backend: Backend, how: str
+) -> tuple[Program | Eager, dict[str, str]]:
+    """What runs a case, and where it notes the orders of rows that the layer names."""
+    orders: dict[str, str] = {}
+    step = partial(_step, layer, takes, case, backend, how, orders)
+    return Eager(step) if case.way == "eager" else Program(jax.jit(step)), orders
 
 
 def _inputs(problem: Problem) -> dict[str, np.ndarray]:

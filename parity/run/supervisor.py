@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import wait
@@ -155,12 +155,61 @@ def run(
             seconds[name] = max(seconds.get(name, 0), worker.process.seconds)
 
 
+class Kept:
+    """Processes of one backend that run folders of problems one after the other: what they import is imported once.
+
+    Leaving the `with` ends them and all that they started.
+    """
+
+    def __init__(self, backend: Backend, setting: Setting, home: Path) -> None:
+        self.backend, self.setting, self.home = backend, setting, home
+        self.stack, self.workers = ExitStack(), list[_Worker]()
+
+    def __enter__(self) -> "Kept":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def run(self, folder: Path, cases: Sequence[Case]) -> Iterator[tuple[str, Failure | None]]:
+        """Run the problems in the folder; yield (case, None) as each trace is written, or the reason why not.
+
+        Raises BackendError with the cause when the backend cannot run at all, or ends.
+        """
+        name, left = self.backend.name, {case.name for case in cases}
+        alone = self.backend.framework != "jax" or self.setting.jax_ranks == "processes"
+        n = 1 if alone else min(8, os.cpu_count() or 1, len(cases))
+        for share in range(n):
+            part = msgspec.structs.replace(self.setting, share=share, shares=n)
+            if share < len(self.workers):
+                self.workers[share].more(folder, self.backend, part)
+            else:
+                self.workers.append(_Worker(self.stack, folder, self.home, self.backend, part, kept=True))
+        while left:
+            running = [worker for worker in self.workers if not worker.process.ended]
+            if not running:
+                raise BackendError(name, f"{name}: it ended before {', '.join(sorted(left))}")
+            heard = wait([worker.process.stdout for worker in running], TURN)
+            for worker in running:
+                for case, failure in worker.answers(heard):
+                    if failure and not failure.case:
+                        raise BackendError(name, str(failure))
+                    left.discard(case)
+                    yield case, failure
+
+
+def _records(*records: Backend | Setting) -> list[str]:
+    return [msgspec.json.encode(record).decode() for record in records]
+
+
 class _Worker:
     """A process that runs some of the cases of one backend: see `worker`."""
 
-    def __init__(self, stack: ExitStack, folder: Path, home: Path, backend: Backend, setting: Setting) -> None:
-        asked = [msgspec.json.encode(record).decode() for record in (backend, setting)]
-        command = [backend.python or sys.executable, "-m", "parity.run.worker", str(folder), *asked]
+    def __init__(
+        self, stack: ExitStack, folder: Path, home: Path, backend: Backend, setting: Setting, kept: bool = False
+    ) -> None:
+        command = [backend.python or sys.executable, "-m", "parity.run.worker", str(folder)]
+        command += [*_records(backend, setting), *["kept"] * kept]
         # Forked ranks must not find a machine's worth of threads each, nor one framework take all of a GPU's memory.
         own = {"JAX_PLATFORMS": setting.device, "OMP_NUM_THREADS": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         if backend.framework == "jax" and setting.device == "cpu":
@@ -169,6 +218,13 @@ class _Worker:
             own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.backend, self.setting, self.began = backend, setting, False
         self.process = stack.enter_context(Process(command, environment=os.environ | own, cwd=home))
+
+    def more(self, folder: Path, backend: Backend, setting: Setting) -> None:
+        """Give another folder to one that is kept."""
+        self.backend, self.setting = backend, setting
+        assert self.process.popen.stdin
+        with suppress(BrokenPipeError):  # it has ended in error: `answers` says so
+            self.process.popen.stdin.write(msgspec.json.encode([str(folder), *_records(backend, setting)]) + b"\n")
 
     def answers(self, heard: Sequence[Any]) -> Iterator[tuple[str, Failure | None]]:
         """Those that are there. Raises BackendError when it has ended in error, or does not even begin."""
@@ -234,8 +290,8 @@ def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def end_with_parent() -> None:
-    """End this process and all that it started when the one that started it is gone.
+def end_with_parent(tell: Callable[[bytes], object] = bytes) -> None:
+    """End this process and all that it started when the one that started it is gone; `tell` what it writes till then.
 
     That is seen by standard input, which it held open, or as `multiprocessing` sees it. Started by hand, from a
     terminal, a file or nothing, there is nobody to wait for. Its group may then be a shell's: only a session that it
@@ -254,8 +310,8 @@ def end_with_parent() -> None:
 
     def wait_for_the_end() -> None:
         if parent is None:
-            while os.read(0, 1):  # not sys.stdin, whose lock a forked rank would inherit
-                pass
+            while data := os.read(0, 2**16):  # not sys.stdin, whose lock a forked rank would inherit
+                tell(data)
         else:
             wait([parent.sentinel])
         end_all(os.getpid())

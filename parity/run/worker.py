@@ -1,10 +1,16 @@
-"""A process that runs some of the cases of one backend: `python -m parity.run.worker FOLDER BACKEND SETTING`."""
+"""A process that runs some of the cases of one backend: `python -m parity.run.worker FOLDER BACKEND SETTING`.
+
+With one argument more it stays, and runs what it is told on standard input.
+"""
 
 import hashlib
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
 
 import msgspec
 
@@ -29,12 +35,22 @@ def keep_what_xla_compiles(folder: Path) -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+def more(heard: "SimpleQueue[bytes]") -> Iterator[list[str]]:
+    """Folder, backend and setting of what is asked on standard input, a line each, for as long as it is held."""
+    rest = b""
+    while True:
+        *lines, rest = (rest + heard.get()).split(b"\n")
+        yield from (msgspec.json.decode(line, type=list[str]) for line in lines)
+
+
 if __name__ == "__main__":
-    end_with_parent()
+    heard: SimpleQueue[bytes] = SimpleQueue()
+    end_with_parent(heard.put)
     only_answers()
-    folder, backend, setting = sys.argv[1:]
-    record = msgspec.json.decode(backend, type=Backend)
+    asked = sys.argv[1:4]
     keep_what_xla_compiles(CACHE)
-    run = resolve(record.run)
-    answer("")
-    run(record, Path(folder), msgspec.json.decode(setting, type=Setting))
+    for folder, backend, setting in chain([asked], more(heard) if sys.argv[4:] else ()):
+        record = msgspec.json.decode(backend, type=Backend)
+        run = resolve(record.run)
+        answer("")
+        run(record, Path(folder), msgspec.json.decode(setting, type=Setting))
