@@ -380,7 +380,15 @@ class Reading:
         size, *_ = np.linalg.lstsq(basis, h_F, rcond=None)
         if size[0] == 0:
             return Hypothesis(name, math.inf, fields, odd), layout, 0.0
-        return Hypothesis(name, residual(h_F, basis @ size), fields, odd), layout, float(size[1] / size[0])
+        fitted = float(size[1] / size[0])
+        # Beside an up of -1 the least error in an offset of 1 shows: the number that was meant is tried too.
+        offsets = dict.fromkeys((fitted, _nice(fitted, self.case.up_offset, MARGIN * self.tolerance)))
+        off = {}
+        for offset in offsets:
+            expected = basis @ np.array([1, offset])
+            off[offset] = residual(h_F, times(h_F, expected) * expected)
+        offset = min(off, key=lambda one: off[one])
+        return Hypothesis(name, off[offset], fields, odd), layout, offset
 
     def _fits_on_input(
         self, got_nF: Array, known: Mapping[str, Function], gate: Array, up: Array, shown: int
@@ -421,11 +429,13 @@ class Reading:
         guess = [value for value in (limit, top, -bottom) if value < largest * (1 - close)]
         own = self.case.clamp
         c = _nice(float(np.median(guess)), own, close) if guess else math.inf
+        # A gate below zero makes little: in 16 bits, more of what it makes is needed to tell whether it is clamped.
+        floor = 1e-4 if self.case.dtype in ("float32", "float64") else 1e-5
         options = {"none": FREE} | (dict(clamps(c)) if guess else {})
         hypotheses = []
         for what, option in options.items():
             self.clamp = option
-            off = max(residual(of_gate, self._value(both, 1.0), 1e-4), residual(of_up, self._value(2.0, both), 1e-4))
+            off = max(residual(of_gate, self._value(both, 1.0), floor), residual(of_up, self._value(2.0, both), floor))
             said = {"none": {"clamp": None}, f"gate at most {c:g}, up within {c:g} of zero": {"clamp": c}}.get(what)
             hypotheses.append(Hypothesis(what, off, said or {}, said is None))
         finding = self._decide("clamp", hypotheses, f"gate and up from -{largest:g} to {largest:g}", 2 * self.tolerance)
