@@ -8,7 +8,7 @@ import msgspec
 import tyro
 
 from parity.cases.case import Case
-from parity.cases.presets import MODELS
+from parity.cases.presets import MODELS, PRESETS
 from parity.cli.check import BACKEND_HELP, MODEL_HELP, Flags, chosen_backends, named_cases, ranks_of_jax
 from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say, working
 from parity.explain.identify import identify
@@ -110,4 +110,10 @@ def small_cases() -> list[Case]:
         if case.top_k <= 8
     ]
     models = [replace(case, shared_hidden=24 if case.shared_hidden else 0) for case in models]
-    return [replace(case, name=f"{case.name}-{case.ranks}") for case in (plain, replace(plain, ranks=1), *models)]
+    ungated = replace(PRESETS["like-nemotron-h"], ranks=1)
+    lfm2 = replace(
+        plain, ranks=1, name="like-lfm2", score_function="sigmoid", renormalize=True, epsilon=1e-6,
+        router_dtype="activations", cast_scores=True,
+    )  # fmt: skip
+    every = (plain, replace(plain, ranks=1), *models, ungated, lfm2)
+    return [replace(case, name=f"{case.name}-{case.ranks}") for case in every]

@@ -185,7 +185,7 @@ class Kept:
                 self.workers[share].more(folder, self.backend, part)
             else:
                 self.workers.append(_Worker(self.stack, folder, self.home, self.backend, part, kept=True))
-        while left:
+        while left or any(worker.busy for worker in self.workers):
             running = [worker for worker in self.workers if not worker.process.ended]
             if not running:
                 raise BackendError(name, f"{name}: it ended before {', '.join(sorted(left))}")
@@ -217,11 +217,12 @@ class _Worker:
         if backend.python:
             own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.backend, self.setting, self.began = backend, setting, False
+        self.busy = 2  # words of no case that are still to come: it begins, and, where it is kept, it is done
         self.process = stack.enter_context(Process(command, environment=os.environ | own, cwd=home))
 
     def more(self, folder: Path, backend: Backend, setting: Setting) -> None:
-        """Give another folder to one that is kept."""
-        self.backend, self.setting = backend, setting
+        """Give another folder to one that is kept, and has done all before."""
+        self.backend, self.setting, self.busy = backend, setting, 2
         assert self.process.popen.stdin
         with suppress(BrokenPipeError):  # it has ended in error: `answers` says so
             self.process.popen.stdin.write(msgspec.json.encode([str(folder), *_records(backend, setting)]) + b"\n")
@@ -236,6 +237,8 @@ class _Worker:
                 yield case, failure
             elif failure:
                 raise BackendError(name, str(failure))
+            else:
+                self.busy -= 1
         if process.error:
             raise self._explain()
         if not self.began and not process.ended:  # afterwards it looks after its ranks itself

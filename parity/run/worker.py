@@ -49,8 +49,11 @@ if __name__ == "__main__":
     only_answers()
     asked = sys.argv[1:4]
     keep_what_xla_compiles(CACHE)
-    for folder, backend, setting in chain([asked], more(heard) if sys.argv[4:] else ()):
+    kept = bool(sys.argv[4:])
+    for folder, backend, setting in chain([asked], more(heard) if kept else ()):
         record = msgspec.json.decode(backend, type=Backend)
         run = resolve(record.run)
         answer("")
         run(record, Path(folder), msgspec.json.decode(setting, type=Setting))
+        if kept:
+            answer("")  # all that it started has ended: nobody writes into the folder any more
