@@ -1,5 +1,6 @@
 """Explanations of what was measured, and how the right one is known: it fits, and no other comes near."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +67,7 @@ def decide(
     Among those that cannot be told apart, and those that say the same in other fields, the one with the `preferred`
     fields, the asked case's, stands for all.
     """
-    ranked = sorted(hypotheses, key=lambda h: h.residual)
+    ranked = sorted(hypotheses, key=lambda h: math.inf if math.isnan(h.residual) else h.residual)
     best = ranked[0]
     if not best.residual <= tolerance:
         nearest = f"none of {len(ranked)} explanations fits; nearest: {best.what}"
