@@ -131,7 +131,10 @@ def in_best_groups(score_TE: Float[Array, "T E"], router: Router) -> Bool[Array,
 
 def largest(score_Tn: Float[Array, "T n"], k: int) -> Integer[Array, "T k"]:
     """Where each row's k largest numbers are, the largest first; of equal ones, the first."""
-    return score_Tn.argsort(axis=-1, descending=True, stable=True)[:, :k]
+    id_Tk = score_Tn.argsort(axis=-1, descending=True, stable=True)[:, :k]
+    # Under shard_map, argsort's result counts as the same on all ranks, and gradients are wrong (docs/models.md).
+    axes = jax.typeof(score_Tn).manual_axis_type.varying - jax.typeof(id_Tk).manual_axis_type.varying
+    return jax.lax.pcast(id_Tk, tuple(axes), to="varying") if axes else id_Tk
 
 
 @jax.custom_vjp  # to whose functions epsilon is an array
@@ -156,10 +159,7 @@ renormalized.defvjp(_renormalized_forward, _renormalized_backward)
 
 
 def of_chosen(a_E: Float[Array, " E"], expert_id_TK: Integer[Array, "T K"]) -> Float[Array, "T K"]:
-    """Each choice's number: by a product with ones and zeros, whose gradient needs no scatter-add.
-
-    Under `shard_map`, `take_along_axis` of what is the same on all ranks has a wrong gradient (docs/models.md).
-    """
+    """Each choice's number: by a product with ones and zeros, whose gradient needs no scatter-add."""
     one_hot_TKE = expert_id_TK[..., None] == jnp.arange(a_E.shape[0])
     return matmul(one_hot_TKE.astype(a_E.dtype), a_E)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from parity.run.backend import Setting
 
 LAYER = """
 import math
+from pathlib import Path
 from fractions import Fraction
 
 import torch
@@ -204,3 +206,10 @@ def test_what_cannot_be_asked_is_said(layers, capsys, arguments, said):
     code, _, err = in_process(capsys, *arguments, "--backend", f"{layers}:plain")
     assert code == 2
     assert said in err
+
+
+def test_our_own_layer_in_jax_chooses_on_every_rank_for_itself(capsys):
+    """On several ranks the gradient of what all share is the sum over ranks, of which each chose other experts."""
+    own = Path(__file__).parent / "opaque_in_jax.py"
+    code, out, _ = in_process(capsys, "check", "like-gemma4", "--ranks", "4", "--backend", f"{own}:layer", "--no-json")
+    assert code == 0, out

@@ -297,7 +297,14 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
                 "    score = np.where(in_best_groups(score, router), score, outside)",
             ],
         ),
-        "routing.largest": SAME,
+        "routing.largest": (
+            ["return score.argsort(axis=-1, descending=True, stable=True)[:, :k]"],
+            [
+                "id = score.argsort(axis=-1, descending=True, stable=True)[:, :k]",
+                "axes = jax.typeof(score).manual_axis_type.varying - jax.typeof(id).manual_axis_type.varying",
+                "return jax.lax.pcast(id, tuple(axes), to='varying') if axes else id",
+            ],
+        ),
         "routing.of_chosen": (
             ["return one_hot.astype(a.dtype) @ a"],
             ["return matmul(one_hot.astype(a.dtype), a)"],
