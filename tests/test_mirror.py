@@ -298,11 +298,11 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
             ],
         ),
         "routing.largest": (
-            ["return score.argsort(axis=-1, descending=True, stable=True)[:, :k]"],
+            ["return score_Tn.argsort(axis=-1, descending=True, stable=True)[:, :k]"],
             [
-                "id = score.argsort(axis=-1, descending=True, stable=True)[:, :k]",
-                "axes = jax.typeof(score).manual_axis_type.varying - jax.typeof(id).manual_axis_type.varying",
-                "return jax.lax.pcast(id, tuple(axes), to='varying') if axes else id",
+                "id_Tk = score_Tn.argsort(axis=-1, descending=True, stable=True)[:, :k]",
+                "axes = jax.typeof(score_Tn).manual_axis_type.varying - jax.typeof(id_Tk).manual_axis_type.varying",
+                "return jax.lax.pcast(id_Tk, tuple(axes), to='varying') if axes else id_Tk",
             ],
         ),
         "routing.of_chosen": (
