@@ -62,8 +62,7 @@ def differences(card: Card, takes: tuple[str, ...]) -> list[Finding]:
     asked = probing_case(card.asked, takes)
 
     def differs(finding: Finding) -> bool:
-        other = [n for n, value in finding.fields.items() if n not in asked.idle and getattr(asked, n) != value]
-        return finding.state == "odd" or (finding.state == "found" and bool(other))
+        return finding.state == "odd" or (finding.state == "found" and bool(finding.otherwise(asked)))
 
     return [finding for finding in card.findings if differs(finding)]
 

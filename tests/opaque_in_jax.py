@@ -8,7 +8,7 @@ from jax_impl.grouping import plan_capacity
 from parity import backend
 from parity.cases.case import not_default
 from parity.run.jax_stages import options_of
-from parity.run.naming import together
+from parity.run.naming import stem, together
 
 
 @backend(framework="jax")
@@ -32,18 +32,7 @@ def layer(
     shared_score_D=None,
 ):
     """The layer with the options of the case, [T, D] of this rank's tokens; its capacity is that of the case."""
-    values = {
-        "router_bias": router_bias_E,
-        "selection_bias": selection_bias_E,
-        "expert_scale": expert_scale_E,
-        "b_gate": b_gate_eF,
-        "b_up": b_up_eF,
-        "b_down": b_down_eD,
-        "shared_w_gate": shared_w_gate_DH,
-        "shared_w_up": shared_w_up_DH,
-        "shared_w_down": shared_w_down_HD,
-        "shared_score": shared_score_D,
-    }
+    values = {stem(name): a for name, a in locals().items()}
     capacity = plan_capacity(
         case.capacity_factor, x_TD.shape[0], case.top_k, case.experts, case.ranks, **not_default(case.capacity_options)
     )

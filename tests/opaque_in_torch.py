@@ -5,7 +5,7 @@ It imports `torch_impl` from where the process runs: run from a copy with a plan
 
 import torch_impl
 from parity import backend
-from parity.run.naming import together
+from parity.run.naming import stem, together
 from parity.run.torch_stages import options_of
 
 
@@ -30,18 +30,7 @@ def layer(
     shared_score_D=None,
 ):
     """The layer with the options of the case: [T, D] of this rank's tokens."""
-    values = {
-        "router_bias": router_bias_E,
-        "selection_bias": selection_bias_E,
-        "expert_scale": expert_scale_E,
-        "b_gate": b_gate_eF,
-        "b_up": b_up_eF,
-        "b_down": b_down_eD,
-        "shared_w_gate": shared_w_gate_DH,
-        "shared_w_up": shared_w_up_DH,
-        "shared_w_down": shared_w_down_HD,
-        "shared_score": shared_score_D,
-    }
+    values = {stem(name): a for name, a in locals().items()}
     how = options_of(case) | together(torch_impl, values)
     stages = torch_impl.moe_layer(x_TD, router_DE, w_gate_eDF, w_up_eDF, w_down_eFD, **how, group=group)
     return stages.out_TD

@@ -2,8 +2,10 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from test_cli import in_process
@@ -13,7 +15,7 @@ from parity.explain import probes
 from parity.explain.hypotheses import Hypothesis, decide, residual
 from parity.explain.identify import identify
 from parity.judge import records
-from parity.judge.card import Card, differences
+from parity.judge.card import Card, Finding, differences
 from parity.report.html import page
 from parity.run import ours
 from parity.run.backend import Setting
@@ -209,3 +211,18 @@ def test_our_own_layer_in_jax_chooses_on_every_rank_for_itself(capsys):
     own = Path(__file__).parent / "opaque_in_jax.py"
     code, out, _ = in_process(capsys, "check", "like-gemma4", "--ranks", "4", "--backend", f"{own}:layer", "--no-json")
     assert code == 0, out
+
+
+def test_what_a_layer_can_take_and_the_case_has_not_is_no_reason():
+    """A selection bias that a layer knows what to do with does not make it another layer where there is none."""
+    found = Finding("selection bias", "added to the scores for the choice only", fields={"selection_bias": True})
+    scale = Finding("scale", "2", fields={"scale": 2.0})
+    asked = Case()
+    card = Card("mine", asked, [found, scale], replace(asked, selection_bias=True, scale=2.0), "", True, "again", 0.0)
+    assert card.reasons() == [("route", "scale: 2; the case says --scale 1.0")]
+    assert card.matching == "again"
+    alone = msgspec.structs.replace(card, findings=[found], case=replace(asked, selection_bias=True))
+    assert alone.reasons() == [("", "the probes do not show it: as the case says are selection bias")]
+    assert alone.matching == ""
+    biased = msgspec.structs.replace(card, asked=replace(asked, selection_bias=True), case=asked, findings=[])
+    assert biased.matching == "again"

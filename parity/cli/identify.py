@@ -67,7 +67,7 @@ def run(command: Command) -> int:
     cards = []
     with working("") as say_that:
         for backend in backends:
-            cards.append(identify(backend, bases, setting, tell=lambda what: say_that(what)))
+            cards.append(identify(backend, bases, setting, tell=say_that))
     if command.write:
         command.write.write_bytes(msgspec.json.format(msgspec.json.encode(cards[0].case)))
         cards[0] = msgspec.structs.replace(cards[0], command=proving(command.write, backends[0]))

@@ -13,12 +13,25 @@ import numpy as np
 from parity.cases.case import Case
 from parity.explain.ask import Answer
 from parity.explain.hypotheses import Hypothesis, decide, residual
-from parity.explain.probes import FEATURES, MOST, OFFSET, STEP, U0, U0_ALONE, V0, Probes, U, V, shown, weights
+from parity.explain.probes import (
+    FEATURES,
+    MOST,
+    OFFSET,
+    STEP,
+    U0,
+    U0_ALONE,
+    V0,
+    Probes,
+    U,
+    V,
+    problem_of,
+    shown,
+    weights,
+)
 from parity.explain.reading import Reading
 from parity.judge.card import Finding
 from parity.oracle import reference
-from parity.oracle.problem import Problem, posed
-from parity.oracle.tolerances import numpy_dtype
+from parity.oracle.problem import Problem
 
 Array = np.ndarray
 
@@ -43,10 +56,7 @@ def problems(found: Probes, factor: str | None) -> dict[str, Problem]:
         x[..., FEATURES] = 2 + np.stack([rng.permutation(T) for _ in range(case.ranks)]) / 32
         if case.top_k > 1:
             x[:, : T // 2, FEATURES + 1] = MOST - STEP
-        dout = np.ones_like(x).astype(numpy_dtype(case.dtype))
-        of = replace(case, tokens=T, name=f"probe-capacity-{T}")
-        problem = posed(of, x.astype(numpy_dtype(case.dtype)), w, dout, evaluated=False)
-        made[f"capacity-{T}"] = replace(problem, keep=np.ones_like(problem.keep))
+        made[f"capacity-{T}"] = problem_of(replace(case, tokens=T, name=f"probe-capacity-{T}"), x, w, evaluated=False)
     return made
 
 

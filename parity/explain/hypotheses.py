@@ -22,6 +22,9 @@ ROUNDINGS = 4
 UNITS = 256
 
 
+CANNOT_TELL, OR = "cannot tell: ", "; or "
+
+
 def tolerance(dtype: str) -> float:
     """The largest error of a right explanation, as a part of what it explains: roundings to the dtype, and to float32.
 
@@ -81,8 +84,13 @@ def decide(
     if len(words) == 1:
         state = "odd" if chosen.odd else "found"
         return Finding(key, chosen.what, state, chosen.residual, *_rival(others), experiment, chosen.fields)
-    what = "cannot tell: " + "; or ".join([chosen.what, *(word for word in words if word != chosen.what)])
+    what = CANNOT_TELL + OR.join([chosen.what, *(word for word in words if word != chosen.what)])
     return Finding(key, what, "cannot tell", chosen.residual, *_rival(others), experiment, chosen.fields)
+
+
+def chosen_of(finding: Finding) -> str:
+    """In words, the explanation that stands for all that fit."""
+    return finding.what.removeprefix(CANNOT_TELL).split(OR)[0]
 
 
 def _rival(others: Sequence[Hypothesis]) -> tuple[str, float | None]:

@@ -125,11 +125,10 @@ def _found(base: Case, asked: Case, reading: Reading) -> Case:
         for finding in reading.findings
         if finding.key in UNUSED and finding.what.startswith("ignored")
     }
-    drawn = {"pattern": "random", "recording": None, "checkpoint": None, "layer": None, "name": f"{base.name}-found"}
-    asked = replace(asked, capacity_factor=base.capacity_factor)
+    own = {"name": f"{base.name}-found", "capacity_factor": base.capacity_factor}
     if reading.fields.get("score_on") == "input":
         unused["expert_bias"] = False  # no case has both
-    return replace(asked, tokens=base.tokens, seed=base.seed, **(drawn | reading.fields | unused))
+    return replace(asked, tokens=base.tokens, seed=base.seed, **(own | reading.fields | unused))
 
 
 def _proved(kept: Kept, case: Case) -> tuple[str, bool, list[Finding]]:
@@ -166,23 +165,10 @@ def _gradients(problem: Problem, answer: Answer, bad: list[Check]) -> list[Findi
         got = answer.gradient(name)
         if name not in wrong or got is None:
             continue
-        factors: dict[str, float] = {"zero": 0.0, "of the other sign": -1.0}
-        factors |= (
-            {f"{case.ranks} times too large, once for each rank": case.ranks, f"1/{case.ranks} of it": 1 / case.ranks}
-            if case.ranks > 1
-            else {}
-        )
-        factors |= (
-            {f"{case.top_k} times too large, once for each choice": case.top_k}
-            if case.top_k not in (1, case.ranks)
-            else {}
-        )
-        n = case.ranks * case.tokens
-        factors |= {f"1/{case.tokens}: a mean over tokens": 1 / case.tokens, f"1/{n}: a mean over all tokens": 1 / n}
         want = _as_many(derivatives["the derivative"][name], got)
         hypotheses = [
             Hypothesis(what, residual(got, factor * want, 1e-2) if factor else _size(got, want), odd=True)
-            for what, factor in factors.items()
+            for what, factor in _factors(case).items()
         ]
         for what, of in derivatives.items():
             if name in of and what != "the derivative":
@@ -191,6 +177,17 @@ def _gradients(problem: Problem, answer: Answer, bad: list[Check]) -> list[Findi
         finding = decide(f"gradient {name.rpartition('/')[2]}", hypotheses, close, "the found case")
         found.append(finding)
     return found
+
+
+def _factors(case: Case) -> dict[str, float]:
+    """In words, what gradients are known to be multiplied by."""
+    P, K, n = case.ranks, case.top_k, case.ranks * case.tokens
+    found = {"zero": 0.0, "of the other sign": -1.0}
+    if P > 1:
+        found |= {f"{P} times too large, once for each rank": P, f"1/{P} of it": 1 / P}
+    if K not in (1, P):
+        found |= {f"{K} times too large, once for each choice": K}
+    return found | {f"1/{case.tokens}: a mean over tokens": 1 / case.tokens, f"1/{n}: a mean over all tokens": 1 / n}
 
 
 def _as_many(of: np.ndarray, got: np.ndarray) -> np.ndarray:

@@ -33,7 +33,9 @@ U0_ALONE = 64.0  # of up where experts have no gate, as relu2 squares it
 # Logits are multiples of 1/32 between -4 and 4, which bfloat16 holds; so are the codes' quarters.
 STEP, MOST = 1 / 32, 4.0
 
-SCAN = tuple(2.0**j for j in range(-2, 11))  # of v and u, either sign: past every clamp that is seen in the wild
+SCAN = tuple(2.0**j for j in range(-2, 11))  # of v and u: past every clamp that is seen in the wild
+BOTH = np.array([*SCAN, *(-size for size in SCAN)])  # either sign
+SHARED_SCORE = 0.25  # by which a shared expert's score is a multiple of the first logit
 BITS = range(1, 26)  # a float32 has 24
 LEVEL = -8.0  # of the logits whose last bits are looked at: every score function is steep there
 TOLD, REST = -4.0, -16.0  # of the experts that are chosen beside them, and of the others
@@ -185,10 +187,10 @@ def make(case: Case, *, evaluated: bool = True) -> Probes:
         "selection_bias": rng.permutation(np.arange(E) - E // 2) * (1 / E),
         "expert_scale": rng.integers(2, 9, E) / 4,
         "b_gate": np.full((E, F), -0.5), "b_up": np.full((E, F), 0.25), "b_down": rng.integers(1, 9, (E, D)) / 8,
-        "shared_w_gate": _one_row(case.width, case.shared_hidden, V, 1 / 4096),
-        "shared_w_up": _one_row(case.width, case.shared_hidden, U, 1.0 if case.gated else 1 / 64),
+        "shared_w_gate": _one_row(case.width, case.shared_hidden, V, 1 / V0),
+        "shared_w_up": _one_row(case.width, case.shared_hidden, U, 1.0 if case.gated else 1 / U0_ALONE),
         "shared_w_down": _one_row(case.shared_hidden, D, 0, 1.0),
-        "shared_score": _one_row(case.width, 1, FEATURES, 0.25)[:, 0],
+        "shared_score": _one_row(case.width, 1, FEATURES, SHARED_SCORE)[:, 0],
     }  # fmt: skip
     found = Probes(case, tokens, x_nD, router_DE, hidden, combined_ED, learned, {})
     _pose(found, K, evaluated)
@@ -219,11 +221,10 @@ def _experiments(tokens: Tokens) -> None:
         one = tokens.rng.choice(np.arange(-MOST, -3, STEP), (E, E))
         np.fill_diagonal(one, MOST - STEP)
         tokens.add("one", one)
-    both = np.concatenate([np.array(SCAN), -np.array(SCAN)])
-    near = tokens.descending(len(both), 0.25)
-    up = 1.0 if case.gated else both
-    tokens.add("gate scan", near, v=both, u=up)
-    tokens.add("up scan", near, v=2.0, u=both)
+    near = tokens.descending(len(BOTH), 0.25)
+    up = 1.0 if case.gated else BOTH
+    tokens.add("gate scan", near, v=BOTH, u=up)
+    tokens.add("up scan", near, v=2.0, u=BOTH)
     tokens.add("reference", near[:1], v=2.0, u=1.0)
     low = -np.arange(0.0, 87.0)  # to where float32 ends
     tokens.add("offset", tokens.descending(len(low), 1 / 64), offset=low)
@@ -260,17 +261,22 @@ def shown(case: Case, which: int) -> Array:
     return w
 
 
+def problem_of(case: Case, x_nD: Array, w: Parameters, evaluated: bool) -> Problem:
+    """Tokens of all ranks, in order, to be given to a layer, which is not told what to drop."""
+    x_PTD = x_nD.reshape(case.ranks, case.tokens, case.width).astype(numpy_dtype(case.dtype))
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        problem = posed(case, x_PTD, w, np.ones_like(x_PTD), evaluated=evaluated)
+    return replace(problem, keep=np.ones_like(problem.keep))
+
+
 def _pose(found: Probes, K: int, evaluated: bool) -> None:
     """All problems, by name."""
     case = found.case
     there = {one.name for one in parameters_of(case)}
-    dout = np.ones((case.ranks, case.tokens, case.width), numpy_dtype(case.dtype))
 
     def put(name: str, w: Parameters, at: Case = case, x: Array = found.x_nD) -> None:
         of = replace(at, name=f"probe-{len(found.problems):02}-{name}")
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            problem = posed(of, x.reshape(dout.shape), w, dout, evaluated=evaluated)
-        found.problems[name] = replace(problem, keep=np.ones_like(problem.keep))  # what to drop is the layer's to say
+        found.problems[name] = problem_of(of, x, w, evaluated)
 
     biases = {name: found.learned[name] for name in ("b_gate", "b_up") if name in there}
     for i in range(found.passes):

@@ -11,8 +11,8 @@ import numpy as np
 from parity.cases.case import Case
 from parity.cases.parameters import Parameters, parameters_of
 from parity.explain.ask import Answer
-from parity.explain.hypotheses import MARGIN, Hypothesis, decide, residual, times, tolerance
-from parity.explain.probes import BITS, SCAN, U0, U0_ALONE, V0, Probes
+from parity.explain.hypotheses import MARGIN, Hypothesis, chosen_of, decide, residual, times, tolerance
+from parity.explain.probes import BITS, BOTH, FEATURES, SCAN, SHARED_SCORE, U0, U0_ALONE, V0, Probes, V
 from parity.judge.card import Finding
 from parity.oracle import reference, vectorised
 from parity.oracle.problem import in_float64
@@ -31,8 +31,6 @@ SCORE_WORDS = {
     "sqrt_softplus": "square root of softplus",
     "softmax_of_chosen": "softmax over the chosen",
 }
-
-SAME = {"softmax over all experts, renormalised", "softmax over the chosen"}
 
 # Activations that a case can say, and some that it cannot.
 ODD_ACTIVATIONS: dict[str, Function] = {
@@ -244,8 +242,8 @@ class Reading:
             weights[np.abs(weights) < 1e-6 * np.abs(weights).max(initial=0)] = 0
         return weights
 
-    def _narrow(self, a: Array, dtype: str | None = None) -> Array:
-        return np.asarray(a).astype(numpy_dtype(dtype or self.case.dtype)).astype(np.float64)
+    def _narrow(self, a: Array) -> Array:
+        return a.astype(numpy_dtype(self.case.dtype)).astype(np.float64)
 
     def _said_case(self, **fields: Any) -> Case:
         """The asked case with what was found, in float64."""
@@ -411,14 +409,13 @@ class Reading:
         usual = self._table("readout", "reference")
         if gate_scan is None or up_scan is None or usual is None or self.on_input or self.layout.odd:
             return
-        both = np.concatenate([np.array(SCAN), -np.array(SCAN)])
         size = float(usual.sum()) / float(self._value(2.0, 1.0)[0])
         if size == 0:
             return
         of_gate, of_up = gate_scan.sum(1) / size, up_scan.sum(1) / size
         largest = SCAN[-1]
         if not self.case.gated:
-            off = residual(of_up, self._value(0.0, both))
+            off = residual(of_up, self._value(0.0, BOTH))
             self._decide("clamp", [Hypothesis("none", off, {"clamp": None})], f"up from -{largest:g} to {largest:g}")
             return
         lifted = of_up / float(self.act(np.array(2.0))) - self.offset
@@ -435,12 +432,11 @@ class Reading:
         hypotheses = []
         for what, option in options.items():
             self.clamp = option
-            off = max(residual(of_gate, self._value(both, 1.0), floor), residual(of_up, self._value(2.0, both), floor))
+            off = max(residual(of_gate, self._value(BOTH, 1.0), floor), residual(of_up, self._value(2.0, BOTH), floor))
             said = {"none": {"clamp": None}, f"gate at most {c:g}, up within {c:g} of zero": {"clamp": c}}.get(what)
             hypotheses.append(Hypothesis(what, off, said or {}, said is None))
         finding = self._decide("clamp", hypotheses, f"gate and up from -{largest:g} to {largest:g}", 2 * self.tolerance)
-        words = finding.what.removeprefix("cannot tell: ").split("; or ")[0]
-        self.clamp = options.get(words, FREE)
+        self.clamp = options.get(chosen_of(finding), FREE)
 
     def _numbers(self) -> None:
         if not self.probes.tokens.whole:
@@ -477,13 +473,14 @@ class Reading:
             return
         on, logits, K = weights != 0, self.probes.logits("routing"), self.case.top_k
         counts = sorted(set(on.sum(1).tolist()))
+        largest = self._put(np.ones((len(logits), K)), self._largest(logits)) != 0
         lost = "" if counts == [K] else self._lost(on, logits)
         if counts == [K]:
             self._said("experts of a token", f"{K}", experiment="random logits")
         elif lost:
             self._said("experts of a token", f"{counts[0]} of {K}: {lost}", "odd", experiment="random logits")
-            on = self._put(np.ones((len(logits), K)), self._largest(logits)) != 0
-        elif counts[-1] == K and not (on & (self._put(np.ones((len(logits), K)), self._largest(logits)) == 0)).any():
+            on = largest
+        elif counts[-1] == K and not (on & ~largest).any():
             fewer = int((on.sum(1) < K).sum())
             said = f"cannot tell: {K}, or fewer: of {fewer} of {len(on)} tokens some are not there, as if dropped"
             self._said("experts of a token", said, "cannot tell", experiment="random logits")
@@ -606,12 +603,9 @@ class Reading:
         if K == 1:
             hypotheses = [h for h in hypotheses if not h.what.endswith(("first", "choice"))]
         finding = self._decide("scores", hypotheses, "random logits, all experts alike")
-        best = finding.what.removeprefix("cannot tell: ").split("; or ")[0]
-        if finding.state == "cannot tell" and {*finding.what.removeprefix("cannot tell: ").split("; or ")} == SAME:
-            finding.what += ": they are the same function"
         if finding.state == "unknown":
             return
-        fitted = factor[best]
+        fitted = factor[chosen_of(finding)]
         self.scale = _nice(fitted, self.case.scale, self.tolerance)
         self._said(
             "scale",
@@ -747,14 +741,10 @@ class Reading:
     def _said_bits(self, key: str, bits: int, experiment: str) -> None:
         dtype = self.case.dtype
         is_router = key == "precision of logits"
-        names = {8: "bfloat16", 9: "bfloat16", 11: "float16 or TF32", 12: "float16 or TF32"}
-        name = (
-            "float64"
-            if bits > 25
-            else "float32"
-            if bits >= (22 if is_router else BITS_OF_FLOAT32)
-            else names.get(bits, f"{bits} bits")
-        )
+        few = {8: "bfloat16", 9: "bfloat16", 11: "float16 or TF32", 12: "float16 or TF32"}
+        name = few.get(bits, f"{bits} bits")
+        if bits >= (22 if is_router else BITS_OF_FLOAT32):
+            name = "float64" if bits > 25 else "float32"
         fields: dict[str, Any] = {}
         odd = False
         if is_router:
@@ -828,10 +818,9 @@ class Reading:
                 cast[rounded] = min(cast[rounded], off)
         experiment = f"{got.size} sums, bit for bit; residual: part of them that differs"
         if narrow or exact:
-            best = _least(hypotheses)
             # Where one way is right in every bit, a few bits tell the others.
-            few = 1e-9 if min(one.residual for one in best) == 0 else 0.01
-            self._decide("sum over the chosen", best, experiment, few)
+            few = 1e-9 if min(one.residual for one in hypotheses) == 0 else 0.01
+            self._decide("sum over the chosen", hypotheses, experiment, few)
         else:
             self._said(
                 "sum over the chosen",
@@ -863,9 +852,8 @@ class Reading:
 
     def _rounded_scores(self) -> dict[bool, float]:
         """Which part of weighed hidden units is not explained by rounded scores, and by scores that are not rounded."""
-        both = np.concatenate([np.array(SCAN), -np.array(SCAN)])
         ups = self._narrow(np.array([1 + 2.0**-b for b in BITS]))
-        made = {"gate scan": self._value(both, 1.0 if self.case.gated else both), "precision": self._value(V0, ups)}
+        made = {"gate scan": self._value(BOTH, 1.0 if self.case.gated else BOTH), "precision": self._value(V0, ups)}
         wrong, total = {True: 0, False: 0}, 0
         for name, h_n in made.items():
             table = self._table("readout", name)
@@ -986,8 +974,7 @@ class Reading:
     def _expert_bias(self) -> None:
         if not self.case.expert_bias or self.on_input or self.layout.odd:
             return
-        both = np.concatenate([np.array(SCAN), -np.array(SCAN)])
-        small = np.abs(both) <= 8
+        small = np.abs(BOTH) <= 8
         tables = [
             self._table("expert_bias", "gate scan"),
             self._table("expert_bias", "up scan"),
@@ -1011,8 +998,8 @@ class Reading:
         ):
             if not self.case.gated and what not in ("added to gate and up", "ignored"):
                 continue
-            first = self._value(both[small], 1.0 if self.case.gated else both[small], bias)
-            second = self._value(2.0, both[small], bias)
+            first = self._value(BOTH[small], 1.0 if self.case.gated else BOTH[small], bias)
+            second = self._value(2.0, BOTH[small], bias)
             off = residual(got, np.concatenate([first, second]), 1e-2)
             hypotheses.append(Hypothesis(what, off, {} if odd else {"expert_bias": True}, odd))
         self._decide("biases of gate and up", hypotheses, "biases of -0.5 and 0.25")
@@ -1040,53 +1027,39 @@ class Reading:
                     Hypothesis(f"added, of the {which} expert of the rank", residual(got, weights @ other), odd=True)
                     for which, other in others.items()
                 ),
-                Hypothesis("ignored", 0.0 if not got.any() else math.inf, odd=True),
+                Hypothesis("ignored", _off(got, np.zeros_like(got)), odd=True),
             ],
             "w_down = 0, and a bias for each expert",
         )
 
     def _shared(self) -> None:
-        if not self.case.shared_hidden:
-            return
-        out = self._out("shared")
+        out = self._out("shared") if self.case.shared_hidden else None
         if out is None:
             return
         at = self.probes.tokens.at["routing"]
-        got, x = out[at], self.probes.x_nD[at].astype(np.float64)
-        up = 1.0
-        gate = x[:, 0] / 4096
-        weight = reference.sigmoid(0.25 * x[:, 4])[:, None] if self.case.shared_score else np.ones((len(x), 1))
-        made = self.act(gate) * up if self.case.gated else self.act(np.full(len(x), up))
-        with_offset = self._value(gate, up) if self.case.gated else made
-        shown = np.ones((1, self.case.width))
-        known = {"shared_hidden": self.case.shared_hidden, "shared_score": self.case.shared_score}
+        got_nD, x_nD = out[at], self.probes.x_nD[at].astype(np.float64)
+        made_n1 = self._value(x_nD[:, V] / V0, 1.0)[:, None]
+        score_n1 = SHARED_SCORE * x_nD[:, [FEATURES]] if self.case.shared_score else None
+        once_n1 = made_n1 if score_n1 is None else reference.sigmoid(score_n1) * made_n1
         weighed = ", weighed by the sigmoid of its score" * self.case.shared_score
-        hypotheses = [
-            Hypothesis(f"added{weighed}", residual(got, weight * with_offset[:, None] * shown), known),
-            Hypothesis("ignored", 0.0 if not got.any() else math.inf, odd=True),
-        ]
+        ways = {f"added{weighed}": once_n1, "ignored": 0 * once_n1}
         if self.scale != 1:
-            scaled = self.scale * weight * with_offset[:, None] * shown
-            hypotheses.append(Hypothesis(f"added{weighed}, times the scale", residual(got, scaled), odd=True))
-        one = weight * with_offset[:, None] * shown
-        factor = times(got, one)
+            ways[f"added{weighed}, times the scale"] = self.scale * once_n1
+        factor = times(got_nD, once_n1 * np.ones_like(got_nD))
         if min(abs(factor - other) for other in (0, 1, self.scale)) > self.tolerance:
             each = {self.case.top_k: ": once for each choice", self.case.ranks: ": once for each rank"}
             often = _nice(factor, self.case.top_k, self.tolerance)
             why = each.get(int(often), "") if often == int(often) else ""
-            what = f"added{weighed}, {often:g} times{why}"
-            hypotheses.append(Hypothesis(what, residual(got, often * one), odd=True))
-        if self.case.shared_score:
-            hypotheses.append(
-                Hypothesis("added; its score ignored", residual(got, with_offset[:, None] * shown), odd=True)
-            )
-            hypotheses.append(
-                Hypothesis(
-                    "added, weighed by its score without a sigmoid",
-                    residual(got, 0.25 * x[:, 4:5] * with_offset[:, None] * shown),
-                    odd=True,
-                )
-            )
+            ways[f"added{weighed}, {often:g} times{why}"] = often * once_n1
+        if score_n1 is not None:
+            ways["added; its score ignored"] = made_n1
+            ways["added, weighed by its score without a sigmoid"] = score_n1 * made_n1
+        known = {"shared_hidden": self.case.shared_hidden, "shared_score": self.case.shared_score}
+        right = f"added{weighed}"
+        hypotheses = [
+            Hypothesis(what, _off(got_nD, a_n1), known if what == right else {}, what != right)
+            for what, a_n1 in ways.items()
+        ]
         self._decide("shared expert", hypotheses, "w_down of all others = 0")
 
     def _company(self) -> None:
@@ -1205,13 +1178,11 @@ class _Sums(NamedTuple):
         yield f"in {dtype}, of products in {wide}", mixed
 
 
-def _least(hypotheses: Iterable[Hypothesis]) -> list[Hypothesis]:
-    """One of each words: the closest."""
-    best: dict[str, Hypothesis] = {}
-    for one in hypotheses:
-        if one.what not in best or one.residual < best[one.what].residual:
-            best[one.what] = one
-    return list(best.values())
+def _off(got: Array, expected: Array) -> float:
+    """The residual; of nothing, where there is something, without end."""
+    if not expected.any():
+        return math.inf if got.any() else 0.0
+    return residual(got, expected)
 
 
 def _nice(value: float, asked: float | None, tolerance: float) -> float:

@@ -42,6 +42,10 @@ class Finding(msgspec.Struct, omit_defaults=True):
         """The stage that it is of; an empty string where it is of the layer as a whole."""
         return STAGE.get(self.key, "")
 
+    def otherwise(self, case: Case) -> list[str]:
+        """Fields that it says other values of than a case does; that a layer takes more than the case has is none."""
+        return [name for name, value in self.fields.items() if _other(case, name, value)]
+
 
 class Card(msgspec.Struct, tag_field="kind", tag="card"):
     """A layer, as its outputs show it."""
@@ -62,44 +66,53 @@ class Card(msgspec.Struct, tag_field="kind", tag="card"):
     def reasons(self) -> list[tuple[str, str]]:
         """Why the layer is not what the asked case says, as (stage, sentence).
 
-        What the case says otherwise; and, unless that is shown to be all, what no case can say.
+        What the case says otherwise; and, unless that is shown to be all, what no case can say. Where there is nothing
+        of that, what was excluded.
         """
         differs, odd = [], []
         for finding in self.findings:
             said = (finding.stage, f"{finding.key}: {finding.what}")
-            other = [n for n, v in finding.fields.items() if getattr(self.asked, n) != v and n not in self.asked.idle]
+            other = finding.otherwise(self.asked)
             if other and finding.state in ("found", "cannot tell"):
                 says = " ".join(f"--{flag(name)} {getattr(self.asked, name)}" for name in other)
                 differs.append((said[0], f"{said[1]}; the case says {says}"))
             if finding.state in ("odd", "unknown"):
                 odd.append(said)
-        return differs if differs and self.proved else differs + odd
+        excluded = (f.key for f in self.findings if f.state == "found" and not f.otherwise(self.asked))
+        nothing = ("", f"the probes do not show it: as the case says are {', '.join(excluded)}")
+        return differs if differs and self.proved else differs + odd or [nothing]
 
     @property
-    def differs(self) -> bool:
-        """Whether the found case says something else than the asked one, in what the probes look at."""
-        fields = {name for finding in self.findings for name in finding.fields}
-        return any(getattr(self.case, name) != getattr(self.asked, name) for name in fields)
+    def matching(self) -> str:
+        """The command of a case in which the layer matches, where that is another one; or an empty string."""
+        fields = {name for finding in self.findings for name in finding.fields} | TAKEN
+        other = any(_other(self.asked, name, getattr(self.case, name)) for name in fields)
+        return self.command if self.proved and other else ""
 
-    def excluded(self) -> list[str]:
-        """Keys of what was found to be as the asked case says."""
-        return [
-            finding.key
-            for finding in self.findings
-            if finding.state == "found" and all(getattr(self.asked, n) == v for n, v in finding.fields.items())
-        ]
+
+# Fields that say what a layer is given. In a case without it, a layer that can take it is the same.
+TAKEN = {"router_bias", "selection_bias", "expert_scale", "expert_bias", "shared_hidden", "shared_score"}
+
+
+def _other(case: Case, name: str, value: Any) -> bool:
+    """Whether a field's value is another than the case's, and that makes a difference there."""
+    own = getattr(case, name)
+    return value != own and name not in case.idle and not (name in TAKEN and not own)
 
 
 def keys(cards: list[Card]) -> list[str]:
     """Keys of the findings of several layers: those in which they differ first."""
-    every = list(dict.fromkeys(finding.key for card in cards for finding in card.findings))
-    return sorted(every, key=lambda key: key not in differences(cards))
+    differ = differences(cards)
+    return differ + [key for key in _every(cards) if key not in differ]
 
 
 def differences(cards: list[Card]) -> list[str]:
     """Keys of the findings in which layers differ."""
-    every = list(dict.fromkeys(finding.key for card in cards for finding in card.findings))
-    return [key for key in every if len({_said(card.get(key)) for card in cards}) > 1]
+    return [key for key in _every(cards) if len({_said(card.get(key)) for card in cards}) > 1]
+
+
+def _every(cards: list[Card]) -> list[str]:
+    return list(dict.fromkeys(finding.key for card in cards for finding in card.findings))
 
 
 def _said(finding: Finding | None) -> str:

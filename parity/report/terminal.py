@@ -175,9 +175,7 @@ def explanation(card: Card) -> list[str]:
     """Why a layer is not what the case says that it was asked in, in sentences; what would match; what was excluded."""
     said = [f"stage {SHORT[stage]}: {sentence}" if stage else sentence for stage, sentence in card.reasons()]
     lines = [f"{'why:' if i == 0 else '':9} {sentence}" for i, sentence in enumerate(said)]
-    if not said:
-        lines = [f"why:      the probes do not show it: as the case says are {', '.join(card.excluded())}"]
-    return [*lines, f"matches:  {card.command}"] if card.proved and card.differs else lines
+    return [*lines, f"matches:  {card.matching}"] if card.matching else lines
 
 
 def headline(verdict: Blame) -> str:

@@ -145,11 +145,9 @@ def run(
     for group in [[part] for part in parts] if one_by_one else [parts]:
         with ExitStack() as stack:
             workers = [_Worker(stack, folder, homes[backend.name], backend, part) for backend, part in group]
-            while running := [worker for worker in workers if not worker.process.ended]:
-                heard = wait([worker.process.stdout for worker in running], TURN)
-                for worker in running:
-                    for case, failure in worker.answers(heard):
-                        yield worker.backend.name, case, failure
+            while not all(worker.process.ended for worker in workers):
+                for worker, case, failure in _heard(workers):
+                    yield worker.backend.name, case, failure
         for worker in workers:
             name = worker.backend.name
             seconds[name] = max(seconds.get(name, 0), worker.process.seconds)
@@ -186,16 +184,22 @@ class Kept:
             else:
                 self.workers.append(_Worker(self.stack, folder, self.home, self.backend, part, kept=True))
         while left or any(worker.busy for worker in self.workers):
-            running = [worker for worker in self.workers if not worker.process.ended]
-            if not running:
+            if all(worker.process.ended for worker in self.workers):
                 raise BackendError(name, f"{name}: it ended before {', '.join(sorted(left))}")
-            heard = wait([worker.process.stdout for worker in running], TURN)
-            for worker in running:
-                for case, failure in worker.answers(heard):
-                    if failure and not failure.case:
-                        raise BackendError(name, str(failure))
-                    left.discard(case)
-                    yield case, failure
+            for _, case, failure in _heard(self.workers):
+                if failure and not failure.case:
+                    raise BackendError(name, str(failure))
+                left.discard(case)
+                yield case, failure
+
+
+def _heard(workers: Sequence["_Worker"]) -> Iterator[tuple["_Worker", str, Failure | None]]:
+    """What those that run answer in one turn."""
+    running = [worker for worker in workers if not worker.process.ended]
+    heard = wait([worker.process.stdout for worker in running], TURN)
+    for worker in running:
+        for case, failure in worker.answers(heard):
+            yield worker, case, failure
 
 
 def _records(*records: Backend | Setting) -> list[str]:
