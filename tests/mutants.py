@@ -69,7 +69,7 @@ SYMMETRIC = (  # whose arguments may change places
 ORDER = (
     "sigmoid", "drop-rank-score", "drop-expert-choice", "in-flight",
     "like-deepseek-v3", "like-gpt-oss", "groups-at-zero", "like-llama4", "like-qwen3-next", "like-gemma4",
-    "like-nemotron-h", "like-deepseek-v4", "small-softplus", "t0", "wide-ties", "capacity-exact", "pairs-08", "uneven",
+    "like-nemotron-h", "like-deepseek-v4", "small-softplus", "t0", "wide", "capacity-exact", "pairs-08", "uneven",
     "bfloat16", "pairs-09", "recomputed", "ties", "p1", "idle-rank", "tiny-scores", "large-logits", "two-groups",
     "drop-rank-token", "expert-bins", "pairs-11", "pairs-02", "uneven-drop", "compiled",
 )  # fmt: skip
