@@ -538,8 +538,9 @@ class Forked:
 
 def stand_in() -> None:
     """For the uneven exchange of JAX, and for the check that refuses a CPU, which has none."""
-    import_module("jax").lax.ragged_all_to_all = ragged_all_to_all
-    import_module("jax_impl.dynamic.exchange").check_ragged_exchange = lambda _: None
+    jax: Any = import_module("jax")
+    exchange: Any = import_module("jax_impl.dynamic.exchange")
+    jax.lax.ragged_all_to_all, exchange.check_ragged_exchange = ragged_all_to_all, lambda _: None
 
 
 def check(mutant: Mutant, round: str) -> tuple[Verdict, str]:

@@ -118,12 +118,12 @@ def test_no_tokens(side):
 def test_dtypes(side, dtype, integer):
     kinds, package = (torch if side is Torch else jnp), side.package
     with jax.enable_x64(True):
-        x, router, *weights = (side.asarray(a, dtype=getattr(kinds, dtype)) for a in arguments(side).values())
+        x, router, gate, up, down = (side.asarray(a, dtype=getattr(kinds, dtype)) for a in arguments(side).values())
         given = routing(side)
         ids, counts = (side.asarray(a, dtype=getattr(kinds, integer)) for a in given[1:])
         package.checks.check_router(x, router, package.Router(K), None, package.PerExpert())
         package.checks.check_routing(x, given.score_TK, ids, counts)
-        package.checks.check_experts(x, E, 1, *weights, package.Experts(), package.Biases(), None)
+        package.checks.check_experts(x, E, 1, gate, up, down, package.Experts(), package.Biases(), None)
 
 
 @both
@@ -448,7 +448,7 @@ def test_bins_that_do_not_divide_the_experts(check):
 
 @both
 def test_bins_that_are_received(side):
-    layout = torch_impl.static.layout if side is Torch else jax_impl.layout
+    layout: Any = torch_impl.static.layout if side is Torch else jax_impl.layout
     with pytest.raises(ValueError, match="3 bins for 2 ranks of 4 experts in all"):
         layout.to_expert_major(side.asarray(normal(3, 2, D)), side.asarray(np.ones((2, 2), np.int32)))
 

@@ -35,9 +35,9 @@ def test_the_product_that_a_compiler_is_given_has_either_gradient_alone(frozen):
     counts = torch.tensor([2, 0, 3])
     x, w = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 4), (3, 4, 6)))
     (leaf,) = leaves = [a for name, a in (("x", x), ("w", w)) if name != frozen]
-    given = [a if a is leaf else a.detach() for a in (x, w)]
+    x, w = (a if a is leaf else a.detach() for a in (x, w))
     products = (torch.ops.moe_parity.grouped_matmul, torch_impl.matmul.grouped_matmul)
-    got, plain = (torch.autograd.grad(product(*given, counts).square().sum(), leaves)[0] for product in products)
+    got, plain = (torch.autograd.grad(product(x, w, counts).square().sum(), leaves)[0] for product in products)
     assert bits(got) == bits(plain)
 
 

@@ -229,9 +229,9 @@ def test_garbage_past_the_groups_reaches_no_gradient(monkeypatch):
 
     monkeypatch.setattr(torch_impl.static.matmul, "grouped_matmul", leaving_garbage)
     shapes = (rows, 4), (2, 4, 6), (2, 4, 6), (2, 6, 4), (2, 6), (2, 6), (2, 4)
-    x, *weights = leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    biases = torch_impl.static.Biases(*weights[3:])
-    y = torch_impl.static.experts.apply_experts(x, torch.tensor([2, 3]), *weights[:3], biases=biases)
+    x, gate, up, down, *biases = leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    counts, biases = torch.tensor([2, 3]), torch_impl.static.Biases(*biases)
+    y = torch_impl.static.experts.apply_experts(x, counts, gate, up, down, biases=biases)
     assert y[n:].eq(0).all()
     assert all(a.isfinite().all() for a in torch.autograd.grad(y, leaves, torch.randn_like(y)))
 
