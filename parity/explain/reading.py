@@ -546,7 +546,9 @@ class Reading:
                     continue  # zero is less than all scores that are not logits
                 if by == "max" and outside == "minus_inf" and function != SCORES[0]:
                     continue  # each function has the same largest
-                fields = {"groups": groups, "top_groups": best, "group_score": by, "outside_groups": outside}
+                fields: dict[str, Any] = {"groups": groups, "top_groups": best, "group_score": by}
+                if function == "softmax_of_chosen":  # elsewhere the asked case's, as no score is below zero
+                    fields["outside_groups"] = outside
                 what = f"within the best {best} of {groups} groups, by {BEST_OF[by]}"
                 what += "" if by == "max" and outside == "minus_inf" else f" of {of}"
                 what += "; the others count as zero" * (outside == "zero")
