@@ -10,7 +10,7 @@ import numpy as np
 
 from parity.cases.case import Case
 from parity.cases.parameters import BY_NAME
-from parity.cases.presets import command
+from parity.cases.presets import MODELS, PRESETS, command
 from parity.explain import capacity, probes
 from parity.explain.ask import Answer, ask
 from parity.explain.hypotheses import Hypothesis, decide, residual, tolerance
@@ -97,6 +97,24 @@ def _of_its_own(backend: Backend, findings: list[Finding]) -> list[Finding]:
     own = [finding for finding in findings if given.get(finding.key, finding.key) == finding.key]
     said = "given to the layer"
     return [Finding(f.key, said, experiment="what it takes") if f.key in given else f for f in own]
+
+
+def small_cases() -> list[Case]:
+    """What a layer is asked in where nothing is said: a case without options, or one with those of a model."""
+    plain = Case(name="small")
+    models = [
+        replace(case, ranks=1, width=48, hidden=24, tokens=16, experts=16)
+        for case in MODELS.values()
+        if case.top_k <= 8
+    ]
+    models = [replace(case, shared_hidden=24 if case.shared_hidden else 0) for case in models]
+    ungated = replace(PRESETS["like-nemotron-h"], ranks=1)
+    lfm2 = replace(
+        plain, ranks=1, name="like-lfm2", score_function="sigmoid", renormalize=True, epsilon=1e-6,
+        router_dtype="activations", cast_scores=True,
+    )  # fmt: skip
+    every = (plain, replace(plain, ranks=1), *models, ungated, lfm2)
+    return [replace(case, name=f"{case.name}-{case.ranks}") for case in every]
 
 
 def explained(backend: Backend, case: Case, setting: Setting) -> Card | None:

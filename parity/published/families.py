@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import transformers.utils.logging  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 from einops import rearrange  # pyright: ignore[reportMissingImports]
 
 from parity import Unsupported, backend
@@ -101,7 +101,7 @@ def configured(name: str) -> tuple[Any, Any]:
     Raises Unsupported where no configuration makes the block.
     """
     if name not in blocks():
-        raise Unsupported(f"transformers {transformers.__version__} has no block {name}")
+        raise Unsupported(f"transformers has no block {name}")
     path, kind = blocks()[name]
     module = import_module(path)
     block = getattr(module, kind)
@@ -247,9 +247,15 @@ def __getattr__(name: str) -> Callable[..., Any]:
     if name.startswith("_"):
         raise AttributeError(name)
 
+    try:  # once, before ranks are forked
+        found, refused = places(name), ""
+    except Unsupported as why:
+        found, refused = {}, str(why)
+
     @backend(framework="torch")
     def block(x: torch.Tensor, case: Any, **given: torch.Tensor | None) -> torch.Tensor:
-        found = places(name)
+        if refused:
+            raise Unsupported(refused)
         there, has = {one for one, a in given.items() if a is not None}, {one for p in found.values() for one in p.ours}
         if there - has:
             raise Unsupported(f"it has no {', '.join(sorted(there - has))}")
@@ -274,6 +280,6 @@ def said(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    transformers.utils.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # pyright: ignore[reportAttributeAccessIssue]
     for one in sys.argv[1:] or blocks():
         print(json.dumps({"name": one} | said(one)), flush=True)
