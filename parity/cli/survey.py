@@ -25,8 +25,8 @@ class Command:
     """Which published layers are the same function, and what sets the others apart?
 
     Runs every published layer whose package is installed, each in a process of its own: every MoE block of
-    transformers, as its own configuration has it, and those of Megatron-Core, torchtitan, tokamax and MaxText. Asks what
-    it is, proves that case by its output and gradients, gives it the same inputs as all others, and writes a page:
+    transformers, as its own configuration has it, and those of Megatron-Core, torchtitan, tokamax and MaxText. Asks
+    what each is, proves that by its output and gradients, gives it the same inputs as all others, and writes a page:
     layers down, properties across, and of any two what moving weights from one to the other takes. What was surveyed
     into the folder before is not run again, unless it is named.
 

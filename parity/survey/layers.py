@@ -1,6 +1,7 @@
 """Which published layers are installed here, and what is known of each before it runs."""
 
 import ast
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def packages(backend: Backend) -> tuple[str, ...]:
 
 def stored(name: str) -> dict[str, str]:
     """What the file of an adapter says, as `STORED`, of how its layer keeps what we give it."""
-    for node in ast.parse((PUBLISHED / f"{name.partition(':')[0].partition('@')[0]}.py").read_text()).body:
+    path = PUBLISHED / f"{re.split('[:@]', name)[0]}.py"
+    for node in ast.parse(path.read_text()).body if path.exists() else ():
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "STORED":
             return ast.literal_eval(node.value)
     return {}

@@ -1,5 +1,6 @@
 """What a survey writes: a line for each layer and dtype, and of any two of them how far they differ."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Surveyed(msgspec.Struct, tag_field="kind", tag="surveyed"):
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.layer.replace(':', '.')}.{self.dtype}"
+        return re.sub(r"[^\w.+-]+", "-", f"{self.layer}.{self.dtype}")
 
     @property
     def disobeyed(self) -> dict[str, Any]:
