@@ -17,6 +17,7 @@ from parity.run import ours
 from parity.survey import engine
 from parity.survey.differences import whole
 from parity.survey.layers import installed
+from parity.survey.page import page
 from parity.survey.records import LINES, Survey, Surveyed, load
 
 
@@ -78,7 +79,8 @@ def run(command: Command) -> int:
     survey = whole(command.out)
     if not command.json:
         print_survey(Page(120), survey)
-    say(f"wrote {command.out / LINES}")
+    (command.out / "index.html").write_text(page(survey))
+    say(f"wrote {command.out / 'index.html'} and {command.out / LINES}")
     return MATCH if all(one.card and one.card.proved for one in survey.layers) else MISMATCH
 
 

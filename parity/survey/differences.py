@@ -38,7 +38,6 @@ def _arrays(folder: Path, one: Surveyed) -> Arrays:
 
 def differences(a: Surveyed, of_a: Arrays, b: Surveyed, of_b: Arrays) -> list[Difference]:
     """Of each problem that both ran, in order."""
-    assert a.card is None or b.card is None or a.dtype == b.dtype
     scales = [one.card.case.scale for one in (a, b) if one.card]
     found = []
     for problem in of_a:
@@ -79,7 +78,8 @@ def same(layers: list[Surveyed], apart: dict[str, list[Difference]], i: int, j: 
     """Whether two are one function."""
     a, b = layers[i], layers[j]
     ran = [{problem for problem, why in one.ran.items() if not why} for one in (a, b)]
-    if a.dtype != b.dtype or ran[0] != ran[1]:
+    found = apart.get(f"{i} {j}", [])
+    if a.dtype != b.dtype or ran[0] != ran[1] or not found:
         return False
     allowed = tolerance(a.dtype)
-    return all(value <= allowed for one in apart.get(f"{i} {j}", ()) for value in one.apart.values())
+    return all(value <= allowed for one in found for value in one.apart.values())

@@ -86,9 +86,12 @@ def versions(names: tuple[str, ...]) -> dict[str, str]:
 
 def families_cases(dtype: str) -> list[Case]:
     """What a block of transformers is asked in, which takes only sizes of a case."""
-    narrow = dtype in ("bfloat16", "float16")  # where a block has its router's weights as the tokens
-    plain = Case(**SIZES, name="survey", dtype=dtype, router_dtype="activations" if narrow else "wide")  # type: ignore[arg-type]
-    return [plain, replace(plain, name="survey-ungated", gated=False, activation="relu2")]
+    narrow = dtype in ("bfloat16", "float16")
+    plain = Case(**SIZES, name="survey", dtype=dtype)  # type: ignore[arg-type]
+    both = [plain, replace(plain, name="survey-ungated", gated=False, activation="relu2")]
+    # Some blocks have their router's weights in the dtype of the tokens, and some in float32.
+    as_tokens = [replace(case, name=f"{case.name}-as-tokens", router_dtype="activations") for case in both]
+    return [*as_tokens, *both] if narrow else both
 
 
 def common(kept: Kept, card: Card) -> tuple[dict[str, str], dict[str, np.ndarray]]:
