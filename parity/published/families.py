@@ -1,10 +1,12 @@
 """Every MoE block of Hugging Face's transformers, as its own configuration has it, behind one function.
 
 `--backend families:mixtral` is the block of Mixtral with its defaults: of a case it takes the sizes and weights, and no
-option. What the parameters of a block are is known by their names and their shapes; a block with one of which nothing
-is known is refused. `python -m parity.published.families` says, a JSON line each, what every block keeps and states.
+option. `families:qwen3_moe,norm_topk_prob=True` has another setting than the default. What the parameters of a block
+are is known by their names and their shapes; a block with one of which nothing is known is refused.
+`python -m parity.published.families` says, a JSON line each, what every block keeps and states.
 """
 
+import ast
 import inspect
 import json
 import re
@@ -100,6 +102,7 @@ def configured(name: str) -> tuple[Any, Any]:
 
     Raises Unsupported where no configuration makes the block.
     """
+    name, *settings = name.split(",")
     if name not in blocks():
         raise Unsupported(f"transformers has no block {name}")
     path, kind = blocks()[name]
@@ -110,12 +113,25 @@ def configured(name: str) -> tuple[Any, Any]:
         try:
             made = config()
             made._experts_implementation = "eager"
+            for setting in settings:
+                field, _, value = setting.partition("=")
+                if not hasattr(made, field):
+                    raise Unsupported(f"{config.__name__} has no {field}")
+                setattr(made, field, _value(value))
             build(block, made, APART)
         except Exception as error:
             failed = failed or f"{config.__name__}: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
         else:
             return block, made
     raise Unsupported(f"no configuration makes it ({failed or 'there is none'})")
+
+
+def _value(text: str) -> Any:
+    """A setting: a Python literal, or a word."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _configurations(module: Any, block: Any) -> Iterable[Any]:

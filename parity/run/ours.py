@@ -69,7 +69,7 @@ PUBLISHED = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "pub
 
 def _published(name: str) -> Backend | None:
     """The layer that `maxtext` or `transformers:mixtral` names, or None where it names none of those published."""
-    named = re.fullmatch(r"(\w+)(:[\w.]+)?(@.*)?", name)
+    named = re.fullmatch(r"(\w+)(:[\w.]+(?:,\w+=[\w.+-]+)*)?(@.*)?", name)
     if not named or named[1] not in PUBLISHED:
         return None
     if named[1] == "families":
@@ -85,7 +85,8 @@ def _family(block: str, python: str, asked: str) -> Backend:
     """A block of transformers, as its configuration has it."""
     if not block:
         raise ValueError(f"--backend {asked}: name a block of transformers, as families:mixtral")
-    found = own.taking_all(f"families.{block}", "torch", f"parity.published.families:{block}", asked)
+    name = re.sub("[,=]", "-", f"families.{block}")
+    found = own.taking_all(name, "torch", f"parity.published.families:{block}", asked)
     return msgspec.structs.replace(
         found, needs=("torch", "transformers"), python=own.interpreter(python, asked) if python else ""
     )
