@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -151,7 +151,7 @@ def _kept(stored: tuple[tuple[str, str], ...]) -> tuple[Kept, ...]:
         ours, _, axes = place.partition(": ")
         parts = FUSED.get(ours) or tuple(ours.split(" and "))
         name = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-        found[name] = Kept(name, parts, axes.replace("H", "F"))
+        found[name, place] = Kept(name, parts, axes.replace("H", "F"))
     return tuple(found.values())
 
 
@@ -171,7 +171,7 @@ def moving(a: Surveyed, b: Surveyed) -> Moving:
         needs += _arranged(ours, a, b)
     if not a.stored or not b.stored:
         who = " and ".join(f"{{{x}}}" for x, one in (("a", a), ("b", b)) if not one.stored)
-        needs.append(Need(f"how {who} keeps its weights is not known: transposes are left out here"))
+        needs.append(Need(f"how weights are kept is not known of {who}: transposes are left out here"))
     mended: set[str] = set()
     for part in (_lacking(a, b), _scaled(a, b), _stretched(a, b), _lifted(a, b)):
         needs += part.needs
@@ -197,8 +197,10 @@ def _arranged(ours: tuple[str, ...], a: Surveyed, b: Surveyed) -> list[Need]:
     of = tuple(part for part in ours if any(part in one.ours for one in mine))
     if not mine or {part for one in its for part in one.ours} != set(of):
         return []
+    if {(one.ours, one.axes) for one in mine} == {(one.ours, one.axes) for one in its}:
+        return [Need("as it is" if len(of) == 1 else "as they are", of, idle=True)]
     stacked = [one.stacked for one in mine]
-    code = [f"{one.called} = rearrange({one.called}, '{one.axes} -> {one.axes}')" for one in stacked if one not in mine]
+    code = [_rearrange(one.called, one.called, one.axes, one.axes) for one in stacked if one not in mine]
     words = ["stack the experts"] if code else []
     words += ["take the experts apart"] if any(one.stacked != one for one in its) else []
     into = [one.stacked for one in its]
@@ -210,15 +212,12 @@ def _arranged(ours: tuple[str, ...], a: Surveyed, b: Surveyed) -> list[Need]:
     elif len(stacked) == 1:
         (whole,), axes = stacked, into[0].axes
         words += [f"take gate and up apart, which stand {_stand(whole)}", *_turned(whole.axes, axes)]
-        code.append(
-            f"{', '.join(whole.ours)} = rearrange({whole.called}, '{_einops(whole.axes)} -> two {axes}', two=2)"
-        )
+        code.append(_rearrange(", ".join(whole.ours), whole.called, whole.axes, f"2 {axes}"))
     else:
         (whole,), axes = into, stacked[0].axes
         words += [f"put gate and up into one, {_stand(whole)}", *_turned(axes, whole.axes)]
-        code.append(f"{whole.called} = rearrange([{', '.join(whole.ours)}], 'two {axes} -> {_einops(whole.axes)}')")
-    said = "; ".join(dict.fromkeys(words))
-    return [Need(said or "as it is", of, "; ".join(code), not said)]
+        code.append(_rearrange(whole.called, f"[{', '.join(whole.ours)}]", f"2 {axes}", whole.axes))
+    return [Need("; ".join(dict.fromkeys(words)), of, "; ".join(code))]
 
 
 def _rearranged(a: Kept, b: Kept) -> tuple[list[str], list[str]]:
@@ -226,16 +225,22 @@ def _rearranged(a: Kept, b: Kept) -> tuple[list[str], list[str]]:
     words = _turned(a.axes, b.axes)
     if len(a.ours) == 2 and _by_turns(a) != _by_turns(b):
         words.append(f"gate and up, which stand {_stand(a)}, have to stand {_stand(b)}")
-    elif a.ours != b.ours:
-        words.append(f"exchange gate and up: {_stand(b)}")
+    elif len(a.ours) == 2 and (a.ours, "(" in a.axes) != (b.ours, "(" in b.axes):
+        words.append(f"gate and up have to stand {_stand(b)}")
     if not words:
         return [], []
-    mine, its, two = _einops(a.axes), _einops(b.axes), ", two=2" if len(a.ours) == 2 else ""
     if a.ours == b.ours:
-        return words, [f"{b.called} = rearrange({a.called}, '{mine} -> {its}'{two})"]
-    plain = " ".join(_letters(a.axes))
-    split = f"{', '.join(a.ours)} = rearrange({a.called}, '{mine} -> two {plain}'{two})"
-    return words, [split, f"{b.called} = rearrange([{', '.join(b.ours)}], 'two {plain} -> {its}')"]
+        return words, [_rearrange(b.called, a.called, a.axes, b.axes)]
+    plain, both = f"2 {' '.join(_letters(a.axes))}", f"[{', '.join(b.ours)}]"
+    return words, [
+        _rearrange(", ".join(a.ours), a.called, a.axes, plain),
+        _rearrange(b.called, both, plain, b.axes),
+    ]
+
+
+def _rearrange(into: str, of: str, a: str, b: str) -> str:
+    """Code that brings axes into others, by einops."""
+    return f"{into} = rearrange({of}, '{_einops(a)} -> {_einops(b)}'{', two=2' * ('(' in a)})"
 
 
 def _einops(axes: str) -> str:
@@ -299,14 +304,16 @@ def _lacking(a: Surveyed, b: Surveyed) -> Mended:
             needs.append(Need(f"{{a}} has no {key}: set {neutral} in {{b}}", tuple(p for p in parts if has(b, p))))
         elif key == "scale of experts" and _on_output(a, b):
             of = _both(a, b, "w_down", "b_down")
-            code = "; ".join(f"{one} = {one} * expert_scale[:, None{', None' * (one == 'w_down')}]" for one in of)
-            needs.append(Need("{b} has no scale of experts: multiply what each expert returns by its own", of, code))
+            by = {one: f"{one} * expert_scale[:, None{', None' * (one == 'w_down')}]" for one in of}
+            needs.append(
+                Need("{b} has no scale of experts: multiply what each expert returns by its own", of, _changed(b, by))
+            )
         else:
             what = "its way down is zero" if key == "shared expert" else f"it is {neutral}"
             shows = f"unless {what} in {{a}}"
             remains.append(Remain(key, _what(a, key) or "has one", "has none", "some weights", shows))
     if has(b, "shared_score") and not has(a, "shared_score") and has(a, "shared_w_down"):
-        of, code = ("shared_score", "shared_w_down"), "shared_w_down = 2 * shared_w_down"
+        of, code = ("shared_score", "shared_w_down"), _changed(b, {"shared_w_down": "2 * shared_w_down"})
         what = "{a} has no score of the shared expert: set zero in {b}, whose sigmoid is 1/2, and double the way down"
         needs.append(Need(what, of, code))
         if _what(a, "shared expert") == "added":
@@ -328,7 +335,7 @@ def _scaled(a: Surveyed, b: Surveyed) -> Mended:
     of = _both(a, b, "w_down", "b_down")
     by = f"{mine / its:.7g}"
     what = f"the scale is {mine:g} in {{a}} and {its:g} in {{b}}: multiply by {by}{setting}"
-    return Mended([Need(what, of, "; ".join(f"{one} = {by} * {one}" for one in of))], [], {"scale"})
+    return Mended([Need(what, of, _changed(b, {one: f"{by} * {one}" for one in of}))], [], {"scale"})
 
 
 def _stretched(a: Surveyed, b: Surveyed) -> Mended:
@@ -341,9 +348,9 @@ def _stretched(a: Surveyed, b: Surveyed) -> Mended:
     if by is None or not told or its.clamp is not None or _gated(a) != _gated(b):
         return NOTHING
     of = _both(a, b, *(("w_gate", "b_gate") if _gated(a) else ("w_up", "b_up")))
-    code = [f"{one} = {by:.7g} * {one}" for one in of] + [f"w_down = w_down / {by:.7g}"]
+    code = _changed(b, {one: f"{by:.7g} * {one}" for one in of} | {"w_down": f"w_down / {by:.7g}"})
     what = f"quick_gelu(g) is silu({QUICK} g) / {QUICK}: multiply by {by:.7g} before it, and divide by that behind it"
-    return Mended([Need(what, (*of, "w_down"), "; ".join(code))], [], {"activation"})
+    return Mended([Need(what, (*of, "w_down"), code)], [], {"activation"})
 
 
 def _lifted(a: Surveyed, b: Surveyed) -> Mended:
@@ -355,7 +362,22 @@ def _lifted(a: Surveyed, b: Surveyed) -> Mended:
     if not more or not has(b, "b_up") or mine.clamp is not None or its.clamp is not None:
         return NOTHING
     what = f"{{a}} adds {mine.up_offset:g} to up and {{b}} {its.up_offset:g}: add {more:g} to the bias"
-    return Mended([Need(what, ("b_up",), f"b_up = b_up + {more:g}")], [], {"added to up"})
+    return Mended([Need(what, ("b_up",), _changed(b, {"b_up": f"b_up + {more:g}"}))], [], {"added to up"})
+
+
+def _changed(b: Surveyed, changes: Mapping[str, str]) -> str:
+    """Code that changes these in the form in which `b` keeps them."""
+    if not b.stored:
+        return "; ".join(f"{ours} = {how}" for ours, how in changes.items())
+    code = []
+    for one in (own.stacked for own in kept(b)):
+        mine = [f"{ours} = {changes[ours]}" for ours in one.ours if ours in changes]
+        if mine and len(one.ours) == 2:
+            plain, both = " ".join(_letters(one.axes)), ", ".join(one.ours)
+            code.append(_rearrange(both, one.called, one.axes, f"2 {plain}"))
+            mine.append(_rearrange(one.called, f"[{both}]", f"2 {plain}", one.axes))
+        code += mine
+    return "; ".join(code)
 
 
 def _both(a: Surveyed, b: Surveyed, *ours: str) -> tuple[str, ...]:
@@ -471,7 +493,7 @@ class Measured(NamedTuple):
 
     def words(self, dtype: str) -> str:
         """What that comes to."""
-        if not self.apart > ROUNDED * 2 * unit_roundoff(dtype):
+        if self.apart <= ROUNDED * 2 * unit_roundoff(dtype):
             return "the same to rounding"
         return f"{percent(self.apart)} apart, most in {self.worst}"
 
@@ -504,7 +526,7 @@ def text(a: Surveyed, b: Surveyed, differences: Sequence[Difference] = ()) -> st
     def named(words: str) -> str:
         return words.replace("{a}", a.layer).replace("{b}", b.layer)
 
-    lines = [f"### From {a.layer} to {b.layer}, {a.dtype}", "", found.verdict, ""]
+    lines = [f"### From {a.layer} to {b.layer}, {a.dtype}", "", named(found.verdict), ""]
     lines += ["What moving weights needs:", ""]
     for need in found.needs:
         code = f": `{need.code}`" if need.code else ""
