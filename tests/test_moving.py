@@ -240,6 +240,17 @@ def test_what_cannot_be_told_is_no_difference(key, mine, its, sure, level):
         assert (different.key, different.level) == (key, level)
 
 
+def test_who_wins_a_tie_goes_by_how_many_there_are():
+    """Which of equal scores a library takes is another in a case of other sizes, unless it is the lower ones."""
+    key, higher, neither = "of equal scores", "the higher expert id is chosen", "neither the lower nor the higher id"
+    few = surveyed("few", said={key: Finding(key, neither, "odd")}, top_k=2)
+    for of, sure in ((surveyed("many", said={key: higher}), False), (surveyed("lower"), True),
+                     (surveyed("few, too", said={key: higher}, top_k=2), True)):  # fmt: skip
+        found = moving(few, of)
+        assert [one.key for one in found.remains if one.key == key] == [key] * sure
+        assert [one.key for one in found.unsure if one.key == key] == [key] * (not sure)
+
+
 def test_a_setting_of_the_other_is_named():
     a, b = surveyed("a", renormalize=True), surveyed("b")
     b.states = {"renormalize": False, "scale": 1.0}

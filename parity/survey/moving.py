@@ -451,15 +451,13 @@ def _setting(b: Surveyed, finding: Finding | None) -> str:
 
 def _certain(a: Card, b: Card, mine: Finding | None, its: Finding | None) -> bool:
     """Whether two cards, which differ in a finding, say what cannot both be so."""
-    if mine is None or its is None or not (_told(mine) and _told(its)):
+    if mine is None or its is None or not (told(mine) and told(its)):
         return False
     words = [set(one.what.removeprefix(CANNOT_TELL).split(OR)) for one in (mine, its)]
     if words[0] & words[1]:
         return False
     if mine.key == "of equal scores" and (a.asked.experts, a.asked.top_k) != (b.asked.experts, b.asked.top_k):
-        return any(
-            "the lower" in one.what.partition(" nor ")[0] for one in (mine, its)
-        )  # others go by how many there are
+        return any(one.what.startswith("the lower") for one in (mine, its))  # others go by how many there are
     if mine.key == "sum over the chosen" and min(a.asked.top_k, b.asked.top_k) <= 2:  # of two there is no order
         plain = [
             {re.sub(r"^(in order of|from the last of|from the last) \w+, ", "", one) for one in of} for of in words
@@ -468,7 +466,7 @@ def _certain(a: Card, b: Card, mine: Finding | None, its: Finding | None) -> boo
     return _apart(mine.what, its.what) if mine.key == "added to the sum" else True
 
 
-def _told(finding: Finding) -> bool:
+def told(finding: Finding) -> bool:
     """Whether a finding says what is, or a few things of which one is."""
     open_ended = finding.state == "cannot tell" and OR not in finding.what
     return finding.state != "unknown" and not open_ended and finding.what != GIVEN

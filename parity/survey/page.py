@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from parity.explain.hypotheses import CANNOT_TELL
 from parity.judge.card import STAGE, Card, keys
 from parity.oracle.tolerances import unit_roundoff
 from parity.report.card import MARKS
 from parity.report.terminal import SURE, few
-from parity.survey.moving import EVERYWHERE, NEUTRAL, ROUNDED, SHOWS, kept, moving, said
+from parity.survey.moving import EVERYWHERE, NEUTRAL, ROUNDED, SHOWS, kept, moving, said, told
 from parity.survey.records import Difference, Survey, Surveyed
 
 SHADES = 5  # of what a column says beside what most say, the commonest first; all that are rarer share the last
@@ -132,7 +133,7 @@ def _tells(saids: Counter[str]) -> float:
 def _cell(card: Card, key: str, saids: Counter[str]) -> Cell:
     own = said(card, finding := card.get(key))
     rank = [words for words, _ in saids.most_common()].index(own)
-    return Cell(key, own, finding.state if finding else "", rank == 0, min(rank, SHADES))
+    return Cell(key, own.removeprefix(CANNOT_TELL), finding.state if finding else "", rank == 0, min(rank, SHADES))
 
 
 def _words(
@@ -141,10 +142,12 @@ def _words(
     """What sets a group apart, and of what its members say different things."""
     words, within = [], []
     for key in dict.fromkeys((*FIRST, *columns)):
-        own = {said(line.card, line.card.get(key)) for line in members}
+        found = [(line.card, line.card.get(key)) for line in members]
+        own = {said(card, finding) for card, finding in found if finding is None or told(finding)}
+        own = own - {""} if key not in NEUTRAL else own
         if len(own) > 1:
             within.append(key)
-        elif key in saids and SHOWS.get(key, EVERYWHERE)[0] == "function":
+        elif own and SHOWS.get(key, EVERYWHERE)[0] == "function":
             (its,) = own
             if key in FIRST or its != saids[key].most_common(1)[0][0]:
                 words.append(f"{key}: {its}" if its else f"no {key}" if key in NEUTRAL else "")
