@@ -14,6 +14,9 @@ from maxtext.utils import maxtext_utils  # pyright: ignore[reportMissingImports]
 
 from parity import Unsupported, backend, only
 
+# How the layer keeps what we give it: by its own name, ours and its axes.
+STORED = {"gate.kernel": "router: D E", "wi_0": "w_gate: E D F", "wi_1": "w_up: E D F", "wo": "w_down: E F D"}
+
 
 def run(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, **options):
     """The output of a layer that is configured so, with our weights, which are laid out as its own."""

@@ -28,6 +28,7 @@ SHOWS: dict[str, tuple[Level, str]] = {
     "of equal scores": ("some inputs", "where two scores are equal, as in 16 bits they often are"),
     "added to the sum": ("some inputs", "where the sum of the chosen scores comes near it"),
     "clamp": ("some inputs", "where a gate or an up is beyond it"),
+    "clamp of the shared expert": ("some inputs", "where a gate or an up of the shared expert is beyond it"),
     "one expert a token": ("some inputs", "with one expert a token"),
     "dropped": ("some inputs", "where more tokens want an expert than it takes"),
     "weight of the dropped": ("some inputs", "where tokens are dropped"),
@@ -395,7 +396,7 @@ def _on_output(*layers: Surveyed) -> bool:
 
 def _number(one: Surveyed, key: str) -> float | None:
     finding = one.card.get(key) if one.card else None
-    return None if finding is None or finding.state != "found" else float(finding.what)
+    return None if finding is None or finding.state != "found" else float(finding.what.removeprefix("about "))
 
 
 # ---- Findings

@@ -1,11 +1,15 @@
 """What a survey writes: a line for each layer and dtype, and of any two of them how far they differ."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from parity.judge.card import Card
+
+LINES = "survey.jsonl"  # in the folder of a survey
 
 
 class Surveyed(msgspec.Struct, tag_field="kind", tag="surveyed"):
@@ -25,15 +29,17 @@ class Surveyed(msgspec.Struct, tag_field="kind", tag="surveyed"):
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.layer.replace(':', '.')}.{self.dtype}"
+        return re.sub(r"[^\w.+-]+", "-", f"{self.layer}.{self.dtype}")
 
     @property
     def disobeyed(self) -> dict[str, Any]:
         """By field, what its configuration says and its card does not."""
         if self.card is None:
             return {}
-        case, idle = self.card.case, self.card.case.idle
-        return {f: value for f, value in self.states.items() if f not in idle and getattr(case, f) != value}
+        case = self.card.case
+        if case.score_function == "softmax_of_chosen":  # the same function
+            case = replace(case, score_function="softmax", renormalize=True)
+        return {f: value for f, value in self.states.items() if f not in case.idle and getattr(case, f) != value}
 
 
 class Difference(msgspec.Struct):
@@ -57,7 +63,7 @@ class Survey(msgspec.Struct):
 
 def load(folder: Path) -> list[Surveyed]:
     """What was surveyed into this folder, the last line of each layer and dtype, by name."""
-    path = folder / "survey.jsonl"
+    path = folder / LINES
     found: dict[str, Surveyed] = {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
         one = msgspec.json.decode(line, type=Surveyed)
