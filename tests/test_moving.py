@@ -291,10 +291,33 @@ def test_as_text():
         "| scores | softmax over all experts, renormalised | softmax over all experts | in every output |\n\n"
         "Measured, as a part of the largest number:\n\n- plain: 25% apart, most in out\n"
     )
+    assert text(a, a, [Difference("plain", {"out": 0.25})]).endswith(
+        "\n\nNo finding explains how far apart they are.\n"
+    )
+    assert a.card
+    a.card.proved, a.card.proof, a.states = False, "the output does not match", {"renormalize": False}
+    assert text(a, b).splitlines()[4:7] == [
+        "- of:a is not proved: the output does not match",
+        "- of:a: its configuration says renormalize False, the layer does True",
+        "",
+    ]
+    a = surveyed("of:a", said={"scores": "a|b"})
+    assert r"| scores | a\|b | softmax over all experts | in every output |" in text(a, surveyed("b")).splitlines()
+
+
+def test_a_layer_without_a_router_is_given_what_that_makes():
+    a = surveyed("a", OURS, selection_bias=True)
+    b = surveyed(
+        "b", {name: OURS[name] for name in ("w_gate", "w_up", "w_down")}, said={"scores": "given to the layer"}
+    )
+    for one, other, none in ((a, b, "{b}"), (b, a, "{a}")):
+        found = moving(one, other)
+        assert any(need.what.startswith(f"{none} has no router: it is given") for need in found.needs)
+        assert "selection bias" not in {remain.key for remain in found.remains}
 
 
 @pytest.mark.parametrize(("apart", "words"), [
-    ({"out": 4e-7, "dx": 0.0}, "the same to rounding"), ({"out": 6e-7}, "6e-05% apart, most in out"),
+    ({"out": 1e-5, "dx": 0.0}, "the same to rounding"), ({"out": 2e-5}, "0.002% apart, most in out"),
     ({"out": 0.013, "dx": 0.2}, "20% apart, most in dx"), ({"out": 20.0}, "20 times apart, most in out"),
     ({"out": float("nan"), "dx": 1.0}, "without bound apart, most in out"),
 ])  # fmt: skip

@@ -7,9 +7,8 @@ from functools import cache
 from typing import Literal, NamedTuple
 
 from parity.cases.parameters import BY_NAME
-from parity.explain.hypotheses import CANNOT_TELL, OR
+from parity.explain.hypotheses import CANNOT_TELL, OR, tolerance
 from parity.judge.card import STAGE, Card, Finding
-from parity.oracle.tolerances import unit_roundoff
 from parity.survey.records import Difference, Surveyed
 
 # What layers that differ in something are to each other: two functions; one, where a parameter of the first is as if it
@@ -79,9 +78,10 @@ FUSED = {name: ours for ours, name in PAIRS.items()}
 FUSED |= {name.replace("gate_up", "up_gate"): ours[::-1] for name, ours in FUSED.items()}
 
 QUICK = 1.702  # quick_gelu(g) is silu of so many times g, divided by it
-ROUNDED = 4  # roundings of the dtype by which two layers that are one function are apart, at most
 BOUND = "nothing, or less than "  # of what is added to the sum
 GIVEN = "given to the layer"
+BAR = r"\|"  # in a table of Markdown
+UNEXPLAINED = "No finding explains how far apart they are."
 ARROW = " \N{RIGHTWARDS ARROW} "
 
 
@@ -297,7 +297,8 @@ def _lacking(a: Surveyed, b: Surveyed) -> Mended:
     needs, remains, keys = [], [], set()
     for key, (ours, neutral) in NEUTRAL.items():
         mine, its = (any(has(x, one) for one in ours) for x in (a, b))
-        if mine == its:
+        routed = STAGE[key] != "route" or (has(a, "router") and has(b, "router"))
+        if mine == its or not routed:
             continue
         keys.add(key)
         if its:
@@ -313,6 +314,11 @@ def _lacking(a: Surveyed, b: Surveyed) -> Mended:
             what = "its way down is zero" if key == "shared expert" else f"it is {neutral}"
             shows = f"unless {what} in {{a}}"
             remains.append(Remain(key, _what(a, key) or "has one", "has none", "some weights", shows))
+    if has(a, "router") != has(b, "router"):
+        none, other = ("{b}", "{a}") if has(a, "router") else ("{a}", "{b}")
+        needs.append(
+            Need(f"{none} has no router: it is given the experts of each token, and scores, as {other} has them")
+        )
     if has(b, "shared_score") and not has(a, "shared_score") and has(a, "shared_w_down"):
         of, code = ("shared_score", "shared_w_down"), _changed(b, {"shared_w_down": "2 * shared_w_down"})
         what = "{a} has no score of the shared expert: set zero in {b}, whose sigmoid is 1/2, and double the way down"
@@ -492,7 +498,7 @@ class Measured(NamedTuple):
 
     def words(self, dtype: str) -> str:
         """What that comes to."""
-        if self.apart <= ROUNDED * 2 * unit_roundoff(dtype):
+        if self.apart <= tolerance(dtype):
             return "the same to rounding"
         return f"{percent(self.apart)} apart, most in {self.worst}"
 
@@ -526,18 +532,34 @@ def text(a: Surveyed, b: Surveyed, differences: Sequence[Difference] = ()) -> st
         return words.replace("{a}", a.layer).replace("{b}", b.layer)
 
     lines = [f"### From {a.layer} to {b.layer}, {a.dtype}", "", named(found.verdict), ""]
-    lines += ["What moving weights needs:", ""]
+    lines += [f"- {words}" for one in (a, b) for words in warnings(one)]
+    lines += [""] * (lines[-1] != "") + ["What moving weights needs:", ""]
     for need in found.needs:
         code = f": `{need.code}`" if need.code else ""
         lines.append(f"- {names(need, a, b)}{named(need.what)}{code}")
     for title, of in (("What no conversion mends:", found.remains), ("What cannot be told:", found.unsure)):
         if of:
             lines += ["", title, "", f"| | {a.layer} | {b.layer} | shows |", "|---|---|---|---|"]
-            lines += [f"| {one.key} | {one.a} | {one.b} | {named(one.shows)} |" for one in of]
-    if differences:
+            rows = ((one.key, one.a, one.b, named(one.shows)) for one in of)
+            lines += [f"| {' | '.join(cell.replace('|', BAR) for cell in row)} |" for row in rows]
+    if apart := measured(differences):
         lines += ["", "Measured, as a part of the largest number:", ""]
-        lines += [f"- {one.problem}: {one.words(a.dtype)}" for one in measured(differences)]
+        lines += [f"- {one.problem}: {one.words(a.dtype)}" for one in apart]
+        if not (found.remains or found.unsure) and any(one.apart > tolerance(a.dtype) for one in apart):
+            lines += ["", UNEXPLAINED]
     return "\n".join(lines) + "\n"
+
+
+def warnings(one: Surveyed) -> list[str]:
+    """What has to be said of a layer before anything else."""
+    unproved = [f"{one.layer} is not proved: {one.card.proof}"] if one.card and not one.card.proved else []
+    return unproved + [f"{one.layer}: {disobeyed(one, field)}" for field in one.disobeyed]
+
+
+def disobeyed(one: Surveyed, field: str) -> str:
+    """In words, a setting that its layer does not obey."""
+    assert one.card
+    return f"its configuration says {field} {one.states[field]}, the layer does {getattr(one.card.case, field)}"
 
 
 def names(need: Need, a: Surveyed, b: Surveyed) -> str:

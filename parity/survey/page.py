@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from parity.explain.hypotheses import CANNOT_TELL
+from parity.explain.hypotheses import CANNOT_TELL, tolerance
 from parity.judge.card import STAGE, Card, keys
-from parity.oracle.tolerances import unit_roundoff
 from parity.report.card import MARKS
 from parity.report.terminal import SURE, few
-from parity.survey.moving import EVERYWHERE, NEUTRAL, ROUNDED, SHOWS, kept, moving, said, told
+from parity.survey.moving import EVERYWHERE, NEUTRAL, SHOWS, UNEXPLAINED, disobeyed, kept, moving, said, told, warnings
 from parity.survey.records import Difference, Survey, Surveyed
 
 SHADES = 5  # of what a column says beside what most say, the commonest first; all that are rarer share the last
@@ -190,7 +189,7 @@ def data(survey: Survey, sides: Sequence[Side]) -> dict[str, Any]:
     return {
         "layers": [_layer(one, words) for one in survey.layers],
         "places": {side.dtype: [line.place for line in side.lines] for side in sides},
-        "rounded": {side.dtype: ROUNDED * 2 * unit_roundoff(side.dtype) for side in sides},
+        "rounded": {side.dtype: tolerance(side.dtype) for side in sides},
         "ways": ways.values,
         "way": matrix,
         "needs": needs.values,
@@ -198,6 +197,7 @@ def data(survey: Survey, sides: Sequence[Side]) -> dict[str, Any]:
         "apart": {pair: [_apart(one, words) for one in found] for pair, found in survey.apart.items() if found},
         "sure": {state: [MARKS[state][0], SURE[state]] for state in MARKS},
         "stage": STAGE,
+        "unexplained": UNEXPLAINED,
         "words": words.values,
     }
 
@@ -228,16 +228,10 @@ def _layer(one: Surveyed, words: Table) -> dict[str, Any]:
         "proof": words(card.proof if card else one.why),
         "command": card.command if card else "",
         "kept": [[its.name, " ".join(its.ours)] for its in kept(one)],
-        "disobeyed": [disobeyed(one, field) for field in one.disobeyed],
+        "warnings": warnings(one),
         "ran": {problem: words(why) for problem, why in one.ran.items() if why},
         "cells": findings,
     }
-
-
-def disobeyed(one: Surveyed, field: str) -> str:
-    """In words, a setting that its layer does not obey."""
-    assert one.card
-    return f"its configuration says {field} {one.states[field]}, the layer does {getattr(one.card.case, field)}"
 
 
 def _apart(one: Difference, words: Table) -> list[Any]:
