@@ -318,7 +318,8 @@ def test_a_layer_without_a_router_is_given_what_that_makes():
 
 @pytest.mark.parametrize(("apart", "words"), [
     ({"out": 1e-5, "dx": 0.0}, "the same to rounding"), ({"out": 2e-5}, "0.002% apart, most in out"),
-    ({"out": 0.013, "dx": 0.2}, "20% apart, most in dx"), ({"out": 20.0}, "20 times apart, most in out"),
+    ({"out": 0.013, "dx": 0.2}, "20% apart, most in dx"), ({"out": 1.0}, "100% apart, most in out"),
+    ({"out": 200.0}, "200 times apart, most in out"),
     ({"out": float("nan"), "dx": 1.0}, "without bound apart, most in out"),
 ])  # fmt: skip
 def test_measured(apart, words):

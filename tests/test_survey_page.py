@@ -15,7 +15,7 @@ from surveyed import OURS, surveyed
 from test_html import DASH, NASTY, Node, Tree
 
 from parity.judge.card import Finding
-from parity.survey.moving import measured, moving, names, said, text
+from parity.survey.moving import NEUTRAL, measured, moving, names, ordered, said, text
 from parity.survey.page import DIGITS, packed, page
 from parity.survey.records import Difference, Survey, Surveyed
 
@@ -69,7 +69,7 @@ def survey() -> Survey:
     groups = [[i + at for i in of] for at in (0, half) for of in ((0, 1, 2), (3, 4), (5,))]
     apart = {
         f"{i + at} {j + at}": [
-            Difference("plain", {"out": 1e-9 * (i + 1), "dx": 0.0, "dw_up": 0.125 * i}, {"out": 1e-9, "dw_up": 0.01}),
+            Difference("plain", {"out": 1e-9 * (i + 1), "dx": 0.0, "dw_up": 0.25 * i}, {"out": 1e-9, "dw_up": 0.01}),
             Difference("zipf", {"out": math.inf, "dx": 0.5}),
         ]
         for at in (0, half) for i in range(6) for j in range(i + 1, 6) if (i, j) != (1, 2)
@@ -125,9 +125,9 @@ def test_every_layer_and_every_difference_is_in_the_table(survey, root):
             assert tr.one("th").text.startswith(survey.layers[place].layer)
             for key, td in zip(columns, tr.all("td")[1:], strict=True):
                 finding = cards[place].get(key)
-                assert td.text.removeprefix("? ").removeprefix("✗ ") == (
-                    said(cards[place], finding) or DASH
-                ).removeprefix("cannot tell: ")
+                nothing = "none" if key in NEUTRAL else DASH
+                shown = (said(cards[place], finding) or nothing).removeprefix("cannot tell: ")
+                assert td.text.removeprefix("? ").removeprefix("✗ ") == shown
                 assert td.text.startswith("? ") == (finding is not None and finding.state == "cannot tell")
                 assert td.text.startswith("✗ ") == (finding is not None and finding.state == "unknown")
                 alike = Counter(said(card, card.get(key)) for card in cards.values())
@@ -162,6 +162,14 @@ def test_groups_say_what_sets_them_apart(survey, root):
     assert {"scale: 2.5", "shared expert: added"} <= set(words[1].split("; "))
     assert "activation: quick_gelu" in words[2]
     assert groups[0].all("p")[-1].text == "Among them differ: of equal scores."
+
+
+def test_groups_of_which_the_same_was_found_say_what_was_measured():
+    ones = [surveyed(name) for name in "abc"]
+    apart = {"0 1": [Difference("zipf", {"dx": 0.5, "out": 0.25}), Difference("plain", {"out": 0.0})]}
+    notes = [p.text for p in Page(page(Survey(ones, [], apart))).root.all("p", class_="note")]
+    assert "Beside group 1: zipf: 50% apart, most in dx." in notes
+    assert "Beside group 1: not measured." in notes
 
 
 def test_what_is_not_proved_is_said_to_be_so(survey, root):
@@ -225,7 +233,7 @@ def test_the_script_is_given_what_is_said_of_every_pair(survey, root):
                 ]
             assert (f"{p} {q}" in data["apart"]) == (f"{p} {q}" in survey.apart)
     for pair, differences in survey.apart.items():
-        for one, (problem, quantities, apart, scaled) in zip(differences, data["apart"][pair], strict=True):
+        for one, (problem, quantities, apart, scaled) in zip(ordered(differences), data["apart"][pair], strict=True):
             assert W[problem] == one.problem
             assert W[quantities].split() == list(one.apart)
             assert unpacked(apart) == pytest.approx(list(one.apart.values()), rel=0.05)
@@ -279,7 +287,7 @@ def test_ids_are_one_of_a_kind_and_what_is_for_scripts_only_is_hidden(root):
         assert table.one("caption").text
         assert len({len(line) for line in table.lines}) == 1
     example = root.one("p", id="example").one("a").attributes["href"]
-    assert example == "#" + urlencode({"from": "tokamax", "to": "torchtitan", "in": "float32"})
+    assert example == "#" + urlencode({"from": "tokamax", "to": "transformers:granitemoe", "in": "float32"})
 
 
 def test_nothing_gets_out_of_its_quotes():

@@ -6,9 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Literal, NamedTuple
 
+from msgspec.structs import replace
+
 from parity.cases.parameters import BY_NAME
 from parity.explain.hypotheses import CANNOT_TELL, OR, tolerance
 from parity.judge.card import STAGE, Card, Finding
+from parity.oracle.quantities import OUTSIDE
 from parity.survey.records import Difference, Surveyed
 
 # What layers that differ in something are to each other: two functions; one, where a parameter of the first is as if it
@@ -80,6 +83,7 @@ FUSED |= {name.replace("gate_up", "up_gate"): ours[::-1] for name, ours in FUSED
 QUICK = 1.702  # quick_gelu(g) is silu of so many times g, divided by it
 BOUND = "nothing, or less than "  # of what is added to the sum
 GIVEN = "given to the layer"
+ORDER = [name.rpartition("/")[2] for name in OUTSIDE]  # of what is measured
 BAR = r"\|"  # in a table of Markdown
 UNEXPLAINED = "No finding explains how far apart they are."
 ARROW = " \N{RIGHTWARDS ARROW} "
@@ -503,10 +507,22 @@ class Measured(NamedTuple):
         return f"{percent(self.apart)} apart, most in {self.worst}"
 
 
+def ordered(differences: Sequence[Difference]) -> list[Difference]:
+    """The plain problem first, and of each the output first."""
+
+    def place(name: str) -> int:
+        return ORDER.index(name) if name in ORDER else len(ORDER)
+
+    return [
+        replace(one, apart={name: one.apart[name] for name in sorted(one.apart, key=place)})
+        for one in sorted(differences, key=lambda one: (one.problem != "plain", one.problem))
+    ]
+
+
 def measured(differences: Sequence[Difference]) -> list[Measured]:
     """The largest difference of each common problem."""
     found = []
-    for one in differences:
+    for one in ordered(differences):
         best = {name: min(value, one.scaled.get(name, math.inf)) for name, value in one.apart.items()}
         if best:
             worst = max(best, key=lambda name: math.inf if math.isnan(best[name]) else best[name])
@@ -518,7 +534,8 @@ def percent(value: float) -> str:
     """Of a number, in two digits."""
     if not math.isfinite(value):
         return "without bound"
-    return f"{100 * value:.2g}%" if value < 10 else f"{value:.2g} times"
+    digits = float(f"{100 * value if value < 10 else value:.2g}")
+    return f"{digits:g}%" if value < 10 else f"{digits:g} times"
 
 
 # ---- As text
