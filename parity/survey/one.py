@@ -66,8 +66,8 @@ def _surveyed(kept: Kept, layer: str, dtype: str, folder: Path) -> Surveyed:
     try:
         one.card = card_of(kept, bases)
         where = one.card.get("the score multiplies")
-        if not one.card.proved and where and where.state == "odd" and layer.startswith(FAMILIES):
-            one.card = card_of(kept, [replace(bases[0], top_k=1)])  # as only then a case can say it
+        if not one.card.proved and where and where.state == "odd":
+            one.card = card_of(kept, [replace(one.card.asked, top_k=1)])  # as only then a case can say it
         one.ran, arrays = common(kept, one.card)
         (folder / "arrays").mkdir(parents=True, exist_ok=True)
         save_file(arrays, folder / "arrays" / f"{one.name}.safetensors")
