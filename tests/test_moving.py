@@ -14,7 +14,7 @@ from parity.judge.card import Finding
 from parity.oracle import reference
 from parity.oracle.problem import draw, exact_inputs
 from parity.oracle.reference import Exact
-from parity.survey.moving import Need, Remain, kept, measured, moving, percent, text
+from parity.survey.moving import UNEXPLAINED, Need, Remain, kept, measured, moving, percent, text
 from parity.survey.records import Difference, Surveyed
 
 
@@ -293,6 +293,9 @@ def test_as_text():
     )
     assert text(a, a, [Difference("plain", {"out": 0.25})]).endswith(
         "\n\nNo finding explains how far apart they are.\n"
+    )
+    assert UNEXPLAINED not in text(
+        a, surveyed("of:b", renormalize=True, scale=2.0), [Difference("plain", {"out": 0.25})]
     )
     assert a.card
     a.card.proved, a.card.proof, a.states = False, "the output does not match", {"renormalize": False}

@@ -226,7 +226,7 @@ def test_the_script_is_given_what_is_said_of_every_pair(survey, root):
             assert W[verdict] == found.verdict
             assert [
                 (W[what], of.split(), W[code], idle) for what, of, code, idle in map(data["needs"].__getitem__, needs)
-            ] == [(need.what, list(need.of), need.code, need.idle) for need in found.needs]
+            ] == [(need.what, list(need.of), need.code, need.idle + 2 * need.changes) for need in found.needs]
             for lines, expected in ((remains, found.remains), (unsure, found.unsure)):
                 assert [[W[w] for w in data["lines"][i]] for i in lines] == [
                     [r.key, r.a, r.b, r.shows] for r in expected

@@ -51,12 +51,13 @@ EVERYWHERE: tuple[Level, str] = ("function", "in every output")
 
 # What follows from another finding: where that differs, or is none, it is no difference more.
 FOLLOWS = {
-    "added to the sum": "scores",
-    "one expert a token": "scores",
-    "weight of the dropped": "dropped",
-    "gate and up": "experts",
-    "added to up": "experts",
-    "clamp": "experts",
+    "added to the sum": {"scores"},
+    "one expert a token": {"scores"},
+    "weight of the dropped": {"dropped"},
+    "gate and up": {"experts"},
+    "added to up": {"experts"},
+    "clamp": {"experts"},
+    "clamp of the shared expert": {"clamp", "shared expert"},
 }
 
 # By the finding of it, what a layer may learn, and the value with which it is as if it were not there.
@@ -96,6 +97,7 @@ class Need(NamedTuple):
     of: tuple[str, ...] = ()  # our names of what it is done to
     code: str = ""  # that does it, by einops, in our names
     idle: bool = False  # nothing but another name
+    changes: bool = False  # numbers, and not only where they stand
 
 
 class Remain(NamedTuple):
@@ -114,6 +116,11 @@ class Moving(NamedTuple):
     needs: list[Need]
     remains: list[Remain]
     unsure: list[Remain]  # what could not be told of one of them, or is not said of both
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing was found of which the outputs of the two, with the same weights, would differ."""
+        return not (self.remains or self.unsure or any(need.changes for need in self.needs))
 
     @property
     def verdict(self) -> str:
@@ -179,7 +186,7 @@ def moving(a: Surveyed, b: Surveyed) -> Moving:
         needs.append(Need(f"how weights are kept is not known of {who}: transposes are left out here"))
     mended: set[str] = set()
     for part in (_lacking(a, b), _scaled(a, b), _stretched(a, b), _lifted(a, b)):
-        needs += part.needs
+        needs += [need._replace(changes=True) for need in part.needs]
         remains += part.remains
         mended |= part.keys
     for one, sure in _differences(a, b, mended):
@@ -439,9 +446,9 @@ def _differences(a: Surveyed, b: Surveyed, mended: set[str]) -> Iterable[tuple[R
     other = [key for key, (own, another) in words.items() if own != another]
     sure = {key for key in other if _certain(a.card, b.card, mine.get(key), its.get(key))}
     wrong = {key for key in other if key.startswith("gradient d")}
-    follow = sure | ({"experts"} if _gated(a) != _gated(b) else set())
+    follow = sure | mended | ({"experts"} if _gated(a) != _gated(b) else set())
     for key in other:
-        if key in mended or FOLLOWS.get(key) in follow or (key == "gradients" and wrong):
+        if key in mended or FOLLOWS.get(key, set()) & follow or (key == "gradients" and wrong):
             continue
         level, shows = ("training", "in training") if key in wrong else SHOWS.get(key, EVERYWHERE)
         if key == "other tokens" and not any("the output" in one for one in words[key]):
@@ -562,7 +569,7 @@ def text(a: Surveyed, b: Surveyed, differences: Sequence[Difference] = ()) -> st
     if apart := measured(differences):
         lines += ["", "Measured, as a part of the largest number:", ""]
         lines += [f"- {one.problem}: {one.words(a.dtype)}" for one in apart]
-        if not (found.remains or found.unsure) and any(one.apart > tolerance(a.dtype) for one in apart):
+        if found.same and any(one.apart > tolerance(a.dtype) for one in apart):
             lines += ["", UNEXPLAINED]
     return "\n".join(lines) + "\n"
 

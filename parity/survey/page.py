@@ -244,7 +244,7 @@ def _way(a: Surveyed, b: Surveyed, words: Table, needs: Table, lines: Table) -> 
     found = moving(a, b)
     return (
         words(found.verdict),
-        tuple(needs((words(n.what), " ".join(n.of), words(n.code), int(n.idle))) for n in found.needs),
+        tuple(needs((words(n.what), " ".join(n.of), words(n.code), n.idle + 2 * n.changes)) for n in found.needs),
         *(
             tuple(lines((words(r.key), words(r.a), words(r.b), words(r.shows))) for r in each)
             for each in (found.remains, found.unsure)
