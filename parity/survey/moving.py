@@ -2,14 +2,16 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Literal, NamedTuple
 
+from msgspec.structs import replace
+
 from parity.cases.parameters import BY_NAME
-from parity.explain.hypotheses import CANNOT_TELL, OR
+from parity.explain.hypotheses import CANNOT_TELL, OR, tolerance
 from parity.judge.card import STAGE, Card, Finding
-from parity.oracle.tolerances import unit_roundoff
+from parity.oracle.quantities import OUTSIDE
 from parity.survey.records import Difference, Surveyed
 
 # What layers that differ in something are to each other: two functions; one, where a parameter of the first is as if it
@@ -49,12 +51,13 @@ EVERYWHERE: tuple[Level, str] = ("function", "in every output")
 
 # What follows from another finding: where that differs, or is none, it is no difference more.
 FOLLOWS = {
-    "added to the sum": "scores",
-    "one expert a token": "scores",
-    "weight of the dropped": "dropped",
-    "gate and up": "experts",
-    "added to up": "experts",
-    "clamp": "experts",
+    "added to the sum": {"scores"},
+    "one expert a token": {"scores"},
+    "weight of the dropped": {"dropped"},
+    "gate and up": {"experts"},
+    "added to up": {"experts"},
+    "clamp": {"experts"},
+    "clamp of the shared expert": {"clamp", "shared expert"},
 }
 
 # By the finding of it, what a layer may learn, and the value with which it is as if it were not there.
@@ -79,9 +82,11 @@ FUSED = {name: ours for ours, name in PAIRS.items()}
 FUSED |= {name.replace("gate_up", "up_gate"): ours[::-1] for name, ours in FUSED.items()}
 
 QUICK = 1.702  # quick_gelu(g) is silu of so many times g, divided by it
-ROUNDED = 4  # roundings of the dtype by which two layers that are one function are apart, at most
 BOUND = "nothing, or less than "  # of what is added to the sum
 GIVEN = "given to the layer"
+ORDER = [name.rpartition("/")[2] for name in OUTSIDE]  # of what is measured
+BAR = r"\|"  # in a table of Markdown
+UNEXPLAINED = "No finding explains how far apart they are."
 ARROW = " \N{RIGHTWARDS ARROW} "
 
 
@@ -92,6 +97,7 @@ class Need(NamedTuple):
     of: tuple[str, ...] = ()  # our names of what it is done to
     code: str = ""  # that does it, by einops, in our names
     idle: bool = False  # nothing but another name
+    changes: bool = False  # numbers, and not only where they stand
 
 
 class Remain(NamedTuple):
@@ -110,6 +116,11 @@ class Moving(NamedTuple):
     needs: list[Need]
     remains: list[Remain]
     unsure: list[Remain]  # what could not be told of one of them, or is not said of both
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing was found of which the outputs of the two, with the same weights, would differ."""
+        return not (self.remains or self.unsure or any(need.changes for need in self.needs))
 
     @property
     def verdict(self) -> str:
@@ -152,7 +163,7 @@ def _kept(stored: tuple[tuple[str, str], ...]) -> tuple[Kept, ...]:
         ours, _, axes = place.partition(": ")
         parts = FUSED.get(ours) or tuple(ours.split(" and "))
         name = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-        found[name] = Kept(name, parts, axes.replace("H", "F"))
+        found[name, place] = Kept(name, parts, axes.replace("H", "F"))
     return tuple(found.values())
 
 
@@ -172,10 +183,10 @@ def moving(a: Surveyed, b: Surveyed) -> Moving:
         needs += _arranged(ours, a, b)
     if not a.stored or not b.stored:
         who = " and ".join(f"{{{x}}}" for x, one in (("a", a), ("b", b)) if not one.stored)
-        needs.append(Need(f"how {who} keeps its weights is not known: transposes are left out here"))
+        needs.append(Need(f"how weights are kept is not known of {who}: transposes are left out here"))
     mended: set[str] = set()
     for part in (_lacking(a, b), _scaled(a, b), _stretched(a, b), _lifted(a, b)):
-        needs += part.needs
+        needs += [need._replace(changes=True) for need in part.needs]
         remains += part.remains
         mended |= part.keys
     for one, sure in _differences(a, b, mended):
@@ -198,8 +209,10 @@ def _arranged(ours: tuple[str, ...], a: Surveyed, b: Surveyed) -> list[Need]:
     of = tuple(part for part in ours if any(part in one.ours for one in mine))
     if not mine or {part for one in its for part in one.ours} != set(of):
         return []
+    if {(one.ours, one.axes) for one in mine} == {(one.ours, one.axes) for one in its}:
+        return [Need("as it is" if len(of) == 1 else "as they are", of, idle=True)]
     stacked = [one.stacked for one in mine]
-    code = [f"{one.called} = rearrange({one.called}, '{one.axes} -> {one.axes}')" for one in stacked if one not in mine]
+    code = [_rearrange(one.called, one.called, one.axes, one.axes) for one in stacked if one not in mine]
     words = ["stack the experts"] if code else []
     words += ["take the experts apart"] if any(one.stacked != one for one in its) else []
     into = [one.stacked for one in its]
@@ -211,15 +224,12 @@ def _arranged(ours: tuple[str, ...], a: Surveyed, b: Surveyed) -> list[Need]:
     elif len(stacked) == 1:
         (whole,), axes = stacked, into[0].axes
         words += [f"take gate and up apart, which stand {_stand(whole)}", *_turned(whole.axes, axes)]
-        code.append(
-            f"{', '.join(whole.ours)} = rearrange({whole.called}, '{_einops(whole.axes)} -> two {axes}', two=2)"
-        )
+        code.append(_rearrange(", ".join(whole.ours), whole.called, whole.axes, f"2 {axes}"))
     else:
         (whole,), axes = into, stacked[0].axes
         words += [f"put gate and up into one, {_stand(whole)}", *_turned(axes, whole.axes)]
-        code.append(f"{whole.called} = rearrange([{', '.join(whole.ours)}], 'two {axes} -> {_einops(whole.axes)}')")
-    said = "; ".join(dict.fromkeys(words))
-    return [Need(said or "as it is", of, "; ".join(code), not said)]
+        code.append(_rearrange(whole.called, f"[{', '.join(whole.ours)}]", f"2 {axes}", whole.axes))
+    return [Need("; ".join(dict.fromkeys(words)), of, "; ".join(code))]
 
 
 def _rearranged(a: Kept, b: Kept) -> tuple[list[str], list[str]]:
@@ -227,16 +237,22 @@ def _rearranged(a: Kept, b: Kept) -> tuple[list[str], list[str]]:
     words = _turned(a.axes, b.axes)
     if len(a.ours) == 2 and _by_turns(a) != _by_turns(b):
         words.append(f"gate and up, which stand {_stand(a)}, have to stand {_stand(b)}")
-    elif a.ours != b.ours:
-        words.append(f"exchange gate and up: {_stand(b)}")
+    elif len(a.ours) == 2 and (a.ours, "(" in a.axes) != (b.ours, "(" in b.axes):
+        words.append(f"gate and up have to stand {_stand(b)}")
     if not words:
         return [], []
-    mine, its, two = _einops(a.axes), _einops(b.axes), ", two=2" if len(a.ours) == 2 else ""
     if a.ours == b.ours:
-        return words, [f"{b.called} = rearrange({a.called}, '{mine} -> {its}'{two})"]
-    plain = " ".join(_letters(a.axes))
-    split = f"{', '.join(a.ours)} = rearrange({a.called}, '{mine} -> two {plain}'{two})"
-    return words, [split, f"{b.called} = rearrange([{', '.join(b.ours)}], 'two {plain} -> {its}')"]
+        return words, [_rearrange(b.called, a.called, a.axes, b.axes)]
+    plain, both = f"2 {' '.join(_letters(a.axes))}", f"[{', '.join(b.ours)}]"
+    return words, [
+        _rearrange(", ".join(a.ours), a.called, a.axes, plain),
+        _rearrange(b.called, both, plain, b.axes),
+    ]
+
+
+def _rearrange(into: str, of: str, a: str, b: str) -> str:
+    """Code that brings axes into others, by einops."""
+    return f"{into} = rearrange({of}, '{_einops(a)} -> {_einops(b)}'{', two=2' * ('(' in a)})"
 
 
 def _einops(axes: str) -> str:
@@ -292,7 +308,8 @@ def _lacking(a: Surveyed, b: Surveyed) -> Mended:
     needs, remains, keys = [], [], set()
     for key, (ours, neutral) in NEUTRAL.items():
         mine, its = (any(has(x, one) for one in ours) for x in (a, b))
-        if mine == its:
+        routed = STAGE[key] != "route" or (has(a, "router") and has(b, "router"))
+        if mine == its or not routed:
             continue
         keys.add(key)
         if its:
@@ -300,14 +317,21 @@ def _lacking(a: Surveyed, b: Surveyed) -> Mended:
             needs.append(Need(f"{{a}} has no {key}: set {neutral} in {{b}}", tuple(p for p in parts if has(b, p))))
         elif key == "scale of experts" and _on_output(a, b):
             of = _both(a, b, "w_down", "b_down")
-            code = "; ".join(f"{one} = {one} * expert_scale[:, None{', None' * (one == 'w_down')}]" for one in of)
-            needs.append(Need("{b} has no scale of experts: multiply what each expert returns by its own", of, code))
+            by = {one: f"{one} * expert_scale[:, None{', None' * (one == 'w_down')}]" for one in of}
+            needs.append(
+                Need("{b} has no scale of experts: multiply what each expert returns by its own", of, _changed(b, by))
+            )
         else:
             what = "its way down is zero" if key == "shared expert" else f"it is {neutral}"
             shows = f"unless {what} in {{a}}"
             remains.append(Remain(key, _what(a, key) or "has one", "has none", "some weights", shows))
+    if has(a, "router") != has(b, "router"):
+        none, other = ("{b}", "{a}") if has(a, "router") else ("{a}", "{b}")
+        needs.append(
+            Need(f"{none} has no router: it is given the experts of each token, and scores, as {other} has them")
+        )
     if has(b, "shared_score") and not has(a, "shared_score") and has(a, "shared_w_down"):
-        of, code = ("shared_score", "shared_w_down"), "shared_w_down = 2 * shared_w_down"
+        of, code = ("shared_score", "shared_w_down"), _changed(b, {"shared_w_down": "2 * shared_w_down"})
         what = "{a} has no score of the shared expert: set zero in {b}, whose sigmoid is 1/2, and double the way down"
         needs.append(Need(what, of, code))
         if _what(a, "shared expert") == "added":
@@ -329,7 +353,7 @@ def _scaled(a: Surveyed, b: Surveyed) -> Mended:
     of = _both(a, b, "w_down", "b_down")
     by = f"{mine / its:.7g}"
     what = f"the scale is {mine:g} in {{a}} and {its:g} in {{b}}: multiply by {by}{setting}"
-    return Mended([Need(what, of, "; ".join(f"{one} = {by} * {one}" for one in of))], [], {"scale"})
+    return Mended([Need(what, of, _changed(b, {one: f"{by} * {one}" for one in of}))], [], {"scale"})
 
 
 def _stretched(a: Surveyed, b: Surveyed) -> Mended:
@@ -342,9 +366,9 @@ def _stretched(a: Surveyed, b: Surveyed) -> Mended:
     if by is None or not told or its.clamp is not None or _gated(a) != _gated(b):
         return NOTHING
     of = _both(a, b, *(("w_gate", "b_gate") if _gated(a) else ("w_up", "b_up")))
-    code = [f"{one} = {by:.7g} * {one}" for one in of] + [f"w_down = w_down / {by:.7g}"]
+    code = _changed(b, {one: f"{by:.7g} * {one}" for one in of} | {"w_down": f"w_down / {by:.7g}"})
     what = f"quick_gelu(g) is silu({QUICK} g) / {QUICK}: multiply by {by:.7g} before it, and divide by that behind it"
-    return Mended([Need(what, (*of, "w_down"), "; ".join(code))], [], {"activation"})
+    return Mended([Need(what, (*of, "w_down"), code)], [], {"activation"})
 
 
 def _lifted(a: Surveyed, b: Surveyed) -> Mended:
@@ -356,7 +380,22 @@ def _lifted(a: Surveyed, b: Surveyed) -> Mended:
     if not more or not has(b, "b_up") or mine.clamp is not None or its.clamp is not None:
         return NOTHING
     what = f"{{a}} adds {mine.up_offset:g} to up and {{b}} {its.up_offset:g}: add {more:g} to the bias"
-    return Mended([Need(what, ("b_up",), f"b_up = b_up + {more:g}")], [], {"added to up"})
+    return Mended([Need(what, ("b_up",), _changed(b, {"b_up": f"b_up + {more:g}"}))], [], {"added to up"})
+
+
+def _changed(b: Surveyed, changes: Mapping[str, str]) -> str:
+    """Code that changes these in the form in which `b` keeps them."""
+    if not b.stored:
+        return "; ".join(f"{ours} = {how}" for ours, how in changes.items())
+    code = []
+    for one in (own.stacked for own in kept(b)):
+        mine = [f"{ours} = {changes[ours]}" for ours in one.ours if ours in changes]
+        if mine and len(one.ours) == 2:
+            plain, both = " ".join(_letters(one.axes)), ", ".join(one.ours)
+            code.append(_rearrange(both, one.called, one.axes, f"2 {plain}"))
+            mine.append(_rearrange(one.called, f"[{both}]", f"2 {plain}", one.axes))
+        code += mine
+    return "; ".join(code)
 
 
 def _both(a: Surveyed, b: Surveyed, *ours: str) -> tuple[str, ...]:
@@ -407,9 +446,9 @@ def _differences(a: Surveyed, b: Surveyed, mended: set[str]) -> Iterable[tuple[R
     other = [key for key, (own, another) in words.items() if own != another]
     sure = {key for key in other if _certain(a.card, b.card, mine.get(key), its.get(key))}
     wrong = {key for key in other if key.startswith("gradient d")}
-    follow = sure | ({"experts"} if _gated(a) != _gated(b) else set())
+    follow = sure | mended | ({"experts"} if _gated(a) != _gated(b) else set())
     for key in other:
-        if key in mended or FOLLOWS.get(key) in follow or (key == "gradients" and wrong):
+        if key in mended or FOLLOWS.get(key, set()) & follow or (key == "gradients" and wrong):
             continue
         level, shows = ("training", "in training") if key in wrong else SHOWS.get(key, EVERYWHERE)
         if key == "other tokens" and not any("the output" in one for one in words[key]):
@@ -430,15 +469,13 @@ def _setting(b: Surveyed, finding: Finding | None) -> str:
 
 def _certain(a: Card, b: Card, mine: Finding | None, its: Finding | None) -> bool:
     """Whether two cards, which differ in a finding, say what cannot both be so."""
-    if mine is None or its is None or not (_told(mine) and _told(its)):
+    if mine is None or its is None or not (told(mine) and told(its)):
         return False
     words = [set(one.what.removeprefix(CANNOT_TELL).split(OR)) for one in (mine, its)]
     if words[0] & words[1]:
         return False
     if mine.key == "of equal scores" and (a.asked.experts, a.asked.top_k) != (b.asked.experts, b.asked.top_k):
-        return any(
-            "the lower" in one.what.partition(" nor ")[0] for one in (mine, its)
-        )  # others go by how many there are
+        return any(one.what.startswith("the lower") for one in (mine, its))  # others go by how many there are
     if mine.key == "sum over the chosen" and min(a.asked.top_k, b.asked.top_k) <= 2:  # of two there is no order
         plain = [
             {re.sub(r"^(in order of|from the last of|from the last) \w+, ", "", one) for one in of} for of in words
@@ -447,7 +484,7 @@ def _certain(a: Card, b: Card, mine: Finding | None, its: Finding | None) -> boo
     return _apart(mine.what, its.what) if mine.key == "added to the sum" else True
 
 
-def _told(finding: Finding) -> bool:
+def told(finding: Finding) -> bool:
     """Whether a finding says what is, or a few things of which one is."""
     open_ended = finding.state == "cannot tell" and OR not in finding.what
     return finding.state != "unknown" and not open_ended and finding.what != GIVEN
@@ -472,15 +509,27 @@ class Measured(NamedTuple):
 
     def words(self, dtype: str) -> str:
         """What that comes to."""
-        if not self.apart > ROUNDED * 2 * unit_roundoff(dtype):
+        if self.apart <= tolerance(dtype):
             return "the same to rounding"
         return f"{percent(self.apart)} apart, most in {self.worst}"
+
+
+def ordered(differences: Sequence[Difference]) -> list[Difference]:
+    """The plain problem first, and of each the output first."""
+
+    def place(name: str) -> int:
+        return ORDER.index(name) if name in ORDER else len(ORDER)
+
+    return [
+        replace(one, apart={name: one.apart[name] for name in sorted(one.apart, key=place)})
+        for one in sorted(differences, key=lambda one: (one.problem != "plain", one.problem))
+    ]
 
 
 def measured(differences: Sequence[Difference]) -> list[Measured]:
     """The largest difference of each common problem."""
     found = []
-    for one in differences:
+    for one in ordered(differences):
         best = {name: min(value, one.scaled.get(name, math.inf)) for name, value in one.apart.items()}
         if best:
             worst = max(best, key=lambda name: math.inf if math.isnan(best[name]) else best[name])
@@ -492,7 +541,8 @@ def percent(value: float) -> str:
     """Of a number, in two digits."""
     if not math.isfinite(value):
         return "without bound"
-    return f"{100 * value:.2g}%" if value < 10 else f"{value:.2g} times"
+    digits = float(f"{100 * value if value < 10 else value:.2g}")
+    return f"{digits:g}%" if value < 10 else f"{digits:g} times"
 
 
 # ---- As text
@@ -505,19 +555,35 @@ def text(a: Surveyed, b: Surveyed, differences: Sequence[Difference] = ()) -> st
     def named(words: str) -> str:
         return words.replace("{a}", a.layer).replace("{b}", b.layer)
 
-    lines = [f"### From {a.layer} to {b.layer}, {a.dtype}", "", found.verdict, ""]
-    lines += ["What moving weights needs:", ""]
+    lines = [f"### From {a.layer} to {b.layer}, {a.dtype}", "", named(found.verdict), ""]
+    lines += [f"- {words}" for one in (a, b) for words in warnings(one)]
+    lines += [""] * (lines[-1] != "") + ["What moving weights needs:", ""]
     for need in found.needs:
         code = f": `{need.code}`" if need.code else ""
         lines.append(f"- {names(need, a, b)}{named(need.what)}{code}")
     for title, of in (("What no conversion mends:", found.remains), ("What cannot be told:", found.unsure)):
         if of:
             lines += ["", title, "", f"| | {a.layer} | {b.layer} | shows |", "|---|---|---|---|"]
-            lines += [f"| {one.key} | {one.a} | {one.b} | {named(one.shows)} |" for one in of]
-    if differences:
+            rows = ((one.key, one.a, one.b, named(one.shows)) for one in of)
+            lines += [f"| {' | '.join(cell.replace('|', BAR) for cell in row)} |" for row in rows]
+    if apart := measured(differences):
         lines += ["", "Measured, as a part of the largest number:", ""]
-        lines += [f"- {one.problem}: {one.words(a.dtype)}" for one in measured(differences)]
+        lines += [f"- {one.problem}: {one.words(a.dtype)}" for one in apart]
+        if found.same and any(one.apart > tolerance(a.dtype) for one in apart):
+            lines += ["", UNEXPLAINED]
     return "\n".join(lines) + "\n"
+
+
+def warnings(one: Surveyed) -> list[str]:
+    """What has to be said of a layer before anything else."""
+    unproved = [f"{one.layer} is not proved: {one.card.proof}"] if one.card and not one.card.proved else []
+    return unproved + [f"{one.layer}: {disobeyed(one, field)}" for field in one.disobeyed]
+
+
+def disobeyed(one: Surveyed, field: str) -> str:
+    """In words, a setting that its layer does not obey."""
+    assert one.card
+    return f"its configuration says {field} {one.states[field]}, the layer does {getattr(one.card.case, field)}"
 
 
 def names(need: Need, a: Surveyed, b: Surveyed) -> str:

@@ -9,11 +9,25 @@ from typing import Any, NamedTuple
 import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from parity.cases.case import DTYPES
+from parity.explain.hypotheses import CANNOT_TELL, tolerance
 from parity.judge.card import STAGE, Card, keys
-from parity.oracle.tolerances import unit_roundoff
 from parity.report.card import MARKS
 from parity.report.terminal import SURE, few
-from parity.survey.moving import EVERYWHERE, NEUTRAL, ROUNDED, SHOWS, kept, moving, said
+from parity.survey.moving import (
+    EVERYWHERE,
+    NEUTRAL,
+    SHOWS,
+    UNEXPLAINED,
+    disobeyed,
+    kept,
+    measured,
+    moving,
+    ordered,
+    said,
+    told,
+    warnings,
+)
 from parity.survey.records import Difference, Survey, Surveyed
 
 SHADES = 5  # of what a column says beside what most say, the commonest first; all that are rarer share the last
@@ -53,6 +67,7 @@ class Group(NamedTuple):
     members: list[Line]
     words: list[str]  # what sets it apart
     within: list[str]  # keys of which its members say different things
+    beside: str = ""  # what sets it apart from an earlier one of which the same was found
 
 
 class Side(NamedTuple):
@@ -74,18 +89,24 @@ class Side(NamedTuple):
 
 def page(survey: Survey, made: str = "") -> str:
     """The map as HTML, complete in itself; `made` is the day that it says, today's where there is none."""
-    sides = [_side(survey, dtype) for dtype in dict.fromkeys(one.dtype for one in survey.layers)]
+    sides = [_side(survey, dtype) for dtype in DTYPES if any(one.dtype == dtype for one in survey.layers)]
     return _ENVIRONMENT.get_template("map.html.j2").render(
         survey=survey,
         sides=sides,
-        example=next(
-            ([two[0].members[0].one, two[1].members[0].one] for side in sides if len(two := side.groups) > 1), []
-        ),
+        example=_example(sides),
         data=embedded(data(survey, sides)),
         made=made or f"{datetime.now(UTC):%Y-%m-%d}",
         versions=_versions(survey.layers),
         frameworks=Counter(one.framework for one in {one.layer: one for one in survey.layers}.values()),
     )
+
+
+def _example(sides: Sequence[Side]) -> list[Surveyed]:
+    """Two layers to begin with, of two frameworks or functions; none where there are no two."""
+    ones = [line for side in sides[:1] for line in side.lines]
+    others = [line for line in ones if line.one.framework != ones[0].one.framework]
+    others = others or [line for line in ones if line.function != ones[0].function] or ones[1:]
+    return [ones[0].one, others[0].one] if others else []
 
 
 # ---- The table
@@ -112,6 +133,11 @@ def _side(survey: Survey, dtype: str) -> Side:
         ]  # fmt: skip
         members = [line._replace(first=i == 0) for i, line in enumerate(members)]
         groups.append(Group(number, members, *_words(members, columns, saids)))
+    first: dict[tuple[str, ...], Group] = {}
+    for i, group in enumerate(groups):
+        other = first.setdefault(tuple(group.words), group)
+        if other is not group:
+            groups[i] = group._replace(beside=_beside(survey, other, group))
     return Side(
         dtype,
         len(places),
@@ -132,7 +158,7 @@ def _tells(saids: Counter[str]) -> float:
 def _cell(card: Card, key: str, saids: Counter[str]) -> Cell:
     own = said(card, finding := card.get(key))
     rank = [words for words, _ in saids.most_common()].index(own)
-    return Cell(key, own, finding.state if finding else "", rank == 0, min(rank, SHADES))
+    return Cell(key, own.removeprefix(CANNOT_TELL), finding.state if finding else "", rank == 0, min(rank, SHADES))
 
 
 def _words(
@@ -141,14 +167,26 @@ def _words(
     """What sets a group apart, and of what its members say different things."""
     words, within = [], []
     for key in dict.fromkeys((*FIRST, *columns)):
-        own = {said(line.card, line.card.get(key)) for line in members}
+        found = [(line.card, line.card.get(key)) for line in members]
+        own = {said(card, finding) for card, finding in found if finding is None or told(finding)}
+        own = own - {""} if key not in NEUTRAL else own
         if len(own) > 1:
             within.append(key)
-        elif key in saids and SHOWS.get(key, EVERYWHERE)[0] == "function":
+        elif own and SHOWS.get(key, EVERYWHERE)[0] == "function":
             (its,) = own
             if key in FIRST or its != saids[key].most_common(1)[0][0]:
                 words.append(f"{key}: {its}" if its else f"no {key}" if key in NEUTRAL else "")
     return [word for word in words if word], within
+
+
+def _beside(survey: Survey, other: Group, group: Group) -> str:
+    """What sets apart a group of which the same was found as of another."""
+    a, b = other.members[0], group.members[0]
+    here = measured(survey.apart.get(f"{min(a.place, b.place)} {max(a.place, b.place)}", []))
+    differ = [one for one in here if not one.apart <= tolerance(a.one.dtype)]
+    found = [f"{one.key}: {one.b}" for one in moving(a.one, b.one).remains if one.level != "roundings"]
+    said = [f"{one.problem}: {one.words(a.one.dtype)}" for one in differ]
+    return f"Beside group {other.number}: {'; '.join(found + said) or 'not measured'}."
 
 
 def _versions(layers: Iterable[Surveyed]) -> list[tuple[str, str]]:
@@ -187,14 +225,17 @@ def data(survey: Survey, sides: Sequence[Side]) -> dict[str, Any]:
     return {
         "layers": [_layer(one, words) for one in survey.layers],
         "places": {side.dtype: [line.place for line in side.lines] for side in sides},
-        "rounded": {side.dtype: ROUNDED * 2 * unit_roundoff(side.dtype) for side in sides},
+        "rounded": {side.dtype: tolerance(side.dtype) for side in sides},
         "ways": ways.values,
         "way": matrix,
         "needs": needs.values,
         "lines": lines.values,
-        "apart": {pair: [_apart(one, words) for one in found] for pair, found in survey.apart.items() if found},
+        "apart": {
+            pair: [_apart(one, words) for one in ordered(found)] for pair, found in survey.apart.items() if found
+        },
         "sure": {state: [MARKS[state][0], SURE[state]] for state in MARKS},
         "stage": STAGE,
+        "unexplained": UNEXPLAINED,
         "words": words.values,
     }
 
@@ -203,7 +244,7 @@ def _way(a: Surveyed, b: Surveyed, words: Table, needs: Table, lines: Table) -> 
     found = moving(a, b)
     return (
         words(found.verdict),
-        tuple(needs((words(n.what), " ".join(n.of), words(n.code), int(n.idle))) for n in found.needs),
+        tuple(needs((words(n.what), " ".join(n.of), words(n.code), n.idle + 2 * n.changes)) for n in found.needs),
         *(
             tuple(lines((words(r.key), words(r.a), words(r.b), words(r.shows))) for r in each)
             for each in (found.remains, found.unsure)
@@ -225,16 +266,10 @@ def _layer(one: Surveyed, words: Table) -> dict[str, Any]:
         "proof": words(card.proof if card else one.why),
         "command": card.command if card else "",
         "kept": [[its.name, " ".join(its.ours)] for its in kept(one)],
-        "disobeyed": [disobeyed(one, field) for field in one.disobeyed],
+        "warnings": warnings(one),
         "ran": {problem: words(why) for problem, why in one.ran.items() if why},
         "cells": findings,
     }
-
-
-def disobeyed(one: Surveyed, field: str) -> str:
-    """In words, a setting that its layer does not obey."""
-    assert one.card
-    return f"its configuration says {field} {one.states[field]}, the layer does {getattr(one.card.case, field)}"
 
 
 def _apart(one: Difference, words: Table) -> list[Any]:
@@ -272,4 +307,4 @@ _ENVIRONMENT = Environment(
     loader=PackageLoader("parity", "survey"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
     undefined=StrictUndefined,
 )  # fmt: skip
-_ENVIRONMENT.globals.update(disobeyed=disobeyed, sure=SURE, marks=MARKS)
+_ENVIRONMENT.globals.update(disobeyed=disobeyed, parameters=NEUTRAL, sure=SURE, marks=MARKS)
