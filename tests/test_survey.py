@@ -84,7 +84,11 @@ def test_two_layers_that_are_one_function_are_a_group_and_a_scale_is_told_apart(
     assert names == [["again", "plain"], ["doubled"]]
     place = {layer.layer.rpartition(":")[2]: i for i, layer in enumerate(survey.layers)}
     apart = {d.problem: d for d in survey.apart[f"{place['doubled']} {place['plain']}"]}
-    assert sorted(apart) == ["one expert a token", "plain"]  # what else they are given they do not take
+    assert sorted(apart) == [
+        "large gates and ups",
+        "one expert a token",
+        "plain",
+    ]  # what else they are given they do not take
     for quantity in ("out", "dx", "drouter", "dw_gate", "dw_up", "dw_down"):
         assert apart["plain"].apart[quantity] == pytest.approx(0.5, abs=1e-6), quantity
         assert apart["plain"].scaled[quantity] < 1e-6, quantity
@@ -128,11 +132,15 @@ def test_a_setting_that_the_layer_does_not_obey_is_told():
 def test_distance_is_of_the_largest_number():
     assert distance(np.array([1.0, 4.0]), np.array([1.0, 3.0])) == 0.25
     assert distance(np.zeros(3), np.zeros(3)) == 0
+    assert distance(np.array([1e-9]), np.array([-1e-9]), usual=1.0) == 2e-9
 
 
 def test_what_an_adapter_says_of_its_weights_is_read_without_its_package():
-    assert stored("maxtext:dense")["wo"] == "w_down: E F D"
-    assert stored("mine.py:layer") == {}
+    assert stored("maxtext:dense") == {
+        "gate.kernel": "router: D E", "wi_0": "w_gate: E D F", "wi_1": "w_up: E D F", "wo": "w_down: E F D",
+    }  # fmt: skip
+    assert stored("maxtext:deepseek3")["gate.bias"] == "selection_bias: E"
+    assert stored("maxtext:gpt_oss")["gate.bias"] == "router_bias: E"
 
 
 def test_the_command_goes_on_where_it_stopped(folder, tmp_path):

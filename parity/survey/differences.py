@@ -7,10 +7,15 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from parity.explain.hypotheses import tolerance
+from parity.oracle.quantities import OUTSIDE
+from parity.survey.moving import moving
 from parity.survey.records import Difference, Survey, Surveyed, load
 
 Arrays = dict[str, dict[str, np.ndarray]]  # by problem and quantity
 
+TIES = "of equal scores"
+PLAIN = "plain"  # the problem that says how large numbers usually are
+ALL = [name.rpartition("/")[2] for name in OUTSIDE]
 SHARED = "shared expert"  # begins the names of problems in which the scale is not of all that is added up
 
 
@@ -39,28 +44,35 @@ def _arrays(folder: Path, one: Surveyed) -> Arrays:
 def differences(a: Surveyed, of_a: Arrays, b: Surveyed, of_b: Arrays) -> list[Difference]:
     """Of each problem that both ran, in order."""
     scales = [one.card.case.scale for one in (a, b) if one.card]
+    usual = {name: max(map(largest, (of_a.get(PLAIN, {}).get(name), of_b.get(PLAIN, {}).get(name)))) for name in ALL}
     found = []
     for problem in of_a:
         if problem not in of_b:
             continue
         mine, other = of_a[problem], of_b[problem]
-        names = [name for name in mine if name in other]
-        one = Difference(problem, {name: distance(mine[name], other[name]) for name in names})
+        names = [name for name in ALL if name in mine and name in other]
+        one = Difference(problem, {name: distance(mine[name], other[name], usual[name]) for name in names})
         if len(set(scales)) == 2 and 0 not in scales and not problem.startswith(SHARED):
             s, t = scales
-            one.scaled = {name: distance(mine[name] / s, other[name] / t) for name in names}
+            least = min(abs(s), abs(t))
+            one.scaled = {name: distance(mine[name] / s, other[name] / t, usual[name] / least) for name in names}
         found.append(one)
     return found
 
 
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest difference over the largest number of both."""
-    largest = max(float(np.abs(a).max(initial=0)), float(np.abs(b).max(initial=0)))
-    return float(np.abs(a.astype(np.float64) - b).max(initial=0)) / largest if largest else 0.0
+def largest(a: np.ndarray | None) -> float:
+    """The largest number; 0 of nothing."""
+    return 0.0 if a is None else float(np.abs(a).max(initial=0))
+
+
+def distance(a: np.ndarray, b: np.ndarray, usual: float = 0.0) -> float:
+    """The largest difference over the largest number of both, or over the usual one where they are nearly zero."""
+    over = max(largest(a), largest(b), usual)
+    return float(np.abs(a.astype(np.float64) - b).max(initial=0)) / over if over else 0.0
 
 
 def groups(layers: list[Surveyed], apart: dict[str, list[Difference]]) -> list[list[int]]:
-    """Layers that are one function: they run the same problems, and on each all are alike but for roundings."""
+    """Layers that are one function: of any two, all that was measured and found is alike, but for roundings and ties."""
     found: list[list[int]] = []
     for i, one in enumerate(layers):
         if one.card is None:
@@ -82,4 +94,5 @@ def same(layers: list[Surveyed], apart: dict[str, list[Difference]], i: int, j: 
     if a.dtype != b.dtype or ran[0] != ran[1] or not found:
         return False
     allowed = tolerance(a.dtype)
-    return all(value <= allowed for one in found for value in one.apart.values())
+    alike = all(value <= allowed for one in found for value in one.apart.values())
+    return alike and not any(one.level != "roundings" and one.key != TIES for one in moving(a, b).remains)

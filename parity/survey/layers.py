@@ -43,9 +43,14 @@ def packages(backend: Backend) -> tuple[str, ...]:
 
 
 def stored(name: str) -> dict[str, str]:
-    """What the file of an adapter says, as `STORED`, of how its layer keeps what we give it."""
-    path = PUBLISHED / f"{re.split('[:@]', name)[0]}.py"
+    """What the file of an adapter says, as `STORED`, of how its layer keeps what that takes."""
+    path, takes = PUBLISHED / f"{re.split('[:@]', name)[0]}.py", ours.find(name).takes
+    found = {}
     for node in ast.parse(path.read_text()).body if path.exists() else ():
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "STORED":
-            return ast.literal_eval(node.value)
-    return {}
+            for own_name, place in ast.literal_eval(node.value).items():
+                of, _, axes = place.partition(": ")
+                for one in of.split(" or "):
+                    if set(one.split(" and ")) <= {*takes}:
+                        found[own_name] = f"{one}: {axes}"
+    return found

@@ -33,9 +33,13 @@ from parity.survey.records import Surveyed
 # No axis is as long as another, and groups of two to eight experts fit.
 SIZES: dict[str, Any] = {"ranks": 1, "tokens": 32, "width": 48, "hidden": 20, "experts": 16, "top_k": 3}
 
+LARGE = "large gates and ups"  # which a clamp keeps back
+TIMES = 32.0
+
 # What all layers are given: by name, what a case has beside the weights that each has.
 COMMON: dict[str, dict[str, Any]] = {
     "plain": {},
+    LARGE: {},
     "one expert a token": {"top_k": 1},
     "router bias": {"router_bias": True},
     "selection bias": {"selection_bias": True},
@@ -128,6 +132,8 @@ def problem(found: Case, name: str, changes: dict[str, Any]) -> Problem:
     kinds = {one.name: numpy_dtype(case.dtype_of(one.dtype)) for one in parameters_of(case)}
     narrow = numpy_dtype(case.dtype)  # also a router in float32 is given numbers that the tokens' dtype holds
     w = Parameters(**{one: getattr(drawn.parameters, one).astype(narrow).astype(kind) for one, kind in kinds.items()})
+    if name == LARGE:
+        w = w._replace(**{one: TIMES * getattr(w, one) for one in ("w_gate", "w_up") if one in kinds})
     x, dout = (a.reshape(case.ranks, case.tokens, -1).astype(numpy_dtype(case.dtype)) for a in (drawn.x, drawn.dout))
     whole = posed(case, x, w, dout, evaluated=False)
     return replace(whole, keep=np.ones_like(whole.keep))
