@@ -1,6 +1,7 @@
 """`python -m parity survey`."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +18,7 @@ from parity.run import ours
 from parity.survey import engine
 from parity.survey.differences import whole
 from parity.survey.layers import installed
+from parity.survey.moving import text
 from parity.survey.page import page
 from parity.survey.records import LINES, Survey, Surveyed, load
 
@@ -35,7 +37,8 @@ class Command:
 
     Examples:
         python -m parity survey                       half an hour on two cores
-        python -m parity survey families:mixtral maxtext:dense
+        python -m parity survey families:mixtral maxtext:dense     and the way from the first to the second
+        python -m parity survey families:qwen3_moe,norm_topk_prob=True    with another setting than the default
         python -m parity survey easydel@PATH/TO/python --out survey
     """
 
@@ -79,9 +82,23 @@ def run(command: Command) -> int:
     survey = whole(command.out)
     if not command.json:
         print_survey(Page(120), survey)
+        for way in ways(survey, command.layers, command.dtype):
+            Page(120).print(way, markup=False, soft_wrap=True)
     (command.out / "index.html").write_text(page(survey))
     say(f"wrote {command.out / 'index.html'} and {command.out / LINES}")
     return MATCH if all(one.card and one.card.proved for one in survey.layers) else MISMATCH
+
+
+def ways(survey: Survey, names: Sequence[str], dtypes: Sequence[str]) -> list[str]:
+    """Where two layers were named, the way from the first to the second in each dtype."""
+    found = []
+    for dtype in dtypes if len(names) == 2 else ():
+        place = {one.layer: i for i, one in enumerate(survey.layers) if one.dtype == dtype and one.card}
+        if set(names) <= place.keys():
+            i, j = (place[name] for name in names)
+            apart = survey.apart.get(f"{min(i, j)} {max(i, j)}", [])
+            found.append("\n" + text(survey.layers[i], survey.layers[j], apart))
+    return found
 
 
 def print_survey(console: Console, survey: Survey) -> None:

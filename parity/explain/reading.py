@@ -1149,12 +1149,13 @@ class _Sums(NamedTuple):
             "in order of expert": by_id,
             "from the last expert": by_id[:, ::-1],
         }
-        if K <= 2:
-            orders = {"": by_k}
         for words, order in orders.items():
             s, y = np.take_along_axis(s_nK, order, 1), np.take_along_axis(y_nKD, order[..., None], 1)
             for how, total in self._ways(s, y):
-                yield f"{words}{', ' * bool(words)}{how}", total.astype(self.dtype), False
+                if K > 2 or how.endswith(("not rounded", f"of products in {self.wide}")):
+                    yield f"{words}, {how}", total.astype(self.dtype), False
+                elif order is by_k:  # of two that are rounded alike it changes nothing
+                    yield how, total.astype(self.dtype), False
         if K > 2 and (self.ids_nK // self.per_rank).any():
             yield from self._by_rank(s_nK, y_nKD, {"in order of k": by_k, "in order of expert": by_id})
 

@@ -72,7 +72,7 @@ def distance(a: np.ndarray, b: np.ndarray, usual: float = 0.0) -> float:
 
 
 def groups(layers: list[Surveyed], apart: dict[str, list[Difference]]) -> list[list[int]]:
-    """Layers that are one function: of any two, all that was measured and found is alike, but for roundings and ties."""
+    """Layers that are one function: what was measured and found of any two is alike, but for roundings and ties."""
     found: list[list[int]] = []
     for i, one in enumerate(layers):
         if one.card is None:
