@@ -115,7 +115,8 @@ def small_cases() -> list[Case]:
         plain, ranks=1, name="like-lfm2", score_function="sigmoid", renormalize=True, epsilon=1e-6,
         router_dtype="activations", cast_scores=True,
     )  # fmt: skip
-    every = (plain, replace(plain, ranks=1), *models, ungated, lfm2)
+    of_one = replace(plain, ranks=1, name="of-one", top_k=1)
+    every = (plain, replace(plain, ranks=1), *models, ungated, lfm2, of_one)
     return [replace(case, name=f"{case.name}-{case.ranks}") for case in every]
 
 

@@ -609,14 +609,14 @@ class Reading:
             return
         fitted = factor[chosen_of(finding)]
         self.scale = _meant(fitted, self.case.scale, self.tolerance / math.sqrt(got.size))
-        about = "about " * (self.case.dtype in ("bfloat16", "float16") and self.scale != self.case.scale)
-        self._said(
-            "scale",
-            f"{about}{self.scale:g}",
-            experiment="by least squares over all of them",
-            fields={"scale": self.scale},
-            numbers={"fitted": fitted},
-        )
+        experiment, numbers = "by least squares over all of them", {"fitted": fitted}
+        if self.layout.odd and self.scale != self.case.scale:
+            said = "cannot tell: gate and up are elsewhere, and a clamp there would look like a scale"
+            self._said("scale", said, "cannot tell", experiment=experiment, numbers=numbers)
+        else:
+            about = "about " * (self.case.dtype in ("bfloat16", "float16") and self.scale != self.case.scale)
+            what = f"{about}{self.scale:g}"
+            self._said("scale", what, experiment=experiment, fields={"scale": self.scale}, numbers=numbers)
         if finding.fields:
             found = self._said_case()
             self.score = lambda logits_nE: self._scores(found, logits_nE)
