@@ -112,7 +112,7 @@ def keep_within_capacity(
         _, place_N = sort_by_key(bin_N, B)
     else:
         key_N = jnp.arange(N) % top_k if priority == "choice" else -jax.lax.stop_gradient(score_N)
-        place_N = invert(jnp.lexsort((key_N, bin_N)), N)
+        place_N = invert(jnp.lexsort((key_N, bin_N)))
     start_B = exclusive_cumsum(counts_E.reshape(B, -1).sum(axis=1))
     return (place_N < rows_or_zero(start_B, bin_N) + C) & (bin_N < B)
 

@@ -20,7 +20,7 @@ def expand_rows(
     """Row r is the token of assignment r, padding is zero. Backward, a token gathers its K rows: no scatter-add."""
     if kernels.use_kernels(x_TD):
         x_MD = kernels.expand_rows(x_TD, slot_TK, assignment_M.reshape(-1))
-        return x_MD.reshape(*assignment_M.shape, -1)
+        return x_MD.reshape(*assignment_M.shape, x_TD.shape[1])
     return rows_or_zero(x_TD, assignment_M // slot_TK.shape[1])
 
 
@@ -117,7 +117,7 @@ def expert_major_rows(
         source_S, target_S = kernels.expert_major_rows(counts_Pe, capacity)
         return source_S, target_S.reshape(n_bins, capacity)
     source_S = rank_bins_source(counts_Pe, capacity) if n_bins == P else expert_bins_source(counts_Pe, capacity)
-    return source_S, invert(source_S.reshape(-1), n_bins * capacity).reshape(n_bins, capacity)
+    return source_S, invert(source_S.reshape(-1)).reshape(n_bins, capacity)
 
 
 def rank_bins_source(counts_Pe: Integer[Array, "P e"], capacity: int) -> Integer[Array, " S"]:
@@ -164,10 +164,10 @@ def rows_or_zero(x: Array, index: Integer[Array, "..."]) -> Array:
     return jnp.asarray(x).at[index].get(mode="fill", fill_value=0)
 
 
-def invert(index_O: Integer[Array, " O"], n_rows: int) -> Integer[Array, " M"]:
+def invert(index_O: Integer[Array, " O"]) -> Integer[Array, " O"]:
     """The inverse of a permutation with gaps: invert(index)[index[r]] = r, and O where no index points."""
     row_O = jnp.arange(index_O.shape[0])
-    return jnp.full(n_rows, index_O.shape[0], row_O.dtype).at[index_O].set(row_O, mode="drop")
+    return jnp.full_like(row_O, index_O.shape[0]).at[index_O].set(row_O, mode="drop")
 
 
 def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array, " N"], Integer[Array, " N"]]:
@@ -180,7 +180,7 @@ def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array
     if kernels.use_kernels(key_N):
         return kernels.sort_by_key(key_N, n_keys)
     order_N = key_N.argsort(stable=True)
-    return order_N, invert(order_N, order_N.shape[0])
+    return order_N, invert(order_N)
 
 
 def exclusive_cumsum(counts: Integer[Array, " n"]) -> Integer[Array, " n"]:

@@ -13,12 +13,14 @@ import torch
 import jax_impl
 import jax_impl.checks
 import jax_impl.grouping
+import jax_impl.layout
 import torch_impl
 import torch_impl.checks
 import torch_impl.exchange
 import torch_impl.layout
 import torch_impl.static.checks
-from jax_impl import Capacity, plan_capacity
+import torch_impl.static.layout
+from jax_impl import Capacity
 
 T, D, F, E, K = 3, 4, 8, 4, 2
 IDS = [[0, 1], [2, 3], [1, 0]]
@@ -72,11 +74,58 @@ def test_good_input_passes(side):
     side.layer(**arguments(side), router=side.package.Router(K), routing=routing(side))
 
 
+WORDS = [{name: word} for name, words in jax_impl.checks.ROUTER_WORDS.items() for word in words if word != "input"]
+EDGES = [{"top_k": 1, "score_on": "input"}, {"top_k": E}, {"epsilon": 0.0}, {"scale": 0.0}, {"groups": 2}]
+
+
+@both
+@pytest.mark.parametrize("how", [*WORDS, *EDGES], ids=str)
+def test_what_a_router_may_be(side, how):
+    x, router = side.asarray(normal(T, D)), side.asarray(normal(D, E))
+    side.package.route(x, router, side.package.Router(**({"top_k": K} | how)))
+
+
+@both
+@pytest.mark.parametrize("n_experts", [1, 6])
+def test_any_number_of_experts_beside_any_width(side, n_experts):
+    """As many as D, and what should be of E could be of D."""
+    x, router = side.asarray(normal(T, D)), side.asarray(normal(D, n_experts))
+    per_expert = side.package.PerExpert(*[side.asarray(normal(n_experts))] * 3)
+    k = max(1, n_experts - 1)
+    ids = side.asarray(np.tile(np.arange(k)[::-1] + n_experts - k, (T, 1)))
+    of = side.package.Router(k, groups=k // 2 + 1, top_groups=k // 2 + 1)
+    side.package.route(x, router, of, expert_id_TK=ids, per_expert=per_expert)
+    with pytest.raises(ValueError, match=f"top_k is {D} with {D - 1} experts: it must be between 1 and E"):
+        side.package.route(x, side.asarray(normal(D, D - 1)), side.package.Router(D))
+
+
+@both
+def test_no_tokens(side):
+    x, router, ids = (side.asarray(a) for a in (normal(0, D), normal(D, E), np.zeros((0, K), np.int32)))
+    side.package.route(x, router, side.package.Router(K), expert_id_TK=ids)
+
+
+@both
+@pytest.mark.parametrize("dtype", jax_impl.checks.DTYPES)
+@pytest.mark.parametrize("integer", ["int32", "int64"])
+def test_dtypes(side, dtype, integer):
+    kinds, package = (torch if side is Torch else jnp), side.package
+    with jax.enable_x64(True):
+        x, router, *weights = (side.asarray(a, dtype=getattr(kinds, dtype)) for a in arguments(side).values())
+        given = routing(side)
+        ids, counts = (side.asarray(a, dtype=getattr(kinds, integer)) for a in given[1:])
+        package.checks.check_router(x, router, package.Router(K), None, package.PerExpert())
+        package.checks.check_routing(x, given.score_TK, ids, counts)
+        package.checks.check_experts(x, E, 1, *weights, package.Experts(), package.Biases(), None)
+
+
 @both
 @pytest.mark.parametrize(
     ("changed", "how", "message"),
     [
         ({"x_TD": normal(2, T, D)}, {}, r"\(2, 3, 4\).*flatten the batch"),
+        ({"x_TD": normal(2, D, T)}, {}, r"\(2, 4, 3\).*flatten the batch"),
+        ({"router_DE": normal(D, E, 1)}, {}, r"\(4, 4, 1\): flatten the batch into T, and keep the router"),
         ({"router_DE": normal(E + 1, D)}, {}, r"\(5, 4\).*\[D, E\]"),
         ({"x_TD": np.ones((T, D), np.int32)}, {}, "x is .*int32.*must be float32, bfloat16, float16 or float64"),
         ({"router_DE": np.ones((D, E), np.int32)}, {}, "router .*int32.*floating point"),
@@ -153,6 +202,14 @@ def test_expert_options(side, given, message):
         side.layer(**arguments(side), router=side.package.Router(K), experts=side.package.Experts(**given))
 
 
+@pytest.mark.parametrize("checks", [torch_impl.checks, jax_impl.checks])
+def test_what_experts_may_be(checks):
+    for activation in checks.ACTIVATIONS:
+        checks.check_expert_options(torch_impl.Experts(activation), gated=True)
+        checks.check_expert_options(torch_impl.Experts(activation), gated=False)
+    checks.check_expert_options(torch_impl.Experts(clamp=0.5, up_offset=1.0), gated=True)
+
+
 @both
 @pytest.mark.parametrize("given", [{"clamp": 7.0}, {"up_offset": 1.0}])
 def test_what_needs_a_gate(side, given):
@@ -219,6 +276,7 @@ def test_a_shared_expert_without_a_gate_beside_experts_without(side):
         ({"ids": [[0, 1], [2, 4], [1, 0]]}, "expert ids run from 0 to 4 with 4 experts: they must be in .0, 4."),
         ({"ids": [[0, 1], [2, -1], [1, 0]]}, "expert ids run from -1 to 2 with 4 experts"),
         ({"ids": [[0, 1], [3, 3], [1, 0]]}, r"token 1 chose experts \[3, 3\]: a token's experts must differ"),
+        ({"ids": [[0, 1], [3, 3], [2, 2]]}, r"token 1 chose experts \[3, 3\]: a token's experts must differ"),
         ({"ids": np.array(IDS, np.float32)}, "expert ids are .*float32: they must be int32 or int64"),
         ({"ids": [[0], [1], [2]]}, r"scores have shape .3, 2. and expert ids .3, 1"),
         ({"ids": IDS[:2], "score": normal(2, K)}, r"scores have shape .2, 2. .*x .3, 4.: both must be \[T, K\]"),
@@ -241,12 +299,13 @@ def test_routing_made_before(side, changed, message):
     [
         ([[0, 1]], r"expert ids have shape .1, 2., scores will have .3, 2.: replay"),
         ([[0, 1], [2, 4], [1, 0]], "expert ids run from 0 to 4 with 4 experts"),
+        ([[4]], "expert ids run from 4 to 4 with 4 experts"),
     ],
 )
 def test_replayed_ids(side, ids, message):
-    x, router = side.asarray(normal(T, D)), side.asarray(normal(D, E))
+    x, router = side.asarray(normal(T if len(ids[0]) == K else 1, D)), side.asarray(normal(D, E))
     with pytest.raises(ValueError, match=message):
-        side.package.route(x, router, side.package.Router(K), expert_id_TK=side.asarray(np.array(ids)))
+        side.package.route(x, router, side.package.Router(len(ids[0])), expert_id_TK=side.asarray(np.array(ids)))
 
 
 @both
@@ -347,12 +406,17 @@ def test_output_size():
         torch_impl.layout.to_expert_major(torch.ones(2, 4), counts, 3)
 
 
+plans = pytest.mark.parametrize("plan", [torch_impl.static.plan_capacity, jax_impl.plan_capacity])
+
+
+@plans
 @pytest.mark.parametrize("factor", [0, -1, "-1/2", float("inf"), float("nan"), "none", "1/0"])
-def test_capacity_factor(factor):
+def test_capacity_factor(plan, factor):
     with pytest.raises(ValueError, match="must be finite and positive, as a decimal"):
-        plan_capacity(factor, 8, 2, 4, 2)
+        plan(factor, 8, 2, 4, 2)
 
 
+@plans
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -362,15 +426,24 @@ def test_capacity_factor(factor):
         ({"priority": "first"}, "priority is 'first': it must be 'token', 'choice' or 'score'"),
     ],
 )
-def test_plan_capacity(how, message):
+def test_plan_capacity(plan, how, message):
     with pytest.raises(ValueError, match=message):
-        plan_capacity(**({"factor": 1, "n_tokens": 8, "top_k": 2, "n_experts": 4, "n_ranks": 2} | how))
+        plan(**({"factor": 1, "n_tokens": 8, "top_k": 2, "n_experts": 4, "n_ranks": 2} | how))
 
 
-def test_bins_that_do_not_divide_the_experts():
-    for check in (jax_impl.checks.check_capacity, torch_impl.static.checks.check_capacity):
-        with pytest.raises(ValueError, match="3 bins for 4 experts: use one bin per rank, or one per expert"):
-            check(3, 4, "token", 4)
+@pytest.mark.parametrize("check", [torch_impl.static.checks.check_capacity, jax_impl.checks.check_capacity])
+def test_bins_that_do_not_divide_the_experts(check):
+    for n_bins in (3, 0):
+        with pytest.raises(ValueError, match=f"{n_bins} bins for 4 experts: use one bin per rank, or one per expert"):
+            check(n_bins, 4, "token", 4)
+    check(2, 1, "token", 4)
+
+
+@both
+def test_bins_that_are_received(side):
+    layout = torch_impl.static.layout if side is Torch else jax_impl.layout
+    with pytest.raises(ValueError, match="3 bins for 2 ranks of 4 experts in all"):
+        layout.to_expert_major(side.asarray(normal(3, 2, D)), side.asarray(np.ones((2, 2), np.int32)))
 
 
 def test_bins_are_looked_at_before_anything_is_sent(monkeypatch):

@@ -17,6 +17,7 @@ from problems import STANDARD, bits
 from torch_ranks import TorchRanks
 
 import jax_impl
+import torch_impl.matmul
 from parity.capture import measure as capture
 from parity.capture.measure import K, Measured, T, e
 from parity.cli import main
@@ -27,6 +28,17 @@ from parity.run.faults import ROOT, Fault, plant
 def patient(monkeypatch):
     """Compiling may take longer than the ranks are given otherwise."""
     monkeypatch.setattr("torch_ranks.SECONDS", 600)
+
+
+@pytest.mark.parametrize("frozen", ["x", "w"])
+def test_the_product_that_a_compiler_is_given_has_either_gradient_alone(frozen):
+    counts = torch.tensor([2, 0, 3])
+    x, w = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 4), (3, 4, 6)))
+    (leaf,) = leaves = [a for name, a in (("x", x), ("w", w)) if name != frozen]
+    given = [a if a is leaf else a.detach() for a in (x, w)]
+    products = (torch.ops.moe_parity.grouped_matmul, torch_impl.matmul.grouped_matmul)
+    got, plain = (torch.autograd.grad(product(*given, counts).square().sum(), leaves)[0] for product in products)
+    assert bits(got) == bits(plain)
 
 
 LIST_SUM = "    sent, total = map(sum, splits_2P.tolist())\n"

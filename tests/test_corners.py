@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax_ranks import AXIS, over_ranks, to_jax, trace_over_data_and_experts
 from problems import STANDARD, WEIGHTS, bits, close, dense, draw, who_stays
+from ragged_exchange import ragged_all_to_all
 from test_one_sync import OnDevice, on_device
 from torch_ranks import TorchRanks, detach, layer_arguments
 
@@ -206,22 +207,6 @@ def test_static_pytorch_reads_no_value(monkeypatch, n_bins, priority, width):
 # ---- dynamic JAX: its collective needs GPUs, so here it is replaced by what its documentation says
 
 
-def ragged_all_to_all(
-    operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name, axis_index_groups=None
-):
-    """`jax.lax.ragged_all_to_all` by its documentation, in collectives that every backend has."""
-    me = jax.lax.axis_index(axis_name)
-    rows, starts, sizes, places = (
-        jax.lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)
-    )
-    row = jnp.arange(output.shape[0])
-    for p in range(rows.shape[0]):
-        inside = (row >= places[p, me]) & (row < places[p, me] + sizes[p, me])
-        sent = rows[p].at[starts[p, me] + row - places[p, me]].get(mode="fill", fill_value=0)
-        output = jnp.where(inside[:, None], sent, output)
-    return output
-
-
 @pytest.fixture
 def emulated(monkeypatch):
     """The collective by its documentation, on any device."""
@@ -267,7 +252,9 @@ DYNAMIC_PRESETS = [
     "zipf",
     "idle-rank",
     "p1",
+    "t0",
     "bfloat16",
+    "uneven",
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("stay-home", "k-all", "t1", "pydoc")),
 ]
 
@@ -305,13 +292,14 @@ def test_no_ids_overflow_the_buffer(emulated):
     np.testing.assert_array_equal(out, x * expected[..., None])
 
 
-def test_sizes_past_a_buffer_are_cut(emulated, monkeypatch):
+@pytest.mark.parametrize("size", [7, 5, 4])
+def test_sizes_past_a_buffer_are_cut(emulated, monkeypatch, size):
     """A buffer that is too small, which the layer never asks for: what fits arrives, and no size reaches past it."""
     asked = []
 
     def record(x, output, starts, sizes, places, received, **axis):
         asked.append((x.shape[0], output.shape[0]))
-        bad = (starts + sizes > x.shape[0]) | (places + sizes > output.shape[0])
+        bad = (starts + sizes > x.shape[0]) | (places + sizes > output.shape[0]) | (sizes < 0) | (received < 0)
         bad_here = received.sum() > output.shape[0]
         return ragged_all_to_all(x, output, starts, sizes, places, received, **axis) / ~(bad.any() | bad_here)
 
@@ -321,14 +309,14 @@ def test_sizes_past_a_buffer_are_cut(emulated, monkeypatch):
 
     def there_and_back(x, counts):
         _, splits = exchange.exchange_counts(counts, AXIS)
-        received = exchange.send_tokens(x, splits, 7, AXIS)
+        received = exchange.send_tokens(x, splits, size, AXIS)
         return received, exchange.return_tokens(received, splits, 6, AXIS)
 
     received, back = over_ranks(there_and_back)(x, counts)
-    assert asked == [(6, 7), (7, 6)]
-    np.testing.assert_array_equal(received[0], np.concatenate([x[0, :5], x[1, :2]]))
-    np.testing.assert_array_equal(back[0], x[0])
-    np.testing.assert_array_equal(back[1], np.concatenate([x[1, :2], np.zeros((3, 4)), x[1, 5:]]))
+    assert asked == [(6, size), (size, 6)]
+    np.testing.assert_array_equal(received[0], np.concatenate([x[0, :5], x[1, :5]])[:size])
+    x[0, size:5] = x[1, max(size - 5, 0) : 5] = 0
+    np.testing.assert_array_equal(back, x)
 
 
 def test_dynamic_jax_says_where_it_does_not_run(monkeypatch):

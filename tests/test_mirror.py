@@ -66,7 +66,6 @@ MAIN = Pair(
         "matmul.matmul": "accumulates in float32, which in PyTorch is the default",
         "glu.clamped": "with the slope at the bounds that PyTorch's clamp has",
         "rows.rows_or_zero": "a gather in which an index past the end reads padding",
-        "rows.invert": {"n_rows"},  # more than there are indices, where there is padding
         "layer.Stages": {"dropped"},
         "layer.moe_layer": {"capacity"},
         "checks.check_capacity_factor": "",
@@ -90,7 +89,6 @@ DYNAMIC = Pair(
         "exchange.Splits": {"received_at", "returned_at"},  # places in the buffers of other ranks
         "exchange.send_tokens": {"output_size"},
         "exchange.return_tokens": {"output_size"},
-        "rows.invert": {"n_rows"},
         "checks.check_ragged_exchange": "it does not run everywhere",
     },
     ONLY_IN_TORCH
@@ -313,7 +311,7 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
         "grouping.combine": SAME,
         "layout.to_rank_major": SAME,
         "experts.apply_experts": SAME,
-        "rows.sort_by_key": (["return (order, invert(order))"], ["return (order, invert(order, order.shape[0]))"]),
+        "rows.sort_by_key": SAME,
         "rows.exclusive_cumsum": SAME,
         "glu.glu": (
             [
@@ -340,11 +338,11 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
                 "    key_N = np.arange(N) % top_k if priority == 'choice' else -score_N.detach()",
                 "    by_key_N = key_N.argsort(stable=True)",
                 "    by_bin_N, _ = sort_by_key(bin_N[by_key_N], B)",
-                "    place_N = invert(by_key_N[by_bin_N], N)",
+                "    place_N = invert(by_key_N[by_bin_N])",
             ],
             [
                 "    key_N = np.arange(N) % top_k if priority == 'choice' else -jax.lax.stop_gradient(score_N)",
-                "    place_N = invert(np.lexsort((key_N, bin_N)), N)",
+                "    place_N = invert(np.lexsort((key_N, bin_N)))",
             ],
         ),
         "grouping.combine": SAME,

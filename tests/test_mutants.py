@@ -75,6 +75,19 @@ def test_what_becomes_of(source, change):
     assert change in found, found
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        b"y = f(x) if a is None and kernels.use_kernels(x) else x",
+        b"if x.ndim == 2 and kernels.use_kernels(x):\n    y = x + 1",
+        b"fits = fits_grouped_mm(x, w)",
+        b"y = min(a, b)",
+    ],
+)
+def test_what_a_cpu_cannot_tell_is_left_as_it_is(source):
+    assert changes(source) == set()
+
+
 def test_each_mutant_of_the_implementations_is_another_program():
     everything = mutants.mutants()
     assert len({m.id for m in everything}) == len({m.name for m in everything}) == len(everything) > 1000
@@ -85,9 +98,27 @@ def test_each_mutant_of_the_implementations_is_another_program():
     assert {m.backend for m in everything} == {"torch", "torch-static", "jax", "jax-dynamic"}
 
 
-def test_what_is_called_equivalent_is_a_mutant():
-    names = [m.name for m in mutants.mutants()]
-    assert all(any(re.search(pattern, name) for name in names) for pattern in mutants.EQUIVALENT)
+@pytest.mark.parametrize("pattern", [*mutants.EQUIVALENT, *mutants.REACHED_BY])
+def test_what_is_said_of_mutants_is_of_some(pattern):
+    assert any(re.search(pattern, m.name) for m in mutants.mutants())
+
+
+@pytest.mark.parametrize("pattern", mutants.REACHED_BY)
+def test_what_few_cases_reach_is_judged_by_them_all(pattern):
+    """And by no other, which runs none of it."""
+    mutant = next(m for m in mutants.mutants() if re.search(pattern, m.name) and not m.equivalent)
+    reaches = mutants.REACHED_BY[pattern]
+    found = [name for name, cases in mutants.presets().items() if any(reaches(PRESETS[case]) for case in cases)]
+    rounds = [name for name in mutants.rounds_of(mutant, tests=False) if "/" not in name]
+    assert rounds == (found[: mutants.ROUNDS_OF_CHECKS] if mutant.in_checks else found)
+    assert 0 < len(found) < len(mutants.presets()) / 2
+
+
+def test_what_another_corner_imports_is_judged_by_it_too():
+    rounds = {m.backend: mutants.rounds_of(m, tests=False) for m in mutants.mutants() if not m.in_checks}
+    assert {backend: names[-1] for backend, names in rounds.items() if "/" in names[-1]} == {
+        "torch": "sigmoid/torch-static", "jax": "sigmoid/jax-dynamic"
+    }  # fmt: skip
 
 
 def test_every_program_is_in_a_round_and_every_file_of_tests_is_one():
@@ -109,6 +140,11 @@ def test_no_round_is_run_twice_on_the_same_text(tmp_path):
     known.add(line(mutant, second, "hang"))
     assert known.next_round(mutant, tests=True) is None
     assert known.outcome(mutant) == "check"
+    tests = "test_bad_input.py"
+    known.add(line(itself := mutants.unchanged()[0], tests, "match") | {"tests": "others"})
+    assert tests not in known.of(itself)
+    known.add(line(itself, tests, "match") | {"tests": mutants.hash_of(f"tests/{tests}")})
+    assert tests in known.of(itself)
     older = Known(tmp_path / "none")
     older.add(line(mutant, first, "mismatch") | {"hash": "another text"})
     assert older.next_round(mutant, tests=False) == 0

@@ -70,6 +70,13 @@ def test_an_expert_bin_with_room():
     assert [rows.tolist() for (rows,) in got.values()] == [[_, _, _, 0, _, _]] * 3
 
 
+def test_a_token_that_is_padding_is_sent_nowhere_and_ragged_buffers_stay_as_long():
+    ids = np.array([[[1]], [[-1]]])
+    got = row_tables(Case(ranks=2, tokens=1, experts=2, top_k=1), ids, ids >= 0, "ragged")
+    tables = {order: [rows.tolist() for rows in per_rank] for order, per_rank in got.items()}
+    assert tables == {"grouped": [[0], [_]], "received": [[_, _], [0, _]], "expert_major": [[_, _], [0, _]]}
+
+
 def test_positions():
     assert positions(np.array([7, _, 3, 9]), np.array([3, _, 7])).tolist() == [2, 3, 0, 3]
 

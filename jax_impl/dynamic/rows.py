@@ -14,7 +14,7 @@ def expert_major_rows(
     Shapes: source_R, target_R.
     """
     source_R = expert_major_source(counts_Pe, output_size)
-    return source_R, invert(source_R, output_size)
+    return source_R, invert(source_R)
 
 
 def expert_major_source(counts_Pe: Integer[Array, "P e"], output_size: int) -> Integer[Array, " R"]:

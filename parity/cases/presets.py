@@ -23,6 +23,7 @@ def _presets() -> dict[str, Case]:
         "ties": replace(base, pattern="ties"),
         "k1": replace(base, top_k=1),
         "k-all": replace(base, top_k=8, tokens=8),
+        "t0": replace(base, tokens=0, ranks=1),
         "t1": replace(base, tokens=1),
         "p1": replace(base, ranks=1),
         "p4": replace(base, tokens=24, experts=16, top_k=4),
@@ -116,10 +117,14 @@ def _presets() -> dict[str, Case]:
         "uneven": replace(base, uneven=True, pattern="zipf"),
         "uneven-drop": replace(heavy, uneven=True, priority="score"),
         "uneven-compiled": replace(base, ranks=2, uneven=True, way="compiled"),
-        "in-flight": replace(base, way="in_flight"),
+        # Of both steps the second chooses for itself; the scale, which all ranks share, is of whom each of them chose.
+        "in-flight": replace(base, way="in_flight", expert_scale=True),
         "two-groups": replace(base, ranks=2, way="two_groups"),
         "wide": replace(base, ranks=16, experts=128, top_k=8, tokens=3, capacity_factor="1.25", pattern="zipf"),
     }
+    # Of programs that are there already, numbers at which other code decides.
+    cases["small-softplus"] = replace(cases["like-deepseek-v4"], logit_offset=-39.5)  # from -40 down it is an exp
+    cases["wide-ties"] = replace(cases["wide"], pattern="ties")  # a sort of few numbers is stable, asked to be or not
     return {name: replace(case, name=name) for name, case in cases.items()}
 
 

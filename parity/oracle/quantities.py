@@ -58,6 +58,7 @@ class Quantity:
     backward: bool = False
     order: str = ""  # of rows: the table in `rows` that says where each lies
     zero_padding: tuple[Mode, ...] = ()  # modes in which the rows between are promised to be zero
+    zero_where: Callable[[Case], bool] = lambda case: True  # noqa: ARG005  in these cases
     past_the_end: Callable[[Case, int], int] | None = None  # of an index: what stands in padding, given the rows there
     layouts: tuple[Layout, ...] = field(default=SEEN)
     # Cases in which what is moved, and on its own is equal bit for bit, was computed in the whole layer.
@@ -83,7 +84,7 @@ class Quantity:
         """What stands between the rows of an array of so many, or None where nothing is promised."""
         if self.past_the_end:
             return self.past_the_end(case, rows)
-        return 0 if mode in self.zero_padding else None
+        return 0 if mode in self.zero_padding and self.zero_where(case) else None
 
     def names(self) -> list[str]:
         """mode/stage/value, for each mode that has it."""
@@ -159,6 +160,11 @@ def _scores_on_input(case: Case) -> bool:
     return case.score_on == "input"
 
 
+def _zero_of_zero(case: Case) -> bool:
+    """Whether experts make zero of padding: in an expert's own bin they make of it what they make of zero."""
+    return case.bins == case.ranks or not case.expert_bias
+
+
 _is_shared = BY_NAME["shared_w_up"].there
 
 _TABLE = [
@@ -230,7 +236,10 @@ _TABLE = [
     Quantity(
         "to_expert_major/dx", "A D", "case", "bits", _dx, order="received", backward=True, zero_padding=_ALONE
     ),
-    Quantity("apply_experts/y", "A D", "case", "allowance", _layer("y"), _layer("y"), order="expert_major"),
+    Quantity(
+        "apply_experts/y", "A D", "case", "allowance", _layer("y"), _layer("y"),
+        order="expert_major", zero_padding=_BOTH, zero_where=_zero_of_zero,
+    ),
     Quantity(
         "apply_experts/dx", "A D", "case", "allowance", lambda o, _: o.experts_backward[0],
         order="expert_major", backward=True,

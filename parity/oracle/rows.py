@@ -23,8 +23,8 @@ def row_tables(case: Case, expert_id: Array, keep: Array, layout: Layout) -> Tab
     """Rows as they are grouped on the sender, as received, and expert-major, on each rank.
 
     Dynamic arrays hold every assignment and no padding. Ragged ones are the same in buffers of the most rows that a
-    rank can receive. Static ones hold those kept, in bins of C rows; after rank bins the expert-major padding comes
-    last, after expert bins each (expert, source) keeps its bin.
+    rank can have, or receive. Static ones hold those kept, in bins of C rows; after rank bins the expert-major padding
+    comes last, after expert bins each (expert, source) keeps its bin.
     """
     P, C, e = case.ranks, case.capacity, case.experts // case.ranks
     bin_per_expert = layout == "static" and case.bins != P  # with an expert a rank, both kinds of bin are the same
@@ -42,6 +42,10 @@ def row_tables(case: Case, expert_id: Array, keep: Array, layout: Layout) -> Tab
             return joined(padded(segment, C) for segment in segments)
         return padded(joined(segments), C) if layout == "static" else joined(segments)
 
+    def grouped(source: int) -> list[int]:
+        rows = joined(sent(source, q) for q in range(P))
+        return padded(rows, case.assignments) if layout == "ragged" else rows
+
     def received(target: int) -> list[int]:
         rows = joined(sent(p, target) for p in range(P))
         return padded(rows, case.most_received) if layout == "ragged" else rows
@@ -54,7 +58,7 @@ def row_tables(case: Case, expert_id: Array, keep: Array, layout: Layout) -> Tab
         return padded(joined(segments), most)
 
     return {
-        "grouped": [np.array(joined(sent(p, q) for q in range(P)), np.int64) for p in range(P)],
+        "grouped": [np.array(grouped(p), np.int64) for p in range(P)],
         "received": [np.array(received(q), np.int64) for q in range(P)],
         "expert_major": [np.array(expert_major(q), np.int64) for q in range(P)],
     }

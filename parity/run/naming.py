@@ -24,7 +24,7 @@ MAIN = {
 MADE_BY = {
     "routing": "route",
     "grouped": "group_by_expert",
-    "counts_Pe": "exchange_counts",
+    "counts_Pe": "exchange_counts/counts",
     "splits": "exchange_counts",
     "received": "send_tokens",
     "expert_major": "to_expert_major",

@@ -114,7 +114,7 @@ def keep_within_capacity(
         key_N = torch.arange(N, device=expert_N.device) % top_k if priority == "choice" else -score_N.detach()
         by_key_N = key_N.argsort(stable=True)  # PyTorch has no lexsort
         by_bin_N, _ = sort_by_key(bin_N[by_key_N], B)
-        place_N = invert(by_key_N[by_bin_N], N)
+        place_N = invert(by_key_N[by_bin_N])
     start_B = exclusive_cumsum(counts_E.reshape(B, -1).sum(dim=1))
     return (place_N < rows_or_zero(start_B, bin_N) + C) & (bin_N < B)
 

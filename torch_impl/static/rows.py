@@ -25,7 +25,7 @@ class _ExpandRows(torch.autograd.Function):
         ctx.save_for_backward(slot_TK)
         if kernels.use_kernels(x_TD):
             x_MD = kernels.expand_rows(x_TD, slot_TK, assignment_M.reshape(-1))
-            return x_MD.reshape(*assignment_M.shape, -1)
+            return x_MD.reshape(*assignment_M.shape, x_TD.shape[1])
         return rows_or_zero(x_TD, assignment_M // slot_TK.shape[1])
 
     @staticmethod
@@ -113,7 +113,7 @@ def expert_major_rows(
     """
     P, _ = counts_Pe.shape
     source_S = rank_bins_source(counts_Pe, capacity) if n_bins == P else expert_bins_source(counts_Pe, capacity)
-    return source_S, invert(source_S.reshape(-1), n_bins * capacity).reshape(n_bins, capacity)
+    return source_S, invert(source_S.reshape(-1)).reshape(n_bins, capacity)
 
 
 def rank_bins_source(counts_Pe: Integer[Tensor, "P e"], capacity: int) -> Integer[Tensor, " S"]:
@@ -161,8 +161,9 @@ def rows_or_zero(x: Tensor, index: Integer[Tensor, "..."]) -> Tensor:
     return torch.where(inside, x[index.clamp(max=x.shape[0] - 1)], 0)
 
 
-def invert(index_O: Integer[Tensor, " O"], n_rows: int) -> Integer[Tensor, " M"]:
+def invert(index_O: Integer[Tensor, " O"]) -> Integer[Tensor, " O"]:
     """The inverse of a permutation with gaps: invert(index)[index[r]] = r, and O where no index points."""
-    row_O = torch.arange(index_O.shape[0], device=index_O.device)
-    inverse = row_O.new_full((n_rows + 1,), index_O.shape[0])  # all that points past the end meets in one place more
+    (n_rows,) = index_O.shape
+    row_O = torch.arange(n_rows, device=index_O.device)
+    inverse = row_O.new_full((n_rows + 1,), n_rows)  # all that points past the end meets in one place more
     return inverse.scatter(0, index_O.clamp(max=n_rows), row_O)[:n_rows]
