@@ -1,11 +1,13 @@
 """The survey: each layer in a process of its own, what fails says why, and how far two layers are apart."""
 
 import json
+import lzma
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -112,7 +114,7 @@ def test_all_layers_are_given_the_same_numbers(folder):
 
 def test_the_last_line_of_a_layer_counts(tmp_path):
     lines = [Surveyed("a", "float32", "torch", {}, why="first"), Surveyed("a", "float32", "torch", {}, why="last")]
-    (tmp_path / LINES).write_bytes(b"".join(engine.msgspec.json.encode(line) + b"\n" for line in lines))
+    (tmp_path / LINES).write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
     assert [found.why for found in load(tmp_path)] == ["last"]
 
 
@@ -159,3 +161,21 @@ def test_the_command_goes_on_where_it_stopped(folder, tmp_path):
     assert len((out / LINES).read_text().splitlines()) == len(NAMES) + 1
     page = (out / "index.html").read_text()
     assert all(f":{other}" in page for other in NAMES)
+
+
+def test_the_recorded_map_says_what_the_docs_say():
+    """Every layer of the recorded run is on the page beside it, and each that is called proved is."""
+    docs = Path(__file__).parent.parent / "docs"
+    lines = lzma.decompress((docs / "map.jsonl.xz").read_bytes()).splitlines()
+    recorded = [msgspec.json.decode(line, type=Surveyed) for line in lines]
+    said, page = (docs / "published.md").read_text(), (docs / "map.html").read_text()
+    cards = [found for found in recorded if found.card]
+    proved = [found for found in cards if found.card and found.card.proved]
+    assert f"{len({found.layer for found in recorded})} layers" in said
+    assert f"{len(cards)} cards in float32 and bfloat16, {len(proved)} proved" in said
+    assert len({found.layer for found in cards}) >= 60
+    assert len({found.layer for found in cards if found.framework == "jax"}) >= 5
+    for found in recorded:
+        assert found.layer in page
+        if found not in proved and found.dtype == "float32":
+            assert found.layer.removeprefix("families:").split(".")[0] in said
