@@ -69,7 +69,7 @@ SYMMETRIC = (  # whose arguments may change places
 ORDER = (
     "sigmoid", "drop-rank-score", "drop-expert-choice", "in-flight",
     "like-deepseek-v3", "like-gpt-oss", "groups-at-zero", "like-llama4", "like-qwen3-next", "like-gemma4",
-    "like-nemotron-h", "like-deepseek-v4", "small-softplus", "t0", "wide-ties", "capacity-exact", "pairs-08", "uneven",
+    "like-nemotron-h", "like-deepseek-v4", "small-softplus", "t0", "wide", "capacity-exact", "pairs-08", "uneven",
     "bfloat16", "pairs-09", "recomputed", "ties", "p1", "idle-rank", "tiny-scores", "large-logits", "two-groups",
     "drop-rank-token", "expert-bins", "pairs-11", "pairs-02", "uneven-drop", "compiled",
 )  # fmt: skip
@@ -116,6 +116,7 @@ EQUIVALENT = {
     r"operators.py module: .*::weight_gradient\"": "nobody calls it by that name",
     r"jax_impl/rows.py rows_or_zero: .*\[\(0, 1\)\] .* -> .*\[\((0, 2|1, 1)\)\] ": "zeros, and nothing else",
     r"jax_impl/matmul.py grouped_matmul: .* -> .*<= counts_e\.sum\(\)": "on a CPU, ragged_dot leaves zeros there",
+    r"jax_impl/routing.py route: .*clip\(0, .* -> .*clip\(-1, ": "an id that is none has some expert's score",
     r"choose: .* -> if \(?router\.groups (>= 1|> 0)": "a single group is the best, and nothing outside it",
     r"in_best_groups: .*like\(score_TGn\[\.\.\., 0\].* -> .*\[\.\.\., -1\]": "only its shape counts",
     r"sqrt_softplus: .*max=-40.* -> .*max=-39": "of logits of which the other formula is taken",
@@ -123,6 +124,7 @@ EQUIVALENT = {
     r"sqrt_softplus: _small_TE = logits_TE < -40.* -> .*< -(39|41)": "about there both formulas are exact",
     r"sqrt_softplus: .*(is_small_TE, logits_TE, -40|is_small_TE, -40).* -> .*-(39|41)": "the same",
     r"sqrt_softplus: .*logits_TE < -40.* -> .*logits_TE <= -40": "at -40 both formulas are equal",
+    r"static/matmul.py add_bias: .*new_ones.* -> .*\* b_eF": "of a column and a row, both products are equal",
     r"static/matmul.py .*\[:, j, None\].* -> .*\[:, None, j\]": "both are [M, 1]",
     r"check_expert_ids: .*nonzero\(\)\[0\]\[0.* -> .*nonzero\(\)\[-1\]\[0": "of one axis there is one array",
     r"jax_impl/checks.py check_expert_ids: .*reshape\(-1.* -> .*reshape\(-2": "NumPy takes any negative number for -1",

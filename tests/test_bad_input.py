@@ -99,6 +99,13 @@ def test_any_number_of_experts_beside_any_width(side, n_experts):
         side.package.route(x, side.asarray(normal(D, D - 1)), side.package.Router(D))
 
 
+@pytest.mark.parametrize("k", [1, E])
+@both
+def test_any_number_of_choices(side, k):
+    given = routing(side, normal(T, k), np.tile(np.arange(k), (T, 1)), [T] * k + [0] * (E - k))
+    side.package.checks.check_routing(side.asarray(normal(T, D)), *given)
+
+
 @both
 def test_no_tokens(side):
     x, router, ids = (side.asarray(a) for a in (normal(0, D), normal(D, E), np.zeros((0, K), np.int32)))

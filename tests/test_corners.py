@@ -21,7 +21,9 @@ import jax_impl.dynamic.grouping
 import jax_impl.grouping
 import jax_impl.routing
 import torch_impl.static
+import torch_impl.static.experts
 import torch_impl.static.layer
+import torch_impl.static.matmul
 from jax_impl import dynamic
 from jax_impl.dynamic import exchange
 from parity.cases.presets import PRESETS
@@ -204,6 +206,36 @@ def test_static_pytorch_reads_no_value(monkeypatch, n_bins, priority, width):
     assert OnDevice.reads == ["__int__"]
 
 
+class Garbage(torch.autograd.Function):
+    """The first n rows, from whose gradient NaN comes back for the others."""
+
+    @staticmethod
+    def forward(ctx, x, n):
+        ctx.others = len(x) - n
+        return x[:n].clone()
+
+    @staticmethod
+    def backward(ctx, dx):  # type: ignore[override]
+        return torch.cat([dx, dx.new_full((ctx.others, dx.shape[1]), NAN)]), None
+
+
+def test_garbage_past_the_groups_reaches_no_gradient(monkeypatch):
+    """As `grouped_mm` leaves it, forward and backward."""
+    plain, n, rows = torch_impl.static.matmul.grouped_matmul, 5, 8
+
+    def leaving_garbage(x, w, counts):
+        y = plain(Garbage.apply(x, n), w, counts)
+        return torch.cat([y, y.new_full((rows - n, y.shape[1]), NAN)])
+
+    monkeypatch.setattr(torch_impl.static.matmul, "grouped_matmul", leaving_garbage)
+    shapes = (rows, 4), (2, 4, 6), (2, 4, 6), (2, 6, 4), (2, 6), (2, 6), (2, 4)
+    x, *weights = leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    biases = torch_impl.static.Biases(*weights[3:])
+    y = torch_impl.static.experts.apply_experts(x, torch.tensor([2, 3]), *weights[:3], biases=biases)
+    assert y[n:].eq(0).all()
+    assert all(a.isfinite().all() for a in torch.autograd.grad(y, leaves, torch.randn_like(y)))
+
+
 # ---- dynamic JAX: its collective needs GPUs, so here it is replaced by what its documentation says
 
 
@@ -274,7 +306,7 @@ def test_dynamic_jax_passes_the_parity_suite(emulated, name):
 def test_no_ids_overflow_the_buffer(emulated):
     """Ids that repeat in a token, or are none, pass a traced function's checks: they are sent nowhere."""
     P, T, E, K = 2, 3, 4, 3
-    ids = np.array([[[0, 0, 0], [1, 1, 0], [0, 1, 0]], [[1, 0, 1], [9, -1, 1], [0, 0, 1]]])
+    ids = np.array([[[0, 0, 0], [1, 1, 0], [0, 1, 0]], [[1, 0, 1], [4, -1, 1], [0, 0, 1]]])
     x = np.random.default_rng(0).integers(-9, 10, (P, T, 4)).astype(np.float32)  # whose sums are exact
 
     def send(x, ids):
@@ -283,12 +315,14 @@ def test_no_ids_overflow_the_buffer(emulated):
         received = exchange.send_tokens(grouped.x_ND, splits, P * T * min(K, E // P), AXIS)
         ends = splits.received_at_P + splits.send_P
         back = exchange.return_tokens(received, splits, T * K, AXIS)
-        return received, ends, counts, jax_impl.dynamic.grouping.combine(back, jnp.ones((T, K)), *grouped[1:3])
+        out = jax_impl.dynamic.grouping.combine(back, jnp.ones((T, K)), *grouped[1:3])
+        return received, ends, counts, out, grouped.slot_TK
 
-    received, ends, counts, out = over_ranks(send)(x, ids)
+    received, ends, counts, out, slot = over_ranks(send)(x, ids)
     assert ends.max() <= received.shape[1] == P * T * 2
     expected = np.array([len({g for g in token if 0 <= g < E}) for token in ids.reshape(-1, K)]).reshape(P, T)
     assert counts.sum() == expected.sum()
+    assert (slot < T * K).sum(axis=2).tolist() == expected.tolist()
     np.testing.assert_array_equal(out, x * expected[..., None])
 
 

@@ -223,6 +223,14 @@ def test_scores_alike_take_the_lower_id(score_function):
     same(jax_impl.route(jnp.eye(4), jnp.array(logits), jax_impl.Router(5, score_function)).expert_id_TK, order)
 
 
+@pytest.mark.parametrize(("dtype", "logit"), [("wide", 1 + 2**-8), ("float32", 1 + 2**-8), ("activations", 1)])
+def test_logits_are_rounded_to_the_dtype_that_the_router_has(dtype, logit):
+    """1 + 1/256 is halfway between two bfloat16, and becomes the even one."""
+    x, router = [[1, 2**-8]], [[1.0], [1.0]]
+    same(torch_impl.routing.logits(torch.tensor(x, dtype=torch.bfloat16), torch.tensor(router), dtype, None), [[logit]])
+    same(jax_impl.routing.logits(jnp.array(x, jnp.bfloat16), jnp.array(router), dtype, None), [[logit]])
+
+
 # 2. group_by_expert. On rank 0, with t0 = [1, 2] and t1 = [3, 4]:
 #
 #     PyTorch          row 0: a1 = t0   row 1: a2 = t1   row 2: a3 = t1   row 3: a0 = t0

@@ -42,13 +42,14 @@ def grouped_linear(
 def add_bias(
     y_MF: Float[Tensor, "*M F"], b_eF: Float[Tensor, "e F"], counts_e: Integer[Tensor, " e"]
 ) -> Float[Tensor, "*M F"]:
-    """Each row plus its expert's bias; in an expert's own bin, all rows.
+    """Each row plus its expert's bias, and padding zero; in an expert's own bin, all rows.
 
-    The bias of each row is a product with ones and zeros, whose gradient sums an expert's rows: no scatter-add.
+    The bias of each row is a product with ones and zeros, whose gradient sums an expert's rows: no scatter-add. What
+    comes back for padding, where `grouped_mm` leaves garbage, is kept from it: zero times infinity would be NaN.
     """
     if y_MF.ndim == 3:
         return y_MF + y_MF.new_ones(*y_MF.shape[:2], 1) @ b_eF[:, None]
-    return y_MF + rows_of_experts(counts_e, y_MF.shape[0]).to(b_eF.dtype) @ b_eF
+    return zero_padding(y_MF + rows_of_experts(counts_e, y_MF.shape[0]).to(b_eF.dtype) @ b_eF, counts_e)
 
 
 def zero_padding(x_MD: Float[Tensor, "*M D"], counts_e: Integer[Tensor, " e"]) -> Float[Tensor, "*M D"]:
