@@ -1,4 +1,4 @@
-.PHONY: help setup parity quick test test-slow test-gpu test-kernels test-published published mutants lint format clean
+.PHONY: help setup parity quick test test-slow test-gpu test-kernels test-published published map mutants lint format clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -51,6 +51,9 @@ test-published: $(VENV)-published/installed  ## published layers, in an environm
 
 published: $(VENV)-published/installed  ## the table in docs/published.md: each preset against each published layer
 	@$(VENV)-published/bin/python tests/published_table.py
+
+map: $(VENV)-published/installed  ## the map of published layers, into survey/ (half an hour)
+	$(VENV)-published/bin/python -W ignore -m parity survey
 
 # Megatron-Core and MaxText need Python 3.12; of jax, MaxText needs a newer release than all else is pinned to.
 PYTHON312 ?= python3.12

@@ -65,9 +65,11 @@ WIDE: dict[str, Words] = {"dtype of scores": "float32"}
 CAST: dict[str, Words] = {"dtype of scores": "bfloat16: rounded before they weigh anything"}
 IN_FLOAT32: dict[str, Words] = {"precision of logits": "float32"}
 
+# Two forms of one function.
+EITHER_SOFTMAX = "softmax over the chosen, or over all experts and renormalised, which is the same"
 SOFTMAX: dict[str, Words] = {"scores": "softmax over all experts", "one expert a token": "its score, not renormalised"}
 RENORMALISED: dict[str, Words] = {
-    "scores": "softmax over all experts, renormalised",
+    "scores": EITHER_SOFTMAX,
     "one expert a token": "its score, renormalised: 1",
 }
 SIGMOID: dict[str, Words] = {"scores": "sigmoid, renormalised", "one expert a token": "its score, renormalised: 1"}
@@ -84,7 +86,7 @@ SCATTERED_BY_RANK: tuple[str, ...] = (
 BY_RANK = "ranks one after the other, in float32; each in order of expert, in"
 MAXTEXT: dict[str, Words] = {
     "of equal scores": "the lower expert id is chosen",
-    "scores": "softmax over the chosen",
+    "scores": EITHER_SOFTMAX,
     "one expert a token": "its score, renormalised: 1",
 }
 
@@ -105,7 +107,7 @@ LAYERS: dict[str, Stated] = {
     "transformers:minimax": Stated(f"{AS_TOKENS} --renormalize True --epsilon 0", LOOP | RENORMALISED, _LOOP_WIDE),
     "transformers:granitemoe": Stated(
         f"{QWEN} --score-function softmax_of_chosen --activation gelu",
-        LOOP | RENORMALISED | {"scores": "softmax over the chosen", "activation": "gelu"}, _LOOP_CAST,
+        LOOP | RENORMALISED | {"scores": EITHER_SOFTMAX, "activation": "gelu"}, _LOOP_CAST,
     ),
     "transformers:jamba": Stated(QWEN, LOOP | SOFTMAX, _LOOP_CAST),
     "transformers:olmoe": Stated(QWEN, LOOP | SOFTMAX, _LOOP_CAST),
@@ -144,7 +146,7 @@ LAYERS: dict[str, Stated] = {
         f"{QWEN} --score-function softmax_of_chosen --router-bias True --expert-bias True --activation quick_gelu "
         "--clamp 7 --up-offset 1",
         LOOP | RENORMALISED | {
-            "scores": "softmax over the chosen", "activation": "quick_gelu", "added to up": "1",
+            "scores": EITHER_SOFTMAX, "activation": "quick_gelu", "added to up": "1",
             "clamp": "gate at most 7, up within 7 of zero", "router bias": "added to the logits",
             "biases of gate and up": "added to gate and up",
             "bias of down": "added to what an expert returns, and weighed",

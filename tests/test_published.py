@@ -16,7 +16,9 @@ from parity.cases.parameters import parameters_of
 from parity.cases.presets import MODELS
 from parity.cli.check import chosen_cases
 from parity.cli.main import parse
+from parity.explain.identify import identify
 from parity.run import ours
+from parity.run.backend import Setting
 
 ROOT = Path(__file__).parent.parent
 
@@ -148,3 +150,43 @@ def test_one_that_is_missing_is_said_in_words(tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert run.returncode == 3, run.stdout + run.stderr
     assert "torchtitan is not installed: pip install -e '.[torchtitan]'" in " ".join(run.stderr.split())
+
+
+@pytest.mark.published
+def test_blocks_of_transformers_are_mapped_or_refused_with_the_reason():
+    families = pytest.importorskip("parity.published.families")
+    said = {name: families.said(name) for name in families.blocks()}
+    refused = {name: one["why"] for name, one in said.items() if "why" in one}
+    assert len(said) - len(refused) >= 60
+    assert all(refused.values())
+    assert said["gpt_oss"]["stored"]["experts.gate_up_proj"] == "w_gate and w_up: E D (F 2)"
+    assert said["openai_privacy_filter"]["stored"]["experts.gate_up_proj"] == "w_gate and w_up: E D (2 F)"
+    assert said["deepseek_v3"]["stored"]["gate.e_score_correction_bias"] == "selection_bias: E"
+    assert "nothing is known of its parameter" in refused["dbrx"]
+    assert "has no nonsense" in families.said("mixtral,nonsense=1")["why"]
+
+
+# By block, what its configuration says and it does not do.
+DISOBEYED = {"mixtral": {}, "deepseek_v3": {}, "gpt_oss": {"activation": "silu"}, "nemotron_h": {}, "qwen2_moe": {}}
+
+
+@pytest.mark.published
+@pytest.mark.parametrize("block", DISOBEYED)
+def test_the_card_of_a_block_says_what_its_configuration_states(block, tmp_path):
+    from parity.survey import engine
+
+    name = f"families:{block}"
+    found = list(engine.run([name], ["float32", "bfloat16"], tmp_path, 1, 600, engine.known([name])))
+    for one in found:
+        assert one.card, one.why
+        assert one.card.proved, one.card.proof
+        assert one.disobeyed == DISOBEYED[block]
+        assert "activation" in one.states
+
+
+@pytest.mark.published
+@pytest.mark.parametrize(("setting", "renormalised"), [("True", True), ("False", False)])
+def test_a_setting_in_the_name_of_a_block_is_obeyed(setting, renormalised):
+    backend = ours.find(f"families:qwen3_moe,norm_topk_prob={setting}")
+    case = Case(ranks=1, width=48, hidden=20, experts=16, top_k=3)
+    assert identify(backend, [case], Setting()).case.renormalize is renormalised

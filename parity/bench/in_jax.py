@@ -78,7 +78,7 @@ def plain_to_expert_major(x_PCD: Array, counts_Pe: Array) -> tuple[Array, Array,
     """Rows by indexing, padding by `where`."""
     P, C, D = x_PCD.shape
     source_S = rank_bins_source(counts_Pe, C)
-    return plain_gather(x_PCD.reshape(-1, D), source_S), source_S, invert(source_S, P * C).reshape(P, C)
+    return plain_gather(x_PCD.reshape(-1, D), source_S), source_S, invert(source_S).reshape(P, C)
 
 
 def plain_to_rank_major(y_SD: Array, source_S: Array, target_PC: Array) -> Array:

@@ -1,6 +1,6 @@
 """`python -m parity identify`."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,10 +8,9 @@ import msgspec
 import tyro
 
 from parity.cases.case import Case
-from parity.cases.presets import MODELS, PRESETS
 from parity.cli.check import BACKEND_HELP, MODEL_HELP, Flags, chosen_backends, named_cases, ranks_of_jax
 from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say, working
-from parity.explain.identify import identify
+from parity.explain.identify import identify, small_cases
 from parity.judge import records
 from parity.judge.card import Card
 from parity.report.card import print_cards
@@ -99,21 +98,3 @@ def asked_case(command: Command) -> Case | None:
     if len(cases) > 1:
         raise ValueError(f"a layer is asked in one case, and these are {len(cases)}: name one preset or model")
     return cases[0]
-
-
-def small_cases() -> list[Case]:
-    """What a layer is asked in where nothing is said: a case without options, or one with those of a model."""
-    plain = Case(name="small")
-    models = [
-        replace(case, ranks=1, width=48, hidden=24, tokens=16, experts=16)
-        for case in MODELS.values()
-        if case.top_k <= 8
-    ]
-    models = [replace(case, shared_hidden=24 if case.shared_hidden else 0) for case in models]
-    ungated = replace(PRESETS["like-nemotron-h"], ranks=1)
-    lfm2 = replace(
-        plain, ranks=1, name="like-lfm2", score_function="sigmoid", renormalize=True, epsilon=1e-6,
-        router_dtype="activations", cast_scores=True,
-    )  # fmt: skip
-    every = (plain, replace(plain, ranks=1), *models, ungated, lfm2)
-    return [replace(case, name=f"{case.name}-{case.ranks}") for case in every]

@@ -8,14 +8,29 @@ from typing import Annotated, Any, Union
 import tyro
 from rich.text import Text
 
-from parity.cli import backends, bench, capture, check, compare, doctor, faults, identify, layer, new, report, study
+from parity.cli import (
+    backends,
+    bench,
+    capture,
+    check,
+    compare,
+    doctor,
+    faults,
+    identify,
+    layer,
+    new,
+    report,
+    study,
+    survey,
+)
 from parity.cli.shared import BACKEND, INTERRUPTED, PIPE, USAGE, say
 from parity.run.backend import BackendError
 
 # Each has a Command, its flags, and `run`, which takes one and returns an exit code.
 COMMANDS = {
     "check": check, "identify": identify, "new": new, "backends": backends, "compare": compare, "report": report,
-    "faults": faults, "doctor": doctor, "layer": layer, "bench": bench, "study": study, "capture": capture,
+    "faults": faults, "doctor": doctor, "layer": layer, "bench": bench, "study": study, "survey": survey,
+    "capture": capture,
 }  # fmt: skip
 
 

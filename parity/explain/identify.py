@@ -4,12 +4,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from parity.cases.case import Case
 from parity.cases.parameters import BY_NAME
-from parity.cases.presets import command
+from parity.cases.presets import MODELS, PRESETS, command
 from parity.explain import capacity, probes
 from parity.explain.ask import Answer, ask
 from parity.explain.hypotheses import Hypothesis, decide, residual, tolerance
@@ -56,17 +57,22 @@ def identify(
 
     Raises BackendError where the layer computes none of them, or does not run.
     """
-    begin = time.perf_counter()
     with Kept(backend, setting, home or Path.cwd()) as kept:
-        tell(f"{backend.name}: asking")
-        base = _computed(kept, bases)
-        found, answers = _asked(kept, base)
-        reading = Reading(found, answers)
-        findings = _of_its_own(backend, reading.all())
-        findings += capacity.read(reading, answers, base.capacity_factor)
-        tell(f"{backend.name}: proving what was found")
-        case = _found(base, found.case, reading)
-        proof, proved, more = _proved(kept, case)
+        return card_of(kept, bases, tell)
+
+
+def card_of(kept: Kept, bases: Sequence[Case], tell: Callable[[str], None] = lambda _: None) -> Card:
+    """The card of a backend that is kept; as `identify` has it."""
+    begin, backend = time.perf_counter(), kept.backend
+    tell(f"{backend.name}: asking")
+    base = _computed(kept, bases)
+    found, answers = _asked(kept, base)
+    reading = Reading(found, answers)
+    findings = _of_its_own(backend, reading.all())
+    findings += capacity.read(reading, answers, base.capacity_factor)
+    tell(f"{backend.name}: proving what was found")
+    case = _found(base, found.case, reading)
+    proof, proved, more = _proved(kept, case)
     findings += more
     again = f"{command(case)} --backend {backend.asked or backend.name}"
     return Card(backend.name, base, findings, case, proof, proved, again, time.perf_counter() - begin)
@@ -76,13 +82,15 @@ def _computed(kept: Kept, cases: Sequence[Case]) -> Case:
     """The first of these cases that the backend computes."""
     if len(cases) == 1:
         return cases[0]
-    answers = ask(kept, {case.name: draw(replace(case, tokens=4)) for case in cases})
-    for case in cases:
-        if answers[case.name].trace is not None:
+    why = []
+    for case in cases:  # one after the other: in JAX each is compiled
+        answer = ask(kept, {"a small one": draw(replace(case, tokens=4))})["a small one"]
+        if answer.trace is not None:
             return case
-    why = "; ".join(dict.fromkeys(answer.why for answer in answers.values()))
+        why.append(answer.why)
     name = kept.backend.name
-    raise BackendError(name, f"{name} computes none of {len(cases)} cases ({why}): say which it does, as flags")
+    said = "; ".join(dict.fromkeys(why))
+    raise BackendError(name, f"{name} computes none of {len(cases)} cases ({said}): say which it does, as flags")
 
 
 def _of_its_own(backend: Backend, findings: list[Finding]) -> list[Finding]:
@@ -91,6 +99,25 @@ def _of_its_own(backend: Backend, findings: list[Finding]) -> list[Finding]:
     own = [finding for finding in findings if given.get(finding.key, finding.key) == finding.key]
     said = "given to the layer"
     return [Finding(f.key, said, experiment="what it takes") if f.key in given else f for f in own]
+
+
+def small_cases() -> list[Case]:
+    """What a layer is asked in where nothing is said: a case without options, or one with those of a model."""
+    plain = Case(name="small")
+    models = [
+        replace(case, ranks=1, width=48, hidden=24, tokens=16, experts=16)
+        for case in MODELS.values()
+        if case.top_k <= 8
+    ]
+    models = [replace(case, shared_hidden=24 if case.shared_hidden else 0) for case in models]
+    ungated = replace(PRESETS["like-nemotron-h"], ranks=1)
+    lfm2 = replace(
+        plain, ranks=1, name="like-lfm2", score_function="sigmoid", renormalize=True, epsilon=1e-6,
+        router_dtype="activations", cast_scores=True,
+    )  # fmt: skip
+    of_one = replace(plain, ranks=1, name="of-one", top_k=1)
+    every = (plain, replace(plain, ranks=1), *models, ungated, lfm2, of_one)
+    return [replace(case, name=f"{case.name}-{case.ranks}") for case in every]
 
 
 def explained(backend: Backend, case: Case, setting: Setting) -> Card | None:
@@ -102,13 +129,13 @@ def explained(backend: Backend, case: Case, setting: Setting) -> Card | None:
 
 
 def _asked(kept: Kept, base: Case) -> tuple[probes.Probes, dict[str, Answer]]:
-    """Probes and answers: with all that the layer takes, or, where it does not compute that, with what the case has."""
-    backend = kept.backend
-    own = tuple(name for name in backend.takes if name not in BY_NAME or BY_NAME[name].there(base))
-    tried = dict.fromkeys((backend.takes, own))
-    why = ""
-    for takes in tried:
-        found = probes.make(probes.probing_case(base, takes), evaluated=backend.layout != "opaque")
+    """Probes and answers: with all that the layer takes, or, where it does not compute that, with what it does."""
+    backend, why = kept.backend, ""
+    for takes in (backend.takes, _computed_alone):
+        found = probes.make(
+            probes.probing_case(base, takes(kept, base) if callable(takes) else takes),
+            evaluated=backend.layout != "opaque",
+        )
         if "keep" not in backend.takes and backend.layout == "opaque":
             found.problems.update(capacity.problems(found, base.capacity_factor))
         answers = ask(kept, found.problems)
@@ -116,6 +143,31 @@ def _asked(kept: Kept, base: Case) -> tuple[probes.Probes, dict[str, Answer]]:
             return found, answers
         why = answers["readout-0"].why
     raise BackendError(backend.name, f"{backend.name} does not compute the case that it is asked in: {why}")
+
+
+def _computed_alone(kept: Kept, base: Case) -> tuple[str, ...]:
+    """Of what a layer takes, what it computes beside what every case has, each asked for on its own."""
+    takes = kept.backend.takes
+    plain = tuple(name for name in takes if name not in BY_NAME or BY_NAME[name].there(replace(base, **TAKES_NO_MORE)))
+    more = {what: (*plain, *names) for what, names in TOGETHER.items() if set(names) & {*takes}}
+    asked = {
+        what: replace(probes.probing_case(base, names), name=f"alone-{what}", tokens=4) for what, names in more.items()
+    }
+    answers = ask(kept, {what: draw(case) for what, case in asked.items()})
+    computed = [name for what in more if answers[what].trace is not None for name in TOGETHER[what]]
+    return (*plain, *dict.fromkeys(computed))
+
+
+# What a case can have beside the weights that each has, and what comes together.
+TOGETHER = {
+    "router_bias": ("router_bias",), "selection_bias": ("selection_bias",), "expert_scale": ("expert_scale",),
+    "expert_bias": ("b_gate", "b_up", "b_down"), "shared_expert": ("shared_w_gate", "shared_w_up", "shared_w_down"),
+    "shared_score": ("shared_w_gate", "shared_w_up", "shared_w_down", "shared_score"),
+}  # fmt: skip
+TAKES_NO_MORE: dict[str, Any] = {
+    "router_bias": False, "selection_bias": False, "expert_scale": False, "expert_bias": False, "shared_hidden": 0,
+    "shared_score": False,
+}  # fmt: skip
 
 
 def _found(base: Case, asked: Case, reading: Reading) -> Case:

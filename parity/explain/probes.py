@@ -310,7 +310,10 @@ def _pose(found: Probes, K: int, evaluated: bool) -> None:
     if case.expert_bias:
         put("b_down", weights(found, b_down=found.learned["b_down"]))
     if case.shared_hidden:
-        put("shared", weights(found, **{name: found.learned[name] for name in there if name.startswith("shared")}))
+        shared = {name: found.learned[name] for name in there if name.startswith("shared")}
+        put("shared", weights(found, **shared))
+        if case.gated:  # past every clamp
+            put("shared_wide", weights(found, **shared | {"shared_w_gate": V0 * shared["shared_w_gate"]}))
     drawn = draw(replace(case, name=f"probe-{len(found.problems):02}-no-cotangent"))
     none = np.zeros_like(drawn.dout)
     found.problems["no-cotangent"] = posed(drawn.case, drawn.x, drawn.parameters, none, evaluated=evaluated)

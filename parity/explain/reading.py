@@ -546,7 +546,9 @@ class Reading:
                     continue  # zero is less than all scores that are not logits
                 if by == "max" and outside == "minus_inf" and function != SCORES[0]:
                     continue  # each function has the same largest
-                fields = {"groups": groups, "top_groups": best, "group_score": by, "outside_groups": outside}
+                fields: dict[str, Any] = {"groups": groups, "top_groups": best, "group_score": by}
+                if function == "softmax_of_chosen":  # elsewhere the asked case's, as no score is below zero
+                    fields["outside_groups"] = outside
                 what = f"within the best {best} of {groups} groups, by {BEST_OF[by]}"
                 what += "" if by == "max" and outside == "minus_inf" else f" of {of}"
                 what += "; the others count as zero" * (outside == "zero")
@@ -606,14 +608,15 @@ class Reading:
         if finding.state == "unknown":
             return
         fitted = factor[chosen_of(finding)]
-        self.scale = _nice(fitted, self.case.scale, self.tolerance)
-        self._said(
-            "scale",
-            f"{self.scale:g}",
-            experiment="by least squares over all of them",
-            fields={"scale": self.scale},
-            numbers={"fitted": fitted},
-        )
+        self.scale = _meant(fitted, self.case.scale, self.tolerance / math.sqrt(got.size))
+        experiment, numbers = "by least squares over all of them", {"fitted": fitted}
+        if self.layout.odd and self.scale != self.case.scale:
+            said = "cannot tell: gate and up are elsewhere, and a clamp there would look like a scale"
+            self._said("scale", said, "cannot tell", experiment=experiment, numbers=numbers)
+        else:
+            about = "about " * (self.case.dtype in ("bfloat16", "float16") and self.scale != self.case.scale)
+            what = f"{about}{self.scale:g}"
+            self._said("scale", what, experiment=experiment, fields={"scale": self.scale}, numbers=numbers)
         if finding.fields:
             found = self._said_case()
             self.score = lambda logits_nE: self._scores(found, logits_nE)
@@ -1061,6 +1064,26 @@ class Reading:
             for what, a_n1 in ways.items()
         ]
         self._decide("shared expert", hypotheses, "w_down of all others = 0")
+        self._clamp_of_shared(1.0 if score_n1 is None else 0.5)  # of no logit
+
+    def _clamp_of_shared(self, score: float) -> None:
+        out = self._out("shared_wide") if self.clamp != FREE else None
+        if out is None:
+            return
+        got = out[self.probes.tokens.at["gate scan"]][:, 0]
+        clamped, clamp = self._value(BOTH, 1.0), self.clamp
+        self.clamp = FREE
+        free = self._value(BOTH, 1.0)
+        self.clamp = clamp
+        self._decide(
+            "clamp of the shared expert",
+            [
+                Hypothesis("as that of the others", residual(got, score * clamped)),
+                Hypothesis("none", residual(got, score * free), odd=True),
+            ],
+            f"its gate from -{SCAN[-1]:g} to {SCAN[-1]:g}",
+            2 * self.tolerance,
+        )
 
     def _company(self) -> None:
         answer, alone = self._out("company"), self._out("expert_bias-0" if self.case.expert_bias else "readout-0")
@@ -1126,12 +1149,13 @@ class _Sums(NamedTuple):
             "in order of expert": by_id,
             "from the last expert": by_id[:, ::-1],
         }
-        if K <= 2:
-            orders = {"": by_k}
         for words, order in orders.items():
             s, y = np.take_along_axis(s_nK, order, 1), np.take_along_axis(y_nKD, order[..., None], 1)
             for how, total in self._ways(s, y):
-                yield f"{words}{', ' * bool(words)}{how}", total.astype(self.dtype), False
+                if K > 2 or how.endswith(("not rounded", f"of products in {self.wide}")):
+                    yield f"{words}, {how}", total.astype(self.dtype), False
+                elif order is by_k:  # of two that are rounded alike it changes nothing
+                    yield how, total.astype(self.dtype), False
         if K > 2 and (self.ids_nK // self.per_rank).any():
             yield from self._by_rank(s_nK, y_nKD, {"in order of k": by_k, "in order of expert": by_id})
 
@@ -1192,6 +1216,12 @@ def _nice(value: float, asked: float | None, tolerance: float) -> float:
             return float(wanted)
     digits = max(2, int(-math.log10(max(tolerance, 1e-12))))
     return float(f"{value:.{digits}g}")
+
+
+def _meant(value: float, asked: float | None, tolerance: float) -> float:
+    """The asked case's number, where it is this near; or else the one of the fewest digits that is."""
+    near = (float(f"{value:.{digits}g}") for digits in range(1, 17))
+    return next(one for one in (asked, *near, value) if one is not None and abs(value - one) <= tolerance * abs(value))
 
 
 def _inverse(f: Function, value: float) -> float:

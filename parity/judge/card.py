@@ -18,7 +18,8 @@ STAGE = {
     "dropped": "group_by_expert", "weight of the dropped": "group_by_expert", "other tokens": "group_by_expert",
     "gate and up": "apply_experts", "activation": "apply_experts", "added to up": "apply_experts",
     "clamp": "apply_experts", "precision of experts": "apply_experts", "biases of gate and up": "apply_experts",
-    "bias of down": "apply_experts", "shared expert": "apply_experts", "beside the experts": "combine",
+    "bias of down": "apply_experts", "shared expert": "apply_experts", "clamp of the shared expert": "apply_experts",
+    "beside the experts": "combine",
     "the score multiplies": "combine", "sum over the chosen": "combine", "gradient drouter": "route",
     "gradient dw_gate": "apply_experts", "gradient dw_up": "apply_experts", "gradient dw_down": "apply_experts",
 }  # fmt: skip

@@ -9,6 +9,12 @@ from parity import Unsupported, backend, only
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 1}  # of a model that is never made
 
+# How the layer keeps what we give it: by its own name, ours and its axes.
+STORED = {
+    "gate.kernel": "router: D E", "experts.gate_proj.kernel": "w_gate: E D F", "experts.up_proj.kernel": "w_up: E D F",
+    "experts.down_proj.kernel": "w_down: E F D",
+}  # fmt: skip
+
 
 @backend(framework="jax")
 def layer(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):

@@ -12,6 +12,13 @@ from torch.nn.functional import gelu, silu
 
 from parity import Unsupported, backend, only
 
+# How the layer keeps what we give it: by its own name (N is an expert), ours and its axes.
+STORED = {
+    "router.weight": "router: E D", "router.expert_bias": "selection_bias: E",
+    "experts.local_experts.N.linear_fc1.weight": "w_gate and w_up: (2 F) D",
+    "experts.local_experts.N.linear_fc2.weight": "w_down: D F",
+}  # fmt: skip
+
 
 def gelu_tanh(x):
     """As it calls it: gelu by its tanh approximation."""

@@ -6,6 +6,9 @@ from tokamax import ragged_dot  # pyright: ignore[reportMissingImports, reportAt
 
 from parity import backend, only, record
 
+# How the layer keeps what we give it: by its own name, ours and its axes.
+STORED = {"rhs of gate": "w_gate: E D F", "rhs of up": "w_up: E D F", "rhs of down": "w_down: E F D"}
+
 
 @backend(framework="jax")
 def layer(x_PTD, score_PTK, expert_id_PTK, w_gate_EDF, w_up_EDF, w_down_EFD, case):

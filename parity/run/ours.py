@@ -69,14 +69,27 @@ PUBLISHED = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "pub
 
 def _published(name: str) -> Backend | None:
     """The layer that `maxtext` or `transformers:mixtral` names, or None where it names none of those published."""
-    named = re.fullmatch(r"(\w+)(:\w+)?(@.*)?", name)
+    named = re.fullmatch(r"(\w+)(:[\w.]+(?:,\w+=[\w.+-]+)*)?(@.*)?", name)
     if not named or named[1] not in PUBLISHED:
         return None
+    if named[1] == "families":
+        return _family((named[2] or "")[1:], (named[3] or "")[1:], name)
     found = own.read(f"parity.published.{named[1]}{named[2] or ':layer'}{named[3] or ''}")
     if not found:
         asked = named[2][1:] if named[2] else "layer"
         raise ValueError(f"--backend {name}: parity/published/{named[1]}.py has no function {asked}: name one it has")
     return msgspec.structs.replace(found, asked=name, needs=(*found.needs, named[1]))
+
+
+def _family(block: str, python: str, asked: str) -> Backend:
+    """A block of transformers, as its configuration has it."""
+    if not block:
+        raise ValueError(f"--backend {asked}: name a block of transformers, as families:mixtral")
+    name = re.sub("[,=]", "-", f"families.{block}")
+    found = own.taking_all(name, "torch", f"parity.published.families:{block}", asked)
+    return msgspec.structs.replace(
+        found, needs=("torch", "transformers"), python=own.interpreter(python, asked) if python else ""
+    )
 
 
 def everything() -> dict[str, tuple[str, Backend]]:

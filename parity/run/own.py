@@ -87,8 +87,7 @@ def read(whole: str) -> Backend | None:
     Raises ValueError when the file cannot be read, or is none of this kind.
     """
     asked, _, python = whole.partition("@")
-    if python and not shutil.which(python):
-        raise ValueError(f"--backend {whole}: there is no interpreter {python}")
+    python = interpreter(python, whole) if python else ""
     source, _, name = asked.partition(":")
     if source.endswith(".py"):
         path = Path(source)
@@ -114,7 +113,15 @@ def read(whole: str) -> Backend | None:
         raise ValueError(f"--backend {asked}: {path} has {what} marked @backend(framework=...){which}")
     of = str(path.resolve()) if source.endswith(".py") else source
     found = _record(whole, path, of, marked[name or next(iter(marked))], bool(name) and len(marked) > 1)
-    return msgspec.structs.replace(found, python=str(Path(shutil.which(python) or python).absolute()) if python else "")
+    return msgspec.structs.replace(found, python=python)
+
+
+def interpreter(python: str, asked: str) -> str:
+    """The path of an interpreter. Raises ValueError where there is none."""
+    path = shutil.which(python)
+    if not path:
+        raise ValueError(f"--backend {asked}: there is no interpreter {python}")
+    return str(Path(path).absolute())
 
 
 def marked(path: Path) -> dict[str, str]:
@@ -178,6 +185,15 @@ def _record(asked: str, path: Path, source: str, node: ast.FunctionDef, several:
         path.stem + f".{node.name}" * several, framework, "opaque", provided(takes), {"": where}, needs=(framework,),
         run=f"parity.run.own_in_{framework}:run_all", stages=f"{source}:{node.name}", asked=asked,
         takes=tuple(takes.arguments),
+    )  # fmt: skip
+
+
+def taking_all(name: str, framework: str, stages: str, asked: str) -> Backend:
+    """The backend that a function is which takes all that a case can have, and says itself what it does not compute."""
+    takes = signature(framework, ["x", *BY_NAME, "case"], stages, BY_NAME)
+    return Backend(
+        name, framework, "opaque", provided(takes), {"": stages}, needs=(framework,),
+        run=f"parity.run.own_in_{framework}:run_all", stages=stages, asked=asked, takes=tuple(takes.arguments),
     )  # fmt: skip
 
 

@@ -30,6 +30,8 @@ Found = tuple[tuple[jax.Array, jax.Array], Arrays]  # output and scores; what th
 
 def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
     """Run this process's share of the problems in `folder` and save the traces there."""
+    if backend.stages.startswith("parity.published"):  # whose files use no JAX when they are imported: once for all
+        own.load(backend)
     paths = sorted(folder.glob("*.problem"))[setting.share :: setting.shares]
     ranks = {path: Problem.load(path).case.processes for path in paths}
     jax_ranks.run_all(backend, folder, setting, ranks, run)

@@ -1,0 +1,1 @@
+"""The map: what each published layer is, and how far two of them differ."""
