@@ -464,9 +464,16 @@ def reaching(pattern: str) -> list[str]:
     return [name for name, cases in presets().items() if any(REACHED_BY[pattern](PRESETS[case]) for case in cases)]
 
 
+@cache
+def refused(backend: str) -> set[str]:
+    """Rounds that a backend cannot run, were there a GPU for each rank."""
+    refusal, there = BACKENDS[backend].refusal, Setting("cuda")
+    return {name for name, cases in presets().items() if any(refusal(PRESETS[case], there) for case in cases)}
+
+
 def rounds_of(mutant: Mutant, tests: bool) -> list[str]:
     pattern = next((pattern for pattern in REACHED_BY if re.search(pattern, mutant.name)), None)
-    found = reaching(pattern) if pattern else list(presets())
+    found = [name for name in (reaching(pattern) if pattern else presets()) if name not in refused(mutant.backend)]
     if mutant.in_checks:
         found = found[:ROUNDS_OF_CHECKS]
     elif mutant.backend in BESIDE:

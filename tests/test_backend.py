@@ -363,3 +363,18 @@ def test_a_problem_is_the_same_for_all(three):
     assert trace.backend == find("numpy_backend:BACKEND")
     assert trace.case == Case(name="zipf", pattern="zipf")
     assert isinstance(draw(trace.case), Problem)
+
+
+@pytest.mark.parametrize(
+    ("case", "setting", "why"),
+    [
+        (Case(ranks=1), Setting("cpu"), "not implemented on XLA:CPU; use --device cuda"),
+        (Case(ranks=2), Setting("cuda", "vmap"), "no vmap rule, so --ranks 2 need a GPU each"),
+        (Case(ranks=2, way="eager"), Setting("cuda"), "no vmap rule, and --way eager has ranks under vmap"),
+        (Case(ranks=1, way="eager"), Setting("cuda"), ""),
+        (Case(ranks=2), Setting("cuda"), ""),
+    ],
+)
+def test_why_the_uneven_exchange_cannot_run(case, setting, why):
+    refusal = BACKENDS["jax-dynamic"].refusal(case, setting)
+    assert why in refusal if why else not refusal

@@ -46,6 +46,8 @@ def refuses_ragged(case: Case, setting: Setting) -> str:
         return "ragged_all_to_all is not implemented on XLA:CPU; use --device cuda"
     if case.ranks > 1 and setting.jax_ranks == "vmap":
         return f"ragged_all_to_all has no vmap rule, so --ranks {case.ranks} need a GPU each: use fewer, or --ranks 1"
+    if case.ranks > 1 and case.way == "eager":
+        return "ragged_all_to_all has no vmap rule, and --way eager has ranks under vmap: use --ranks 1, or another way"
     return ""
 
 
