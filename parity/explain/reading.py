@@ -920,14 +920,20 @@ class Reading:
         if got is None:
             return
         said = self.fields.get("score_function"), self.fields.get("renormalize")
+        forms: list[dict[str, Any]] = [{}]
+        if said in SAME_SOFTMAX:
+            forms = [{"score_function": function, "renormalize": renormalize} for function, renormalize in SAME_SOFTMAX]
+        outside: list[dict[str, Any]] = [{}]
+        if self.fields.get("groups", 1) > 1:  # a score and its bias may be below zero
+            outside = [{"outside_groups": where} for where in ("minus_inf", "zero")]
         hypotheses = list(self._selection_biases(got, self._said_case()))
-        for function, renormalize in SAME_SOFTMAX if said in SAME_SOFTMAX else ():
-            fields = {"score_function": function, "renormalize": renormalize}
-            others = list(self._selection_biases(got, self._said_case(**fields)))
-            if min(h.residual for h in hypotheses) > self.tolerance >= min(h.residual for h in others):
+        for form, where in product(forms, outside):
+            others = list(self._selection_biases(got, self._said_case(**form, **where)))
+            if hypotheses[0].residual > self.tolerance >= others[0].residual:
                 hypotheses = others
-                self.fields |= fields
-                next(finding for finding in self.findings if finding.key == "scores").fields = fields
+                self.fields |= form | where
+                for key, fields in (("scores", form), ("choice", where)):
+                    next(finding for finding in self.findings if finding.key == key).fields |= fields
         self._decide("selection bias", hypotheses, "a bias for each expert")
 
     def _selection_biases(self, got: Array, case: Case) -> Iterable[Hypothesis]:
