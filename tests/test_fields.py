@@ -34,7 +34,7 @@ BASE = Case(
 # What matters, or can be, only beside something else, and what that is.
 BESIDE: dict[str, dict[str, Any]] = {
     "top_groups": {"groups": 3, "top_groups": 2},
-    "group_score": {"groups": 3, "experts": 12},
+    "group_score": {"groups": 3, "experts": 12, "tokens": 16},
     "outside_groups": {"groups": 3, "top_groups": 2, "score_function": "softmax_of_chosen"},  # some are below zero
     "score_on": {"top_k": 1, "renormalize": False},
     "router_dtype=float32": {"dtype": "float64"},

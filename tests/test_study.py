@@ -12,7 +12,7 @@ from problems import gamma
 from parity.cases.case import Case
 from parity.cases.presets import PRESETS
 from parity.oracle import reference
-from parity.oracle.problem import draw, in_float64
+from parity.oracle.problem import draw, parameters_in_float64
 from parity.run import jax_stages
 from parity.run.ours import BACKENDS
 from parity.study import sweep as study
@@ -137,7 +137,7 @@ def test_errors_are_those_of_a_run(name):
         return float(np.linalg.norm(a - b) / np.linalg.norm(a))
 
     inputs = study.Inputs(
-        with_drops.x.astype(float), in_float64(with_drops.parameters), with_drops.dout.astype(float),
+        with_drops.x.astype(float), parameters_in_float64(with_drops.parameters), with_drops.dout.astype(float),
         with_drops.expert_id,
     )  # fmt: skip
     everything = np.ones(with_drops.keep.shape, bool)

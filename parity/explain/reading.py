@@ -15,7 +15,7 @@ from parity.explain.hypotheses import MARGIN, Hypothesis, chosen_of, decide, res
 from parity.explain.probes import BITS, BOTH, FEATURES, SCAN, SHARED_SCORE, U0, U0_ALONE, V0, Probes, V
 from parity.judge.card import Finding
 from parity.oracle import reference, vectorised
-from parity.oracle.problem import in_float64
+from parity.oracle.problem import parameters_in_float64
 from parity.oracle.quantities import OUTSIDE
 from parity.oracle.reference import Exact
 from parity.oracle.tolerances import numpy_dtype
@@ -879,7 +879,7 @@ class Reading:
         return {narrow: n / max(total, 1) for narrow, n in wrong.items()}
 
     def _parameters(self, name: str) -> Parameters:
-        return in_float64(self.probes.problems[f"{name}-0"].parameters)
+        return parameters_in_float64(self.probes.problems[f"{name}-0"].parameters)
 
     def _asked_for(self, name: str) -> Array | None:
         """The weights of routing tokens where this is not neutral; None where the layer does not take it."""

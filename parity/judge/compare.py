@@ -1,20 +1,23 @@
 """Trace against oracle, and trace against trace: bitwise where data moves, within an allowance per row elsewhere."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 
 import msgspec
 import numpy as np
 
 from parity.cases.case import Case
-from parity.judge.picture import Picture
+from parity.judge.picture import Magnitudes, Picture
 from parity.oracle import reference, vectorised
-from parity.oracle.expected import Expected, Oracle, map_of
-from parity.oracle.problem import Problem, exact_inputs
+from parity.oracle.arrays import put, put_beside, space_of, to_numpy
+from parity.oracle.expected import Expected, Oracle, in_groups, mapped
+from parity.oracle.problem import Problem, exact_inputs, parameters_in_float64
 from parity.oracle.quantities import OUTSIDE
 from parity.oracle.reference import Exact
 from parity.oracle.rows import PADDING, Table, identity, row_tables
-from parity.oracle.tolerances import allowance, numpy_dtype, slope
+from parity.oracle.tolerances import allowance, allowed, numpy_dtype, slope
 from parity.run.trace import Trace
 
 Array = np.ndarray
@@ -75,10 +78,15 @@ LISTED = 20
 class Canonical:
     """An array in the form of its `Expected`, and which of its rows the trace has."""
 
-    values: Array
+    held: Array  # as ranks hold it; rows of all ranks on top of each other
+    at: Array | None  # of rows: where each lies there
     present: Array  # over the leading axis
-    slots: Array | None  # where each row lay, for kind "rows"
-    holders: Array | None  # on which rank
+    slots: Array | None = None  # of rows: where each lay on the rank that held it
+    holders: Array | None = None  # on which rank
+
+    def rows(self, some: Array) -> Array:
+        """Of the leading axis, these."""
+        return self.held[some if self.at is None else self.at[some]]
 
 
 class MismatchError(Exception):
@@ -104,7 +112,7 @@ def canonical(
         raise MismatchError(f"dtype is {', '.join(map(str, dtypes))}, expected {expected.dtype}")
     if len(per_rank) != P and not (expected.quantity.summed and len(per_rank) == 1):
         raise MismatchError(f"{len(per_rank)} arrays, expected one for each of {P} ranks")
-    arrays = [a.astype(np.int64 if expected.dtype == "int" else np.float64) for a in per_rank]
+    arrays = [a.astype(np.int64) for a in per_rank] if expected.dtype == "int" else per_rank
     axes, shape = "" if expected.mode == "repeat" else expected.axes[:1], expected.values.shape
     axes = "summed" if expected.quantity.summed and axes else axes
     if axes == "A":
@@ -122,7 +130,7 @@ def canonical(
         if any(not np.array_equal(a, arrays[0], equal_nan=True) for a in arrays):
             raise MismatchError("ranks disagree on a value that is the same for all of them")
         values = arrays[0]
-    return Canonical(values, np.ones(shape[0], bool), None, None)
+    return Canonical(values, None, np.ones(shape[0], bool))
 
 
 def _canonical_rows(
@@ -136,23 +144,26 @@ def _canonical_rows(
         raise MismatchError(
             f"shapes are {[a.shape for a in arrays]}, expected {[(rows.size, *shape[1:]) for rows in order]}"
         )
-    values, present = np.full(shape, np.nan), np.zeros(shape[0], bool)
-    slots, holders = np.full(shape[0], -1), np.full(shape[0], -1)
+    at, slots, holders = np.full((3, shape[0]), -1)
+    first = np.cumsum([0, *(rows.size for rows in order)])
     for rank, (a, rows) in enumerate(zip(arrays, order, strict=True)):
         real = np.flatnonzero(rows != PADDING)
-        seen_before = present[rows[real]].any()
-        values[rows[real]], present[rows[real]] = a[real], True
-        slots[rows[real]], holders[rows[real]] = real, rank
+        seen_before = (at[rows[real]] >= 0).any()
+        at[rows[real]], slots[rows[real]], holders[rows[real]] = first[rank] + real, real, rank
         if seen_before or (slots[rows[real]] != real).any():  # of two in one array, the slot is the last one's
             raise MismatchError(f"a row is there twice, on rank {rank}")
         promised = quantity.padding(expected.mode, expected.case, rows.size) if numbers is None else None
-        wrong = np.flatnonzero((rows == PADDING) & (a != promised).any(axis=tuple(range(1, a.ndim))))
-        if promised is not None and wrong.size:
+        if promised is None or real.size == rows.size:
+            continue
+        padding = np.flatnonzero(rows == PADDING)
+        wrong = padding[(a[padding] != promised).any(axis=tuple(range(1, a.ndim)))]
+        if wrong.size:
             raise MismatchError(
                 f"padding is not {promised or 'zero'}: rank {rank}, slot {wrong[0]} and {wrong.size - 1} more hold "
-                f"{a[wrong[0]].flat[0]}"
+                f"{float(a[wrong[0]].flat[0])}"
             )
-    return Canonical(values, present, slots, holders)
+    held = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return Canonical(held, at, at >= 0, slots, holders)
 
 
 def _all_there(problem: Problem, have: Canonical) -> None:
@@ -168,86 +179,130 @@ def _all_there(problem: Problem, have: Canonical) -> None:
 def compare(problem: Problem, traces: list[Trace], picture: Picture | None = None) -> Iterator[Check]:
     """Every array that a backend declares against the oracle, and of every two traces what both have.
 
-    Fills in `picture` on the way.
+    One array after the other, so that no more of them is in memory. Fills in `picture` on the way.
     """
     oracle = Oracle(problem)
-    found: dict[str, dict[str, Canonical]] = {}
-    expected = {trace.backend.name: oracle.expected(trace.backend.provides, trace.backend.layout) for trace in traces}
-    for trace in traces:
-        name = trace.backend.name
-        table = row_tables(problem.case, problem.expert_id, problem.keep, trace.backend.layout)
-        mine = found[name] = {}
+    oracle.measure({name for trace in traces for name in trace.backend.provides})
+    sides = [
+        _Side(trace, oracle.expected(trace.backend.provides, trace.backend.layout), table_of(problem, trace))
+        for trace in traces
+    ]
+    against_the_oracle: dict[str, dict[str, Check]] = {side.name: {} for side in sides}
+    scales: dict[str, list[Check]] = {side.name: [] for side in sides}
+    against: dict[tuple[str, str], list[Check]] = {(a.name, b.name): [] for a, b in combinations(sides, 2)}
 
-        def against_the_oracle(want: Expected, trace: Trace = trace, table: Table = table, mine: dict = mine) -> Check:
-            try:
-                numbers = trace.arrays.get(f"rows/{want.quantity.name}")
-                inside = trace.backend.layout == "opaque" and want.name not in OUTSIDE
-                have = canonical(problem.case.ranks, trace.arrays.get(want.name), want, table, numbers, inside)
-                _all_there(problem, have)
-            except MismatchError as mismatch:
-                return _failed(problem, want, trace.backend.name, "oracle", str(mismatch))
-            if want.quantity.judged == "choice":
-                return choice_of_experts(problem, want, trace.backend.name, have.values)
-            mine[want.name] = have
-            return _judge(
-                problem, want, trace.backend.name, "oracle", have, want.values, want.allowed, have.present, picture
-            )
+    def of(name: str) -> list[tuple[list[Check], dict[tuple[str, str], Check]]]:
+        """Checks of each side, and of each two."""
+        found: dict[str, Canonical] = {}
+        checks = {}
+        for side in sides:
+            if name in side.expected:
+                checks[side.name] = _of_side(problem, side, name, found, picture)
+        return checks, {
+            (a.name, b.name): check
+            for a, b in combinations(sides, 2)
+            if a.name in found and b.name in found
+            if (check := _of_two(problem, name, a, b, found))
+        }
 
-        checks = list(map_of(problem.case)(against_the_oracle, expected[name].values()))
+    names = list(dict.fromkeys(name for side in sides for name in side.expected))
+    for name, (checks, pairs) in zip(names, mapped(problem.case, of, names), strict=True):
+        for side, (check, *more) in checks.items():
+            against_the_oracle[side][name] = check
+            scales[side] += more
+        for pair, check in pairs.items():
+            against[pair].append(check)
+    for side in sides:
+        yield from (against_the_oracle[side.name][name] for name in side.expected)
+        if side.trace.backend.layout != "opaque":  # whose arrays may be in different dtypes
+            yield from _moves_its_own_rows(problem, side)
+        yield from scales[side.name]
+    for checks in against.values():
         yield from checks
-        if trace.backend.layout != "opaque":  # whose arrays may be in different dtypes
-            yield from _moves_its_own_rows(problem, name, mine, expected[name])
-        for check, want in zip(checks, expected[name].values(), strict=True):
-            if check.ok and want.slope is not None:  # where rows show it, they say it better
-                check = _scale(problem, want, name, mine[want.name])
-                yield check
-                if check.ok and want.choices is not None:
-                    yield _share_of_choices(problem, want, name, mine[want.name])
-    for i, left in enumerate(traces):
-        for right in traces[i + 1 :]:
-            yield from _against(problem, left.backend.name, right.backend.name, found, expected)
 
 
-def _against(
-    problem: Problem,
-    left: str,
-    right: str,
-    found: dict[str, dict[str, Canonical]],
-    expected: dict[str, dict[str, Expected]],
-) -> Iterator[Check]:
-    """Two traces: what both have, row by row. Each may be off by its own allowance, so they may differ by two."""
+@dataclass(frozen=True)
+class _Side:
+    """A trace, what it should hold, and where its rows lie."""
 
-    def of(name: str) -> Check | None:
-        a, b, want = found[left][name], found[right][name], expected[left][name]
-        if want.allowed is None and not np.array_equal(want.values, expected[right][name].values):
-            return None  # layouts differ, or one side dropped rows: each was held against the oracle's word for it
-        allowed = None if want.allowed is None else 2 * want.allowed
-        return _judge(problem, want, left, right, a, b.values, allowed, a.present & b.present)
+    trace: Trace
+    expected: dict[str, Expected]
+    table: Table
 
-    names = [name for name in expected[left] if name in found[left] and name in found[right]]
-    yield from filter(None, map_of(problem.case)(of, names))
+    @property
+    def name(self) -> str:
+        return self.trace.backend.name
+
+    def canonical(self, problem: Problem, name: str) -> Canonical:
+        """An array of it. Raises MismatchError where it cannot be compared."""
+        want, arrays = self.expected[name], self.trace.arrays
+        inside = self.trace.backend.layout == "opaque" and name not in OUTSIDE
+        numbers = arrays.get(f"rows/{want.quantity.name}")
+        have = canonical(problem.case.ranks, arrays.get(name), want, self.table, numbers, inside)
+        _all_there(problem, have)
+        return have
 
 
-def _moves_its_own_rows(
-    problem: Problem, backend: str, found: dict[str, Canonical], expected: dict[str, Expected]
-) -> Iterator[Check]:
+def table_of(problem: Problem, trace: Trace) -> Table:
+    """Where the rows of a trace lie."""
+    return row_tables(problem.case, problem.expert_id, problem.keep, trace.backend.layout)
+
+
+def _of_side(
+    problem: Problem, side: _Side, name: str, found: dict[str, Canonical], picture: Picture | None
+) -> list[Check]:
+    """An array against the oracle, and where its rows are right, its scale. Puts it among those `found`."""
+    want = side.expected[name]
+    try:
+        have = side.canonical(problem, name)
+    except MismatchError as mismatch:
+        return [_failed(problem, want, side.name, "oracle", str(mismatch))]
+    if want.quantity.judged == "choice":
+        return [choice_of_experts(problem, want, side.name, have.held)]
+    found[name], found[side.name] = have, have
+    checks = [_judge(problem, want, side.name, "oracle", have, have.present, picture=picture)]
+    if checks[-1].ok and want.slope is not None:  # where rows show it, they say it better
+        values = put_beside(have.held, want.values)
+        checks.append(_scale(problem, want, side.name, values))
+        if checks[-1].ok and want.choices is not None:
+            checks.append(_share_of_choices(problem, want, side.name, values))
+    return checks
+
+
+def _of_two(problem: Problem, name: str, a: _Side, b: _Side, found: dict[str, Canonical]) -> Check | None:
+    """What both have, row by row. Each may be off by its own allowance, so they may differ by two.
+
+    None where layouts differ, or one side dropped rows: each was held against the oracle's word for it.
+    """
+    want, left, right = a.expected[name], found[a.name], found[b.name]
+    other = b.expected[name].values
+    if want.yardstick is None and not space_of(other).all(want.values == other):
+        return None
+    return _judge(problem, want, a.name, b.name, left, left.present & right.present, other=right)
+
+
+def _moves_its_own_rows(problem: Problem, side: _Side) -> Iterator[Check]:
     """Stages 7 and 8 move the very bits that stage 6 of the same run made."""
     for before, after in (("apply_experts", "to_rank_major"), ("to_rank_major", "return_tokens")):
-        a, b = found.get(f"e2e/{before}/y"), found.get(f"e2e/{after}/y")
-        if a is not None and b is not None:
-            want = expected[f"e2e/{after}/y"]
-            yield _judge(problem, want, backend, f"its own {before}", b, a.values, None, a.present & b.present)
+        if f"e2e/{before}/y" not in side.expected or f"e2e/{after}/y" not in side.expected:
+            continue
+        try:
+            a, b = (side.canonical(problem, f"e2e/{stage}/y") for stage in (before, after))
+        except MismatchError:  # which is said already
+            continue
+        want = side.expected[f"e2e/{after}/y"]
+        yield _judge(problem, want, side.name, f"its own {before}", b, a.present & b.present, other=a, bitwise=True)
 
 
-def _scale(problem: Problem, want: Expected, backend: str, have: Canonical) -> Check:
+def _scale(problem: Problem, want: Expected, backend: str, values: Array) -> Check:
     """By how much all numbers, each rank's or each expert's are too large; every one may be within its allowance.
 
     Where only some ranks' or experts' are, the worst is named.
     """
     assert want.slope is not None
     with np.errstate(invalid="ignore"):
-        pairs = zip(want.in_groups(have.values), want.in_groups(want.values), strict=True)
-        found = np.concatenate([slope(got, exact) for got, exact in pairs])
+        pairs = zip(in_groups(want.axes, values), in_groups(want.axes, want.values), strict=True)
+        found = np.concatenate([to_numpy(slope(got, exact)) for got, exact in pairs])
     off = found - 1
     ratio = _over(off, want.slope)
     bad = ratio > 1
@@ -258,11 +313,11 @@ def _scale(problem: Problem, want: Expected, backend: str, have: Canonical) -> C
     return _factor(problem, want, backend, off, want.slope, worst, where)
 
 
-def _share_of_choices(problem: Problem, want: Expected, backend: str, have: Canonical) -> Check:
+def _share_of_choices(problem: Problem, want: Expected, backend: str, values: Array) -> Check:
     """By how much what one of the K choices adds to the output is too large, over all tokens."""
     assert want.choices is not None
     assert want.share is not None
-    off = want.choices @ (have.values - want.values).reshape(-1)
+    off = to_numpy(want.choices @ (values - want.values).reshape(-1))
     k = int(_over(off, want.share).argmax())
     return _factor(problem, want, backend, off, want.share, k, Where(k=k))
 
@@ -291,15 +346,20 @@ def choice_of_experts(problem: Problem, want: Expected, backend: str, ids: Array
     exact in float32 (small integers), equal ones have equal scores, and must go to the lower id.
     """
     case = problem.case
-    x, parameters, _ = exact_inputs(problem)
-    logits, score = vectorised.oracle_for(case).route(case, x, parameters, Exact())
-    drawn = vectorised.drawn_scores(case, x, parameters, [case.seed, 2])
-    close = 2 * allowance(score, drawn, case.score_dtype).max(axis=-1)
-    router, alone = parameters.router, parameters.router_bias is None and parameters.selection_bias is None
+    on_gpu, oracle = vectorised.on_gpu(case), vectorised.oracle_for(case)
+    parameters = parameters_in_float64(problem.parameters._replace(w_gate=None, w_up=None, w_down=None))
+    x, router = problem.x.astype(np.float64), parameters.router
+    on_device = parameters_in_float64(parameters, on_gpu)
+    tokens = put(x, on_gpu)
+    logits, score = oracle.route(case, tokens, on_device, Exact(space_of(tokens)))
+    drawn = vectorised.drawn_scores(case, tokens, on_device, [case.seed, 2])
+    close = 2 * to_numpy(allowance(score, drawn, case.score_dtype)).max(axis=-1)
+    logits = to_numpy(logits)
+    alone = parameters.router_bias is None and parameters.selection_bias is None
     whole = alone and np.array_equal(x, x.round()) and np.array_equal(router, router.round())
     exact = whole and case.groups == 1 and (np.abs(x) @ np.abs(router)).max(initial=0) < 2**24
     by = reference.scores_to_choose_by(case, logits)
-    expected = vectorised.oracle_for(case).select(case, by, parameters)
+    expected = oracle.select(case, by, parameters)
     keys = reference.stored_keys(case, by, parameters)
     wrong, near = [], 0
     expected[problem.expert_id < 0] = -1  # of padding no choice is asked
@@ -357,55 +417,79 @@ def _check(problem: Problem, want: Expected, left: str, right: str, *, ok: bool,
 
 
 def _failed(problem: Problem, want: Expected, left: str, right: str, note: str) -> Check:
-    check = _check(problem, want, left, right, ok=False, bitwise=want.allowed is None)
+    check = _check(problem, want, left, right, ok=False, bitwise=want.yardstick is None)
     check.failing, check.worst, check.note = 1, np.inf, note
     return check
 
 
+# Numbers that are compared at a time, so that what is made on the way fits a core's cache; and on a GPU, its memory.
+AT_ONCE, AT_ONCE_ON_GPU = 2**17, 2**26
+
+
 def _judge(
-    problem: Problem, want: Expected, left: str, right: str, have: Canonical, values: Array, allowed: Array | None,
-    present: Array, picture: Picture | None = None,
+    problem: Problem, want: Expected, left: str, right: str, have: Canonical, present: Array, *,
+    other: Canonical | None = None, bitwise: bool = False, picture: Picture | None = None,
 ) -> Check:  # fmt: skip
+    """The rows that are present against the oracle's, or another array's, within the allowance for both; or bitwise."""
     problem = problem.second if want.mode == "second" and problem.second else problem
-    got, expected = have.values[present], values[present]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        error = np.abs(got - expected)
-        if allowed is None:
-            ratio = np.where((got == expected) & (np.signbit(got) == np.signbit(expected)), 0.0, np.inf)
-        else:
-            ratio = np.where(error <= allowed[present], error / np.maximum(allowed[present], 1e-300), np.inf)
-            ratio = np.where(np.isinf(ratio), np.maximum(error / allowed[present], 1.0), ratio)
-            ratio = np.where(np.isnan(ratio), np.inf, ratio)
-    check = _check(problem, want, left, right, ok=True, bitwise=allowed is None)
-    check.rows = got.size if got.ndim == 1 else int(np.prod(got.shape[:-1]))
-    if not ratio.size:
+    values, yardstick = want.values, None if bitwise else want.yardstick
+    limit, rows = 0 if yardstick is None else 1, np.flatnonzero(present)
+    xp = space_of(values)
+
+    def compared(some: Array) -> tuple[Array, Array, Array, Array, Array]:
+        """Of rows by number: got, expected, error, allowed, and error over allowed."""
+        got, exact = put_beside(have.rows(some), values), values[some]
+        expected = exact if other is None else put_beside(other.rows(some), values)
+        error = xp.abs(got - expected)
+        if yardstick is None:
+            same = (got == expected) & (xp.signbit(got) == xp.signbit(expected))
+            return got, expected, error, xp.zeros_like(error), xp.where(same, 0.0, np.inf)
+        of_rows = yardstick[some] if values.ndim > 1 else yardstick
+        margin = allowed(exact, of_rows, want.dtype) * (1 if other is None else 2)
+        ratio = error / xp.maximum(margin, 1e-300)
+        # What is off by more than allowed is over it, however small that is; and so is what is not a number.
+        ratio = xp.where(error <= margin, ratio, xp.maximum(ratio, 1.0 + 2**-52))
+        return got, expected, error, margin, xp.where(xp.isnan(error), np.inf, ratio)
+
+    check = _check(problem, want, left, right, ok=True, bitwise=yardstick is None)
+    check.rows = rows.size * math.prod(values.shape[1:-1])
+    row_of = math.prod(values.shape[1:])
+    if not rows.size * row_of:
         return check
-    bad = ratio > (0 if allowed is None else 1)
-    by_row = ratio.reshape(-1, ratio.shape[-1] if ratio.ndim > 1 else 1)
-    check.failing = int(bad.reshape(by_row.shape).any(axis=1).sum())
+    worst_of, magnitudes = [], Magnitudes() if picture and yardstick is not None else None
+    size = max((AT_ONCE if xp is np else AT_ONCE_ON_GPU) // row_of, 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for first in range(0, rows.size, size):
+            _, expected, error, margin, ratio = compared(rows[first : first + size])
+            worst_of.append(to_numpy(xp.max(ratio, axis=-1) if ratio.ndim > 1 else ratio).reshape(-1))
+            if magnitudes:
+                magnitudes.add(expected, error, margin)
+    by_row = np.concatenate(worst_of)
+    check.failing = int((by_row > limit).sum())
     check.ok = check.failing == 0
-    margin = np.zeros(ratio.shape) if allowed is None else allowed[present]
+    middle = values.shape[1:-1]
 
     def row(index: int) -> Row:
-        at = np.unravel_index(index * by_row.shape[1] + int(by_row[index].argmax()), ratio.shape)
-        at = tuple(int(i) for i in at)
-        where = _where(problem, want, have, int(np.flatnonzero(present)[at[0]]), at)
-        return Row(where, float(got[at]), float(expected[at]), float(error[at]), float(margin[at]))
+        at = np.unravel_index(index, (rows.size, *middle))
+        numbers = [to_numpy(a)[(0, *at[1:])] for a in compared(rows[at[0]][None])]
+        last = (int(numbers[-1].argmax()),) if values.ndim > 1 else ()
+        where = _where(problem, want, have, int(rows[at[0]]), tuple(int(i) for i in (*at, *last)))
+        return Row(where, *(float(a[last]) for a in numbers[:4]))
 
-    worst_first = np.argsort(-by_row.max(axis=1), kind="stable")
-    worst, check.worst = row(int(worst_first[0])), float(ratio.max())
+    with np.errstate(invalid="ignore", divide="ignore"):
+        worst_first = np.argsort(-by_row, kind="stable")
+        worst, check.worst = row(int(worst_first[0])), float(by_row.max())
+        check.worst_rows = [row(int(i)) for i in worst_first[: min(check.failing, LISTED)]]
     check.where, check.got, check.expected = worst.where, worst.got, worst.expected
     check.error, check.allowed = worst.error, worst.allowed
-    check.worst_rows = [row(int(i)) for i in worst_first[: min(check.failing, LISTED)]]
     if check.failing > 1:
-        check.common = _in_common(
-            problem, want, have, np.flatnonzero(present), np.asarray(bad.any(axis=-1) if bad.ndim > 1 else bad)
-        )
+        bad = (by_row > limit).reshape(rows.size, *middle)
+        check.common = _in_common(problem, want, have, rows, bad)
     if picture and want.axes == "A D":
-        rank, token, k = np.unravel_index(np.flatnonzero(present), problem.expert_id.shape)
-        picture.add_rows(left, rank, problem.expert_id[rank, token, k], ratio)
-    if picture and allowed is not None:
-        picture.add_magnitudes(f"{left} {want.name}", expected, error, margin)
+        rank, token, k = np.unravel_index(rows, problem.expert_id.shape)
+        picture.add_rows(left, rank, problem.expert_id[rank, token, k], by_row)
+    if picture and magnitudes:
+        picture.magnitudes[f"{left} {want.name}"] = magnitudes.found()
     return check
 
 

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 
 from parity.oracle import reference
+from parity.oracle.arrays import largest_at, space_of, to_numpy
 from parity.oracle.problem import Problem
 
 Array = np.ndarray
@@ -33,30 +34,43 @@ class Picture(msgspec.Struct):
     magnitudes: dict[str, list[Magnitude]] = {}
 
     def add_rows(self, backend: str, rank: Array, expert: Array, ratio: Array) -> None:
-        """Error over allowance, [n, ...], of rows with these source ranks and experts."""
-        worst = self.worst.setdefault(backend, [[None] * len(self.kept[0]) for _ in self.kept])
-        by_row = ratio.reshape(ratio.shape[0], -1).max(axis=1, initial=0)
+        """Error over allowance, [n], of rows with these source ranks and experts."""
+        P, E = len(self.kept), len(self.kept[0])
+        worst_PE = np.full((P, E), -np.inf)
+        np.maximum.at(worst_PE, (rank, expert), ratio)
         with _LOCK:
-            for p, g, value in zip(rank.tolist(), expert.tolist(), by_row.tolist(), strict=True):
-                worst[p][g] = max(worst[p][g] or 0.0, value)
+            worst = self.worst.setdefault(backend, [[None] * E for _ in range(P)])
+            for p, g in np.argwhere(worst_PE >= 0).tolist():
+                worst[p][g] = max(worst[p][g] or 0.0, float(worst_PE[p, g]))
 
-    def add_magnitudes(self, name: str, expected: Array, error: Array, allowed: Array) -> None:
-        """Error and allowance against the size of what was expected."""
-        expected, error, allowed = (a.reshape(-1) for a in (expected, error, np.broadcast_to(allowed, expected.shape)))
-        seen = (expected != 0) & np.isfinite(error)
-        if not seen.any():
-            self.magnitudes[name] = []
+
+class Magnitudes:
+    """Errors and allowances against the size of what was expected, of numbers that come in pieces."""
+
+    def __init__(self) -> None:
+        self.by_exponent: dict[int, Magnitude] = {}
+
+    def add(self, expected: Array, error: Array, allowed: Array) -> None:
+        """Some more numbers."""
+        xp = space_of(expected)
+        seen = (expected != 0) & xp.isfinite(error)
+        exponent = xp.frexp(expected)[1][seen] - 1
+        if not len(exponent):
             return
-        exponent = np.frexp(expected[seen])[1] - 1
-        lowest, at = int(exponent.min()), exponent - exponent.min()
-        count = np.bincount(at)
-        worst, most = np.zeros(count.size), np.zeros(count.size)
-        np.maximum.at(worst, at, error[seen])
-        np.maximum.at(most, at, allowed[seen])
-        self.magnitudes[name] = [
-            Magnitude(lowest + i, int(count[i]), float(worst[i]), float(most[i]))
-            for i in np.flatnonzero(count).tolist()
-        ]
+        lowest = int(xp.min(exponent))
+        at = xp.astype(exponent - lowest, xp.int64)
+        n = int(xp.max(at)) + 1
+        count, worst, most = (
+            to_numpy(a).tolist() for a in (xp.bincount(at), *(largest_at(n, at, a[seen]) for a in (error, allowed)))
+        )
+        for i in range(n):
+            one = self.by_exponent.setdefault(lowest + i, Magnitude(lowest + i, 0, 0.0, 0.0))
+            one.numbers, one.error = one.numbers + int(count[i]), max(one.error, worst[i])
+            one.allowed = max(one.allowed, most[i])
+
+    def found(self) -> list[Magnitude]:
+        """Of all numbers so far, small ones first."""
+        return [one for _, one in sorted(self.by_exponent.items()) if one.numbers]
 
 
 def blank(problem: Problem) -> Picture:

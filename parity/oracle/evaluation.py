@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from parity.oracle import reference, vectorised
-from parity.oracle.problem import Problem, exact_inputs, in_float64
+from parity.oracle.arrays import Array, in_float64, put, space_of, to_numpy
+from parity.oracle.problem import NOTHING, Problem, parameters_in_float64
 from parity.oracle.reference import Exact, Gradients, Layer, Numbers, Perturbed
 from parity.oracle.rows import Layout, Table, row_tables
-
-Array = np.ndarray
 
 
 def part(compute: Callable[["Evaluation"], Any]) -> Any:
@@ -31,18 +30,47 @@ class Evaluation:
     """One evaluation of the oracle, each part when it is asked for: stages fed the problem's values, and the layer.
 
     `draws` None: exact. Some: with every rounding drawn, and one more axis in front of all numbers, of these draws.
-    Each part has a generator of its own, so that none depends on which others are asked for.
+    Each part has a generator of its own, so that none depends on which others are asked for. Inputs are converted
+    once, and shared with other evaluations through `beside`; so are, by part, `deviations` of `Perturbed`.
     """
 
-    def __init__(self, problem: Problem, draws: range | None = None) -> None:
+    def __init__(
+        self, problem: Problem, draws: range | None = None, beside: "Evaluation | None" = None,
+        deviations: dict[str, dict[int, Array]] | None = None,
+    ) -> None:  # fmt: skip
         self.problem, self.case, self.draws = problem, problem.case, draws
         self.parts: dict[str, Any] = {}
-        x, self.parameters, dout = exact_inputs(problem)
-        names = ("y", "dy", "dx_rows", "score", "dscore", "given")
-        numbers = [x, dout, *(getattr(problem, name).astype(np.float64) for name in names)]
-        if draws:
-            numbers = [np.broadcast_to(a, (len(draws), *a.shape)) for a in numbers]
-        self.x, self.dout, self.y, self.dy, self.dx_rows, self.score, self.dscore, self.given = numbers
+        self.deviations = deviations
+        if beside:
+            self.parameters, self.inputs = beside.parameters, beside.inputs
+            return
+        on_gpu = vectorised.on_gpu(problem.case)
+        self.parameters = parameters_in_float64(problem.parameters, on_gpu)
+        numbers = ("x", "dout", "y", "dy", "dx_rows", "score", "dscore", "given", "aux")
+        self.inputs = {name: put(getattr(problem, name), on_gpu) for name in numbers}
+        ids = ("expert_id", "other_experts")
+        self.inputs |= {name: put(getattr(problem, name).astype(np.int64), on_gpu) for name in ids}
+        self.inputs["keep"] = put(problem.keep, on_gpu)
+
+    def given(self, name: str) -> Array:
+        """An input in float64, the same for all draws."""
+        a = in_float64(self.inputs[name])
+        return a if not self.draws else space_of(a).broadcast_to(a, (len(self.draws), *a.shape))
+
+    @property
+    def expert_id(self) -> Array:
+        """[P, T, K], where the oracle computes."""
+        return self.inputs["expert_id"]
+
+    @property
+    def keep(self) -> Array:
+        """[P, T, K], where the oracle computes."""
+        return self.inputs["keep"]
+
+    @property
+    def other_experts(self) -> Array:
+        """See `Problem.other_experts`; where the oracle computes."""
+        return self.inputs["other_experts"]
 
     @property
     def _oracle(self) -> ModuleType:
@@ -50,35 +78,27 @@ class Evaluation:
         return vectorised.oracle_for(self.case) if self.draws is None else vectorised
 
     def _numbers(self, part: str) -> Numbers:
+        xp = space_of(self.inputs["x"])
         if self.draws is None:
-            return Exact()
-        return Perturbed(np.random.default_rng([self.case.seed, 1, self.draws.start, *part.encode()]))
+            return Exact(xp)
+        rng = np.random.default_rng([self.case.seed, 1, self.draws.start, *part.encode()])
+        return Perturbed(rng, xp, None if self.deviations is None else self.deviations.setdefault(part, {}))
 
     @part
     def layer(self) -> Layer:
         """The whole layer."""
-        if self.draws is None:
+        if self.draws is None and self.problem.exact is not NOTHING:
             return self.problem.exact
-        p = self.problem
-        return vectorised.layer(
-            self.case,
-            self.x,
-            self.parameters,
-            self.dout,
-            p.expert_id,
-            p.keep,
-            self._numbers("layer"),
-            p.aux.astype(np.float64),
-        )
+        given, numbers = self.given, self._numbers("layer")
+        x, dout, aux = given("x"), given("dout"), given("aux")
+        return self._oracle.layer(self.case, x, self.parameters, dout, self.expert_id, self.keep, numbers, aux)
 
     @part
     def score_of_others(self) -> Array:
         """[P, T, K], for a replay of experts that the router does not choose."""
         numbers = self._numbers("score_of_others")
-        _, score_PTE = self._oracle.route(self.case, self.x, self.parameters, numbers)
-        return reference.chosen_scores(
-            self.case, score_PTE, self.problem.other_experts, self.parameters, numbers
-        ).weight
+        _, score_PTE = self._oracle.route(self.case, self.given("x"), self.parameters, numbers)
+        return reference.chosen_scores(self.case, score_PTE, self.other_experts, self.parameters, numbers).weight
 
     @property
     def counts_of_others(self) -> Array:
@@ -89,56 +109,48 @@ class Evaluation:
     @part
     def route_backward(self) -> tuple[Array, Gradients]:
         """dx [P, T, D] of that replay, and the gradients of what the router has learned."""
-        others = self.problem.other_experts
-        return self._oracle.route_backward(
-            self.case, self.x, self.parameters, others, self.dscore, self._numbers("route_backward")
-        )
+        x, dscore, numbers = self.given("x"), self.given("dscore"), self._numbers("route_backward")
+        return self._oracle.route_backward(self.case, x, self.parameters, self.other_experts, dscore, numbers)
 
     @part
     def experts_backward(self) -> tuple[Array, Gradients]:
         """dx [P, T, K, D] and the gradients of what the experts have learned."""
-        ids = self.problem.expert_id
-        return self._oracle.experts_backward(
-            self.case, self.given, ids, self.parameters, self.dy, self._numbers("experts_backward")
-        )
+        given, dy, numbers = self.given("given"), self.given("dy"), self._numbers("experts_backward")
+        return self._oracle.experts_backward(self.case, given, self.expert_id, self.parameters, dy, numbers)
 
     @part
     def shared(self) -> Array:
         """What the shared expert adds, [P, T, D]."""
-        return reference.shared_expert(self.case, self.x, self.parameters, self._numbers("shared"))
+        return reference.shared_expert(self.case, self.given("x"), self.parameters, self._numbers("shared"))
 
     @part
     def shared_backward(self) -> tuple[Array, Gradients]:
         """dx [P, T, D] and the gradients of what the shared expert has learned."""
-        numbers = self._numbers("shared_backward")
-        return reference.shared_backward(self.case, self.x, self.parameters, self.dout, numbers)
+        x, dout, numbers = self.given("x"), self.given("dout"), self._numbers("shared_backward")
+        return reference.shared_backward(self.case, x, self.parameters, dout, numbers)
 
     @part
     def out_of_combine(self) -> Array:
         """[P, T, D]."""
-        return self._oracle.combine(self.case, self.y, self.score, self.problem.keep, self._numbers("out_of_combine"))
+        y, score, numbers = self.given("y"), self.given("score"), self._numbers("out_of_combine")
+        return self._oracle.combine(self.case, y, score, self.keep, numbers)
 
     @part
     def combine_backward(self) -> tuple[Array, Array]:
         """dy [P, T, K, D] and dscore [P, T, K]."""
-        keep = self.problem.keep
-        return self._oracle.combine_backward(
-            self.case, self.y, self.score, keep, self.dout, self._numbers("combine_backward")
-        )
+        y, score, dout = self.given("y"), self.given("score"), self.given("dout")
+        return self._oracle.combine_backward(self.case, y, score, self.keep, dout, self._numbers("combine_backward"))
 
     @part
     def dx_of_group(self) -> Array:
         """[P, T, D]."""
-        return self._oracle.group_backward(self.case, self.dx_rows, self.problem.keep, self._numbers("dx_of_group"))
-
-    @part
-    def x_rows(self) -> Array:
-        """What the expert of every assignment is given, [P, T, K, D]."""
-        return self.rows_of(self.given)
+        numbers = self._numbers("dx_of_group")
+        return self._oracle.group_backward(self.case, self.given("dx_rows"), self.keep, numbers)
 
     def rows_of(self, a: Array) -> Array:
-        """[P, T, K, D] of [P, T, D], draws in front."""
-        return np.repeat(a[..., None, :], self.case.top_k, axis=-2)
+        """[P, T, D] as the expert of every assignment is given it, [P, T, K, D]; draws in front."""
+        a = a[..., None, :]
+        return space_of(a).broadcast_to(a, (*a.shape[:-2], self.case.top_k, a.shape[-1]))
 
     def sent(self, layout: Layout) -> Array:
         """Rows that each rank sends to each expert, [P, E]: all assignments, or those that a static capacity keeps."""
@@ -150,7 +162,9 @@ class Evaluation:
 
     def table(self, layout: Layout) -> Table:
         """Which row lies where."""
-        return row_tables(self.case, self.problem.expert_id, self.problem.keep, layout)
+        if layout not in self.parts:
+            self.parts[layout] = row_tables(self.case, self.problem.expert_id, self.problem.keep, layout)
+        return self.parts[layout]
 
 
 def unreached(problem: Problem) -> list[str]:
@@ -158,12 +172,14 @@ def unreached(problem: Problem) -> list[str]:
     case, ids = problem.case, problem.expert_id
     if case.clamp is None:
         return []
-    parameters, given = in_float64(problem.parameters), problem.given.astype(np.float64)
+    on_gpu = vectorised.on_gpu(case)
+    parameters, given = parameters_in_float64(problem.parameters, on_gpu), in_float64(put(problem.given, on_gpu))
     gate, up = np.zeros(2, bool), np.zeros(3, bool)
     for g in np.unique(ids[ids >= 0]):
-        x_nD = given[(ids == g).any(axis=-1)]
-        gate_nF, up_nF = reference.gate_and_up(case, x_nD, parameters, g, Exact())
+        x_nD = given[np.nonzero((ids == g).any(axis=-1))]
+        gate_nF, up_nF = reference.gate_and_up(case, x_nD, parameters, int(g), Exact(space_of(x_nD)))
         assert gate_nF is not None
+        gate_nF, up_nF = to_numpy(gate_nF), to_numpy(up_nF)
         gate |= [(gate_nF <= case.clamp).any(), (gate_nF > case.clamp).any()]
         up |= [(np.abs(up_nF) <= case.clamp).any(), (up_nF > case.clamp).any(), (up_nF < -case.clamp).any()]
     c = f"{case.clamp:g}"

@@ -1,31 +1,36 @@
 """What each array of a run should hold, and how far off each number may be."""
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from parity.cases.case import Case
 from parity.oracle import vectorised
+from parity.oracle.arrays import Array, space_of, to_numpy
 from parity.oracle.evaluation import Evaluation
 from parity.oracle.problem import Problem
 from parity.oracle.quantities import OUTSIDE, Quantity, quantity_of
 from parity.oracle.rows import Layout
-from parity.oracle.tolerances import DRAWS, allowance, shares_allowance, shares_of, slope_allowance
+from parity.oracle.tolerances import DRAWS, allowed, shares_allowance, shares_of, shares_of_slope, strayed
 
-Array = np.ndarray
-
-_THREADS = ThreadPoolExecutor()
+_THREADS = ThreadPoolExecutor(os.cpu_count())
 
 
-def map_of(case: Case) -> Callable[..., Iterable[Any]]:
-    """A `map`: in threads where arrays are large, on which NumPy lets go of the interpreter's lock.
+def mapped(case: Case, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """A `map`: in a thread for each core where arrays are large, on which NumPy lets go of the interpreter's lock.
 
-    On small ones threads take the lock from each other: twice the time, and three times the CPU.
+    On small ones threads take the lock from each other: twice the time, and three times the CPU. A matrix product has
+    no threads of its own meanwhile: cores times cores of them are many times as slow.
     """
-    return map if vectorised.small(case) else _THREADS.map
+    if vectorised.small(case) or vectorised.on_gpu(case):
+        return [function(item) for item in items]
+    with threadpool_limits(1):
+        return list(_THREADS.map(function, items))
 
 
 @dataclass(frozen=True)
@@ -34,30 +39,39 @@ class Expected:
 
     name: str  # mode/stage/value
     quantity: Quantity
-    values: Array
-    allowed: Array | None  # None: bitwise
+    exact: Evaluation
+    layout: Layout
+    yardstick: Array | None  # of each row; None: bitwise
     dtype: str
-    case: Case
-    slope: Array | None = None  # `in_groups`, how far from 1 that of got on expected may be
+    slope: np.ndarray | None = None  # `in_groups`, how far from 1 that of got on expected may be
     choices: Array | None = None  # of the layer's output: `shares_of` what each of the K choices adds to it
-    share: Array | None = None  # how far from 1 the share of each may be
+    share: np.ndarray | None = None  # how far from 1 the share of each may be
+
+    @property
+    def case(self) -> Case:
+        """Whose array it is."""
+        return self.exact.case
 
     @property
     def mode(self) -> str:
-        """isolated, e2e or repeat."""
+        """isolated, e2e, second or repeat."""
         return self.name.split("/")[0]
+
+    @property
+    def values(self) -> Array:
+        """All of it, made anew each time."""
+        if self.mode == "repeat":
+            return np.zeros(1)
+        return _value(self.exact, self.name.replace("second", "e2e", 1), self.quantity, self.layout)
+
+    @property
+    def allowed(self) -> Array | None:
+        """How far off each number may be; None: not at all."""
+        return None if self.yardstick is None else allowed(self.values, self.yardstick, self.dtype)
 
     def as_second(self) -> "Expected":
         """Of the second step."""
         return replace(self, name=self.name.replace("e2e", "second", 1))
-
-    def in_groups(self, values: Array) -> list[Array]:
-        """[1, n], all numbers, and [groups, n]: of each rank, or each expert, as the router's gradient has columns."""
-        by_group = values.T if self.axes == "D E" else values
-        return [
-            values.reshape(1, -1),
-            *[by_group.reshape(len(by_group), -1)] * (self.axes[0] in "PE" or self.axes == "D E"),
-        ]
 
     @property
     def axes(self) -> str:
@@ -65,15 +79,36 @@ class Expected:
         return "" if self.mode == "repeat" else self.quantity.axes
 
 
+def in_groups(axes: str, values: Array) -> list[Array]:
+    """[1, n], all numbers, and [groups, n]: of each rank, or each expert, as the router's gradient has columns."""
+    by_group = values.T if axes == "D E" else values
+    return [values.reshape(1, -1), *[by_group.reshape(len(by_group), -1)] * (axes[0] in "PE" or axes == "D E")]
+
+
+@dataclass
+class Strayed:
+    """Of all draws so far of one array, the largest errors: of each row, of each scale, and of each choice's share."""
+
+    rows: Any = 0.0
+    scales: Any = 0.0
+    shares: Any = 0.0
+
+    def more(self, other: "Strayed", xp: Any) -> None:
+        """Those of another draw, too."""
+        self.rows = xp.maximum(other.rows, self.rows)
+        self.scales, self.shares = np.maximum(self.scales, other.scales), np.maximum(self.shares, other.shares)
+
+
 class Oracle:
-    """The exact evaluation of a problem and its draws, kept for every array that is asked for."""
+    """The exact evaluation of a problem, and how far its draws stray from it; no draw is kept."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        n = vectorised.draws_at_once(problem.case)
+        self.problem, self.case = problem, problem.case
         self.exact = Evaluation(problem)
-        self.draws = [Evaluation(problem, range(i, i + n)) for i in range(0, DRAWS, n)]
+        self.xp = space_of(self.exact.inputs["x"])
+        self.strayed: dict[str, Strayed] = {}
         self.second = Oracle(problem.second) if problem.second else None
+        self._choices: Array | None = None
 
     def expected(self, names: Iterable[str], layout: Layout) -> dict[str, Expected]:
         """What the arrays of these names should hold, but for those of which the case has nothing to compare.
@@ -81,44 +116,109 @@ class Oracle:
         Raises ValueError on a name that is no quantity's.
         """
         names = list(names)
+        self.measure(names)
         seconds = [name.replace("second", "e2e", 1) for name in names if name.startswith("second")]
         beside = self.second.expected(seconds, layout) if self.second else {}
         first = [name for name in names if not name.startswith("second")]
-        asked = {name: quantity for name in first if (quantity := quantity_of(name)).asks(self.problem.case)}
-        arithmetic = [name for name, quantity in asked.items() if not _bitwise(name, quantity, self.problem.case)]
+        asked = {name: quantity for name in first if (quantity := quantity_of(name)).asks(self.case)}
+        return {name: self._expected(name, quantity, layout) for name, quantity in asked.items()} | {
+            want.name: want for want in map(Expected.as_second, beside.values())
+        }
 
-        def evaluated(some: Evaluation) -> dict[str, Array]:
-            return {name: _value(some, name, asked[name], layout) for name in arithmetic}
+    def measure(self, names: Iterable[str]) -> None:
+        """Draw what these arrays may be off by; all at once, since each draw makes all that it is asked for."""
+        new: dict[str, Quantity] = {}
+        for name in names:
+            if name.startswith("second") or name in self.strayed:
+                continue
+            quantity = quantity_of(name)
+            if quantity.asks(self.case) and not _bitwise(name, quantity, self.case):
+                new[name] = quantity
+        if not new:
+            return
+        self.strayed |= {name: Strayed() for name in new}
+        self.exact.layer  # noqa: B018  once, before threads ask for it
+        if self.choices_asked(new):
+            self._choices = shares_of(self._added_by_choice())
+        n = vectorised.draws_at_once(self.case)
 
-        drawn = list(map_of(self.problem.case)(evaluated, self.draws))
-        return {
-            name: self._expected(name, quantity, layout, [one for some in drawn if name in some for one in some[name]])
-            for name, quantity in asked.items()
-        } | {want.name: want for want in map(Expected.as_second, beside.values())}
+        of_parts: dict[str, list[str]] = {}
+        for name in new:
+            of_parts.setdefault(_part(name), []).append(name)
 
-    def _expected(self, name: str, quantity: Quantity, layout: Layout, drawn: list[Array]) -> Expected:
+        deviations = {} if n < DRAWS and self.xp is np else None
+
+        def drawn(first: int) -> dict[str, Strayed]:
+            one, found = Evaluation(self.problem, range(first, first + n), self.exact, deviations), {}
+            for names in of_parts.values():
+                found |= {name: self._strayed(one, name, new[name]) for name in names}
+                one.parts.clear()
+            return found
+
+        for found in mapped(self.case, drawn, range(0, DRAWS, n)):
+            for name, of_draw in found.items():
+                self.strayed[name].more(of_draw, self.xp)
+
+    def _strayed(self, one: Evaluation, name: str, quantity: Quantity) -> Strayed:
+        """How far the array is off in these draws."""
+        exact, drawn = (_value(of, name, quantity, "dynamic") for of in (self.exact, one))
+        rows = strayed(drawn, exact)
+        found = Strayed(self.xp.max(rows, axis=0))
+        if name in OUTSIDE and exact.size:
+            groups = in_groups(quantity.axes, exact)
+            shares = [shares_of_slope(group) for group in groups]
+            for draw in drawn:
+                of_draw = in_groups(quantity.axes, draw)
+                off = [
+                    to_numpy(self.xp.abs(self.xp.sum(share * (a - b), axis=-1)))
+                    for share, a, b in zip(shares, of_draw, groups, strict=True)
+                ]
+                found.scales = np.maximum(found.scales, np.concatenate(off))
+                if name == OUTSIDE[0] and self._choices is not None:
+                    found.shares = np.maximum(
+                        found.shares, np.abs(to_numpy(self._choices @ (draw - exact).reshape(-1)))
+                    )
+        return found
+
+    def choices_asked(self, names: Iterable[str]) -> bool:
+        """Whether what each of several choices adds to the output is compared."""
+        return OUTSIDE[0] in names and self.case.top_k > 1 and self.case.ranks * self.case.tokens > 0
+
+    def _expected(self, name: str, quantity: Quantity, layout: Layout) -> Expected:
         if name.startswith("repeat"):
-            return Expected(name, quantity, np.zeros(1), None, "int", self.problem.case)
-        case, exact = self.problem.case, _value(self.exact, name, quantity, layout)
-        dtype = case.dtype_of(quantity.dtype)
-        want = Expected(name, quantity, exact, allowance(exact, drawn, dtype) if drawn else None, dtype, case)
-        if name not in OUTSIDE or not exact.size:
+            return Expected(name, quantity, self.exact, layout, None, "int")
+        dtype, off = self.case.dtype_of(quantity.dtype), self.strayed.get(name)
+        want = Expected(name, quantity, self.exact, layout, off.rows if off else None, dtype)
+        if name not in OUTSIDE or not want.values.size or not off:
             return want
-        grouped = list(zip(*(want.in_groups(a) for a in (exact, *drawn)), strict=True))
-        allowed = [slope_allowance(groups, of_draws, dtype, case.wide) for groups, *of_draws in grouped]
+        whole, *groups = in_groups(quantity.axes, want.values)
+        shares, wide = [shares_of_slope(a) for a in (whole, *groups)], self.case.wide
+        n = len(whole)
+        allowed = [
+            to_numpy(shares_allowance(of, a, self._put(worst), dtype, wide))
+            for of, a, worst in zip(shares, (whole, *groups), (off.scales[:n], off.scales[n:]), strict=False)
+        ]
         want = replace(want, slope=np.concatenate(allowed))
-        if name != OUTSIDE[0] or case.top_k == 1:
+        if name != OUTSIDE[0] or self._choices is None:
             return want
-        choices = shares_of(self._added_by_choice())
-        whole, *of_draws = grouped[0]
-        return replace(want, choices=choices, share=shares_allowance(choices, whole, of_draws, dtype, case.wide))
+        share = shares_allowance(self._choices, whole, self._put(off.shares), dtype, wide)
+        return replace(want, choices=self._choices, share=to_numpy(share))
+
+    def _put(self, a: np.ndarray) -> Array:
+        return a if self.xp is np else self.xp.asarray(a, device=self.exact.inputs["x"].device)
 
     def _added_by_choice(self) -> Array:
         """[K, P * T * D], what each token's first choice adds to the output, its second, and so on."""
-        layer, keep, case = self.exact.layer, self.problem.keep, self.problem.case
-        weight = np.ones_like(layer.score) if case.score_on == "input" else layer.score
-        weighted = np.where(keep[..., None], weight[..., None] * layer.y, 0)
-        return np.moveaxis(weighted, 2, 0).reshape(case.top_k, -1)
+        layer, keep, xp = self.exact.layer, self.exact.keep, self.xp
+        weight = xp.ones_like(layer.score) if self.case.score_on == "input" else layer.score
+        weighted = xp.where(keep[..., None], weight[..., None] * layer.y, 0.0)
+        return xp.moveaxis(weighted, 2, 0).reshape(self.case.top_k, -1)
+
+
+def _part(name: str) -> str:
+    """What an evaluation makes an array with: the layer, or a stage on its own."""
+    mode, stage, _ = name.split("/")
+    return stage if mode == "isolated" else ""
 
 
 def _bitwise(name: str, quantity: Quantity, case: Case) -> bool:

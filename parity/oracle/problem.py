@@ -13,12 +13,14 @@ from parity.cases.from_checkpoint import learned
 from parity.cases.parameters import Parameter, Parameters, parameters_of, shape
 from parity.cases.recording import load_recording
 from parity.oracle import reference, vectorised
+from parity.oracle.arrays import Array, in_float64, put, space_of, stored
 from parity.oracle.reference import Exact, Layer
 from parity.oracle.tolerances import allowance, numpy_dtype, underflow
 from parity.oracle.vectorised import oracle_for
 from parity.oracle.windows import Windows, draw_windows
 
-Array = np.ndarray
+# In place of the exact layer, where it is not kept: in files, and at a size at which it is evaluated on a GPU.
+NOTHING = Layer(*[np.zeros(0)] * (len(Layer._fields) - 1), gradients={})
 
 
 @dataclass
@@ -40,14 +42,10 @@ class Problem:
     dy: Array
     dx_rows: Array
     aux: Array  # [P, T, K], the gradient of the scores that an auxiliary loss adds; zero without one
+    given: Array  # what experts are given, [P, T, D]: the tokens, or the tokens times their scores
     exact: Layer  # float64, end to end
     second: "Problem | None" = None  # the step beside this one: the same weights, other tokens
     own_choice: bool = False  # nothing dropped, and no choice too close to call: a router may choose for itself
-
-    @property
-    def given(self) -> Array:
-        """What experts are given, [P, T, D]: the tokens, or the tokens times their scores."""
-        return self.exact.input.astype(self.x.dtype) if self.case.score_on == "input" else self.x
 
     @property
     def other_experts(self) -> Array:
@@ -74,13 +72,16 @@ class Problem:
         return rows.astype(self.y.dtype), total.astype(np.float64)
 
     def save(self, path: Path) -> None:
-        """Write to a file that only this program reads."""
-        path.write_bytes(pickle.dumps(self))
+        """Write to a file that only this program reads, without the exact layer."""
+        second = self.second and replace(self.second, exact=NOTHING)
+        with path.open("wb") as file:
+            pickle.dump(replace(self, exact=NOTHING, second=second), file, protocol=5)
 
     @staticmethod
     def load(path: Path) -> "Problem":
         """Read what `save` wrote."""
-        problem = pickle.loads(path.read_bytes())
+        with path.open("rb") as file:
+            problem = pickle.load(file)
         assert isinstance(problem, Problem)
         return problem
 
@@ -136,11 +137,10 @@ def posed(
 
     Not `evaluated`, for a layer that is fed no stage's input and not judged, it has the oracle's routing only.
     """
-    recorded, dtype = recorded or {}, numpy_dtype(case.dtype)
-    x64, dout64 = x.astype(np.float64), dout.astype(np.float64)
-    exact_parameters = in_float64(parameters)
+    recorded = recorded or {}
+    exact_parameters = parameters_in_float64(parameters)
     oracle = oracle_for(case)
-    logits, score = oracle.route(case, x64, exact_parameters, Exact())
+    logits, score = oracle.route(case, x.astype(np.float64), exact_parameters, Exact())
     by = reference.scores_to_choose_by(case, logits)
     expert_id = recorded["expert_id"].copy() if "expert_id" in recorded else oracle.select(case, by, exact_parameters)
     for rank in range(case.ranks):
@@ -148,23 +148,31 @@ def posed(
     # Priority goes by the scores that are stored, so rounding to the stored dtype comes first. XLA on a CPU compares
     # numbers below the normal range as zeros.
     of_scores = numpy_dtype(case.dtype_of("weight"))
-    stored = reference.chosen_scores(case, score, expert_id, exact_parameters, Exact()).weight.astype(of_scores)
-    stored[np.abs(stored) < underflow(case.dtype_of("weight"))] = 0
-    keep = reference.keep_within_capacity(case, expert_id, stored)
+    kept = reference.chosen_scores(case, score, expert_id, exact_parameters, Exact()).weight.astype(of_scores)
+    kept[np.abs(kept) < underflow(case.dtype_of("weight"))] = 0
+    keep = oracle.keep_within_capacity(case, expert_id, kept)
     aux = recorded.get("dscore", np.zeros(expert_id.shape)).astype(of_scores)
     if not evaluated:
-        nothing = Layer(*[np.zeros(0)] * (len(Layer._fields) - 1), gradients={})
         none = np.zeros(0)
-        return Problem(case, x, parameters, dout, expert_id, keep, stored, none, none, none, none, aux, nothing)
-    exact = oracle.layer(case, x64, exact_parameters, dout64, expert_id, keep, Exact(), aux.astype(np.float64))
-    rows = {name: getattr(exact, name).astype(dtype) for name in ("y", "dy", "dx_rows")}
-    dscore = exact.dscore.astype(of_scores)
-    return Problem(case, x, parameters, dout, expert_id, keep, stored, aux=aux, exact=exact, dscore=dscore, **rows)
+        return Problem(case, x, parameters, dout, expert_id, keep, kept, none, none, none, none, aux, none, NOTHING)
+    on_gpu = vectorised.on_gpu(case)
+    learned = parameters_in_float64(parameters, on_gpu) if on_gpu else exact_parameters
+    x64, dout64, aux64 = (in_float64(put(a, on_gpu)) for a in (x, dout, aux))
+    ids, kept_rows = put(expert_id.astype(np.int64), on_gpu), put(keep, on_gpu)
+    exact = oracle.layer(case, x64, learned, dout64, ids, kept_rows, Exact(space_of(x64)), aux64)
+    y, dy, dx_rows, given = (stored(a, case.dtype) for a in (exact.y, exact.dy, exact.dx_rows, exact.input))
+    dscore = stored(exact.dscore, case.dtype_of("weight"))
+    exact = NOTHING if on_gpu else exact
+    return Problem(case, x, parameters, dout, expert_id, keep, kept, y, dscore, dy, dx_rows, aux, given, exact)
 
 
-def in_float64(parameters: Parameters) -> Parameters:
-    """The same, exactly."""
-    return parameters._replace(**{name: a.astype(np.float64) for name, a in parameters.there().items()})
+def parameters_in_float64(parameters: Parameters, on_gpu: bool = False) -> Parameters:
+    """The same, exactly; on a GPU, or where they are."""
+
+    def exactly(a: Array | Windows) -> Array | Windows:
+        return a.in_float64(on_gpu) if isinstance(a, Windows) else in_float64(put(a, on_gpu))
+
+    return parameters._replace(**{name: exactly(a) for name, a in parameters.there().items()})
 
 
 def clear_choice(problem: Problem) -> bool:
@@ -226,7 +234,7 @@ def _learned(case: Case, parameter: Parameter, rng: np.random.Generator) -> Arra
 
 def exact_inputs(problem: Problem) -> tuple[Array, Parameters, Array]:
     """Tokens, what is learned, and the cotangent, in float64."""
-    return problem.x.astype(np.float64), in_float64(problem.parameters), problem.dout.astype(np.float64)
+    return problem.x.astype(np.float64), parameters_in_float64(problem.parameters), problem.dout.astype(np.float64)
 
 
 def _router(case: Case, rng: np.random.Generator) -> Array:
@@ -260,16 +268,15 @@ def _wanted_experts(case: Case, rng: np.random.Generator) -> Array:
     if case.pattern == "stay_home":
         weight_PE[0, e:] = 0
         weight_PE[1:, :e] = 0
-    wanted = np.zeros((P, T, K), np.int32)
-    for p, t in np.ndindex(P, T):
-        weight_E = weight_PE[p] / weight_PE[p].sum()
-        if case.pattern == "balanced":
-            wanted[p, t] = ((p * T + t) * K + np.arange(K)) % E
-        elif case.pattern == "one_expert":
-            wanted[p, t] = [0, *(1 + rng.permutation(E - 1)[: K - 1])]
-        else:
-            wanted[p, t] = rng.choice(E, K, replace=False, p=weight_E)
-    return wanted
+    if case.pattern == "balanced":
+        return (np.arange(P * T * K).reshape(P, T, K) % E).astype(np.int32)
+    if case.pattern == "one_expert":
+        others_PTE = rng.permuted(np.tile(np.arange(1, E), (P, T, 1)), axis=2)
+        return np.concatenate([np.zeros((P, T, 1)), others_PTE[..., : K - 1]], axis=2).astype(np.int32)
+    # The largest of logarithms with Gumbel noise are a draw by weight without replacement (Efraimidis, Spirakis 2006).
+    with np.errstate(divide="ignore"):
+        key_PTE = np.log(weight_PE)[:, None] + rng.gumbel(size=(P, T, E))
+    return np.argsort(-key_PTE, axis=2)[..., :K].astype(np.int32)
 
 
 def tokens_that_choose(case: Case, wanted: Array, router: Array, rng: np.random.Generator) -> Array:

@@ -102,11 +102,11 @@ def _slot(o: Evaluation, layout: Layout) -> Array:
     return np.stack([indices(o.case, table, rank)["slot"] for rank in range(o.case.ranks)])
 
 
-_x: Value = lambda o, _: o.x_rows  # noqa: E731
+_x: Value = lambda o, _: o.rows_of(o.given("given"))  # noqa: E731
 _given: Value = lambda o, _: o.rows_of(o.layer.input)  # noqa: E731
-_y: Value = lambda o, _: o.y  # noqa: E731
-_dx: Value = lambda o, _: o.dx_rows  # noqa: E731
-_dy: Value = lambda o, _: o.dy  # noqa: E731
+_y: Value = lambda o, _: o.given("y")  # noqa: E731
+_dx: Value = lambda o, _: o.given("dx_rows")  # noqa: E731
+_dy: Value = lambda o, _: o.given("dy")  # noqa: E731
 _order: Value = lambda o, _: o.problem.order_probe()[1]  # noqa: E731
 _sent: Value = lambda o, layout: o.sent(layout)  # noqa: E731
 _counts: Value = lambda o, layout: o.received(layout)  # noqa: E731

@@ -17,14 +17,17 @@ import numpy as np
 
 from parity.cases.case import Case
 from parity.cases.parameters import BY_NAME, Parameters
+from parity.oracle.arrays import Array, Random, Space, erf, put_along_last, rounded, space_of
 from parity.oracle.tolerances import noise, numpy_dtype, underflow
 
-Array = np.ndarray
 Gradients = dict[str, Array]  # by the name of what has it
 
 
+@dataclass
 class Exact:
     """Real arithmetic, as far as float64 goes."""
+
+    xp: Space = np
 
     def round(self, a: Array, dtype: str, units: float = 1) -> Array:  # noqa: ARG002
         """The value stored in `dtype`, of a function that is `units` roundings off: here, itself."""
@@ -52,19 +55,25 @@ class Perturbed:
     """The standard model of floating point, fl(a) = a(1 + d), |d| <= u, with d drawn (Monte Carlo arithmetic)."""
 
     rng: np.random.Generator
+    xp: Space = np
+
+    # How far off each matrix product may be, numbered in the order in which they are asked for: to first order the same
+    # in all draws, so that those which share this work it out once.
+    deviations: dict[int, Array] | None = None
+
+    def __post_init__(self) -> None:
+        self.random, self.matmuls = Random(self.rng), 0
 
     def round(self, a: Array, dtype: str, units: float = 1) -> Array:
         """The value stored in `dtype`, off by up to `units` unit roundoffs, or by what underflow may cost."""
-        off = self.rng.uniform(-1, 1, np.shape(a))
-        return a + off * np.maximum(units * noise(dtype) * np.abs(a), underflow(dtype))
+        return self.random.near(a, units * noise(dtype), underflow(dtype))
 
     def terms(self, a: Array, n: int, dtype: str) -> Array:
         """Terms of sums of n, accumulated in `dtype`, each term of one sum: n roundings walk randomly, so sqrt(n).
 
         Each term may be lost to underflow, too.
         """
-        off = self.rng.uniform(-1, 1, np.shape(a))
-        return a + off * np.maximum(np.sqrt(max(n, 1)) * noise(dtype) * np.abs(a), underflow(dtype))
+        return self.random.near(a, math.sqrt(max(n, 1)) * noise(dtype), underflow(dtype))
 
     def matmul(self, a: Array, b: Array, n: int, dtype: str) -> Array:
         """a @ b, each number a sum of n products accumulated in `dtype`, with an error of its own.
@@ -73,26 +82,35 @@ class Perturbed:
         Perturbing a factor instead would give all numbers of a row one error, which softmax and differences cancel.
         What underflow takes from each product, or from a factor of it, has one sign, and adds up.
         """
-        deviation = np.sqrt((a * a) @ (b * b)) * (math.sqrt(max(n, 1) / 3) * noise(dtype))
-        tiny = underflow(dtype)
-        deviation += np.add.reduce(np.abs(a), -1, keepdims=True) * tiny
-        ones = np.ones((1,) * (a.ndim > 1) + a.shape[-1:])  # a product, as b may be on a GPU
-        deviation += (ones @ abs(b) + n) * tiny
-        return a @ b + deviation * self.rng.standard_normal(deviation.shape)
+        known, self.matmuls = self.deviations, self.matmuls + 1
+        deviation = known.get(self.matmuls) if known is not None else None
+        if deviation is None:
+            deviation = self._deviation(a, b, n, dtype)
+        if known is not None:
+            known[self.matmuls] = deviation
+        return self.random.plus_normal(a @ b, deviation)
+
+    def _deviation(self, a: Array, b: Array, n: int, dtype: str) -> Array:
+        xp, tiny = self.xp, underflow(dtype)
+        deviation = xp.sqrt((a * a) @ (b * b))
+        deviation *= math.sqrt(max(n, 1) / 3) * noise(dtype)
+        deviation += xp.sum(xp.abs(a), axis=-1, keepdims=True) * tiny
+        deviation += (xp.sum(xp.abs(b), axis=-2, keepdims=a.ndim > 1) + n) * tiny
+        return deviation
 
     def constant(self, a: Array, dtype: str) -> Array:
         """The value stored in `dtype` of a number that is the same in many places: its own rounding in all of them.
 
         Drawn, it would average out over them.
         """
-        return a.astype(numpy_dtype(dtype)).astype(np.float64)
+        return rounded(a, dtype)
 
     def at_most(self, a: Array, bound: float, dtype: str) -> Array:
         """Whether numbers stored in `dtype` are no more than a bound, which is at random for those close to it.
 
         A matmul and a bias are rounded, so that a number is up to 2 units off: within twice that, either may be.
         """
-        return a + self.rng.uniform(-1, 1, np.shape(a)) * (4 * noise(dtype) * abs(bound)) <= bound
+        return self.random.near(a, 0, 4 * noise(dtype) * abs(bound)) <= bound
 
 
 Numbers = Exact | Perturbed
@@ -109,7 +127,7 @@ ERF = 6
 def sigmoid(a: Array) -> Array:
     """1 / (1 + exp(-a)), which is 0 where the power is beyond float64."""
     with np.errstate(over="ignore"):
-        return 1 / (1 + np.exp(-a))
+        return 1 / (1 + space_of(a).exp(-a))
 
 
 def route(case: Case, x_PTD: Array, w: Parameters, numbers: Numbers) -> tuple[Array, Array]:
@@ -135,22 +153,24 @@ def biased(a: Array, bias: Array | None, dtype: str, numbers: Numbers) -> Array:
 
 def scores(case: Case, logits_PTE: Array, numbers: Numbers) -> Array:
     """The score function of the logits, as far as it comes before the choice: [P, T, E]."""
-    function, dtype = case.router.score_function, case.score_dtype
+    function, dtype, xp = case.router.score_function, case.score_dtype, numbers.xp
     if function == "softmax":
         return softmax(logits_PTE, case.experts, dtype, numbers)
     if function == "sigmoid":
         return numbers.round(sigmoid(logits_PTE), dtype)
     if function == "sqrt_softplus":
-        return numbers.round(np.sqrt(np.logaddexp(logits_PTE, 0)), dtype, 2)  # of the logarithm, and of the root
+        softplus = xp.logaddexp(logits_PTE, xp.zeros_like(logits_PTE))
+        return numbers.round(xp.sqrt(softplus), dtype, 2)  # of the logarithm, and of the root
     assert function == "softmax_of_chosen"
     return logits_PTE
 
 
 def softmax(a: Array, n: int, dtype: str, numbers: Numbers) -> Array:
     """Over the last axis, of n."""
-    below = numbers.round(a - a.max(-1, keepdims=True), dtype)
-    power = numbers.round(np.exp(below), dtype)
-    total = numbers.terms(power, n, dtype).sum(-1, keepdims=True)
+    xp = numbers.xp
+    below = numbers.round(a - xp.max(a, axis=-1, keepdims=True), dtype)
+    power = numbers.round(xp.exp(below), dtype)
+    total = xp.sum(numbers.terms(power, n, dtype), axis=-1, keepdims=True)
     return numbers.round(power / total, dtype)
 
 
@@ -211,7 +231,7 @@ def chosen_scores(case: Case, score_PTE: Array, id_PTK: Array, w: Parameters, nu
     """The scores of the chosen experts, renormalised and scaled as the case says."""
     score_PTK = _of_chosen(score_PTE, id_PTK)
     if case.router.score_function == "softmax_of_chosen":
-        score_PTK = np.where(id_PTK >= 0, softmax(score_PTK, case.top_k, case.score_dtype, numbers), 0)
+        score_PTK = numbers.xp.where(id_PTK >= 0, softmax(score_PTK, case.top_k, case.score_dtype, numbers), 0)
     share_PTK = score_PTK
     if case.router.renormalize:
         share_PTK = numbers.round(score_PTK / _total(case, score_PTK, numbers), case.score_dtype)
@@ -226,37 +246,41 @@ def chosen_scores(case: Case, score_PTE: Array, id_PTK: Array, w: Parameters, nu
 
 def _total(case: Case, score_PTK: Array, numbers: Numbers) -> Array:
     """The sum that scores are divided by, [P, T, 1]; 1 for padding, whose scores are zero."""
-    total_PT1 = numbers.terms(score_PTK, case.top_k, case.score_dtype).sum(-1, keepdims=True) + case.router.epsilon
-    return np.where(total_PT1 == 0, 1, total_PT1)
+    terms_PTK = numbers.terms(score_PTK, case.top_k, case.score_dtype)
+    total_PT1 = numbers.xp.sum(terms_PTK, axis=-1, keepdims=True) + case.router.epsilon
+    return numbers.xp.where(total_PT1 == 0, 1.0, total_PT1)
 
 
 def _for_each(id_PTK: Array, a: Array) -> Array:
-    """The expert ids with the leading axes of `a`."""
-    return np.broadcast_to(id_PTK, (*a.shape[:-1], id_PTK.shape[-1]))
+    """The expert ids with the leading axes of `a`, and that of the first expert for padding."""
+    xp = space_of(a)
+    return xp.broadcast_to(xp.maximum(id_PTK, 0), (*a.shape[:-1], id_PTK.shape[-1]))
 
 
 def _of_chosen(score_PTE: Array, id_PTK: Array) -> Array:
     """[P, T, K]; 0 for an id of -1, which is that of padding."""
-    return np.where(id_PTK >= 0, np.take_along_axis(score_PTE, _for_each(id_PTK, score_PTE), axis=-1), 0)
+    xp = space_of(score_PTE)
+    return xp.where(id_PTK >= 0, xp.take_along_axis(score_PTE, _for_each(id_PTK, score_PTE), axis=-1), 0.0)
 
 
 def score_backward(
     case: Case, logits_PTE: Array, score_PTE: Array, id_PTK: Array, w: Parameters, dscore_PTK: Array, numbers: Numbers
 ) -> tuple[Array, Array]:
     """The gradient of the logits, [P, T, E], from that of the chosen scores; and of the experts' scales, [P, E]."""
-    dtype, chosen = case.score_dtype, chosen_scores(case, score_PTE, id_PTK, w, numbers)
+    dtype, xp = case.score_dtype, numbers.xp
+    chosen = chosen_scores(case, score_PTE, id_PTK, w, numbers)
     d_PTK = numbers.round(case.router.scale * dscore_PTK, dtype)
-    dscale_PTE = np.zeros_like(score_PTE)
+    dscale_PTE = xp.zeros_like(score_PTE)
     if w.expert_scale is not None:
         _put(dscale_PTE, id_PTK, numbers.round(d_PTK * chosen.share, dtype))
         d_PTK = numbers.round(d_PTK * w.expert_scale[id_PTK], dtype)
     if case.router.renormalize:
         total_PT1 = _total(case, chosen.score, numbers)
-        mean_PT1 = numbers.terms(d_PTK * chosen.score, case.top_k, dtype).sum(-1, keepdims=True) / total_PT1
+        mean_PT1 = xp.sum(numbers.terms(d_PTK * chosen.score, case.top_k, dtype), axis=-1, keepdims=True) / total_PT1
         d_PTK = numbers.round(d_PTK - numbers.round(mean_PT1, dtype), dtype) / total_PT1
     if case.router.score_function == "softmax_of_chosen":
         d_PTK = softmax_backward(chosen.score, d_PTK, case.top_k, dtype, numbers)
-    d_PTE = np.zeros_like(score_PTE)
+    d_PTE = xp.zeros_like(score_PTE)
     _put(d_PTE, id_PTK, numbers.round(d_PTK, dtype))
     dlogits_PTE = d_PTE
     if case.router.score_function == "softmax":
@@ -265,23 +289,23 @@ def score_backward(
         dlogits_PTE = d_PTE * score_PTE * numbers.round(1 - score_PTE, dtype)
     if case.router.score_function == "sqrt_softplus":
         share_PTE = numbers.round(sigmoid(logits_PTE), dtype)
-        slope_PTE = numbers.round(share_PTE / (2 * np.maximum(score_PTE, 1e-9)), dtype)
+        slope_PTE = numbers.round(share_PTE / (2 * xp.maximum(score_PTE, 1e-9)), dtype)
         # From -40 down, where the share is the score squared, half the score: their quotient underflows.
-        dlogits_PTE = d_PTE * np.where(logits_PTE < -40, numbers.round(score_PTE / 2, dtype), slope_PTE)
-    return numbers.round(dlogits_PTE, case.dtype_of("logits")), numbers.terms(dscale_PTE, case.tokens, dtype).sum(
-        axis=-2
-    )
+        dlogits_PTE = d_PTE * xp.where(logits_PTE < -40, numbers.round(score_PTE / 2, dtype), slope_PTE)
+    dscale_PE = xp.sum(numbers.terms(dscale_PTE, case.tokens, dtype), axis=-2)
+    return numbers.round(dlogits_PTE, case.dtype_of("logits")), dscale_PE
 
 
 def softmax_backward(score: Array, d: Array, n: int, dtype: str, numbers: Numbers) -> Array:
     """The gradient of the logits of a softmax over the last axis, of n."""
-    mean = numbers.terms(d * score, n, dtype).sum(-1, keepdims=True)
+    mean = numbers.xp.sum(numbers.terms(d * score, n, dtype), axis=-1, keepdims=True)
     return score * numbers.round(d - numbers.round(mean, dtype), dtype)
 
 
 def _put(into_PTE: Array, id_PTK: Array, values_PTK: Array) -> None:
     """The values of the chosen experts, in their places; none of padding, whose id is -1."""
-    np.put_along_axis(into_PTE, _for_each(id_PTK, into_PTE), np.where(id_PTK >= 0, values_PTK, 0), axis=-1)
+    values_PTK = space_of(into_PTE).where(id_PTK >= 0, values_PTK, 0.0)
+    put_along_last(into_PTE, _for_each(id_PTK, into_PTE), values_PTK)
 
 
 def route_backward(
@@ -302,7 +326,7 @@ def router_gradients(
     case: Case, w: Parameters, drouter_PDE: Array, dlogits_PTE: Array, dscale_PE: Array, numbers: Numbers
 ) -> Gradients:
     """Those of each rank summed over ranks, of what there is."""
-    dbias_PE = numbers.terms(dlogits_PTE, case.tokens, case.score_dtype).sum(axis=-2)
+    dbias_PE = numbers.xp.sum(numbers.terms(dlogits_PTE, case.tokens, case.score_dtype), axis=-2)
     of_ranks = {"router": (drouter_PDE, -3), "router_bias": (dbias_PE, -2), "expert_scale": (dscale_PE, -2)}
     return {n: over_ranks(case, n, a, axis, numbers) for n, (a, axis) in of_ranks.items() if n in w.there()}
 
@@ -310,7 +334,7 @@ def router_gradients(
 def over_ranks(case: Case, name: str, a: Array, axis: int, numbers: Numbers) -> Array:
     """The sum over ranks of a gradient, which each rounds to its dtype."""
     dtype = case.dtype_of(BY_NAME[name].dtype)
-    return numbers.terms(numbers.round(a, dtype), case.ranks, dtype).sum(axis=axis)
+    return numbers.xp.sum(numbers.terms(numbers.round(a, dtype), case.ranks, dtype), axis=axis)
 
 
 def keep_within_capacity(case: Case, id_PTK: Array, score_PTK: Array) -> Array:
@@ -335,8 +359,7 @@ def keep_within_capacity(case: Case, id_PTK: Array, score_PTK: Array) -> Array:
 def count(case: Case, id_PTK: Array, keep_PTK: Array) -> Array:
     """Assignments kept, per rank and expert: [P, E]."""
     counts_PE = np.zeros((case.ranks, case.experts), np.int64)
-    for p, t, k in np.ndindex(*id_PTK.shape):
-        counts_PE[p, id_PTK[p, t, k]] += keep_PTK[p, t, k]
+    np.add.at(counts_PE, (np.indices(id_PTK.shape)[0], id_PTK), keep_PTK)
     return counts_PE
 
 
@@ -357,7 +380,7 @@ def activated(case: Case, gate: Array, numbers: Numbers) -> tuple[Array, Array]:
     g**3))): Hendrycks and Gimpel 2016, "Gaussian Error Linear Units". quick_gelu(g) = g * sigmoid(1.702 * g): the same
     paper. relu2(g) = max(g, 0)**2: So et al. 2021, "Primer".
     """
-    dtype, activation = case.wide, case.expert.activation
+    dtype, activation, xp = case.wide, case.expert.activation, numbers.xp
     if activation in ("silu", "quick_gelu"):
         times = 1.0 if activation == "silu" else 1.702
         inner = gate if activation == "silu" else numbers.round(times * gate, dtype)
@@ -365,19 +388,17 @@ def activated(case: Case, gate: Array, numbers: Numbers) -> tuple[Array, Array]:
         slope = share * (1 + times * gate * numbers.round(1 - share, dtype))
         return numbers.round(gate * share, dtype), numbers.round(slope, dtype)
     if activation == "relu2":
-        above = np.maximum(gate, 0)
+        above = xp.maximum(gate, 0.0)
         return numbers.round(above**2, dtype), numbers.round(2 * above, dtype)
     if activation == "gelu":
-        from scipy.special import erf  # here, as an interpreter that only runs a layer need not have it
-
         share = numbers.round((1 + numbers.round(erf(gate / math.sqrt(2)), dtype, ERF)) / 2, dtype)
-        density = numbers.round(np.exp(-numbers.round(gate**2 / 2, dtype)), dtype) / math.sqrt(2 * math.pi)
+        density = numbers.round(xp.exp(-numbers.round(gate**2 / 2, dtype)), dtype) / math.sqrt(2 * math.pi)
         return numbers.round(gate * share, dtype), numbers.round(share + numbers.round(gate * density, dtype), dtype)
     assert activation == "gelu_tanh"
-    inner = numbers.round(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3), dtype)
-    tanh = numbers.round(np.tanh(inner), dtype, TANH)
+    inner = numbers.round(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3), dtype)
+    tanh = numbers.round(xp.tanh(inner), dtype, TANH)
     half = numbers.round((1 + tanh) / 2, dtype)
-    bend = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * gate**2)
+    bend = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * gate**2)
     slope = half + numbers.round(gate / 2 * numbers.round(1 - tanh**2, dtype) * bend, dtype)
     return numbers.round(gate * half, dtype), numbers.round(slope, dtype)
 
@@ -395,15 +416,18 @@ def hidden(case: Case, gate: Array | None, up: Array, numbers: Numbers) -> Hidde
     if gate is None:
         act, slope = activated(case, up, numbers)
         return Hidden(numbers.round(act, case.dtype), None, slope)
-    of_gate, of_up, both_clamped = 1, 1, False
+    xp = numbers.xp
+    of_gate, of_up, both_clamped = 1, 1, None
     if case.clamp is not None:
         of_gate = numbers.at_most(gate, case.clamp, case.dtype)
-        of_up = numbers.at_most(np.abs(up), case.clamp, case.dtype)
-        both_clamped = (gate >= case.clamp) & (np.abs(up) >= case.clamp)
-        gate, up = np.minimum(gate, case.clamp), np.clip(up, -case.clamp, case.clamp)
+        of_up = numbers.at_most(xp.abs(up), case.clamp, case.dtype)
+        both_clamped = (gate >= case.clamp) & (xp.abs(up) >= case.clamp)
+        gate, up = xp.minimum(gate, case.clamp), xp.clip(up, -case.clamp, case.clamp)
     act, slope = activated(case, gate, numbers)
     lifted = numbers.round(up + case.up_offset, case.wide) if case.up_offset else up
-    value = np.where(both_clamped, numbers.constant(act * lifted, case.dtype), numbers.round(act * lifted, case.dtype))
+    value = numbers.round(act * lifted, case.dtype)
+    if both_clamped is not None:
+        value = xp.where(both_clamped, numbers.constant(act * lifted, case.dtype), value)
     return Hidden(value, slope * lifted * of_gate, act * of_up)
 
 
@@ -516,7 +540,7 @@ def shared_backward(
 ) -> tuple[Array, Gradients]:
     """Gradients of the tokens [P, T, D], and of what the shared expert has learned, summed over ranks."""
     hid = _shared_hidden(case, x_PTD, w, numbers)
-    found, parts, dy_PTD, x_PDT = {}, [], dout_PTD, np.swapaxes(x_PTD, -1, -2)
+    found, parts, dy_PTD, x_PDT = {}, [], dout_PTD, x_PTD.swapaxes(-1, -2)
 
     def over_tokens(name: str, a: Array, d_PTn: Array) -> None:
         of_ranks = numbers.matmul(a, d_PTn, case.tokens, case.wide)
@@ -527,14 +551,14 @@ def shared_backward(
         weight_PT1 = _shared_weight(case, x_PTD, w, numbers)
         dy_PTD = numbers.round(weight_PT1 * dout_PTD, case.dtype)
         product_PTD = numbers.round(numbers.round(y_PTD, case.dtype) * dout_PTD, case.dtype)
-        dweight_PT1 = numbers.terms(product_PTD, case.width, case.wide).sum(-1, keepdims=True)
+        dweight_PT1 = numbers.xp.sum(numbers.terms(product_PTD, case.width, case.wide), axis=-1, keepdims=True)
         slope_PT1 = weight_PT1 * numbers.round(1 - weight_PT1, case.dtype)
         dlogit_PT1 = numbers.round(numbers.round(dweight_PT1, case.dtype) * slope_PT1, case.dtype)
         parts.append(numbers.round(dlogit_PT1 * w.shared_score, case.dtype))
         over_tokens("shared_score", x_PDT, dlogit_PT1)
         found["shared_score"] = found["shared_score"][..., 0]
     dgate_PTH, dup_PTH = gate_and_up_backward(case, hid, dy_PTD, w.shared_w_down, case.width, numbers)
-    over_tokens("shared_w_down", np.swapaxes(hid.value, -1, -2), dy_PTD)
+    over_tokens("shared_w_down", hid.value.swapaxes(-1, -2), dy_PTD)
     for name, d_PTH in (("shared_w_up", dup_PTH), ("shared_w_gate", dgate_PTH)):
         if d_PTH is not None:
             over_tokens(name, x_PDT, d_PTH)
@@ -613,7 +637,8 @@ def layer(
     score_r = numbers.round(score, case.dtype_of("weight"))
     on_input = case.router.score_on == "input"
     given = numbers.round(x_PTD * score_r * keep_PTK, case.dtype) if on_input else x_PTD
-    weight = np.ones_like(score_r) if on_input else score_r
+    xp = numbers.xp
+    weight = xp.ones_like(score_r) if on_input else score_r
     y = oracle.experts(case, given, id_PTK, w, numbers)
     y_r = numbers.round(y, case.dtype)
     out = oracle.combine(case, y_r, weight, keep_PTK, numbers)
@@ -622,7 +647,7 @@ def layer(
     dx_experts = oracle.group_backward(case, numbers.round(dx_rows, case.dtype), keep_PTK, numbers)
     if on_input:
         dgiven = numbers.round(dx_experts, case.dtype)
-        dscore = keep_PTK * numbers.terms(dgiven * x_PTD, case.width, case.wide).sum(-1, keepdims=True)
+        dscore = keep_PTK * xp.sum(numbers.terms(dgiven * x_PTD, case.width, case.wide), axis=-1, keepdims=True)
         dx_experts = dgiven * score_r
     dscore = numbers.round(dscore, case.dtype_of("weight")) + aux_PTK
     dscore_r = numbers.round(dscore, case.dtype_of("weight"))
@@ -630,7 +655,7 @@ def layer(
     dx_parts = [
         numbers.round(a, dtype) for a, dtype in ((dx_router, case.dtype_of("logits")), (dx_experts, case.dtype))
     ]
-    shared, of_shared = np.zeros_like(out), {}
+    shared, of_shared = xp.zeros_like(out), {}
     if w.shared_w_up is not None:
         shared = shared_expert(case, x_PTD, w, numbers)
         out = numbers.round(out, case.dtype) + numbers.round(shared, case.dtype)

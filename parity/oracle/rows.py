@@ -3,8 +3,6 @@
 A row is known by its number (source rank * T + token) * K + k; -1 is padding. One array per rank.
 """
 
-from collections.abc import Iterable
-from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -26,41 +24,34 @@ def row_tables(case: Case, expert_id: Array, keep: Array, layout: Layout) -> Tab
     rank can have, or receive. Static ones hold those kept, in bins of C rows; after rank bins the expert-major padding
     comes last, after expert bins each (expert, source) keeps its bin.
     """
-    P, C, e = case.ranks, case.capacity, case.experts // case.ranks
+    P, E, C, N = case.ranks, case.experts, case.capacity, case.assignments
     bin_per_expert = layout == "static" and case.bins != P  # with an expert a rank, both kinds of bin are the same
-    expert_of = expert_id.reshape(-1)
-    kept = keep.reshape(-1) if layout == "static" else np.ones(expert_of.size, bool)
-    by_expert = {
-        (p, g): [a for a in range(p * case.tokens * case.top_k, (p + 1) * case.tokens * case.top_k)
-                 if kept[a] and expert_of[a] == g]
-        for p in range(P) for g in range(case.experts)
-    }  # fmt: skip
-
-    def sent(source: int, target: int) -> list[int]:
-        segments = [by_expert[source, g] for g in range(target * e, (target + 1) * e)]
-        if bin_per_expert:
-            return joined(padded(segment, C) for segment in segments)
-        return padded(joined(segments), C) if layout == "static" else joined(segments)
-
-    def grouped(source: int) -> list[int]:
-        rows = joined(sent(source, q) for q in range(P))
-        return padded(rows, case.assignments) if layout == "ragged" else rows
-
-    def received(target: int) -> list[int]:
-        rows = joined(sent(p, target) for p in range(P))
-        return padded(rows, case.most_received) if layout == "ragged" else rows
-
-    def expert_major(target: int) -> list[int]:
-        segments = [by_expert[p, g] for g in range(target * e, (target + 1) * e) for p in range(P)]
-        if bin_per_expert:
-            return joined(padded(segment, C) for segment in segments)
-        most = {"ragged": case.most_received, "static": P * C}.get(layout, 0)
-        return padded(joined(segments), most)
-
+    expert_A = expert_id.reshape(-1)
+    there_A = (expert_A >= 0) & (keep.reshape(-1) | (layout != "static"))
+    rows = np.flatnonzero(there_A)
+    rows = rows[np.lexsort((expert_A[rows], rows // max(N, 1)))]  # by source rank, then expert, then assignment
+    source, expert = rows // max(N, 1), expert_A[rows]
+    by_rank = expert // (E // P)
+    if layout == "static":
+        n_bins = E if bin_per_expert else P
+        grouped = in_bins(rows, source * n_bins + (expert if bin_per_expert else by_rank), P * n_bins, C)
+        bins = grouped.reshape(P, P, -1)  # of each source rank, for each target rank
+        received = list(bins.swapaxes(0, 1).reshape(P, -1))
+        grouped = list(grouped.reshape(P, -1))
+    else:
+        most = (N, case.most_received) if layout == "ragged" else (0, 0)
+        grouped = [padded(rows[source == p], most[0]) for p in range(P)]
+        received = [padded(rows[by_rank == q], most[1]) for q in range(P)]
+    if bin_per_expert:
+        of_expert = bins.reshape(P, E, C).swapaxes(0, 1)
+        return {"grouped": grouped, "received": received, "expert_major": list(of_expert.reshape(P, -1))}
+    most_there = {"ragged": case.most_received, "static": P * C}.get(layout, 0)
+    major = rows[np.argsort(expert, kind="stable")]
+    at = expert_A[major] // (E // P)
     return {
-        "grouped": [np.array(grouped(p), np.int64) for p in range(P)],
-        "received": [np.array(received(q), np.int64) for q in range(P)],
-        "expert_major": [np.array(expert_major(q), np.int64) for q in range(P)],
+        "grouped": grouped,
+        "received": received,
+        "expert_major": [padded(major[at == q], most_there) for q in range(P)],
     }
 
 
@@ -84,9 +75,11 @@ def indices(case: Case, table: Table, rank: int) -> dict[str, Array]:
 
 
 def positions(rows: Array, among: Array) -> Array:
-    """Where each row lies among others; their number for padding."""
-    place = {int(row): slot for slot, row in enumerate(among) if row != PADDING}
-    return np.array([place.get(int(row), among.size) for row in rows], np.int64)
+    """Where each row lies among others; their number for padding, and for those that are not among them."""
+    real = np.flatnonzero(among != PADDING)
+    place = np.full(max(rows.max(initial=-1), among.max(initial=-1)) + 2, among.size)  # PADDING, -1, is the last
+    place[among[real]] = real
+    return place[rows]
 
 
 def positions_by_row(case: Case, table: list[Array]) -> Array:
@@ -98,14 +91,16 @@ def positions_by_row(case: Case, table: list[Array]) -> Array:
     return place
 
 
-def joined(segments: Iterable[list[int]]) -> list[int]:
-    """The segments, one after the other."""
-    return list(chain.from_iterable(segments))
+def in_bins(rows: Array, of_bin: Array, n_bins: int, size: int) -> Array:
+    """[n_bins, size], each bin's rows in their order and then padding; `of_bin` says whose each row is, in order."""
+    bins = np.full((n_bins, size), PADDING)
+    bins[of_bin, np.arange(rows.size) - np.searchsorted(of_bin, of_bin)] = rows
+    return bins
 
 
-def padded(rows: list[int], size: int) -> list[int]:
+def padded(rows: Array, size: int) -> Array:
     """The rows, then padding up to `size`."""
-    return rows + [PADDING] * (size - len(rows))
+    return np.concatenate([rows, np.full(max(size - rows.size, 0), PADDING)])
 
 
 def lay_out(values: Array, table: list[Array], padding: float) -> list[Array]:

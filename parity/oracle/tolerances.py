@@ -1,10 +1,13 @@
 """How far from exact an implementation may be, per row, derived from the dtype and the case."""
 
+import math
 from collections.abc import Iterable
 from functools import cache
 
 import ml_dtypes
 import numpy as np
+
+from parity.oracle.arrays import Array, space_of
 
 # Draws of the perturbed oracle. The rows of a gradient may share one rounding, and then have one number to their name:
 # all 16 draws of it are under a quarter of the largest possible error, what FACTOR forgives, once in 4 billion.
@@ -46,17 +49,30 @@ def underflow(dtype: str) -> float:
     return float(info.smallest_subnormal) / 2 if dtype == "float16" else float(info.smallest_normal)
 
 
-def allowance(exact: np.ndarray, draws: Iterable[np.ndarray], dtype: str) -> np.ndarray:
+def allowance(exact: Array, draws: Iterable[Array], dtype: str) -> Array:
     """The largest error that still counts as a match, elementwise, for `exact` [..., n], rows along the last axis.
 
-    Half a step of the dtype the result is stored in, for the last rounding, and FACTOR times the row's yardstick: its
-    largest error over all draws of the oracle, with rounding at every documented point before the last.
+    `allowed` by the row's yardstick: its largest error over all draws of the oracle, with rounding at every documented
+    point before the last.
     """
-    half_step = np.maximum(unit_roundoff(dtype) * np.abs(exact), underflow(dtype))
     yardstick = np.zeros(exact.shape[:-1])
     for draw in draws:
-        yardstick = np.maximum(yardstick, np.abs(draw - exact).max(axis=-1, initial=0))
-    return half_step + FACTOR * yardstick[..., None]
+        yardstick = space_of(exact).maximum(strayed(draw, exact), yardstick)
+    return allowed(exact, yardstick, dtype)
+
+
+def strayed(draw: Array, exact: Array) -> Array:
+    """The largest error of each row of a draw: [...] of [..., n]."""
+    xp = space_of(exact)
+    return xp.max(xp.abs(draw - exact), axis=-1) if exact.shape[-1] else xp.zeros_like(xp.sum(draw, axis=-1))
+
+
+def allowed(exact: Array, yardstick: Array, dtype: str) -> Array:
+    """Half a step of the dtype of what is stored, for its last rounding, and FACTOR times the row's yardstick."""
+    xp = space_of(exact)
+    half_step = xp.maximum(unit_roundoff(dtype) * xp.abs(exact), underflow(dtype))
+    half_step += FACTOR * yardstick[..., None]
+    return half_step
 
 
 # Units of rounding in float32, or wider, that all numbers of an array may be off by in one direction: what XLA's
@@ -64,35 +80,35 @@ def allowance(exact: np.ndarray, draws: Iterable[np.ndarray], dtype: str) -> np.
 SYSTEMATIC = 8
 
 
-def slope(got: np.ndarray, exact: np.ndarray) -> np.ndarray:
+def slope(got: Array, exact: Array) -> Array:
     """How many times as large `got` is as `exact`, by least squares over the last axis; 1 where `exact` is zero."""
-    square = (exact * exact).sum(axis=-1)
-    return np.where(square > 0, (got * exact).sum(axis=-1) / np.where(square > 0, square, 1), 1)
+    xp = space_of(exact)
+    square = xp.sum(exact * exact, axis=-1)
+    return xp.where(square > 0, xp.sum(got * exact, axis=-1) / xp.where(square > 0, square, 1.0), 1.0)
 
 
-def slope_allowance(exact: np.ndarray, draws: list[np.ndarray], dtype: str, wide: str) -> np.ndarray:
-    """How far from 1 the slope may be, for `exact` [..., n]. Rounding averages out, so it sees what no row shows."""
-    square = np.maximum((exact * exact).sum(axis=-1, keepdims=True), 1e-300)
-    return shares_allowance(exact / square, exact, draws, dtype, wide)
+def shares_of_slope(exact: Array) -> Array:
+    """What to multiply numbers [..., n] with to have, as a sum, how many times as large they are as `exact`."""
+    xp = space_of(exact)
+    return exact / xp.maximum(xp.sum(exact * exact, axis=-1, keepdims=True), 1e-300)
 
 
-def shares_of(parts: np.ndarray) -> np.ndarray:
+def shares_of(parts: Array) -> Array:
     """[K, n]: what to multiply numbers [n], a sum of `parts` [K, n], with to have each part's share by least squares.
 
     That is 1 for each part in the sum itself, and 0 for one that is zero everywhere.
     """
-    return np.linalg.pinv(parts @ parts.T, hermitian=True) @ parts
+    return space_of(parts).linalg.pinv(parts @ parts.T, hermitian=True) @ parts
 
 
-def shares_allowance(
-    shares: np.ndarray, exact: np.ndarray, draws: list[np.ndarray], dtype: str, wide: str
-) -> np.ndarray:
+def shares_allowance(shares: Array, exact: Array, worst: Array, dtype: str, wide: str) -> Array:
     """How far off the sum over n of `shares` [..., n] times numbers may be, for `exact` [..., n].
 
-    FACTOR times the largest deviation of a draw, four standard deviations of what n last roundings make of it, each
-    uniform in half a step, what is lost below the normal range, and SYSTEMATIC.
+    FACTOR times `worst`, the largest deviation of that sum in a draw, four standard deviations of what n last roundings
+    make of it, each uniform in half a step, what is lost below the normal range, and SYSTEMATIC. Rounding averages out
+    in it, so it sees what no row shows.
     """
-    last = unit_roundoff(dtype) / np.sqrt(3) * np.sqrt(((shares * exact) ** 2).sum(axis=-1))
-    lost = underflow(dtype) * np.abs(shares).sum(axis=-1)
-    worst = np.max([np.abs((shares * (draw - exact)).sum(axis=-1)) for draw in draws], axis=0)
+    xp = space_of(exact)
+    last = unit_roundoff(dtype) / math.sqrt(3) * xp.sqrt(xp.sum((shares * exact) ** 2, axis=-1))
+    lost = underflow(dtype) * xp.sum(xp.abs(shares), axis=-1)
     return FACTOR * worst + 4 * last + lost + SYSTEMATIC * noise(wide)

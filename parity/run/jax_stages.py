@@ -31,6 +31,7 @@ from parity.run.naming import MAIN, named, named_stages, together
 from parity.run.trace import Trace, differing_bits
 
 Arrays = dict[str, jax.Array]
+Ranks = dict[str, list[np.ndarray]]
 
 
 def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
@@ -83,23 +84,31 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
                 arrays = whole_layer(at, stage, learned, *inputs)
             return fetch(arrays, how_whole)
 
-        first = _per_rank(whole(problem, "the first step"), groups)
+        first = whole(problem, "the first step")
         for other in problem.steps_between():
             whole(other, "steps on other inputs")
-        again = _per_rank(whole(problem, "the first step, repeated"), groups)
+        again = whole(problem, "the first step, repeated")
+        differ = _differing(_per_rank(first, groups), arrays := _per_rank(again, groups))
+        del first, again
         feeds = put(_feeds(problem, stages_of), case.ranks, how)
-        alone = isolated(at, "the stages on their own", _learned(problem, how), feeds)
-        arrays = again | _per_rank(fetch(alone, how), 1)
+        alone = fetch(isolated(at, "the stages on their own", _learned(problem, how), feeds), how)
+        arrays |= differ | _per_rank(alone, 1)
+    trace.arrays = {name: arrays[name] for name in backend.provides if name in arrays}
+    return trace
+
+
+def _differing(first: Ranks, again: Ranks) -> Ranks:
+    """By repeat/stage/value, in how many numbers two runs, or two backwards of steps in flight, differ."""
+    counted: Ranks = {}
     for name, ranks in first.items():
         mode, _, quantity = name.partition("/")
         if name.endswith(TURNED) or mode not in ("e2e", "second"):
             continue
         others = [again[n] for n in (name, name + TURNED) if n in again]
         differ = [sum(differing_bits(a, b) for b in of_rank) for a, *of_rank in zip(ranks, *others, strict=True)]
-        before = arrays.get(f"repeat/{quantity}", [np.array(0)] * len(ranks))
-        arrays[f"repeat/{quantity}"] = [np.array(a + b) for a, b in zip(before, differ, strict=True)]
-    trace.arrays = {name: arrays[name] for name in backend.provides if name in arrays}
-    return trace
+        before = counted.get(f"repeat/{quantity}", [np.array(0)] * len(ranks))
+        counted[f"repeat/{quantity}"] = [np.array(a + b) for a, b in zip(before, differ, strict=True)]
+    return counted
 
 
 def _learned(problem: Problem, how: str, groups: int = 1) -> Arrays:

@@ -1,5 +1,6 @@
 """What a run returns: every array of it, by name, and where it came from."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,13 @@ class Trace:
     backend: Backend
     environment: dict[str, str]
     seconds: float = 0.0
-    arrays: dict[str, list[Array]] = field(default_factory=dict)
+    arrays: Mapping[str, list[Array]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write `<folder>/<case>.<backend>.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
-            f"{k}/{i}": np.array(a, order="C") for k, per_rank in self.arrays.items() for i, a in enumerate(per_rank)
+            f"{k}/{i}": np.asarray(a, order="C") for k, per_rank in self.arrays.items() for i, a in enumerate(per_rank)
         }
         about = {
             "case": msgspec.json.encode(self.case).decode(),
@@ -64,7 +65,6 @@ class Trace:
 
     @staticmethod
     def _load(path: Path) -> "Trace":
-        arrays: dict[str, list[Array]] = {}
         with safe_open(path, framework="numpy") as f:
             about = f.metadata() or {}
             if not {"backend", "case"} <= about.keys():
@@ -72,8 +72,10 @@ class Trace:
             keys = {key: key.rpartition("/") for key in f.keys()}  # noqa: SIM118
             if odd := [key for key, (_, _, rank) in keys.items() if not rank.isdecimal()]:
                 raise ValueError(f"{path} is no trace: a tensor is called mode/stage/value/rank, and one is {odd[0]!r}")
+            names: dict[str, list[str]] = {}
             for key in sorted(keys, key=lambda key: (keys[key][0], int(keys[key][2]))):
-                arrays.setdefault(keys[key][0], []).append(f.get_tensor(key))
+                names.setdefault(keys[key][0], []).append(key)
+        arrays = InFile(path, names)
         try:
             return Trace(
                 msgspec.json.decode(about["case"], type=Case),
@@ -86,7 +88,24 @@ class Trace:
             raise ValueError(f"{path} is no trace: {error}") from error
 
 
-def _backend(about: dict[str, str], arrays: dict[str, list[Array]]) -> Backend:
+class InFile(Mapping[str, list[Array]]):
+    """Arrays that are read from their file each time that they are asked for."""
+
+    def __init__(self, path: Path, keys: dict[str, list[str]]) -> None:
+        self.keys_of = keys
+        self.file = safe_open(path, framework="numpy").__enter__()  # stays open when the file is gone
+
+    def __getitem__(self, name: str) -> list[Array]:
+        return [self.file.get_tensor(key) for key in self.keys_of[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
+
+
+def _backend(about: dict[str, str], arrays: Mapping[str, list[Array]]) -> Backend:
     if about["backend"].startswith("{"):
         return msgspec.json.decode(about["backend"], type=Backend)
     if about["backend"] in BACKENDS:
