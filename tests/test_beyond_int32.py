@@ -7,7 +7,7 @@ its own: it gives its memory back, and a wrong offset may leave its GPU unusable
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +83,10 @@ def check_rows(what: str, found: Tensor, D: int, expected: Callable[[slice], Ten
     off = [(found[p].view(bits) != expected(p).to(found.dtype).view(bits)).any(dim=1) for p in parts(len(found), D)]
     wrong = torch.cat(off).nonzero()[:, 0].tolist()
     assert not wrong, f"{what}: {len(wrong)} of {len(found)} rows are wrong, from row {wrong[0]} to row {wrong[-1]}"
+
+
+def added(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum(dim=0)
 
 
 def call_torch(f: Callable, leaves: list[Tensor], cotangent: Tensor, indices: list[Array]) -> Any:
@@ -205,7 +209,7 @@ def check_group(name: str, size: Size, device: str) -> None:
     assert (found_assignment.cpu().numpy().reshape(-1) == assignment_M).all()
     check_rows("x", x_MD, D, lambda part: values_or(0, token_M[part], D))
     slot_TK = slot.reshape(T, K)
-    check_rows("dx", dx_TD, D, lambda part: sum(values_or(0, slot_T[part], D) for slot_T in slot_TK.unbind(dim=1)))
+    check_rows("dx", dx_TD, D, lambda part: added(values_or(0, slot_T[part], D) for slot_T in slot_TK.unbind(dim=1)))
 
 
 def check_layout(name: str, size: Size, device: str) -> None:
@@ -250,7 +254,7 @@ def check_combine(name: str, size: Size, device: str) -> None:
 
     def expected_out(part):
         rows = zip(score_TK[part].unbind(dim=1), slot_TK[part].unbind(dim=1), strict=True)
-        return sum(score_T[:, None] * values_or(0, slot_T, D) for score_T, slot_T in rows)
+        return added(score_T[:, None] * values_or(0, slot_T, D) for score_T, slot_T in rows)
 
     def expected_dy(part):
         a = assignment[part]

@@ -350,6 +350,9 @@ _JAX = [
      "score[0][t, k].astype(wide)", "score[0][t, 0].astype(wide)", "zipf", NO_KERNELS),
     ("kernel-segments-by-last-rank", "to_expert_major", "An expert's rows come from the last rank first.", "kernels.py",
      "((expert == j) & (rank < p))", "((expert == j) & (rank > p))", "zipf", NO_KERNELS),
+    ("kernel-padding-unwritten", "group_by_expert", "Nothing is written where there is padding: it holds what the memory "
+     "held, zeros in a process's first step.", "kernels.py", "mask=row < M, other=-1) >= N", "mask=row < M, other=-1) > N",
+     "zipf", NO_KERNELS),
     ("kernel-offset-in-32-bits", "to_expert_major", "Rows are read at an offset of which 31 bits are kept.", "kernels.py",
      "x.at[source, d]", "x.at[((source * x.shape[1] + d) & 0x7FFFFFFF) // x.shape[1], d]", "zipf", NO_KERNELS, TOO_LARGE),
     ("kernel-weights-of-first-expert", "apply_experts", "Every row is multiplied by the first expert's weights.",
@@ -401,6 +404,9 @@ _TORCH_STATIC = [
     ("capacity-of-own-tokens", "group_by_expert", "A bin is thought to be as large as this rank has tokens for.",
      "grouping.py", "return (place_N < rows_or_zero(start_B, bin_N) + C)",
      "return (place_N < rows_or_zero(start_B, bin_N) + min(C, N // B))", "uneven-drop"),
+    ("kernel-padding-unwritten", "group_by_expert", "Nothing is written where there is padding: it holds what the memory "
+     "held, zeros in a process's first step.", "../torch_impl/kernels.py", "mask=row < M, other=-1) >= N",
+     "mask=row < M, other=-1) > N", "zipf", NO_KERNELS),
 ]  # fmt: skip
 
 _PLANTED = (
