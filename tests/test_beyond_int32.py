@@ -127,9 +127,9 @@ CORNERS = {
 
 
 def expert_ids(size: Size) -> Array:
-    """The lower ones are chosen more often: [T, K]."""
+    """The higher ones are chosen more often, so that the last bin is full: [T, K]."""
     rng = np.random.default_rng(0)
-    first_T = (size.E * rng.random(size.T) ** 2).astype(np.int64)
+    first_T = size.E - 1 - (size.E * rng.random(size.T) ** 2).astype(np.int64)
     return np.stack([first_T, (first_T + rng.integers(1, size.E, size.T)) % size.E], axis=1)
 
 
