@@ -46,7 +46,7 @@ def test_the_others_too(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in FAULTS if FAULTS[name].gpu_only])
+@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault.gpu_only and not fault.shown_by])
 def test_those_that_show_on_a_gpu_only(name):
     fault = find(name)
     found = try_fault(fault, "cuda")
@@ -66,6 +66,13 @@ def test_there_are_enough_of_them():
     assert {(fault.backend, fault.stage) for fault in FAULTS.values()} >= {("torch", stage) for stage in STAGES}
     assert {find(name).stage for name in QUICK} == set(STAGES)
     assert all(fault.preset in PRESETS for fault in FAULTS.values())
+
+
+def test_what_no_preset_shows_a_test_does():
+    elsewhere = [fault for fault in FAULTS.values() if fault.shown_by]
+    assert elsewhere
+    for fault in elsewhere:
+        assert fault.name.removeprefix(fault.backend) in (ROOT / fault.shown_by).read_text()
 
 
 def test_each_says_where_it_comes_from():

@@ -212,6 +212,14 @@ def test_indices_past_the_end_are_zero_and_padding_is_written(device, shape, dty
     assert (error_TK <= D * torch.finfo(score_TK.dtype).eps * products_TKD.abs().sum(dim=2)).all()
 
 
+def rounded_once(ours, exact, roundings, size, dtype):
+    """Half a unit in the last place of the exact value, and so many roundings of float32 of what is added up."""
+    least = torch.finfo(dtype).smallest_normal
+    unit = torch.finfo(dtype).eps * torch.exp2(exact.abs().clamp(min=least).log2().floor())
+    assert ours.dtype == dtype
+    assert ((ours.double() - exact).abs() <= unit / 2 + 2.0**-24 * roundings * size).all()
+
+
 @cases
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16][INTERPRETED:], ids=str)
 @pytest.mark.usefixtures("nothing_past_the_end")
@@ -229,34 +237,47 @@ def test_swiglu_is_rounded_once(device, shape, dtype):
     expected = g * s * u, dh * u * s * (1 + g * (1 - s)), dh * g * s
     added = expected[0].abs(), (dh * u * s).abs() * (1 + g.abs() * (1 - s)), expected[2].abs()
     found = kernels.swiglu(gate, up), *kernels.swiglu_backward(dhidden, gate, up)
-    step, least = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
     for ours, exact, size in zip(found, expected, added, strict=True):
-        unit = step * torch.exp2(exact.abs().clamp(min=least).log2().floor())
-        assert ours.dtype == dtype
-        assert ((ours.double() - exact).abs() <= unit / 2 + 2.0**-24 * (16 + 2 * g.abs()) * size).all()
+        rounded_once(ours, exact, 16 + 2 * g.abs(), size, dtype)
 
 
 @cases
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 def test_swiglu_through_kernels_is_differentiated_once_and_twice(device, shape, monkeypatch, plain):
-    """Once through the backward kernel; twice through what the plain version would do."""
+    """Once through the backward kernel; twice through what the plain version would do. Each number is rounded once.
+
+    The second gradient is of half the squares of the first, so it starts from the first as it was rounded. A sigmoid
+    is in it up to three times, of 5 roundings each; with products and sums, that is under 32.
+    """
     if device == "cpu":
         monkeypatch.setattr(kernels, "use_kernels", lambda x: not torch.is_grad_enabled())
     T, D, _, _ = shape
     gate, up, dhidden = (torch.randn(T, D, device=device, dtype=torch.float16) for _ in range(3))
+    dh, g, u = (a.double() for a in (dhidden, gate, up))
+    s = g.sigmoid()
+    silu, slope, curve = g * s, s * (1 + g * (1 - s)), s * (1 - s) * (2 + g * (1 - 2 * s))
+    # What is added up, where 1 - s counts as 1: that is what it is off by a rounding of.
+    of_slope, of_curve = s * (1 + g.abs()), s * (2 + 3 * g.abs())
     gate.requires_grad_()
     up.requires_grad_()
 
-    def gradients():
+    def check_gradients():
         hidden = glu(gate, up, Experts())
         once = torch.autograd.grad(hidden, (gate, up), dhidden, retain_graph=True)
         kept = torch.autograd.grad(hidden, (gate, up), dhidden, create_graph=True)
-        return hidden.detach(), *once, *torch.autograd.grad([a.float().square().sum() for a in kept], (gate, up))
+        twice = torch.autograd.grad([a.float().square().sum() / 2 for a in kept], (gate, up))
+        rounded_once(hidden.detach(), silu * u, 16 + 2 * g.abs(), (silu * u).abs(), torch.float16)
+        for dgate, dup in (once, kept):
+            rounded_once(dgate.detach(), dh * u * slope, 16 + 2 * g.abs(), (dh * u).abs() * of_slope, torch.float16)
+            rounded_once(dup.detach(), dh * silu, 16 + 2 * g.abs(), (dh * silu).abs(), torch.float16)
+        dgate, dup = (a.detach().double() for a in kept)
+        of_gate = (dgate * dh * u).abs() * of_curve + (dup * dh).abs() * of_slope
+        rounded_once(twice[0], dgate * dh * u * curve + dup * dh * slope, 32, of_gate, torch.float16)
+        rounded_once(twice[1], dgate * dh * slope, 32, (dgate * dh).abs() * of_slope, torch.float16)
 
     assert type(glu(gate, up, Experts()).grad_fn).__name__ == "_SwiGLUBackward"
-    # Two units of float16, of the number or of terms near 1 that cancel in it: each side rounds once.
-    for ours, theirs in zip(gradients(), plain(gradients), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-3)
+    check_gradients()
+    plain(check_gradients)
 
 
 def test_float32_does_not_take_swiglu_s_kernels(monkeypatch):
@@ -300,11 +321,20 @@ def test_the_whole_chain_on_a_gpu(shape, plain):
         same(first, again)
 
 
-@pytest.mark.gpu
-def test_a_gradient_of_a_gradient_is_that_of_the_plain_version(plain):
-    """Kernels leave no graph behind, so a backward that is differentiated again does not go through them."""
-    ids_TK, counts_E = routing(33, 6, 3, "cuda")
-    x_TD, score_TK = torch.randn(33, 64, device="cuda"), torch.rand(33, 3, device="cuda")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_gradient_of_a_gradient_on_paper(device, plain):
+    """Kernels leave no graph behind, so a backward that is differentiated again does not go through them.
+
+        out = S x, S = sum of K scores          dx = 2 S^2 x          dscore = 2 S |x|^2, for each k
+        penalty = |dx|^2 + |dscore|^2 = 4 S^4 |x|^2 + 4 K S^2 |x|^4
+
+    All terms of a sum have one sign here, so a sum of n products is off by n roundings more than its terms. From out to
+    dscore, to the gradient of out and to that of a score, two sums over D and three over K lie behind one another, and
+    six roundings of their own.
+    """
+    T, D, K = 33, 64, 3
+    ids_TK, counts_E = routing(T, 6, K, device)
+    x_TD, score_TK = torch.randn(T, D, device=device), torch.rand(T, K, device=device)
 
     def penalty(x_TD, score_TK):
         x_TD, score_TK = x_TD.detach().requires_grad_(), score_TK.detach().requires_grad_()
@@ -312,9 +342,12 @@ def test_a_gradient_of_a_gradient_is_that_of_the_plain_version(plain):
         dx_TD, dscore_TK = torch.autograd.grad(out_TD.square().sum(), (x_TD, score_TK), create_graph=True)
         return torch.autograd.grad(dx_TD.square().sum() + dscore_TK.square().sum(), (x_TD, score_TK))
 
-    for ours, expected in zip(penalty(x_TD, score_TK), plain(penalty, x_TD, score_TK), strict=True):
-        # Some 150 roundings of float32 one behind the other are 1e-5; ten times that, as the sums cancel.
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+    x, S = x_TD.double(), score_TK.double().sum(dim=1, keepdim=True)
+    square = x.square().sum(dim=1, keepdim=True)
+    exact = (8 * S**4 + 16 * K * S**2 * square) * x, (16 * S**3 * square + 8 * K * S * square**2).expand(T, K)
+    for found in (penalty(x_TD, score_TK), plain(penalty, x_TD, score_TK)):
+        for ours, expected in zip(found, exact, strict=True):
+            assert ((ours.double() - expected).abs() <= gamma(2 * D + 3 * K + 6, "float32") * expected.abs()).all()
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 On a GPU as they are (`make test-gpu`); on a CPU in Pallas's interpreter, and lowered for a GPU.
 """
 
+from contextlib import nullcontext
 from functools import cache, partial
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 import torch
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jax_ranks import trace_over_data_and_experts
-from problems import WEIGHTS, close, dense, dense_experts, gamma, who_stays, within
+from problems import WEIGHTS, bits, close, dense, dense_experts, gamma, who_stays, within
 
 from jax_impl import Router, dynamic, kernels, moe_layer, plan_capacity
 from jax_impl.experts import apply_experts
@@ -20,6 +21,7 @@ from jax_impl.grouping import Capacity, group_by_expert
 from jax_impl.routing import route
 from jax_impl.rows import expand_rows, invert, permute_rows, rank_bins_source, weighted_sum
 from parity.oracle.tolerances import underflow, unit_roundoff
+from parity.run.jax_stages import poisoned_memory
 
 # Counts of rows, rows in all, D, F: tiles with one row and with all, experts without rows, padding and none, widths
 # that are no multiple of a tile's.
@@ -338,14 +340,15 @@ def test_rows_under_vmap(both_ways):
 
 
 @pytest.mark.parametrize("per", ["rank", "expert"])
-@pytest.mark.parametrize("through_kernels", [True, False])
-def test_experts_that_replicas_share_are_differentiated(monkeypatch, through_kernels, per):
+@pytest.mark.parametrize("through", ["kernels", "kernels over poison", "plain versions"])
+def test_experts_that_replicas_share_are_differentiated(monkeypatch, through, per):
     """Experts over one axis of a mesh, data over both: the gradient of the weights is summed over the other one."""
-    monkeypatch.setattr(kernels, "use_kernels", lambda x: through_kernels)
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: through != "plain versions")
     capacity = plan_capacity(None, 6, 2, 4, 2, per=per)
-    trace_over_data_and_experts(
-        lambda *a: moe_layer(*a, router=Router(2), capacity=capacity, axis_name="experts").out_TD, "bfloat16"
-    )
+    with poisoned_memory() if through == "kernels over poison" else nullcontext():
+        trace_over_data_and_experts(
+            lambda *a: moe_layer(*a, router=Router(2), capacity=capacity, axis_name="experts").out_TD, "bfloat16"
+        )
 
 
 def test_a_gradient_of_a_gradient_is_refused_in_words(monkeypatch):
@@ -371,6 +374,59 @@ def test_rows_lower_for_a_gpu_too(kernel, monkeypatch):
         "weighted_sum_backward": (dout, y, score, slot, index)
     }[kernel]  # fmt: skip
     assert "triton" in lowered_for_a_gpu(getattr(kernels, kernel), *arguments)
+
+
+def write_every_other(x, y, n):
+    i = kernels.pl.program_id(0)
+    y[2 * i], n[2 * i] = x[2 * i], i
+
+
+def every_other(x):
+    shapes = jax.ShapeDtypeStruct((4,), jnp.bfloat16), jax.ShapeDtypeStruct((4,), jnp.int32)
+    how = {"compiler_params": kernels.triton.CompilerParams(), "interpret": kernels.INTERPRET}
+    return kernels.pl.pallas_call(write_every_other, out_shape=shapes, grid=(2,), **how)(x)
+
+
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_a_kernel_leaves_unwritten_is_poison(backend, mapped):
+    """Elsewhere it is what the memory held; on a CPU, what the interpreter puts there, the least of integers."""
+    x, plain = jnp.arange(1, 5, dtype=jnp.bfloat16), kernels.pl.pallas_call
+    with poisoned_memory():
+        y, n = jax.tree.map(lambda a: a[0], jax.vmap(every_other)(x[None])) if mapped else every_other(x)
+    assert str(y.tolist()) == "[1.0, nan, 3.0, nan]"
+    assert n.tolist() == [0, 2**31 - 1, 1, 2**31 - 1]
+    assert kernels.pl.pallas_call is plain
+
+
+def test_a_layer_over_poison_gives_the_same_bits(monkeypatch):
+    """All of it goes through kernels, forward and backward, with padding and drops, under vmap too."""
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: True)
+    rng = np.random.default_rng(0)
+    arrays = rng.normal(size=(2, 7, 16)), rng.normal(size=(16, 4)), *rng.normal(size=(3, 4, 16, 16))
+    leaves = [jnp.asarray(a, jnp.bfloat16 if i != 1 else jnp.float32) for i, a in enumerate(arrays)]
+
+    def layer(x, *w):
+        return moe_layer(x, *w, router=Router(2), capacity=plan_capacity("5/4", 7, 2, 4, 1)).out_TD
+
+    def run():
+        out, vjp = jax.vjp(jax.vmap(layer, in_axes=(0, *[None] * 4)), *leaves)
+        return bits([out, *vjp(out)])
+
+    expected = run()
+    with poisoned_memory():
+        assert run() == expected
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_poison_reaches_a_gpu_s_program(monkeypatch, poisoned):
+    """The array that a kernel's result takes the place of is one of its arguments."""
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    x, index = jax.ShapeDtypeStruct((64, 512), jnp.bfloat16), jax.ShapeDtypeStruct((300,), jnp.int32)
+    with poisoned_memory() if poisoned else nullcontext():
+        text = lowered_for_a_gpu(lambda *a: kernels.gather_rows(*a), x, index)  # not what jit has traced before
+    assert ("operand_index = 2" in text) == poisoned
+    assert ("0x7FC0" in text) == poisoned  # NaN in bfloat16
 
 
 def test_nothing_to_move(monkeypatch):

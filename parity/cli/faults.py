@@ -41,7 +41,7 @@ class Command:
     """Show instead how small an error is caught: the smallest relative error of each array, when one row of it is off
     (the median and the worst of all rows) and when all are, in float32 and bfloat16."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where; those that need a GPU are neither run nor counted on a CPU."""
+    """Where; those that need a GPU are neither run nor counted on a CPU, nor are those too large for any preset."""
 
 
 def run(command: Command) -> int:
@@ -55,14 +55,15 @@ def run(command: Command) -> int:
     if not command.run:
         console.print(fault_table([(fault, None) for fault in chosen]))
         return MATCH
-    ready = [fault for fault in chosen if command.device == "cuda" or not fault.gpu_only]
+    ready = [fault for fault in chosen if not fault.shown_by and (command.device == "cuda" or not fault.gpu_only)]
     with progress() as bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         trials = pool.map(partial(try_fault, device=command.device), ready)
         tried = list(zip(ready, bar.track(trials, total=len(ready), description="faults"), strict=True))
     console.print(fault_table(tried))
     for fault in chosen:
         if fault not in ready:
-            console.print(f"{fault.name}: not run, and not counted: {fault.gpu_only}")
+            why = f"no preset shows it, but {fault.shown_by}" if fault.shown_by else fault.gpu_only
+            console.print(f"{fault.name}: not run, and not counted: {why}")
     caught = sum(result.caught for _, result in tried)
     blamed = sum((result.backend, result.stage) == (fault.backend, fault.stage) for fault, result in tried)
     console.print(f"caught {caught} of {len(tried)}, blamed {blamed} of {len(tried)}")

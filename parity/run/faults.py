@@ -28,6 +28,7 @@ class Fault:
     new: str
     preset: str = "zipf"
     gpu_only: str = ""  # why it cannot show on a CPU
+    shown_by: str = ""  # the test that shows it, where no preset does
     source: str = "constructed"  # or the address of a public report of a bug of this kind in a layer like this
 
 
@@ -64,6 +65,7 @@ def find(name: str) -> Fault:
 
 
 NO_KERNELS = "on a CPU the plain versions run"
+TOO_LARGE = "tests/test_beyond_int32.py"  # arrays of more than 2^31 elements, for which there is no oracle
 _TORCH = [
     ("tie-to-higher-id", "route", "Equal logits go to the higher expert id.", "routing.py",
      "score_Tn.argsort(dim=-1, descending=True, stable=True)[:, :k]",
@@ -186,6 +188,9 @@ _TORCH = [
      "tl.load(score + t * K + k).to(wide), 0.0", "tl.load(score + t * K).to(wide), 0.0", "zipf", NO_KERNELS),
     ("kernel-swiglu-without-slope", "apply_experts", "The gate's gradient takes silu for its slope.", "kernels.py",
      "sigmoid * (1 + g * (1 - sigmoid)))", "sigmoid)", "bfloat16", NO_KERNELS),
+    ("kernel-offset-in-32-bits", "to_expert_major", "Rows are written at an offset that is computed in 32 bits.",
+     "kernels.py", "    r = (tl.program_id(0) // chunks).to(tl.int64)\n", "    r = tl.program_id(0) // chunks\n", "zipf", NO_KERNELS,
+     TOO_LARGE),
     ("state-of-another-forward", "combine", "What the backward needs is kept in one place for all forwards.", "rows.py",
      "ctx.save_for_backward(y_ND, score_TK, slot_TK, assignment_N)",
      "kept = globals().setdefault('_KEPT', {}).setdefault(slot_TK.shape, slot_TK.clone())\n"
@@ -345,6 +350,11 @@ _JAX = [
      "score[0][t, k].astype(wide)", "score[0][t, 0].astype(wide)", "zipf", NO_KERNELS),
     ("kernel-segments-by-last-rank", "to_expert_major", "An expert's rows come from the last rank first.", "kernels.py",
      "((expert == j) & (rank < p))", "((expert == j) & (rank > p))", "zipf", NO_KERNELS),
+    ("kernel-padding-unwritten", "group_by_expert", "Nothing is written where there is padding: it holds what the memory "
+     "held, zeros in a process's first step.", "kernels.py", "mask=row < M, other=-1) >= N", "mask=row < M, other=-1) > N",
+     "zipf", NO_KERNELS),
+    ("kernel-offset-in-32-bits", "to_expert_major", "Rows are read at an offset of which 31 bits are kept.", "kernels.py",
+     "x.at[source, d]", "x.at[((source * x.shape[1] + d) & 0x7FFFFFFF) // x.shape[1], d]", "zipf", NO_KERNELS, TOO_LARGE),
     ("kernel-weights-of-first-expert", "apply_experts", "Every row is multiplied by the first expert's weights.",
      "kernels.py", "j, first_row, end_row = expert[v], first[v], end[v]",
      "j, first_row, end_row = expert[v] // n_experts * n_experts, first[v], end[v]", "bfloat16", NO_KERNELS),
@@ -394,6 +404,9 @@ _TORCH_STATIC = [
     ("capacity-of-own-tokens", "group_by_expert", "A bin is thought to be as large as this rank has tokens for.",
      "grouping.py", "return (place_N < rows_or_zero(start_B, bin_N) + C)",
      "return (place_N < rows_or_zero(start_B, bin_N) + min(C, N // B))", "uneven-drop"),
+    ("kernel-padding-unwritten", "group_by_expert", "Nothing is written where there is padding: it holds what the memory "
+     "held, zeros in a process's first step.", "../torch_impl/kernels.py", "mask=row < M, other=-1) >= N",
+     "mask=row < M, other=-1) > N", "zipf", NO_KERNELS),
 ]  # fmt: skip
 
 _PLANTED = (

@@ -2,7 +2,8 @@
 
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 
 import jax_impl
 from jax_impl import dynamic, exchange, experts, grouping, layer, layout, routing
@@ -59,14 +61,14 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
     """All ranks of a problem: on these inputs, on others, and on these again, which must give the same bits.
 
     Where the case has a second step, it is in flight with the first in the same program, in both orders, or runs in a
-    second group of the same mesh.
+    second group of the same mesh. Whatever a kernel leaves unwritten is NaN.
     """
     case = problem.case
     stages_of: Stages = resolve(backend.stages)
     trace = Trace(case, backend, environment() | ({} if case.way == "eager" else host_waits()))
     how_whole = "vmap" if case.way == "eager" else how  # under shard_map, each operation would be a program of its own
     groups = case.processes // case.ranks
-    with jax.enable_x64(case.dtype == "float64"):
+    with jax.enable_x64(case.dtype == "float64"), poisoned_memory():
         whole_layer, isolated = programs(
             stages_of, _static(case), _capacity(case), case.capacity, how,
             bool(problem.second and problem.second.own_choice), frozenset(backend.provides),
@@ -166,6 +168,47 @@ def environment() -> dict[str, str]:
 def host_waits() -> dict[str, str]:
     """How often a step made the host wait for the device: more raise, see `run`. A CPU has nothing to wait for."""
     return {} if jax.default_backend() == "cpu" else {"host waits": "0 a step"}
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """In programs traced in this block, what a Pallas kernel does not write is NaN, or the largest integer.
+
+    XLA has no option that fills fresh memory. Its own operations write all of their results, and only a kernel's may
+    be left as they were: so each kernel is given arrays that its results take the place of. Those that say more of
+    their arguments than ours do, as blocks, are left alone.
+    """
+    plain = pl.pallas_call
+
+    def pallas_call(kernel: Callable, out_shape: Any, **how: Any) -> Callable:
+        results = jax.tree.leaves(out_shape)
+        if how.keys() & {"grid_spec", "in_specs", "out_specs", "input_output_aliases", "scratch_shapes"}:
+            return plain(kernel, out_shape, **how)
+
+        def call(*operands: jax.Array) -> Any:
+            n, m = len(operands), len(results)
+            poison = [_poison(result, operands) for result in results]
+            aliases = {n + i: i for i in range(m)}
+
+            def over(*refs: Any) -> None:
+                kernel(*refs[:n], *refs[n + m :])
+
+            return plain(over, out_shape, input_output_aliases=aliases, **how)(*operands, *poison)
+
+        return call
+
+    pl.pallas_call = pallas_call
+    try:
+        yield
+    finally:
+        pl.pallas_call = plain
+
+
+def _poison(result: Any, operands: Iterable[jax.Array]) -> jax.Array:
+    """An array as the result is; under shard_map it varies, as that does, over what an operand varies over."""
+    value = jnp.iinfo(result.dtype).max if jnp.issubdtype(result.dtype, jnp.integer) else jnp.nan
+    zero = sum(a.reshape(-1)[:0].sum().astype(result.dtype) for a in operands)
+    return jnp.full(result.shape, zero + jnp.array(value, result.dtype), result.dtype)
 
 
 def _static(case: Case) -> Case:
