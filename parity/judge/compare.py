@@ -176,12 +176,15 @@ def _all_there(problem: Problem, have: Canonical) -> None:
         raise MismatchError(f"{missing.size} rows are missing: first that of source rank {p}, token {t}, k {k}")
 
 
-def compare(problem: Problem, traces: list[Trace], picture: Picture | None = None) -> Iterator[Check]:
+def compare(
+    problem: Problem, traces: list[Trace], picture: Picture | None = None, oracle: Oracle | None = None
+) -> Iterator[Check]:
     """Every array that a backend declares against the oracle, and of every two traces what both have.
 
-    One array after the other, so that no more of them is in memory. Fills in `picture` on the way.
+    One array after the other, so that no more of them is in memory. Fills in `picture` on the way. `oracle` is one of
+    this problem that has drawn already.
     """
-    oracle = Oracle(problem)
+    oracle = oracle or Oracle(problem)
     oracle.measure({name for trace in traces for name in trace.backend.provides})
     sides = [
         _Side(trace, oracle.expected(trace.backend.provides, trace.backend.layout), table_of(problem, trace))

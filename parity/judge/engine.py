@@ -5,8 +5,9 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from parity.judge.compare import Check, compare
 from parity.judge.picture import blank
 from parity.judge.records import CaseRecord, Header, Report, footer, header
 from parity.oracle.evaluation import unreached
+from parity.oracle.expected import Oracle
 from parity.oracle.problem import Problem, draw
 from parity.oracle.quantities import STAGES
+from parity.oracle.vectorised import on_gpu, small
 from parity.run import supervisor
 from parity.run.backend import Backend, BackendError, Setting, resolve
 from parity.run.faults import Fault, plant
@@ -69,7 +72,9 @@ def run_cases(
     shown = {backend.name: backend for backend in backends}
     flags = "" if setting.device == "cpu" else f" --device {setting.device}"
     flags += " --between" * between + "".join(f" --record {shlex.quote(text)}" for text in setting.record)
-    with tempfile.TemporaryDirectory(prefix="parity-") as temporary, progress(show_progress) as bar:
+    with ExitStack() as stack:
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-"))
+        bar = stack.enter_context(progress(show_progress))
         folder = Path(temporary)
         problems = {case.name: draw(case) for case in bar.track(cases, description="oracle")}
         for name, problem in problems.items():
@@ -81,6 +86,7 @@ def run_cases(
         homes = {backend.name: Path.cwd() for backend in started}
         if fault:
             homes[fault.backend] = plant(fault, folder / "planted")
+        oracles = stack.enter_context(_ahead(problems.values(), backends))
         tasks = {backend.name: bar.add_task(backend.name, total=len(cases)) for backend in backends}
         with closing(supervisor.run(folder, homes, started, cases, setting, seconds)) as running:
             for backend, name, failure in chain(done, running):
@@ -94,7 +100,9 @@ def run_cases(
                     for side, trace in found.items():
                         if isinstance(trace, Trace):
                             shown[side] = shown[side].providing(trace.backend.provides)
-                    judged[name] = judge(problems[name], [found[backend.name] for backend in backends], flags, between)
+                    oracle = oracles.pop(name).result() if name in oracles else None
+                    of_backends = [found[backend.name] for backend in backends]
+                    judged[name] = judge(problems[name], of_backends, flags, between, oracle)
                     seconds["compare"] += time.perf_counter() - start
         if save:
             save.mkdir(parents=True, exist_ok=True)
@@ -106,6 +114,26 @@ def run_cases(
     if died:
         raise DiedError(died[0], report)
     return report
+
+
+@contextmanager
+def _ahead(problems: Iterable[Problem], backends: Sequence[Backend]) -> Iterator[dict[str, Future[Oracle]]]:
+    """Oracles of large cases, by name, which draw while backends run: those wait for each other, so a core is free."""
+    names = {name for backend in backends for name in backend.provides}
+    large = [Oracle(problem) for problem in problems if not small(problem.case) and not on_gpu(problem.case)]
+    with ThreadPoolExecutor(1) as thread:
+
+        def measured(oracle: Oracle) -> Oracle:
+            oracle.measure(names)
+            return oracle
+
+        try:
+            yield {oracle.case.name: thread.submit(measured, oracle) for oracle in large}
+        except BaseException:
+            thread.shutdown(wait=False, cancel_futures=True)
+            for oracle in large:
+                oracle.stopped = True
+            raise
 
 
 def _join(framework: str, folder: Path, problems: list[Problem], setting: Setting, backends: list[Backend]) -> int:
@@ -120,7 +148,11 @@ def _join(framework: str, folder: Path, problems: list[Problem], setting: Settin
 
 
 def judge(
-    problem: Problem, results: Sequence[Trace | Failure], flags: str = "", between: bool = False
+    problem: Problem,
+    results: Sequence[Trace | Failure],
+    flags: str = "",
+    between: bool = False,
+    oracle: Oracle | None = None,
 ) -> tuple[CaseRecord, list[Check]]:
     """Every comparison of one case, and what it looked like; `flags` are those that repeating it needs besides.
 
@@ -128,7 +160,7 @@ def judge(
     """
     case, picture = problem.case, blank(problem)
     traces = [result for result in results if isinstance(result, Trace) and not result.not_supported]
-    checks, beside = list(compare(problem, traces, picture)), {}
+    checks, beside = list(compare(problem, traces, picture, oracle)), {}
     if between:
         names = {trace.backend.name: trace.backend for trace in traces}
         with_oracle = [check for check in checks if check.right not in names and check.mode != "repeat"]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,6 +109,7 @@ class Oracle:
         self.strayed: dict[str, Strayed] = {}
         self.second = Oracle(problem.second) if problem.second else None
         self._choices: Array | None = None
+        self.stopped = False  # nobody waits for what is being drawn any more
 
     def expected(self, names: Iterable[str], layout: Layout) -> dict[str, Expected]:
         """What the arrays of these names should hold, but for those of which the case has nothing to compare.
@@ -149,6 +150,8 @@ class Oracle:
         deviations = {} if n < DRAWS and self.xp is np else None
 
         def drawn(first: int) -> dict[str, Strayed]:
+            if self.stopped:
+                raise CancelledError
             one, found = Evaluation(self.problem, range(first, first + n), self.exact, deviations), {}
             for names in of_parts.values():
                 found |= {name: self._strayed(one, name, new[name]) for name in names}

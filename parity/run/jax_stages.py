@@ -25,6 +25,7 @@ from parity.cases.parameters import BY_NAME, Parameter, parameters_of
 from parity.oracle import reference
 from parity.oracle.problem import Problem
 from parity.oracle.rows import Layout, indices, lay_out, row_tables
+from parity.oracle.vectorised import small
 from parity.oracle.windows import STRIDE, Windows
 from parity.run import jax_ranks
 from parity.run.backend import Backend, Setting, resolve
@@ -75,7 +76,7 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
         )  # fmt: skip
         learned = _learned(problem, how_whole, groups)
 
-        def whole(first: Problem, stage: str) -> dict[str, np.ndarray]:
+        def whole(first: Problem, stage: str) -> Arrays:
             steps = [stages_of.inputs(one) for one in (first, problem.second) if one]
             if groups > 1:
                 steps = [{name: np.stack([step[name] for step in steps]) for name in steps[0]}]
@@ -83,13 +84,12 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
             # Outside a program, checks of arguments read them: there is no step that must not wait for the host.
             guard = "allow" if case.way == "eager" else "disallow"
             with jax.transfer_guard_device_to_host(guard):
-                arrays = whole_layer(at, stage, learned, *inputs)
-            return fetch(arrays, how_whole)
+                return whole_layer(at, stage, learned, *inputs)
 
-        first = whole(problem, "the first step")
+        first = fetch(whole(problem, "the first step"), how_whole)
         for other in problem.steps_between():
             whole(other, "steps on other inputs")
-        again = whole(problem, "the first step, repeated")
+        again = fetch(whole(problem, "the first step, repeated"), how_whole)
         differ = _differing(_per_rank(first, groups), arrays := _per_rank(again, groups))
         del first, again
         feeds = put(_feeds(problem, stages_of), case.ranks, how)
@@ -402,9 +402,10 @@ def programs(
         each = over_ranks(partial(_isolated, stages_of, case, capacity, oracle_rows, axis), case.ranks, how)
         return provided(each(own, feeds))
 
-    options = _AS_USERS_DO if case.way == "compiled" and jax.default_backend() == "cpu" else None
+    as_users_do = case.way == "compiled" or not small(case)  # a large case takes longer to run than to compile
+    options = _AS_USERS_DO if as_users_do and jax.default_backend() == "cpu" else None
     whole = Eager(end_to_end) if case.way == "eager" else Program(jax.jit(end_to_end, compiler_options=options))
-    return whole, Program(jax.jit(isolated))
+    return whole, Program(jax.jit(isolated, compiler_options=options if not small(case) else None))
 
 
 def _capacity(case: Case) -> Capacity:
@@ -508,9 +509,10 @@ def _feeds(problem: Problem, stages_of: Stages) -> dict[str, np.ndarray]:
     rows = {"x": np.repeat(problem.given.reshape(-1, case.width), case.top_k, axis=0)}
     rows |= {n: getattr(problem, n).reshape(-1, case.width) for n in ("y", "dy", "dx_rows")}
     rows["order"] = np.where(problem.keep[..., None], problem.order_probe()[0], 0).reshape(-1, case.width)
-    feeds = {n: np.stack(lay_out(rows[of], table[where], fill)) for n, (of, where, fill) in _FEEDS.items()}
+    everywhere = {where: [np.stack(of_ranks)] for where, of_ranks in table.items()}
+    feeds = {n: lay_out(rows[of], everywhere[where], fill)[0] for n, (of, where, fill) in _FEEDS.items()}
     if case.bins == P or stages_of is Ragged:  # rows past the groups, which no expert may read
-        feeds["x_expert_major"] = np.stack(lay_out(rows["x"], table["expert_major"], np.nan))
+        feeds["x_expert_major"] = lay_out(rows["x"], everywhere["expert_major"], np.nan)[0]
     tokens = ("x", "given", "expert_id", "other_experts", "score", "dscore", "dout", "keep")
     feeds |= {name: getattr(problem, name) for name in tokens}
     sent_PE = reference.sent(case, problem.expert_id, problem.keep, stages_of.layout)
