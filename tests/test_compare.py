@@ -22,9 +22,12 @@ from parity.cases.case import Case
 from parity.cases.presets import command
 from parity.judge.blame import Blame, blame
 from parity.judge.compare import Check, MismatchError, Where, canonical, choice_of_experts, compare
+from parity.judge.picture import blank
+from parity.oracle import arrays as arrays_of_oracle
+from parity.oracle import vectorised
 from parity.oracle.evaluation import Evaluation
 from parity.oracle.expected import Expected, Oracle
-from parity.oracle.problem import Problem, draw
+from parity.oracle.problem import NOTHING, Problem, draw
 from parity.oracle.quantities import ALWAYS, OUTSIDE, STAGES, names
 from parity.oracle.reference import Layer
 from parity.oracle.rows import PADDING, Layout, Table, indices, lay_out, row_tables
@@ -779,3 +782,31 @@ def test_one_rank_or_expert_that_is_too_large_is_named(half_precision):
     assert dw_up.where
     assert dw_up.scale
     assert dw_up.where.expert in (2, 3)
+
+
+# ---- On a GPU
+
+
+@pytest.mark.parametrize(
+    "name", ["isolated/to_expert_major/x", "e2e/apply_experts/y", "e2e/route/dx", "e2e/combine/out"]
+)
+def test_the_same_is_found_in_pytorch(half_precision, monkeypatch, name):
+    """As at real size on a GPU; here PyTorch has its arrays on the CPU."""
+    problem, wanted = half_precision
+    traces = [perfect(problem, backend, wanted) for backend in SIDES]
+    traces[0].arrays[name][1][5] *= 2
+    here = list(compare(problem, traces, drawn_here := blank(problem)))
+    monkeypatch.setattr(arrays_of_oracle, "DEVICE", "cpu")
+    monkeypatch.setattr(vectorised, "on_gpu", lambda case: True)
+    there = list(compare(replace(problem, exact=NOTHING), traces, drawn_there := blank(problem)))
+    assert [(c.left, c.right, name_of(c), c.ok, c.failing, c.rows, c.common, c.note) for c in here] == [
+        (c.left, c.right, name_of(c), c.ok, c.failing, c.rows, c.common, c.note) for c in there
+    ]
+    wrong = [(a, b) for a, b in zip(here, there, strict=True) if not a.ok]
+    assert {name_of(a) for a, _ in wrong} >= {name}
+    for a, b in wrong:
+        assert (a.where, a.got) == (b.where, b.got)
+        assert [row.where for row in a.worst_rows] == [row.where for row in b.worst_rows]
+    assert [m.numbers for m in drawn_here.magnitudes["torch e2e/combine/out"]] == [
+        m.numbers for m in drawn_there.magnitudes["torch e2e/combine/out"]
+    ]

@@ -122,6 +122,8 @@ def _presets() -> dict[str, Case]:
         "two-groups": replace(base, ranks=2, way="two_groups"),
         # A sort of so many numbers is not stable unless it is asked to be.
         "wide": replace(base, ranks=16, experts=128, top_k=8, tokens=3, capacity_factor="1.25", pattern="ties"),
+        # More rows for an expert than 8 bits can count.
+        "many-rows": replace(base, ranks=2, tokens=600, width=8, hidden=6, experts=4, pattern="zipf"),
     }
     cases["small-softplus"] = replace(cases["like-deepseek-v4"], logit_offset=-39.5)  # from -40 down it is an exp
     return {name: replace(case, name=name) for name, case in cases.items()}

@@ -16,7 +16,7 @@ from parity.oracle.expected import Expected, Oracle, in_groups, mapped
 from parity.oracle.problem import Problem, exact_inputs, parameters_in_float64
 from parity.oracle.quantities import OUTSIDE
 from parity.oracle.reference import Exact
-from parity.oracle.rows import PADDING, Table, identity, row_tables
+from parity.oracle.rows import PADDING, Table, identity, lay_out, row_tables
 from parity.oracle.tolerances import allowance, allowed, numpy_dtype, slope
 from parity.run.trace import Trace
 
@@ -86,7 +86,7 @@ class Canonical:
 
     def rows(self, some: Array) -> Array:
         """Of the leading axis, these."""
-        return self.held[some if self.at is None else self.at[some]]
+        return self.held[some] if self.at is None else lay_out(self.held, [self.at[some]], 0)[0]
 
 
 class MismatchError(Exception):

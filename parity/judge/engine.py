@@ -21,6 +21,7 @@ from parity.judge.blame import blame
 from parity.judge.compare import Check, compare
 from parity.judge.picture import blank
 from parity.judge.records import CaseRecord, Header, Report, footer, header
+from parity.oracle.arrays import give_back_memory
 from parity.oracle.evaluation import unreached
 from parity.oracle.expected import Oracle
 from parity.oracle.problem import Problem, draw
@@ -79,6 +80,7 @@ def run_cases(
         problems = {case.name: draw(case) for case in bar.track(cases, description="oracle")}
         for name, problem in problems.items():
             problem.save(folder / f"{name}.problem")
+        give_back_memory()
         seconds["oracle"] = time.perf_counter() - begin
         if join and _join(join, folder, list(problems.values()), setting, joined) != 0:
             return None
@@ -88,6 +90,17 @@ def run_cases(
             homes[fault.backend] = plant(fault, folder / "planted")
         oracles = stack.enter_context(_ahead(problems.values(), backends))
         tasks = {backend.name: bar.add_task(backend.name, total=len(cases)) for backend in backends}
+
+        def judge_one(name: str) -> None:
+            start, found = time.perf_counter(), results.pop(name)
+            for side, trace in found.items():
+                if isinstance(trace, Trace):
+                    shown[side] = shown[side].providing(trace.backend.provides)
+            oracle = oracles.pop(name).result() if name in oracles else None
+            of_backends = [found[backend.name] for backend in backends]
+            judged[name] = judge(problems.pop(name), of_backends, flags, between, oracle)
+            seconds["compare"] += time.perf_counter() - start
+
         with closing(supervisor.run(folder, homes, started, cases, setting, seconds)) as running:
             for backend, name, failure in chain(done, running):
                 if failure and not failure.case:
@@ -95,15 +108,10 @@ def run_cases(
                 died += [failure] if failure and not failure.raised else []
                 bar.advance(tasks[backend])
                 results[name][backend] = failure or Trace.load(folder / f"{name}.{backend}.safetensors")
-                if len(results[name]) == len(backends):
-                    start, found = time.perf_counter(), results.pop(name)
-                    for side, trace in found.items():
-                        if isinstance(trace, Trace):
-                            shown[side] = shown[side].providing(trace.backend.provides)
-                    oracle = oracles.pop(name).result() if name in oracles else None
-                    of_backends = [found[backend.name] for backend in backends]
-                    judged[name] = judge(problems[name], of_backends, flags, between, oracle)
-                    seconds["compare"] += time.perf_counter() - start
+                if len(results[name]) == len(backends) and not on_gpu(problems[name].case):
+                    judge_one(name)
+        for name in [name for name in results if len(results[name]) == len(backends)]:  # on a GPU, which is free now
+            judge_one(name)
         if save:
             save.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("*.safetensors"):

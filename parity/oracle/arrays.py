@@ -64,6 +64,14 @@ def to_numpy(a: Array) -> np.ndarray:
     return a if isinstance(a, np.ndarray | np.generic) else a.cpu().numpy()
 
 
+def give_back_memory() -> None:
+    """Let other processes have the memory that PyTorch keeps on the GPU for itself."""
+    if gpu_is_there():
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 def stored(a: Array, dtype: str) -> np.ndarray:
     """Numbers as `dtype` stores them, in NumPy."""
     if isinstance(a, np.ndarray):
@@ -116,7 +124,8 @@ def largest_at(n: int, index: Array, values: Array) -> Array:
         found = np.zeros(n)
         np.maximum.at(found, index, values)
         return found
-    return values.new_zeros(n).scatter_reduce_(0, index, values, "amax")
+    xp = space_of(values)  # one after the other: a GPU's threads would wait for each other at few places
+    return xp.stack([xp.max(xp.where(index == i, values, 0.0)) for i in range(n)])
 
 
 class Random:

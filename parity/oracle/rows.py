@@ -105,8 +105,17 @@ def padded(rows: Array, size: int) -> Array:
 
 def lay_out(values: Array, table: list[Array], padding: float) -> list[Array]:
     """Values by row number [A, ...] as each rank's array holds them."""
-    flat = np.concatenate([values, np.full((1, *values.shape[1:]), padding, values.dtype)])
-    return [flat[rows] for rows in table]  # PADDING, -1, is the row appended
+    bits = values.view(f"i{values.itemsize}")  # NumPy copies rows of bfloat16, which is not its own, one by one
+    of_padding = np.array(padding, values.dtype).view(bits.dtype)
+
+    def of_rank(rows: Array) -> Array:
+        if not values.size:
+            return np.full((*rows.shape, *values.shape[1:]), padding, values.dtype)
+        found = bits.take(np.maximum(rows, 0), axis=0)
+        found[rows == PADDING] = of_padding
+        return found.view(values.dtype)
+
+    return [of_rank(rows) for rows in table]
 
 
 def identity(case: Case, row: int) -> tuple[int, int, int]:

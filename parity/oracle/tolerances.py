@@ -7,7 +7,7 @@ from functools import cache
 import ml_dtypes
 import numpy as np
 
-from parity.oracle.arrays import Array, space_of
+from parity.oracle.arrays import Array, space_of, zeros_beside
 
 # Draws of the perturbed oracle. The rows of a gradient may share one rounding, and then have one number to their name:
 # all 16 draws of it are under a quarter of the largest possible error, what FACTOR forgives, once in 4 billion.
@@ -55,7 +55,7 @@ def allowance(exact: Array, draws: Iterable[Array], dtype: str) -> Array:
     `allowed` by the row's yardstick: its largest error over all draws of the oracle, with rounding at every documented
     point before the last.
     """
-    yardstick = np.zeros(exact.shape[:-1])
+    yardstick = zeros_beside(exact, exact.shape[:-1])
     for draw in draws:
         yardstick = space_of(exact).maximum(strayed(draw, exact), yardstick)
     return allowed(exact, yardstick, dtype)

@@ -188,6 +188,9 @@ _TORCH = [
      "tl.load(score + t * K + k).to(wide), 0.0", "tl.load(score + t * K).to(wide), 0.0", "zipf", NO_KERNELS),
     ("kernel-swiglu-without-slope", "apply_experts", "The gate's gradient takes silu for its slope.", "kernels.py",
      "sigmoid * (1 + g * (1 - sigmoid)))", "sigmoid)", "bfloat16", NO_KERNELS),
+    ("tile-forgotten", "to_expert_major", "Rows past the first 1,024 are those of the first 1,024 again.", "rows.py",
+     "return shift_R + torch.arange(output_size, device=counts_Pe.device)",
+     "return shift_R + torch.arange(output_size, device=counts_Pe.device) % 1024", "many-rows"),
     ("kernel-offset-in-32-bits", "to_expert_major", "Rows are written at an offset that is computed in 32 bits.",
      "kernels.py", "    r = (tl.program_id(0) // chunks).to(tl.int64)\n", "    r = tl.program_id(0) // chunks\n", "zipf", NO_KERNELS,
      TOO_LARGE),
@@ -353,6 +356,8 @@ _JAX = [
     ("kernel-padding-unwritten", "group_by_expert", "Nothing is written where there is padding: it holds what the memory "
      "held, zeros in a process's first step.", "kernels.py", "mask=row < M, other=-1) >= N", "mask=row < M, other=-1) > N",
      "zipf", NO_KERNELS),
+    ("counts-in-bfloat16", "route", "Rows for each expert are counted in bfloat16, which has no odd number past 256.",
+     "routing.py", "== expert_E).sum(axis=0)", "== expert_E).astype(jnp.bfloat16).sum(axis=0).astype(int)", "many-rows"),
     ("kernel-offset-in-32-bits", "to_expert_major", "Rows are read at an offset of which 31 bits are kept.", "kernels.py",
      "x.at[source, d]", "x.at[((source * x.shape[1] + d) & 0x7FFFFFFF) // x.shape[1], d]", "zipf", NO_KERNELS, TOO_LARGE),
     ("kernel-weights-of-first-expert", "apply_experts", "Every row is multiplied by the first expert's weights.",

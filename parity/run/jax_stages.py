@@ -93,7 +93,10 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
         differ = _differing(_per_rank(first, groups), arrays := _per_rank(again, groups))
         del first, again
         feeds = put(_feeds(problem, stages_of), case.ranks, how)
-        alone = fetch(isolated(at, "the stages on their own", _learned(problem, how), feeds), how)
+        same = how == how_whole and groups == 1
+        alone = isolated(at, "the stages on their own", learned if same else _learned(problem, how), feeds)
+        del feeds
+        alone = fetch(alone, how)
         arrays |= differ | _per_rank(alone, 1)
     trace.arrays = {name: arrays[name] for name in backend.provides if name in arrays}
     return trace

@@ -65,8 +65,10 @@ def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at:
     with poisoned_memory():
         mine = _isolated(own, stages_of, rank_in_group, device, at, group)
 
+    learned = learned_of(own, experts_of(case, rank_in_group), device)
+
     def step(of: Problem) -> Step:
-        return Step(of, stages_of, rank_in_group, device, group, HostWaits(device))
+        return Step(of, stages_of, rank_in_group, device, group, HostWaits(device), learned)
 
     with poisoned_memory() if case.way == "compiled" else nullcontext():  # whose other mode would compile anew
         at("the first step")
@@ -356,17 +358,16 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
         """
         at(stage)
         leaves = {name: a.requires_grad_() for name, a in inputs.items()}
-        before = copies_of(given := [*leaves.values(), cotangent])
+        before = copies_of(case, given := [*leaves.values(), cotangent])
         values = {returns: f(*leaves.values())} if returns else named(stage, f(*leaves.values()))
         # A copy now, in the caller's stream: autograd waits at its end for streams that f may have forgotten.
         copies = {name: a.detach().clone() for name, a in values.items() if isinstance(a, Tensor)}
         result, wanted = values[returns or MAIN[stage]], tuple(leaves.values())
-        gradients = torch.autograd.grad(result, wanted, cotangent, retain_graph=True)
-        kept = copies_of(gradients)
-        again = torch.autograd.grad(result, wanted, cotangent)
+        kept = copies_of(case, torch.autograd.grad(result, wanted, cotangent, retain_graph=True))
+        again = differing(case, torch.autograd.grad(result, wanted, cotangent), kept)
         found = copies | {f"d{name}": g for name, g in zip(leaves, kept, strict=True)}
         if not returns:
-            found |= {"again": differing(again, kept), "changed": differing(given, before)}
+            found |= {"again": again, "changed": differing(case, given, before)}
         keep_values(stage, found)
         return found
 
@@ -424,7 +425,7 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
         {"x": rows(x_rows, "expert_major", stages.padding)} | of_experts,
         rows(problem.dy, "expert_major", stages.padding),
     )  # fmt: skip
-    keep_values("apply_experts", compared(case, {name: found[f"d{name}"] for name in of_experts}))
+    keep_values("apply_experts", {f"d{name}": found[f"d{name}"] for name in of_experts})
     of_shared = of_stage(lambda one: one.shared)
     if of_shared:
 
@@ -466,8 +467,9 @@ class Step:
     """The whole layer on one rank's tokens: forward, and then backward, with whatever happens between them."""
 
     def __init__(
-        self, problem: Problem, stages_of: Stages, rank: int, device: torch.device, group: Group, waits: "HostWaits"
-    ) -> None:
+        self, problem: Problem, stages_of: Stages, rank: int, device: torch.device, group: Group, waits: "HostWaits",
+        learned: dict[str, Tensor],
+    ) -> None:  # fmt: skip
         case = problem.case
 
         def put(a: np.ndarray) -> Tensor:
@@ -479,10 +481,7 @@ class Step:
         def put_tokens(a: np.ndarray) -> Tensor:
             return put(tokens_of(case, rank, a))
 
-        self.x, self.learned = (
-            put_tokens(problem.x).requires_grad_(),
-            learned_of(problem, experts_of(case, rank), device),
-        )
+        self.x, self.learned = put_tokens(problem.x).requires_grad_(), learned
         self.leaves = {one.name: self.learned[one.name].requires_grad_() for one in parameters_of(case) if one.learned}
         self.ids, self.keep = put_tokens(problem.expert_id), put_tokens(problem.keep)
         self.score = put_tokens(problem.score) if case.priority == "score" else None
@@ -492,7 +491,7 @@ class Step:
         self.given = {"group_by_expert": [self.x, self.ids], "combine": [self.dout]}
         for one in parameters_of(case):
             self.given.setdefault(one.stage, []).append(self.learned[one.name])
-        self.before = {stage: copies_of(tensors) for stage, tensors in self.given.items()}
+        self.before = {stage: copies_of(case, tensors) for stage, tensors in self.given.items()}
 
     def forward(self, choose: bool = False) -> None:
         """The layer, with the oracle's expert ids, or those that the router chooses."""
@@ -532,20 +531,27 @@ class Step:
             "combine/dscore": dscore,
             **gradients(self.problem.case, dict(zip(self.leaves, found, strict=True)), self.group),
             "route/dx": dx,
-            **{f"{stage}/changed": differing(given, self.before[stage]) for stage, given in self.given.items()},
+            **{
+                f"{stage}/changed": differing(self.problem.case, given, self.before[stage])
+                for stage, given in self.given.items()
+            },
         }
         return {f"e2e/{name}": to_numpy(value) for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """As they are now."""
-    return [a.detach().clone() for a in tensors]
+def copies_of(case: Case, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """As they are now; of experts' weights and their gradients, the rows that are compared."""
+    return [compared_part(case, a).detach().clone() for a in tensors]
 
 
-def differing(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """How many numbers differ in any bit."""
-    pairs = zip(tensors, others, strict=True)
-    return torch.tensor(sum(int(differing_bits(to_numpy(a), to_numpy(b))) for a, b in pairs))
+def differing(case: Case, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> Tensor:
+    """How many numbers differ from those that were copied, in any bit."""
+
+    def bits(a: Tensor) -> Tensor:
+        return a.detach().contiguous().view(getattr(torch, f"int{8 * a.element_size()}"))
+
+    pairs = zip((compared_part(case, a) for a in tensors), copies, strict=True)
+    return torch.tensor(sum(int((bits(a) != bits(b)).sum()) for a, b in pairs))
 
 
 def weights_of(w: np.ndarray | Windows, mine: slice, device: torch.device) -> torch.Tensor:
@@ -581,7 +587,12 @@ def gradients(case: Case, found: Mapping[str, Tensor], group: Group) -> dict[str
 
 def compared(case: Case, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of the gradients of what a rank has of its own, the rows that are compared."""
-    return {f"d{n}": a[:, case.compared_rows(a.shape[1])] if a.ndim == 3 else a for n, a in found.items()}
+    return {f"d{name}": compared_part(case, a) for name, a in found.items()}
+
+
+def compared_part(case: Case, a: Tensor) -> Tensor:
+    """The rows that are compared of experts' weights or their gradients, which have three axes; all of the rest."""
+    return a[:, case.compared_rows(a.shape[1])] if a.ndim == 3 else a
 
 
 def to_torch(a: np.ndarray) -> torch.Tensor:
