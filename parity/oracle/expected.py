@@ -16,7 +16,16 @@ from parity.oracle.evaluation import Evaluation
 from parity.oracle.problem import Problem
 from parity.oracle.quantities import OUTSIDE, Quantity, quantity_of
 from parity.oracle.rows import Layout
-from parity.oracle.tolerances import DRAWS, allowed, shares_allowance, shares_of, shares_of_slope, strayed
+from parity.oracle.tolerances import (
+    DRAWS,
+    allowed,
+    leaning,
+    noise,
+    shares_allowance,
+    shares_of,
+    shares_of_slope,
+    strayed,
+)  # fmt: skip
 
 _THREADS = ThreadPoolExecutor(os.cpu_count())
 
@@ -195,16 +204,18 @@ class Oracle:
         if name not in OUTSIDE or not want.values.size or not off:
             return want
         whole, *groups = in_groups(quantity.axes, want.values)
-        shares, wide = [shares_of_slope(a) for a in (whole, *groups)], self.case.wide
-        n = len(whole)
+        shares, case, n = [shares_of_slope(a) for a in (whole, *groups)], self.case, len(whole)
+        products = case.width + case.hidden  # one after the other: of gate or up, and of down
+        products = 2 * products + case.ranks * case.tokens if quantity.backward else products
+        systematic = leaning(products, case.dtype) * noise(case.wide)
         allowed = [
-            to_numpy(shares_allowance(of, a, self._put(worst), dtype, wide))
+            to_numpy(shares_allowance(of, a, self._put(worst), dtype, systematic))
             for of, a, worst in zip(shares, (whole, *groups), (off.scales[:n], off.scales[n:]), strict=False)
         ]
         want = replace(want, slope=np.concatenate(allowed))
         if name != OUTSIDE[0] or self._choices is None:
             return want
-        share = shares_allowance(self._choices, whole, self._put(off.shares), dtype, wide)
+        share = shares_allowance(self._choices, whole, self._put(off.shares), dtype, systematic)
         return replace(want, choices=self._choices, share=to_numpy(share))
 
     def _put(self, a: np.ndarray) -> Array:

@@ -41,6 +41,10 @@ class Exact:
         """a @ b, each number a sum of n products accumulated in `dtype`: here, without error."""
         return a @ b
 
+    def plus_constant(self, a: Array, b: Array, dtype: str) -> Array:  # noqa: ARG002
+        """The value stored in `dtype` of numbers that are stored in it, plus one that is the same for many."""
+        return a + b
+
     def constant(self, a: Array, dtype: str) -> Array:  # noqa: ARG002
         """The value stored in `dtype` of a number that is the same in many places: here, itself."""
         return a
@@ -98,6 +102,15 @@ class Perturbed:
         deviation += (xp.sum(xp.abs(b), axis=-2, keepdims=a.ndim > 1) + n) * tiny
         return deviation
 
+    def plus_constant(self, a: Array, b: Array, dtype: str) -> Array:
+        """The value stored in `dtype` of numbers that are stored in it, plus one that is the same for many.
+
+        Where the sum has fewer bits than b, all sums lose the same bits of b, which does not average out over them: what
+        is lost, beside a rounding of each number's own.
+        """
+        exact = rounded(a, dtype) + b
+        return self.round(a + b, dtype) + (rounded(exact, dtype) - exact)
+
     def constant(self, a: Array, dtype: str) -> Array:
         """The value stored in `dtype` of a number that is the same in many places: its own rounding in all of them.
 
@@ -148,7 +161,7 @@ def as_router_takes(case: Case, x: Array, numbers: Numbers) -> Array:
 def biased(a: Array, bias: Array | None, dtype: str, numbers: Numbers) -> Array:
     """Rounded, and with a bias rounded again."""
     a = numbers.round(a, dtype)
-    return a if bias is None else numbers.round(a + bias, dtype)
+    return a if bias is None else numbers.plus_constant(a, bias, dtype)
 
 
 def scores(case: Case, logits_PTE: Array, numbers: Numbers) -> Array:
