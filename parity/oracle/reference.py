@@ -105,8 +105,8 @@ class Perturbed:
     def plus_constant(self, a: Array, b: Array, dtype: str) -> Array:
         """The value stored in `dtype` of numbers that are stored in it, plus one that is the same for many.
 
-        Where the sum has fewer bits than b, all sums lose the same bits of b, which does not average out over them: what
-        is lost, beside a rounding of each number's own.
+        Where the sum has fewer bits than b, all sums lose the same bits of b, and that does not average out over them:
+        this loss is there beside a rounding of each number's own.
         """
         exact = rounded(a, dtype) + b
         return self.round(a + b, dtype) + (rounded(exact, dtype) - exact)
