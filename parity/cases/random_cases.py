@@ -14,12 +14,12 @@ from parity.cases.case import Case, Dtype, Pattern
 SHARED = 20
 
 
-def random_cases(n: int, seed: int, fixed: dict[str, Any]) -> list[Case]:
-    """`n` cases of this seed, with the fields in `fixed` as given.
+def random_cases(n: int, seed: int, fixed: dict[str, Any], first: int = 0) -> list[Case]:
+    """`n` cases of this seed, from number `first` on, with the fields in `fixed` as given.
 
     Raises ValueError when no case exists with what is fixed.
     """
-    return list(islice(_cases(seed, fixed), n))
+    return list(islice(_cases(seed, fixed), first, first + n))
 
 
 def _cases(seed: int, fixed: dict[str, Any]) -> Iterator[Case]:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -12,12 +12,13 @@ import tyro
 from parity.cases.case import Case, changed, flag
 from parity.cases.from_checkpoint import case_of_checkpoint
 from parity.cases.presets import MODELS, PLAIN, PRESETS, USUAL
-from parity.cases.random_cases import random_cases
+from parity.cases.random_cases import SHARED, random_cases
 from parity.cases.recording import case_of_recording
 from parity.cli.report import publish
-from parity.cli.shared import MATCH, case_of_file, check_writable, not_a_terminal, working
+from parity.cli.shared import MATCH, case_of_file, check_writable, not_a_terminal, say, working
 from parity.explain.identify import explained
 from parity.explain.probes import FEATURES
+from parity.judge.budget import growing, together
 from parity.judge.engine import DiedError, run_cases
 from parity.judge.records import Report
 from parity.run import faults, ours
@@ -73,6 +74,7 @@ class Command:
         python -m parity check --checkpoint Qwen3-30B-A3B --layer 3
         python -m parity check --backend mine.py      a layer of your own: python -m parity new mine.py
         python -m parity check --random 100 --seed 1 --dtype bfloat16
+        python -m parity check --budget 60            random cases, larger and larger, for a minute
     """
 
     presets: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(help=PRESETS_HELP)] = ()
@@ -82,6 +84,9 @@ class Command:
     random: int = 0
     """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all. Twenty
     in a row have the same shapes, which JAX compiles once, and differ in routing."""
+    budget: float = 0
+    """Check random cases for about this many seconds: of 16 tokens a rank at first, then of 64, 256 and so on, for as
+    long as another one is likely to end in time. A line says so of each size."""
     backend: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help=BACKEND_HELP)] = ()
     model: Annotated[tuple[str, ...], tyro.conf.arg(help=MODEL_HELP)] = ()
     device: Literal["cpu", "cuda"] = "cpu"
@@ -154,8 +159,12 @@ def run(command: Command) -> int:
     for backend in backends:
         for reason in filter(None, (backend.refusal(case, setting) for case in cases)):
             raise ValueError(f"--backend {backend.name}: {reason}")
+
+    def run_these(cases: list[Case]) -> Report | None:
+        return run_cases(cases, backends, setting, fault=fault, save=command.save, join=join, between=command.between)
+
     try:
-        report = run_cases(cases, backends, setting, fault=fault, save=command.save, join=join, between=command.between)
+        report = in_time(command, run_these) if command.budget else run_these(cases)
     except DiedError as died:
         publish(died.report, command.json, command.html)
         raise
@@ -164,6 +173,21 @@ def run(command: Command) -> int:
     if command.explain and not join:
         explain_failures(report, backends, setting)
     return publish(report, command.json, command.html)
+
+
+def in_time(command: Command, run_these: Callable[[list[Case]], Report | None]) -> Report:
+    """Random cases of more and more tokens, a line for each size. Raises ValueError on what does not go with that."""
+
+    def run_all(cases: list[Case]) -> Report:
+        report = run_these(cases)
+        assert report
+        return report
+
+    changes, reached = changes_of(command.case), []
+    for one in growing(command.budget, changes.pop("seed", 0), changes, run_all):
+        say(str(one))
+        reached.append(one)
+    return together(reached)
 
 
 def explain_failures(report: Report, backends: Sequence[Backend], setting: Setting) -> None:
@@ -208,10 +232,16 @@ def chosen_cases(command: Command) -> list[Case]:
         return [changed(case_of_file(command.from_file), changes)]
     if command.random < 0:
         raise ValueError(f"--random is {command.random}: it cannot be negative")
-    if command.random:
+    if command.budget:
+        if command.random or "tokens" in changes or command.coordinator or torchrun_size() is not None:
+            what = "--random, --tokens, --coordinator and torchrun"
+            raise ValueError(f"--budget chooses how many cases and tokens: leave out {what}")
+        if not command.budget > 0:
+            raise ValueError(f"--budget is {command.budget:g}: it must be positive")
+    if command.random or command.budget:
         if command.presets or "name" in changes or "recording" in changes:
-            raise ValueError("--random draws its cases: leave out presets, --name and --recording")
-        return random_cases(command.random, changes.pop("seed", 0), changes)
+            raise ValueError("--random and --budget draw cases: leave out presets, --name and --recording")
+        return random_cases(command.random or SHARED, changes.pop("seed", 0), changes)
     return named_cases(command.presets, command.case, command.model)
 
 
