@@ -122,7 +122,7 @@ def choose(
 
 def in_best_groups(score_TE: Float[Array, "T E"], router: Router) -> Bool[Array, "T E"]:
     """Which experts are in the groups whose best expert, or best two, have the largest scores."""
-    score_TGn = score_TE.reshape(score_TE.shape[0], router.groups, -1)
+    score_TGn = score_TE.reshape(score_TE.shape[0], router.groups, score_TE.shape[1] // router.groups)
     best_TGn = jnp.sort(score_TGn, axis=-1, descending=True)[..., : 2 if router.group_score == "top2" else 1]
     best_TG = largest(best_TGn.sum(axis=-1), router.top_groups)
     inside_TG = jnp.put_along_axis(jnp.zeros(score_TGn.shape[:2], bool), best_TG, True, axis=1, inplace=False)

@@ -12,10 +12,16 @@ def ragged_all_to_all(
     rows, starts, sizes, places = (
         jax.lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)
     )
-    row = jnp.arange(output.shape[0])
-    for p in range(rows.shape[0]):
-        size = jnp.minimum(sizes[p, me], recv_sizes[p])  # which should be equal
-        inside = (row >= places[p, me]) & (row < places[p, me] + size)
-        sent = rows[p].at[starts[p, me] + row - places[p, me]].get(mode="fill", fill_value=0)
-        output = jnp.where(inside[:, None], sent, output)
+    row, P = jnp.arange(output.shape[0]), rows.shape[0]
+    updates = sizes.shape[1] // P  # for each peer, one after the other
+    for p in range(P):
+
+        def update(i, output, p=p):
+            k = me * updates + i
+            size = jnp.minimum(sizes[p, k], recv_sizes[p * updates + i])  # which should be equal
+            inside = (row >= places[p, k]) & (row < places[p, k] + size)
+            sent = rows[p].at[starts[p, k] + row - places[p, k]].get(mode="fill", fill_value=0)
+            return jnp.where(inside[:, None], sent, output)
+
+        output = jax.lax.fori_loop(0, updates, update, output)
     return output

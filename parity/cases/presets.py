@@ -23,7 +23,7 @@ def _presets() -> dict[str, Case]:
         "ties": replace(base, pattern="ties"),
         "k1": replace(base, top_k=1),
         "k-all": replace(base, top_k=8, tokens=8),
-        "t0": replace(base, tokens=0, ranks=1),
+        "t0": replace(base, tokens=0, ranks=1, groups=2, top_groups=1),
         "t1": replace(base, tokens=1),
         "p1": replace(base, ranks=1),
         "p4": replace(base, tokens=24, experts=16, top_k=4),

@@ -18,6 +18,7 @@ from parity.oracle.quantities import OUTSIDE, Quantity, quantity_of
 from parity.oracle.rows import Layout
 from parity.oracle.tolerances import (
     DRAWS,
+    alike,
     allowed,
     leaning,
     noise,
@@ -118,6 +119,7 @@ class Oracle:
         self.strayed: dict[str, Strayed] = {}
         self.second = Oracle(problem.second) if problem.second else None
         self._choices: Array | None = None
+        self.alike = alike(problem.x)
         self.stopped = False  # nobody waits for what is being drawn any more
 
     def expected(self, names: Iterable[str], layout: Layout) -> dict[str, Expected]:
@@ -209,13 +211,13 @@ class Oracle:
         products = 2 * products + case.ranks * case.tokens if quantity.backward else products
         systematic = leaning(products, case.dtype) * noise(case.wide)
         allowed = [
-            to_numpy(shares_allowance(of, a, self._put(worst), dtype, systematic))
+            to_numpy(shares_allowance(of, a, self._put(worst), dtype, systematic, self.alike))
             for of, a, worst in zip(shares, (whole, *groups), (off.scales[:n], off.scales[n:]), strict=False)
         ]
         want = replace(want, slope=np.concatenate(allowed))
         if name != OUTSIDE[0] or self._choices is None:
             return want
-        share = shares_allowance(self._choices, whole, self._put(off.shares), dtype, systematic)
+        share = shares_allowance(self._choices, whole, self._put(off.shares), dtype, systematic, self.alike)
         return replace(want, choices=self._choices, share=to_numpy(share))
 
     def _put(self, a: np.ndarray) -> Array:

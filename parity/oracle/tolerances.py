@@ -111,14 +111,24 @@ def shares_of(parts: Array) -> Array:
     return space_of(parts).linalg.pinv(parts @ parts.T, hermitian=True) @ parts
 
 
-def shares_allowance(shares: Array, exact: Array, worst: Array, dtype: str, systematic: float) -> Array:
+def alike(x: np.ndarray) -> float:
+    """How many tokens [..., D] are alike, on average over tokens: these are rounded alike, and their errors add up."""
+    tokens = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    of_bytes = tokens.view(f"V{tokens.itemsize * tokens.shape[1]}").reshape(-1)
+    _, times = np.unique(of_bytes, return_counts=True)
+    return float((times * times).sum() / max(times.sum(), 1)) if times.size else 1.0
+
+
+def shares_allowance(
+    shares: Array, exact: Array, worst: Array, dtype: str, systematic: float, alike: float = 1.0
+) -> Array:
     """How far off the sum over n of `shares` [..., n] times numbers may be, for `exact` [..., n].
 
     FACTOR times `worst`, the largest deviation of that sum in a draw, four standard deviations of what n last roundings
     make of it, each uniform in half a step, what is lost below the normal range, and what is `systematic`. Rounding
-    averages out in it, so it sees what no row shows.
+    averages out in it, so it sees what no row shows; of m tokens that are `alike`, less so, by the root of m.
     """
     xp = space_of(exact)
     last = unit_roundoff(dtype) / math.sqrt(3) * xp.sqrt(xp.sum((shares * exact) ** 2, axis=-1))
     lost = underflow(dtype) * xp.sum(xp.abs(shares), axis=-1)
-    return FACTOR * worst + 4 * last + lost + systematic
+    return math.sqrt(alike) * (FACTOR * worst + 4 * last) + lost + systematic
