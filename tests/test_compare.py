@@ -278,7 +278,8 @@ def replayed() -> dict[str, np.ndarray]:
 def test_a_trace_survives_the_disk(tmp_path):
     problem = draw(replace(CASE, dtype="bfloat16"))
     trace = replace(perfect(problem, "jax", expectations(problem)), environment={"jax": "0"}, seconds=1.5)
-    trace.arrays["e2e/route/many"] = [np.array([rank, np.nan]) for rank in range(11)]  # 10 comes after 9
+    many = [np.array([rank, np.nan]) for rank in range(11)]  # 10 comes after 9
+    trace.arrays = {**trace.arrays, "e2e/route/many": many}
     trace.save(tmp_path / "folder")
     (again,) = load_folder(tmp_path / "folder")
     assert (again.case, again.backend) == (trace.case, BACKENDS["jax"])
@@ -752,7 +753,8 @@ def found_in(half_precision: tuple[Problem, Wanted], name: str, factors: tuple[f
     problem, wanted = half_precision
     trace = perfect(problem, "torch", wanted)
     pairs = zip(trace.arrays[name], factors, strict=False)
-    trace.arrays[name] = [(a.astype(np.float64) * factor).astype(a.dtype) for a, factor in pairs]
+    scaled = [(a.astype(np.float64) * factor).astype(a.dtype) for a, factor in pairs]
+    trace.arrays = {**trace.arrays, name: scaled}
     return [check for check in compare(problem, [trace]) if not check.ok]
 
 

@@ -333,8 +333,8 @@ class Rounded(Exact):
 @pytest.mark.parametrize("seed", range(6))
 def test_tokens_that_are_alike_are_rounded_alike(seed, monkeypatch):
     """Of 1,200 tokens of one number five are different, so that rounding averages out over those."""
-    shape = {"ranks": 2, "tokens": 600, "width": 1, "hidden": 5, "experts": 6, "top_k": 3}
-    case = Case(**shape, dtype="bfloat16", pattern="ties", seed=seed)
+    case = Case(ranks=2, tokens=600, width=1, hidden=5, experts=6, top_k=3, dtype="bfloat16", pattern="ties")
+    case = replace(case, seed=seed)
     problem = draw(case)
     x, w, dout = exact_inputs(problem)
     layer = vectorised.layer(case, x, w, dout, problem.expert_id, problem.keep, Rounded())

@@ -194,10 +194,10 @@ def compare(
     scales: dict[str, list[Check]] = {side.name: [] for side in sides}
     against: dict[tuple[str, str], list[Check]] = {(a.name, b.name): [] for a, b in combinations(sides, 2)}
 
-    def of(name: str) -> list[tuple[list[Check], dict[tuple[str, str], Check]]]:
+    def of(name: str) -> tuple[dict[str, list[Check]], dict[tuple[str, str], Check]]:
         """Checks of each side, and of each two."""
         found: dict[str, Canonical] = {}
-        checks = {}
+        checks: dict[str, list[Check]] = {}
         for side in sides:
             if name in side.expected:
                 checks[side.name] = _of_side(problem, side, name, found, picture)
@@ -262,7 +262,7 @@ def _of_side(
         return [_failed(problem, want, side.name, "oracle", str(mismatch))]
     if want.quantity.judged == "choice":
         return [choice_of_experts(problem, want, side.name, have.held)]
-    found[name], found[side.name] = have, have
+    found[side.name] = have
     checks = [_judge(problem, want, side.name, "oracle", have, have.present, picture=picture)]
     if checks[-1].ok and want.slope is not None:  # where rows show it, they say it better
         values = put_beside(have.held, want.values)

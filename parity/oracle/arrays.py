@@ -41,7 +41,7 @@ def space_of(a: Array) -> Space:
     return array_api_compat.torch
 
 
-def put(a: Array, on_gpu: bool) -> Array:
+def put(a: Array, on_gpu: bool) -> Any:
     """The same array, on the GPU or where it is."""
     if not on_gpu:
         return a

@@ -436,6 +436,7 @@ def hidden(case: Case, gate: Array | None, up: Array, numbers: Numbers) -> Hidde
         of_up = numbers.at_most(xp.abs(up), case.clamp, case.dtype)
         both_clamped = (gate >= case.clamp) & (xp.abs(up) >= case.clamp)
         gate, up = xp.minimum(gate, case.clamp), xp.clip(up, -case.clamp, case.clamp)
+    assert gate is not None
     act, slope = activated(case, gate, numbers)
     lifted = numbers.round(up + case.up_offset, case.wide) if case.up_offset else up
     value = numbers.round(act * lifted, case.dtype)
