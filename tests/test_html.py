@@ -31,7 +31,7 @@ from parity.run.trace import Trace
 NINE_DIGITS = 0.5e-8  # what is shown of a number is off by half a unit of its last digit, at most
 NASTY = """</title><script>alert("x")</script>&amp;'"""
 DASH = "\N{EN DASH}"  # where there is no value; between the sides of a comparison with each other
-DROPS = Case(name="drops", ranks=2, tokens=4, width=8, hidden=5, experts=4, top_k=3, capacity_factor="3/4")
+DROPS = Case(name="drops", ranks=2, tokens=4, width=8, hidden=5, experts=4, top_k=3, capacity_factor="3/4", seed=149)
 BINS = replace(DROPS, name=NASTY, capacity_per="expert", capacity_factor="2", top_k=2, dtype="bfloat16")
 
 
@@ -216,7 +216,7 @@ def test_a_second_step_has_its_place():
 
 @pytest.mark.parametrize(
     ("backends", "dropped"),
-    [(("torch",), "-"), (("jax",), "68"), (("torch-static",), "68"), (("torch", "jax"), "68")],
+    [(("torch",), "-"), (("jax",), "69"), (("torch-static",), "69"), (("torch", "jax"), "69")],
     ids=" ".join,
 )
 def test_terminal_and_page_say_alike_what_is_dropped(backends, dropped):
