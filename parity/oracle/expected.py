@@ -119,7 +119,8 @@ class Oracle:
         self.strayed: dict[str, Strayed] = {}
         self.second = Oracle(problem.second) if problem.second else None
         self._choices: Array | None = None
-        self.alike = alike(problem.x)
+        rows = problem.y[problem.keep]  # in a narrow range, 16 bits make many equal that come from different tokens
+        self.alike = max(alike(problem.x), alike(rows[rows.any(axis=-1)]))
         self.stopped = False  # nobody waits for what is being drawn any more
 
     def expected(self, names: Iterable[str], layout: Layout) -> dict[str, Expected]:
@@ -209,7 +210,7 @@ class Oracle:
         shares, case, n = [shares_of_slope(a) for a in (whole, *groups)], self.case, len(whole)
         products = case.width + case.hidden  # one after the other: of gate or up, and of down
         products = 2 * products + case.ranks * case.tokens if quantity.backward else products
-        systematic = leaning(products, case.dtype) * noise(case.wide)
+        systematic = leaning(products, case.dtype) * max(noise(case.wide), noise(case.score_dtype))
         allowed = [
             to_numpy(shares_allowance(of, a, self._put(worst), dtype, systematic, self.alike))
             for of, a, worst in zip(shares, (whole, *groups), (off.scales[:n], off.scales[n:]), strict=False)

@@ -112,9 +112,9 @@ def shares_of(parts: Array) -> Array:
 
 
 def alike(x: np.ndarray) -> float:
-    """How many tokens [..., D] are alike, on average over tokens: these are rounded alike, and their errors add up."""
-    tokens = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
-    of_bytes = tokens.view(f"V{tokens.itemsize * tokens.shape[1]}").reshape(-1)
+    """How many rows [..., D] are alike, on average over rows: these are rounded alike, and their errors add up."""
+    rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    of_bytes = rows.view(f"V{rows.itemsize * rows.shape[1]}").reshape(-1)
     _, times = np.unique(of_bytes, return_counts=True)
     return float((times * times).sum() / max(times.sum(), 1)) if times.size else 1.0
 
