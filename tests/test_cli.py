@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import lzma
 import os
 import pty
 import re
@@ -14,7 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
+from conftest import PYTHON
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from parity.cases import presets
 from parity.cases.case import Case
@@ -22,7 +27,7 @@ from parity.cases.presets import PRESETS
 from parity.cli import check, main
 from parity.cli.main import COMMANDS, parse
 from parity.cli.new import TEMPLATES
-from parity.cli.shared import PIPE
+from parity.cli.shared import BUG, PIPE
 from parity.judge import records
 from parity.run.trace import Trace
 
@@ -71,9 +76,6 @@ def test_two_machines(saved, capsys):
 
 
 def test_a_wrong_number_in_a_saved_trace_is_a_mismatch(saved, tmp_path, capsys):
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
-
     path = saved / "torch" / "custom.torch.safetensors"
     with safe_open(path, framework="numpy") as f:
         tensors, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()  # noqa: SIM118
@@ -223,6 +225,121 @@ def test_a_trace_that_is_cut_off(saved, tmp_path, capsys):
     code, _, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"))
     assert code == 2
     assert "custom.torch.safetensors is no whole trace" in err
+
+
+def edited(source: Path, folder: Path, tensors: dict[str, np.ndarray], about: dict[str, str | None]) -> Path:
+    """A trace with other tensors besides its own, and other metadata; None takes one out."""
+    with safe_open(source, framework="numpy") as f:
+        whole = {name: f.get_tensor(name) for name in f.keys()} | tensors  # noqa: SIM118
+        said = {name: value for name, value in (f.metadata() | about).items() if value is not None}
+    save_file(whole, folder / source.name, metadata=said)
+    return folder / source.name
+
+
+@pytest.mark.parametrize(
+    ("tensors", "about", "message"),
+    [
+        ({}, {"case": None}, "is no trace: its metadata lack case, which"),
+        ({}, {"case": None, "backend": None}, "is no trace: its metadata lack case and backend, which"),
+        ({}, {"backend": "mine"}, "no backend is called mine here, and nothing says which rows e2e/"),
+        ({"foo/bar/baz/0": np.zeros(3)}, {}, "is no trace: foo/bar/baz is no quantity: there are route/expert_id"),
+        ({"odd/combine/out/0": np.zeros(3)}, {}, "is no trace: odd/combine/out is no quantity"),
+        ({"nosuch": np.zeros(3)}, {}, "a tensor is called mode/stage/value/rank, and one is 'nosuch'"),
+        ({"rows/no/such/0": np.zeros(3)}, {}, "is no trace: rows/no/such says which rows of no known array there are"),
+    ],
+)
+def test_a_trace_with_something_odd_in_it(saved, tmp_path, capsys, tensors, about, message):
+    path = edited(saved / "torch" / "custom.torch.safetensors", tmp_path, tensors, about)
+    code, _, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"))
+    assert code == 2, err
+    assert f"error: {path} is no trace: " in err
+    assert message in err
+
+
+def test_a_trace_in_a_dtype_that_numpy_lacks(saved, tmp_path, capsys):
+    path, whole = tmp_path / "custom.torch.safetensors", (saved / "torch" / "custom.torch.safetensors").read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    about = json.loads(whole[8 : 8 + size])
+    one = about["isolated/combine/out/1"]
+    one |= {"dtype": "F8_E8M0", "shape": [one["data_offsets"][1] - one["data_offsets"][0]]}
+    head = json.dumps(about).encode()
+    head += b" " * (-len(head) % 8)
+    path.write_bytes(len(head).to_bytes(8, "little") + head + whole[8 + size :])
+    code, _, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"))
+    assert code == 2
+    assert f"error: {path} is no trace: cannot read isolated/combine/out: " in err
+
+
+@pytest.mark.parametrize("rows", [np.zeros(8, np.float32), np.full(8, 10**9), np.zeros((8, 2), np.int64)], ids=str)
+def test_numbers_of_rows_that_cannot_be(saved, tmp_path, capsys, rows):
+    """Of a layer that gives them with what is inside it: it is that which is wrong."""
+    about: dict[str, str | None] = {"backend": "mine"}
+    path, name = edited(saved / "torch" / "custom.torch.safetensors", tmp_path, {}, about), "apply_experts/y"
+    with safe_open(path, framework="numpy") as f:
+        held = {f"e2e/{name}/{i}": f.get_tensor(f"e2e/{name}/{i}") for i in range(2)}
+        save_file(held | {f"rows/{name}/{i}": rows for i in range(2)}, path, metadata=f.metadata())
+    code, out, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"), "--no-json")
+    assert code == 1, err
+    assert "mine is wrong at stage 6 experts" in out
+
+
+def test_a_folder_called_as_a_trace(saved, tmp_path, capsys):
+    (folder := tmp_path / "a.safetensors").mkdir()
+    code, _, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"))
+    assert code == 2
+    assert f"error: {folder} is no whole trace: " in err
+
+
+@pytest.mark.parametrize(
+    "text", [b"[1]", b"3", b'"x"', b'{"kind":"case"}', b'{"kind":"case","case":3}', b"\xff\xfe", b"{}"], ids=str
+)
+def test_what_is_no_report(tmp_path, capsys, text):
+    (path := tmp_path / "report.jsonl").write_bytes(text + b"\n")
+    code, _, err = in_process(capsys, "report", str(path))
+    assert code == 2
+    assert f"error: {path} is no report: " in err
+
+
+@pytest.mark.parametrize("part", [0, 0.5])
+def test_a_compressed_report_that_is_cut_off(report, tmp_path, capsys, part):
+    whole = lzma.compress(report.encode())
+    (path := tmp_path / "report.jsonl.xz").write_bytes(whole[: int(len(whole) * part)])
+    code, _, err = in_process(capsys, "report", str(path))
+    assert code == 2
+    assert f"error: {path} is no report: Compressed file ended before the end" in err
+
+
+def test_a_report_of_a_backend_that_its_header_does_not_know(report, tmp_path, capsys):
+    (path := tmp_path / "report.jsonl").write_text(report.replace('"left":"torch"', '"left":"nosuch"'))
+    code, _, err = in_process(capsys, "report", str(path))
+    assert code == 2
+    assert f"error: {path} compares nosuch, of which its header says nothing" in err
+
+
+def test_a_bug_of_the_harness_is_no_mismatch(tmp_path, capsys, monkeypatch):
+    """Whatever it is: Python's own exit code for it is that of a mismatch."""
+    monkeypatch.setattr(records, "read", lambda _: {}["nosuch"])
+    code, _, err = in_process(capsys, "report", "report.jsonl")
+    assert code == BUG
+    assert "KeyError: 'nosuch'" in err
+    assert "this is a bug of the harness and says nothing about any layer" in err
+
+
+def test_a_harness_that_cannot_be_imported(tmp_path):
+    """For lack of a package that it needs."""
+    (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\")\n")
+    (tmp_path / "parity").symlink_to(Path(check.__file__).parents[2] / "parity")
+    run = subprocess.run([PYTHON, "-m", "parity", "check"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == BUG
+    assert "No module named 'tyro'" in run.stderr
+    assert "the harness cannot be imported" in run.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_every_exit_code(name, capsys):
+    code, out, _ = in_process(capsys, name, "--help")
+    assert code == 0
+    assert f"{BUG} a bug of the harness" in " ".join(out.split())
 
 
 def test_traces_of_different_cases(saved, tmp_path, capsys):

@@ -25,6 +25,7 @@ class Command:
     are installed: transformer_engine on a GPU, megatron-core, tokamax.
 
     Exit code: 0 measured, 2 wrong usage, 3 a framework is missing or crashed, or a figure could not be measured.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity bench                                   three models' shapes on a GPU, a small one on a CPU

@@ -64,6 +64,7 @@ class Command:
     every gradient with an oracle in float64 and with each other.
 
     Exit code: 0 match, 1 mismatch, 2 wrong usage, 3 a framework is missing or crashed, 5 nothing was compared.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity check                        every preset

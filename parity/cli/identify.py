@@ -27,6 +27,7 @@ class Command:
     cards, the differences first.
 
     Exit code: 0 every card is proved, 1 one is not, 2 wrong usage, 3 a framework is missing, or the layer does not run.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity identify --backend mine.py

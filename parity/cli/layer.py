@@ -23,6 +23,7 @@ class Command:
     nothing, so that all do the same work, and at those asked for.
 
     Exit code: 0 measured, as far as it can be here, 2 wrong usage.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity layer                     one GPU; a small layer where there is none

@@ -3,6 +3,7 @@
 import inspect
 import os
 import sys
+import traceback
 from typing import Annotated, Any, Union
 
 import tyro
@@ -23,7 +24,7 @@ from parity.cli import (
     study,
     survey,
 )
-from parity.cli.shared import BACKEND, INTERRUPTED, PIPE, USAGE, say
+from parity.cli.shared import BACKEND, BUG, INTERRUPTED, PIPE, USAGE, say
 from parity.run.backend import BackendError
 
 # Each has a Command, its flags, and `run`, which takes one and returns an exit code.
@@ -54,6 +55,14 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         say(Text("stopped; nothing is left running", "red"))
         sys.exit(INTERRUPTED)
+    except Exception:  # Python's own exit code for it is that of a mismatch
+        traceback.print_exc()
+        say(
+            Text(
+                "this is a bug of the harness and says nothing about any layer: please report what stands above", "red"
+            )
+        )
+        sys.exit(BUG)
     sys.exit(code)
 
 
@@ -73,6 +82,8 @@ def parse(argv: list[str] | None) -> Any:
         ]
         for name, module in COMMANDS.items()
     ]
-    about = "Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?"
+    about = """Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?
+
+    Exit code of every command: 70 a bug of the harness, 130 stopped by Ctrl-C; what others mean, each --help says."""
     either: Any = Union[tuple(listed)]  # noqa: UP007
-    return tyro.cli(either, args=argv, prog="python -m parity", description=about)
+    return tyro.cli(either, args=argv, prog="python -m parity", description=inspect.cleandoc(about))

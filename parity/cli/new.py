@@ -20,6 +20,7 @@ class Command:
     yours, or call yours from it; `python -m parity check zipf --backend mine.py` judges it.
 
     Exit code: 0, or 2 when the file exists.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity new mine.py --framework jax

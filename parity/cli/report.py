@@ -21,6 +21,7 @@ class Command:
     not end, is refused.
 
     Exit code: that of the run, of several the highest, or 2 when a file is no whole report.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity report report.jsonl --html page.html

@@ -34,6 +34,7 @@ class Command:
     into the folder before is not run again, unless it is named.
 
     Exit code: 0 every card is proved, 1 one is not, or there is none; 2 wrong usage.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity survey                       half an hour on two cores

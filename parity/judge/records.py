@@ -160,7 +160,7 @@ def read(path: Path) -> Report:
     try:
         with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
             records = [msgspec.convert(upgraded(msgspec.json.decode(line)), Record, strict=False) for line in file]
-    except (OSError, lzma.LZMAError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, msgspec.MsgspecError) as error:
         raise ValueError(
             f"{path} is no report: {error}. Write one with `python -m parity check --json >FILE`"
         ) from error
@@ -182,14 +182,21 @@ def read(path: Path) -> Report:
     found = sum(map(len, report.checks.values()))
     if found != last.comparisons or report.cases.keys() != report.checks.keys():
         raise ValueError(f"{path} has {found} comparisons where its footer counts {last.comparisons}: it is not whole")
+    known = {"oracle", *report.backends}
+    if strange := {check.left for found in report.checks.values() for check in found} - known:
+        raise ValueError(
+            f"{path} compares {', '.join(sorted(strange))}, of which its header says nothing: it is no report"
+        )
     return report
 
 
-def upgraded(line: dict[str, Any]) -> dict[str, Any]:
+def upgraded(line: Any) -> Any:
     """A line of an earlier schema as one of this: 1 knew only our own backends, and called a recording a trace."""
+    if not isinstance(line, dict):
+        return line  # which is no record, and is refused as that
     if line.get("kind") == "header" and line.get("schema") == 1:
         line |= {"schema": SCHEMA, "backends": msgspec.to_builtins(list(BACKENDS.values()))}
-    if line.get("kind") == "case" and "trace" in line["case"]:
+    if line.get("kind") == "case" and isinstance(line.get("case"), dict) and "trace" in line["case"]:
         line["case"]["recording"] = line["case"].pop("trace")
     return line
 
