@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from safetensors.numpy import save_file
 from parity.cases import presets
 from parity.cases.case import Case
 from parity.cases.presets import PRESETS
-from parity.cli import check, main
+from parity.cli import check, identify, main
 from parity.cli.main import COMMANDS, parse
 from parity.cli.new import TEMPLATES
 from parity.cli.shared import BUG, PIPE
@@ -100,7 +101,7 @@ def test_an_empty_folder_is_named_as_it_is_on_one_line(tmp_path, capsys):
     code, _, err = in_process(capsys, "compare", str(folder))
     assert code == 2
     assert err.splitlines() == [
-        f"error: {folder} holds no traces: write some with `python -m parity check --backend torch --save {folder}`"
+        f"error: {folder} holds no traces: write some with `python -m parity check --backend torch --save '{folder}'`"
     ]
 
 
@@ -404,6 +405,35 @@ def test_the_command_of_any_case_gives_that_case():
     for case in cases:
         assert check.chosen_cases(parse(shlex.split(presets.command(case))[3:])) == [case]
     assert {case.renormalize for case in cases} == {True, False}
+
+
+def test_a_path_with_a_space_in_a_command_is_quoted(tmp_path, capsys, monkeypatch):
+    """Of a recording, a layer's file, a checkpoint and a folder: the command is copied into a shell."""
+    ids = np.arange(8, dtype=np.int32).reshape(8, 1) % 4
+    (folder := tmp_path / "it's a place").mkdir()
+    save_file({"expert_id": ids}, recording := folder / "a recording.safetensors")
+    recorded = ["check", "--recording", str(recording), "--ranks", "2"]
+    (case,) = check.chosen_cases(parse(recorded))
+    assert check.chosen_cases(parse(shlex.split(presets.command(case))[3:])) == [case]
+    checkpoint = shutil.copytree(Path(__file__).parent / "checkpoints" / "gpt_oss", folder / "a checkpoint")
+    (case,) = check.chosen_cases(parse(["check", "--checkpoint", str(checkpoint), "--ranks", "2", "--tokens", "4"]))
+    assert check.chosen_cases(parse(shlex.split(presets.command(case))[3:])) == [case]
+    monkeypatch.setattr(sys, "argv", ["parity", *recorded])
+    assert shlex.split(records.header([]).command) == ["python", "-m", "parity", *recorded]
+
+    mine = folder / "my layer.py"
+    code, _, err = in_process(capsys, "new", str(mine))
+    assert code == 0
+    assert shlex.split(err.strip().partition("now: ")[2])[-2:] == ["--backend", str(mine)]
+    assert f"--backend {shlex.quote(str(mine))}" in mine.read_text()
+    (backend,) = check.chosen_backends([str(mine)])
+    assert shlex.split(backend.flag) == ["--backend", str(mine)]
+    assert shlex.split(identify.proving(folder / "a case.json", backend))[-4:] == [
+        "--case", str(folder / "a case.json"), "--backend", str(mine),
+    ]  # fmt: skip
+    (empty := folder / "an empty one").mkdir()
+    _, _, err = in_process(capsys, "compare", str(empty))
+    assert shlex.split(err.partition("`")[2].strip("`\n"))[-1] == str(empty)
 
 
 def examples(text: str) -> list[str]:

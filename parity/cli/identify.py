@@ -1,5 +1,6 @@
 """`python -m parity identify`."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -87,7 +88,7 @@ def publish_cards(cards: list[Card], as_json: bool) -> None:
 
 def proving(path: Path, backend: Backend) -> str:
     """The command that proves a card which was written."""
-    return f"python -m parity check --case {path} --backend {backend.asked or backend.name}"
+    return f"python -m parity check --case {shlex.quote(str(path))} {backend.flag}"
 
 
 def asked_case(command: Command) -> Case | None:

@@ -1,5 +1,6 @@
 """`python -m parity new`."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,6 +41,6 @@ def run(command: Command) -> int:
     if file.exists():
         raise ValueError(f"{file} exists: it is left as it is; name another")
     text = (TEMPLATES / f"template_in_{command.framework}.py").read_text()
-    file.write_text(text.replace("FILE", str(file)))
-    say(f"wrote {file}; now: python -m parity check zipf --backend {file}")
+    file.write_text(text.replace("FILE", shlex.quote(str(file))))
+    say(f"wrote {file}; now: python -m parity check zipf --backend {shlex.quote(str(file))}")
     return MATCH

@@ -5,6 +5,7 @@ A report without its footer is of a run that did not end, and is refused.
 
 import lzma
 import platform
+import shlex
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -96,7 +97,7 @@ def header(backends: Iterable[Backend], planted: str = "") -> Header:
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
     machine = {name: installed[name] for name in packages if name in installed}
     machine |= {"python": platform.python_version(), "platform": platform.platform()}
-    command = " ".join(["python -m parity", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "parity", *sys.argv[1:]])
     return Header(SCHEMA, command, datetime.now(UTC).isoformat(timespec="seconds"), machine, planted, list(backends))
 
 

@@ -193,7 +193,7 @@ def repeat(report: Report, record: CaseRecord, verdict: Blame) -> str:
     """The command that repeats just this failure: its case, the backend that is wrong, the fault if one was planted."""
     wrong = [report.backends[name] for name in verdict.backends]
     by_default = {backend.name for backend in DEFAULT} == {*verdict.backends}
-    only = "" if by_default else "".join(f" --backend {backend.asked or backend.name}" for backend in wrong)
+    only = "" if by_default else "".join(f" {backend.flag}" for backend in wrong)
     fault = f" --fault {report.header.planted}" if report.header.planted else ""
     return f"{record.command}{only}{fault}"
 

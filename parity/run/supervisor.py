@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import stat
 import subprocess
@@ -257,7 +258,7 @@ class _Worker:
         missing = re.search(r"No module named '(\w+)", error)
         if self.backend.python and missing:
             needs = " ".join(["numpy", "ml_dtypes", "msgspec", "safetensors", "jaxtyping", *self.backend.needs])
-            what = f"{missing[1]} is not installed there: {self.backend.python} -m pip install {needs}"
+            what = f"{missing[1]} is not installed there: {shlex.quote(self.backend.python)} -m pip install {needs}"
             return MissingError(name, f"{name}: {what}")
         for package in self.backend.needs:
             if f"No module named '{package}'" in error:

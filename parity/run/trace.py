@@ -1,5 +1,6 @@
 """What a run returns: every array of it, by name, and where it came from."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +160,6 @@ def load_folder(folder: Path) -> list[Trace]:
     """Every trace in a folder. Raises ValueError when there is none."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise ValueError(
-            f"{folder} holds no traces: write some with `python -m parity check --backend torch --save {folder}`"
-        )
+        again = f"python -m parity check --backend torch --save {shlex.quote(str(folder))}"
+        raise ValueError(f"{folder} holds no traces: write some with `{again}`")
     return [Trace.load(path) for path in paths]
