@@ -25,11 +25,12 @@ from safetensors.numpy import save_file
 from parity.cases import presets
 from parity.cases.case import Case
 from parity.cases.presets import PRESETS
-from parity.cli import check, identify, main
+from parity.cli import check, identify, main, study
 from parity.cli.main import COMMANDS, parse
 from parity.cli.new import TEMPLATES
 from parity.cli.shared import BUG, PIPE
 from parity.judge import records
+from parity.run import supervisor
 from parity.run.trace import Trace
 
 pytestmark = pytest.mark.usefixtures("warm")
@@ -376,6 +377,42 @@ def test_a_framework_that_is_not_there(tmp_path):
     run = parity("check", *SMALL, cwd=tmp_path)
     assert run.returncode == 3
     assert "torch is not installed: pip install -e '.[torch]'" in " ".join(run.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["check", *SMALL], ["identify", "p1"], ["study", "--out", "study"], ["bench", "small"], ["faults", "--run"]],
+    ids=lambda words: words[0],
+)
+def test_both_frameworks_are_missing(words, capsys, monkeypatch, tmp_path):
+    """Both are named, and nothing is begun."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(supervisor, "find_spec", lambda _: None)
+    code, out, err = in_process(capsys, *words)
+    assert (code, out) == (3, "")
+    for name in ("torch", "jax"):
+        assert f"{name} is not installed: pip install -e '.[{name}]'" in err
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("words", [["study"], ["bench", "small"]], ids=lambda words: words[0])
+def test_a_framework_that_is_broken_is_found_before_anything_runs(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jax.py").write_text("raise ImportError('libsomething.so: cannot open')\n")
+    code, out, err = in_process(capsys, *words)
+    assert (code, out) == (3, "")
+    assert "jax cannot be imported (ImportError: libsomething.so: cannot open): pip install -e '.[jax]'" in err
+    assert "torch is not" not in err
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["jax.py"]
+
+
+def test_a_study_without_what_needs_frameworks(tmp_path, monkeypatch):
+    """None is missed."""
+    monkeypatch.setattr(supervisor, "find_spec", lambda _: None)
+    monkeypatch.setattr(study, "run_study", lambda *_: None)
+    monkeypatch.setattr(study, "write", lambda *_: [])
+    monkeypatch.setattr(study, "print_study", lambda *_: None)
+    assert study.run(study.Command(dispatch=False, json=False, out=tmp_path)) == 0
 
 
 def test_a_changed_preset_says_how_to_repeat_it():

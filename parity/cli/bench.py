@@ -13,7 +13,7 @@ from parity.bench.report import plot_bench, print_bench
 from parity.cli.shared import BACKEND, MATCH, Page, check_writable, say
 from parity.judge.engine import progress
 from parity.run.ours import FRAMEWORKS
-from parity.run.supervisor import gpus
+from parity.run.supervisor import gpus, require
 
 
 @dataclass
@@ -91,6 +91,7 @@ def run(command: Command) -> int:
     )  # fmt: skip
     for shape in choose_shapes(plan, gpus() > 0):
         replace(shape, ranks=command.ranks)  # fits, or says why not
+    require(command.framework, "or name the other --framework only", trying=True)
     figures: list[Figure] = []
     try:
         with progress() as bar:

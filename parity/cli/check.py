@@ -24,7 +24,7 @@ from parity.judge.records import Report
 from parity.run import faults, ours
 from parity.run.backend import Backend, Setting
 from parity.run.inside import Hook
-from parity.run.supervisor import gpus
+from parity.run.supervisor import gpus, require
 
 
 def _flag(f: Field) -> tuple[str, Any, Any]:
@@ -160,6 +160,7 @@ def run(command: Command) -> int:
     for backend in backends:
         for reason in filter(None, (backend.refusal(case, setting) for case in cases)):
             raise ValueError(f"--backend {backend.name}: {reason}")
+    require_of(backends)
 
     def run_these(cases: list[Case]) -> Report | None:
         return run_cases(cases, backends, setting, fault=fault, save=command.save, join=join, between=command.between)
@@ -220,6 +221,12 @@ def chosen_backends(asked: Sequence[str]) -> list[Backend]:
         raise ValueError(f"two backends are called {double[0]}: each name is of one, in files and in the report")
     by_name = {backend.name: backend for backend in sorted(found, key=lambda b: order.get(b.name, len(order)))}
     return list(by_name.values())
+
+
+def require_of(backends: Sequence[Backend]) -> None:
+    """Raises MissingError with all packages that these backends need and are not installed here."""
+    needed = [package for backend in backends if not backend.python for package in backend.needs]
+    require(needed, "or name another --backend only")
 
 
 def chosen_cases(command: Command) -> list[Case]:

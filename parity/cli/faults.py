@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from parity.cases.presets import PRESETS
-from parity.cli.check import ranks_of_jax
+from parity.cli.check import ranks_of_jax, require_of
 from parity.cli.shared import MATCH, MISMATCH, Page
 from parity.judge.engine import progress, run_cases
 from parity.judge.power import power
@@ -57,6 +57,7 @@ def run(command: Command) -> int:
         console.print(fault_table([(fault, None) for fault in chosen]))
         return MATCH
     ready = [fault for fault in chosen if not fault.shown_by and (command.device == "cuda" or not fault.gpu_only)]
+    require_of([ours.BACKENDS[fault.backend] for fault in ready])
     with progress() as bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         trials = pool.map(partial(try_fault, device=command.device), ready)
         tried = list(zip(ready, bar.track(trials, total=len(ready), description="faults"), strict=True))

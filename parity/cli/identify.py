@@ -9,7 +9,7 @@ import msgspec
 import tyro
 
 from parity.cases.case import Case
-from parity.cli.check import BACKEND_HELP, MODEL_HELP, Flags, chosen_backends, named_cases, ranks_of_jax
+from parity.cli.check import BACKEND_HELP, MODEL_HELP, Flags, chosen_backends, named_cases, ranks_of_jax, require_of
 from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say, working
 from parity.explain.identify import identify, small_cases
 from parity.judge import records
@@ -62,6 +62,7 @@ def run(command: Command) -> int:
     if command.write and len(backends) > 1:
         raise ValueError("--write is for the case of one layer: name one --backend")
     asked = asked_case(command)
+    require_of(backends)
     bases = [asked] if asked else small_cases()
     ranks = ranks_of_jax(command.jax_ranks, command.device, max(case.ranks for case in bases))
     setting = Setting(command.device, ranks, command.timeout)

@@ -11,6 +11,8 @@ from parity.cases.presets import MODELS, PRESETS
 from parity.cases.recording import case_of_recording
 from parity.cli.shared import MATCH, Page, case_of_file, not_a_terminal, say
 from parity.judge.engine import progress
+from parity.run.ours import FRAMEWORKS
+from parity.run.supervisor import require
 from parity.study.engine import run_study
 from parity.study.page import print_study, write
 from parity.study.part import Asked
@@ -23,7 +25,7 @@ class Command:
     Sweeps capacity factor, kind of bin, priority, skew and shapes; simulates real models on up to 512 ranks; runs one
     small dispatch in both frameworks for the page. Ends in tables, plots and a page. Needs no GPU.
 
-    Exit code: 0 measured, 2 wrong usage.
+    Exit code: 0 measured, 2 wrong usage, 3 a framework is missing.
     Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
@@ -75,6 +77,9 @@ def run(command: Command) -> int:
     capacity = case_of_file(command.case) if command.case else None
     if capacity and capacity.capacity_factor is None:
         raise ValueError(f"--case {command.case} has no capacity: nothing is dropped")
+    if command.dispatch or command.learn:
+        without = ["--no-dispatch"] * command.dispatch + ["no --learn"] * bool(command.learn)
+        require(FRAMEWORKS, f"or say {' and '.join(without)}: the rest needs no framework", trying=True)
     command.out.mkdir(parents=True, exist_ok=True)
     wanted = Asked(
         [PRESETS[name] for name in command.presets], command.recording, command.model, command.tokens, command.steps,

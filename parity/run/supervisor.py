@@ -16,9 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,33 @@ def end_all(*pids: int) -> None:
 def how_it_ended(code: int) -> str:
     """A process, by its exit code."""
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def require(packages: Iterable[str], instead: str, trying: bool = False) -> None:
+    """Before anything is started. Raises MissingError naming all that are not installed; `instead`: what else to do.
+
+    `trying` imports them too, in processes of their own, where it would be found out late: that takes seconds.
+    """
+    packages = list(dict.fromkeys(packages))
+    why = {package: "is not installed" for package in packages if not _installed(package)}
+    if trying:
+        there = [package for package in packages if package not in why]
+        with ExitStack() as stack:
+            tried = {p: stack.enter_context(Process([sys.executable, "-c", f"import {p}"])) for p in there}
+            for package, process in tried.items():
+                list(process.lines())
+                if process.error:
+                    why[package] = f"cannot be imported ({process.error.splitlines()[-1]})"
+    if why:
+        said = ", ".join(f"{package} {reason}: pip install -e '.[{package}]'" for package, reason in why.items())
+        raise MissingError(" and ".join(why), f"{said}; {instead}")
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def gpus() -> int:
