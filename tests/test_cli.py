@@ -214,6 +214,31 @@ def test_wrong_usage(capsys, arguments, message):
     assert message in " ".join(err.split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["check", "--pattern", "random", "--trace", "pydoc"],
+            "--pattern random with --recording pydoc: who is chosen",
+        ),
+        (["check", "pydoc", "--pattern", "zipf"], "--pattern zipf with --recording pydoc: who is chosen is recorded"),
+        (["identify", "--recording", "pydoc", "--pattern", "zipf"], "--pattern zipf with --recording pydoc"),
+        (["check", "zipf", "--recording", "pydoc"], "--pattern zipf with --recording pydoc"),
+        (["study", "zipf", "--trace", "a.safetensors"], "zipf with --recording a.safetensors: swept are presets or"),
+        (["study", "--trace"], "--trace is given nothing: name one or more, or leave it out"),
+        (["study", "--recording", "--no-dispatch"], "--recording is given nothing"),
+        (["check", "--model"], "--model is given nothing"),
+        (["bench", "--framework", "--seconds", "1"], "--framework is given nothing"),
+        (["survey", "--dtype"], "--dtype is given nothing"),
+        (["capture", "--ways"], "--ways is given nothing"),
+    ],
+)
+def test_what_does_not_go_together_or_is_given_nothing(capsys, arguments, message):
+    code, _, err = in_process(capsys, *arguments)
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
 def test_a_gpu_that_is_not_there(capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, _, err = in_process(capsys, "check", "p1", "--device", "cuda")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
-from parity.cases.case import Case, changed, flag
+from parity.cases.case import PATTERN_RECORDED, Case, changed, flag
 from parity.cases.from_checkpoint import case_of_checkpoint
 from parity.cases.presets import MODELS, PLAIN, PRESETS, USUAL
 from parity.cases.random_cases import SHARED, random_cases
@@ -278,6 +278,9 @@ def named_cases(presets: Sequence[str], flags: Any, models: Sequence[str]) -> li
     if unknown:
         raise ValueError(f"no preset is called {', '.join(unknown)}. There are: {', '.join(PRESETS)}")
     named = [name for name in presets if name != "all"]
+    recorded = [changes.get("recording"), *(PRESETS[name].recording for name in presets if name in PRESETS)]
+    if "pattern" in changes and any(recorded):
+        raise ValueError(PATTERN_RECORDED.format(changes["pattern"], next(filter(None, recorded))))
     names = list(PRESETS) if "all" in presets else named if named or changes else USUAL
     if "checkpoint" in changes:
         if names:

@@ -4,7 +4,7 @@ import inspect
 import os
 import sys
 import traceback
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Union, get_origin, get_type_hints
 
 import tyro
 from rich.text import Text
@@ -75,6 +75,7 @@ def parse(argv: list[str] | None) -> Any:
     tyro._experimental_options["ansi_codes"] = not os.environ.get("NO_COLOR")  # which tyro does not look at
     if argv and argv[0] in COMMANDS:
         kind = COMMANDS[argv[0]].Command
+        _something_given(kind, argv[1:])
         return tyro.cli(kind, args=argv[1:], prog=f"python -m parity {argv[0]}", description=inspect.getdoc(kind))
     listed = [
         Annotated[
@@ -87,3 +88,16 @@ def parse(argv: list[str] | None) -> Any:
     Exit code of every command: 70 a bug of the harness, 130 stopped by Ctrl-C; what others mean, each --help says."""
     either: Any = Union[tuple(listed)]  # noqa: UP007
     return tyro.cli(either, args=argv, prog="python -m parity", description=inspect.cleandoc(about))
+
+
+# Of these, nothing at all is something to ask for: a layer is measured at its own factor in any case.
+MAY_BE_EMPTY = {"factors"}
+
+
+def _something_given(kind: type, argv: list[str]) -> None:
+    """Raises ValueError on a flag of several values that is given none: it would be as if it were not there."""
+    several = {name for name, hint in get_type_hints(kind).items() if get_origin(hint) is tuple} - MAY_BE_EMPTY
+    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+        name = {"--trace": "recording"}.get(word, word.removeprefix("--").replace("-", "_"))
+        if word.startswith("--") and name in several and after.startswith("--"):
+            raise ValueError(f"{word} is given nothing: name one or more, or leave it out")

@@ -72,6 +72,11 @@ def run(command: Command) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
     if command.learn < 0 or (command.learn and command.learn_steps < 20):
         raise ValueError(f"--learn {command.learn} --learn-steps {command.learn_steps}: at least 0 seeds and 20 steps")
+    if command.presets and command.recording != Command.recording:
+        raise ValueError(
+            f"{' '.join(command.presets)} with --recording {' '.join(command.recording)}: swept are presets or "
+            "recordings, so leave out one"
+        )
     for recording in command.recording:
         case_of_recording(Case(ranks=1, tokens=0, recording=recording))
     capacity = case_of_file(command.case) if command.case else None
