@@ -180,7 +180,18 @@ def judge(
     environment = {trace.backend.name: trace.environment for trace in traces}
     not_supported = {r.backend.name: r.not_supported for r in results if isinstance(r, Trace) and r.not_supported}
     said, sides = command(case) + flags, unreached(problem)
-    return CaseRecord(case, said, seconds, environment, picture, not_supported, sides, beside), checks
+    return CaseRecord(case, said, seconds, environment, picture, not_supported, sides, noted(problem), beside), checks
+
+
+def noted(problem: Problem) -> list[str]:
+    """What is odd about a case's inputs, though every layer is given the same."""
+    n, case = problem.chosen_otherwise, problem.case
+    if not n:
+        return []
+    return [
+        f"in {n} of {case.ranks * case.tokens} tokens the recorded experts are not those that the recording's router "
+        "chooses in float64: near ties, or ids of another layer or step"
+    ]
 
 
 def raised(failure: Failure) -> Check:

@@ -49,6 +49,7 @@ class CaseRecord(msgspec.Struct, tag_field="kind", tag="case"):
     picture: Picture
     not_supported: dict[str, str] = {}  # by backend: why a layer does not compute the case
     unreached: list[str] = []  # sides of a clamp on which no expert's gate or up is
+    noted: list[str] = []  # of its inputs
     beside: dict[str, Blame | None] = {}  # by backend, judged by each other: the first divergence from the oracle
 
 

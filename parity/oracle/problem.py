@@ -45,6 +45,7 @@ class Problem:
     given: Array  # what experts are given, [P, T, D]: the tokens, or the tokens times their scores
     exact: Layer  # float64, end to end
     second: "Problem | None" = None  # the step beside this one: the same weights, other tokens
+    chosen_otherwise: int = 0  # tokens whose recorded experts are not those that the router chooses
     own_choice: bool = False  # nothing dropped, and no choice too close to call: a router may choose for itself
 
     @property
@@ -143,6 +144,10 @@ def posed(
     logits, score = oracle.route(case, x.astype(np.float64), exact_parameters, Exact())
     by = reference.scores_to_choose_by(case, logits)
     expert_id = recorded["expert_id"].copy() if "expert_id" in recorded else oracle.select(case, by, exact_parameters)
+    others = 0
+    if "expert_id" in recorded and "x" in recorded:
+        own = np.sort(oracle.select(case, by, exact_parameters), axis=-1)
+        others = int((own != np.sort(expert_id, axis=-1)).any(axis=-1).sum())
     for rank in range(case.ranks):
         expert_id[rank, case.tokens_of(rank) :] = -1
     # Priority goes by the scores that are stored, so rounding to the stored dtype comes first. XLA on a CPU compares
@@ -163,7 +168,8 @@ def posed(
     y, dy, dx_rows, given = (stored(a, case.dtype) for a in (exact.y, exact.dy, exact.dx_rows, exact.input))
     dscore = stored(exact.dscore, case.dtype_of("weight"))
     exact = NOTHING if on_gpu else exact
-    return Problem(case, x, parameters, dout, expert_id, keep, kept, y, dscore, dy, dx_rows, aux, given, exact)
+    return Problem(case, x, parameters, dout, expert_id, keep, kept, y, dscore, dy, dx_rows, aux, given, exact,
+                   chosen_otherwise=others)  # fmt: skip
 
 
 def parameters_in_float64(parameters: Parameters, on_gpu: bool = False) -> Parameters:

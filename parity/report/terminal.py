@@ -108,7 +108,7 @@ def beside(report: Report) -> list[str]:
 
 def notes(report: Report) -> list[str]:
     """What a report says of backends besides its verdict."""
-    said = [*unseen(report), *not_supported(report), *unreached(report), *beside(report)]
+    said = [*unseen(report), *not_supported(report), *unreached(report), *inputs(report), *beside(report)]
     return [*said, *filter(None, [agree(report)])]
 
 
@@ -119,6 +119,11 @@ def unreached(report: Report) -> list[str]:
         for name, record in report.cases.items()
         if record.unreached
     ]
+
+
+def inputs(report: Report) -> list[str]:
+    """Of cases whose inputs are odd, how."""
+    return [f"{name}: {said}" for name, record in report.cases.items() for said in record.noted]
 
 
 def agree(report: Report) -> str:
