@@ -52,6 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         say(Text.assemble(("error:", "bold red"), f" {error}"))
         sys.exit(USAGE)
+    except MemoryError as error:
+        said = f" not enough memory: {str(error) or 'the system gives no more'}. Use fewer --tokens or smaller sizes"
+        say(Text.assemble(("error:", "bold red"), said))
+        sys.exit(USAGE)
     except KeyboardInterrupt:
         say(Text("stopped; nothing is left running", "red"))
         sys.exit(INTERRUPTED)

@@ -26,6 +26,7 @@ from parity.oracle.evaluation import unreached
 from parity.oracle.expected import Oracle
 from parity.oracle.problem import Problem, draw
 from parity.oracle.quantities import STAGES
+from parity.oracle.size import check_size
 from parity.oracle.vectorised import on_gpu, small
 from parity.run import supervisor
 from parity.run.backend import Backend, BackendError, Setting, resolve
@@ -63,6 +64,9 @@ def run_cases(
 
     Raises BackendError when a package is missing or a backend cannot run, DiedError when it did not survive a case.
     """
+    for case in cases:
+        if not on_gpu(case):
+            check_size(case, tuple(backend.layout for backend in backends))
     head = header(backends, fault.name if fault else "")
     begin, seconds = time.perf_counter(), {"oracle": 0.0, "compare": 0.0}
     joined = [backend for backend in backends if backend.framework == join]

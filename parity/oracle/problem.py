@@ -15,6 +15,7 @@ from parity.cases.recording import load_recording
 from parity.oracle import reference, vectorised
 from parity.oracle.arrays import Array, in_float64, put, space_of, stored
 from parity.oracle.reference import Exact, Layer
+from parity.oracle.size import check_size
 from parity.oracle.tolerances import allowance, numpy_dtype, underflow
 from parity.oracle.vectorised import oracle_for
 from parity.oracle.windows import Windows, draw_windows
@@ -90,8 +91,10 @@ class Problem:
 def draw(case: Case) -> Problem:
     """Draw the inputs of a case and evaluate the oracle on them.
 
-    Raises ValueError when the case's recording cannot be read or has other shapes.
+    Raises ValueError when the case's recording cannot be read or has other shapes, and when it cannot be in memory.
     """
+    if not vectorised.on_gpu(case):  # whose memory it is then
+        check_size(case)
     rng = np.random.default_rng([case.seed, 0])
     recorded = (load_recording(case) if case.recording else {}) | learned(case)
     router = recorded["router"].astype(np.float64) if case.checkpoint else _router(case, rng)
