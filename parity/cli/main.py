@@ -4,6 +4,7 @@ import inspect
 import os
 import sys
 import traceback
+from contextlib import suppress
 from typing import Annotated, Any, Union, get_origin, get_type_hints
 
 import tyro
@@ -25,6 +26,7 @@ from parity.cli import (
     survey,
 )
 from parity.cli.shared import BACKEND, BUG, INTERRUPTED, PIPE, USAGE, say
+from parity.run import ending
 from parity.run.backend import BackendError
 
 # Each has a Command, its flags, and `run`, which takes one and returns an exit code.
@@ -37,6 +39,8 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run it, and exit with its code."""
+    if argv is None:  # the process is this command's
+        ending.end_when_told()
     try:
         command = parse(argv)
         code = next(module.run for module in COMMANDS.values() if isinstance(command, module.Command))(command)
@@ -56,9 +60,14 @@ def main(argv: list[str] | None = None) -> None:
         said = f" not enough memory: {str(error) or 'the system gives no more'}. Use fewer --tokens or smaller sizes"
         say(Text.assemble(("error:", "bold red"), said))
         sys.exit(USAGE)
-    except KeyboardInterrupt:
-        say(Text("stopped; nothing is left running", "red"))
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as told:
+        code = getattr(told, "code", INTERRUPTED)
+        if argv is None:
+            with suppress(OSError):
+                sys.stdout.flush()
+            ending.end_now(code)  # there may be threads, for which Python would wait
+        say(Text(ending.SAID, "red"))
+        sys.exit(code)
     except Exception:  # Python's own exit code for it is that of a mismatch
         traceback.print_exc()
         say(

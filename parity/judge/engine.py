@@ -3,7 +3,6 @@
 import math
 import shlex
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +29,7 @@ from parity.oracle.size import check_size
 from parity.oracle.vectorised import on_gpu, small
 from parity.run import supervisor
 from parity.run.backend import Backend, BackendError, Setting, resolve
+from parity.run.ending import temporary_folder
 from parity.run.faults import Fault, plant
 from parity.run.naming import MAIN
 from parity.run.supervisor import Failure
@@ -78,9 +78,8 @@ def run_cases(
     flags = "" if setting.device == "cpu" else f" --device {setting.device}"
     flags += " --between" * between + "".join(f" --record {shlex.quote(text)}" for text in setting.record)
     with ExitStack() as stack:
-        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-"))
+        folder = stack.enter_context(temporary_folder())
         bar = stack.enter_context(progress(show_progress))
-        folder = Path(temporary)
         problems = {case.name: draw(case) for case in bar.track(cases, description="oracle")}
         for name, problem in problems.items():
             problem.save(folder / f"{name}.problem")

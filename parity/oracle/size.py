@@ -13,7 +13,7 @@ FLOAT64 = 8
 
 
 def of_oracle(case: Case) -> int:
-    """Bytes that are there at once when a case is drawn. Measured were up to twice as many, and never fewer.
+    """Bytes that are there at once when a case is drawn. Measured were some times as many, and never fewer.
 
     Of each row its output and gradients are kept in float64 and as stored, and as much again comes and goes. Of the
     weights, what is stored and what is computed with; and their gradients, of which only some rows are at real size.
