@@ -1,5 +1,6 @@
 """The command line: exit codes, outputs for people and for programs, two machines, torchrun."""
 
+import errno
 import inspect
 import json
 import lzma
@@ -19,7 +20,7 @@ import msgspec
 import numpy as np
 import pytest
 from conftest import PYTHON
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from parity.cases import presets
@@ -30,6 +31,7 @@ from parity.cli.main import COMMANDS, parse
 from parity.cli.new import TEMPLATES
 from parity.cli.shared import BUG, PIPE
 from parity.judge import records
+from parity.oracle.problem import draw
 from parity.run import supervisor
 from parity.run.trace import Trace
 
@@ -68,6 +70,73 @@ def report(saved) -> str:
     run = parity("compare", str(saved / "torch"), str(saved / "jax"))
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A disk on which nothing fits but the first bytes of a file."""
+    of_file = Path.open
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(data[:10])
+            self.file.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def opened(path, mode="r", *args, **more):
+        file = of_file(path, mode, *args, **more)
+        return Full(file) if {*mode} & {*"wax"} else file
+
+    monkeypatch.setattr(Path, "open", opened)
+
+    def write(path, data):
+        with path.open("w" if isinstance(data, str) else "wb") as file:
+            file.write(data)
+
+    monkeypatch.setattr(Path, "write_text", write)
+    monkeypatch.setattr(Path, "write_bytes", write)
+
+
+def test_a_full_disk(saved, report, tmp_path, capsys, full):
+    """The file is named, and no part of it is left."""
+    page, there = tmp_path / "page.html", tmp_path / "report.jsonl"
+    with open(there, "w") as file:
+        file.write(report)
+    for words, path in (
+        (["report", str(there), "--html", str(page)], page),
+        (["compare", str(saved / "torch"), str(saved / "jax"), "--html", str(page)], page),
+        (["new", str(tmp_path / "mine.py")], tmp_path / "mine.py"),
+    ):
+        code, _, err = in_process(capsys, *words)
+        assert code == 2
+        assert f"error: cannot write {path}: No space left on device. Make room, or name another place" in err
+        assert [*tmp_path.iterdir()] == [there]
+    with pytest.raises(ValueError, match=r"cannot write .*\.problem: No space left"):
+        draw(PRESETS["p1"]).save(tmp_path / "p1.problem")
+    assert [*tmp_path.iterdir()] == [there]
+
+
+def test_a_full_disk_under_saved_traces(saved, tmp_path, monkeypatch):
+    trace = Trace.load(saved / "torch" / "custom.torch.safetensors")
+    path = tmp_path / "custom.torch.safetensors"
+
+    def full(_, path, metadata):
+        path.write_bytes(b"part")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("parity.run.trace.save_file", full)
+    with pytest.raises(ValueError, match=f"cannot write {path}: .*No space left on device"):
+        trace.save(tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_two_machines(saved, capsys):

@@ -10,6 +10,7 @@ import tyro
 
 from parity.bench.plan import ACROSS_RANKS, PARTS, SHAPES, Figure, Plan, choose_shapes, run_bench
 from parity.bench.report import plot_bench, print_bench
+from parity.cases.files import writing
 from parity.cli.shared import BACKEND, MATCH, Page, check_writable, say
 from parity.judge.engine import progress
 from parity.run.ours import FRAMEWORKS
@@ -101,7 +102,7 @@ def run(command: Command) -> int:
                 figures.append(figure)
                 line = msgspec.json.encode(figure).decode()
                 if command.save:
-                    with command.save.open("w" if len(figures) == 1 else "a") as file:
+                    with writing(command.save, keep=True), command.save.open("w" if len(figures) == 1 else "a") as file:
                         file.write(line + "\n")
                 if command.json:
                     print(line, flush=True)

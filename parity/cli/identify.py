@@ -9,6 +9,7 @@ import msgspec
 import tyro
 
 from parity.cases.case import Case
+from parity.cases.files import writing
 from parity.cli.check import BACKEND_HELP, MODEL_HELP, Flags, chosen_backends, named_cases, ranks_of_jax, require_of
 from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say, working
 from parity.explain.identify import identify, small_cases
@@ -71,7 +72,8 @@ def run(command: Command) -> int:
         for backend in backends:
             cards.append(identify(backend, bases, setting, tell=say_that))
     if command.write:
-        command.write.write_bytes(msgspec.json.format(msgspec.json.encode(cards[0].case)))
+        with writing(command.write):
+            command.write.write_bytes(msgspec.json.format(msgspec.json.encode(cards[0].case)))
         cards[0] = msgspec.structs.replace(cards[0], command=proving(command.write, backends[0]))
     publish_cards(cards, command.json)
     if command.write:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+from parity.cases.files import writing
 from parity.cli.shared import MATCH, say
 from parity.run import own
 
@@ -41,6 +42,7 @@ def run(command: Command) -> int:
     if file.exists():
         raise ValueError(f"{file} exists: it is left as it is; name another")
     text = (TEMPLATES / f"template_in_{command.framework}.py").read_text()
-    file.write_text(text.replace("FILE", shlex.quote(str(file))))
+    with writing(file):
+        file.write_text(text.replace("FILE", shlex.quote(str(file))))
     say(f"wrote {file}; now: python -m parity check zipf --backend {shlex.quote(str(file))}")
     return MATCH

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from parity.cases.case import Case
+from parity.cases.files import writing
 from parity.cases.presets import command
 from parity.judge.blame import blame
 from parity.judge.compare import Check, compare
@@ -118,7 +119,8 @@ def run_cases(
         if save:
             save.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("*.safetensors"):
-                shutil.copy(path, save)
+                with writing(save / path.name):
+                    shutil.copy(path, save)
     seconds["in all"] = time.perf_counter() - begin
     head = msgspec.structs.replace(head, backends=list(shown.values()))
     report = make_report(head, [case.name for case in cases], judged, seconds)

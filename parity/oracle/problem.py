@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from parity.cases.case import Case
+from parity.cases.files import writing
 from parity.cases.from_checkpoint import learned
 from parity.cases.parameters import Parameter, Parameters, parameters_of, shape
 from parity.cases.recording import load_recording
@@ -76,7 +77,7 @@ class Problem:
     def save(self, path: Path) -> None:
         """Write to a file that only this program reads, without the exact layer."""
         second = self.second and replace(self.second, exact=NOTHING)
-        with path.open("wb") as file:
+        with writing(path), path.open("wb") as file:
             pickle.dump(replace(self, exact=NOTHING, second=second), file, protocol=5)
 
     @staticmethod

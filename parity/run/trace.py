@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from parity.cases.case import Case
+from parity.cases.files import writing
 from parity.oracle.quantities import QUANTITIES, quantity_of
 from parity.run.backend import Backend
 from parity.run.inside import ROWS
@@ -46,7 +47,8 @@ class Trace:
             "environment": msgspec.json.encode(self.environment).decode(),
             "seconds": str(self.seconds),
         }
-        save_file(tensors, folder / f"{self.case.name}.{self.backend.name}.safetensors", metadata=about)
+        with writing(folder / f"{self.case.name}.{self.backend.name}.safetensors") as path:
+            save_file(tensors, path, metadata=about)
 
     @property
     def not_supported(self) -> str:
