@@ -31,6 +31,8 @@ from parity.run.backend import Backend, BackendError, MissingError, Setting
 from parity.run.faults import ROOT
 from parity.run.patience import START_UP, TURN, Patience, under
 
+READING, WRITING = "reading its input", "writing its trace"  # where a rank is while no layer runs
+
 
 class Failure(msgspec.Struct, frozen=True):
     """A case that a backend has no trace of. Only of one that raised is it known that the layer is to blame."""
@@ -47,12 +49,12 @@ class Failure(msgspec.Struct, frozen=True):
     @property
     def raised(self) -> bool:
         """Whether it is an answer about the layer; a process that was killed, or hangs, is none."""
-        return self.how == "failed" and self.case != ""
+        return self.how == "failed" and self.case != "" and self.stage not in (READING, WRITING)
 
     def __str__(self) -> str:
         rank = f"rank {self.rank} of {self.ranks} " if self.ranks > 1 else ""
         place = f" in {self.stage}" * (self.stage != "") + f" of case {self.case}" * (self.case != "")
-        line = f" ({self.line})" if self.line and self.how == "hangs" else ""
+        line = f" ({self.line})" * (self.line != "")
         return f"{self.backend}: {rank}{self.how}{place}{line}" + f": {self.error}" * (self.error != "")
 
 
