@@ -1,9 +1,7 @@
 """From a notebook or a test: layers as functions, a report instead of an exit code."""
 
 import io
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,6 +14,7 @@ from parity.judge.records import Report
 from parity.report.terminal import print_report
 from parity.run import ours, own
 from parity.run.backend import Backend, Setting
+from parity.run.ending import temporary_folder
 
 
 class Checked(Report):
@@ -47,8 +46,8 @@ def check(*what: Callable[..., Any] | Case | str, timeout: float, record: tuple[
     if not cases:
         raise ValueError("on which case? Name presets, as 'zipf', or give a Case")
     cases = [changed(case, changes) for case in cases]
-    with tempfile.TemporaryDirectory(prefix="parity-") as folder:
-        written = [own.written(layer, Path(folder) / f"{i}.pickle") for i, layer in enumerate(layers)]
+    with temporary_folder() as folder:
+        written = [own.written(layer, folder / f"{i}.pickle") for i, layer in enumerate(layers)]
         backends = _told_apart([*written, *backends])
         report = run_cases(cases, backends, Setting(timeout=timeout, record=record))
     assert report is not None  # as it is only in a group that torchrun started

@@ -348,9 +348,7 @@ def test_a_trace_that_says_what_cannot_be(theirs, about, message):
 def test_a_trace_with_an_array_that_is_no_quantity(tmp_path):
     about = {"case": "{}", "backend": "mine"}
     save_file({"e2e/combine/output/0": np.zeros(1)}, tmp_path / "a.safetensors", metadata=about)
-    with pytest.raises(
-        ValueError, match="is no trace: backend mine provides e2e/combine/output is no quantity: there are"
-    ):
+    with pytest.raises(ValueError, match="is no trace: e2e/combine/output is no quantity: there are"):
         load_folder(tmp_path)
     save_file({"output": np.zeros(1)}, tmp_path / "a.safetensors", metadata=about)
     with pytest.raises(ValueError, match="is no trace: a tensor is called mode/stage/value/rank, and one is 'output'"):

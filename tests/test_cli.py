@@ -1,11 +1,14 @@
 """The command line: exit codes, outputs for people and for programs, two machines, torchrun."""
 
+import errno
 import inspect
 import json
+import lzma
 import os
 import pty
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,16 +17,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
+from conftest import PYTHON
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from parity.cases import presets
 from parity.cases.case import Case
 from parity.cases.presets import PRESETS
-from parity.cli import check, main
+from parity.cli import check, identify, main, study
 from parity.cli.main import COMMANDS, parse
 from parity.cli.new import TEMPLATES
-from parity.cli.shared import PIPE
+from parity.cli.shared import BUG, PIPE
 from parity.judge import records
+from parity.oracle.problem import draw
+from parity.run import supervisor
 from parity.run.trace import Trace
 
 pytestmark = pytest.mark.usefixtures("warm")
@@ -63,6 +72,73 @@ def report(saved) -> str:
     return run.stdout
 
 
+@pytest.fixture
+def full(monkeypatch):
+    """A disk on which nothing fits but the first bytes of a file."""
+    of_file = Path.open
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.file.write(data[:10])
+            self.file.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def opened(path, mode="r", *args, **more):
+        file = of_file(path, mode, *args, **more)
+        return Full(file) if {*mode} & {*"wax"} else file
+
+    monkeypatch.setattr(Path, "open", opened)
+
+    def write(path, data):
+        with path.open("w" if isinstance(data, str) else "wb") as file:
+            file.write(data)
+
+    monkeypatch.setattr(Path, "write_text", write)
+    monkeypatch.setattr(Path, "write_bytes", write)
+
+
+def test_a_full_disk(saved, report, tmp_path, capsys, full):
+    """The file is named, and no part of it is left."""
+    page, there = tmp_path / "page.html", tmp_path / "report.jsonl"
+    with open(there, "w") as file:
+        file.write(report)
+    for words, path in (
+        (["report", str(there), "--html", str(page)], page),
+        (["compare", str(saved / "torch"), str(saved / "jax"), "--html", str(page)], page),
+        (["new", str(tmp_path / "mine.py")], tmp_path / "mine.py"),
+    ):
+        code, _, err = in_process(capsys, *words)
+        assert code == 2
+        assert f"error: cannot write {path}: No space left on device. Make room, or name another place" in err
+        assert [*tmp_path.iterdir()] == [there]
+    with pytest.raises(ValueError, match=r"cannot write .*\.problem: No space left"):
+        draw(PRESETS["p1"]).save(tmp_path / "p1.problem")
+    assert [*tmp_path.iterdir()] == [there]
+
+
+def test_a_full_disk_under_saved_traces(saved, tmp_path, monkeypatch):
+    trace = Trace.load(saved / "torch" / "custom.torch.safetensors")
+    path = tmp_path / "custom.torch.safetensors"
+
+    def full(_, path, metadata):
+        path.write_bytes(b"part")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("parity.run.trace.save_file", full)
+    with pytest.raises(ValueError, match=f"cannot write {path}: .*No space left on device"):
+        trace.save(tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_two_machines(saved, capsys):
     code, out, _ = in_process(capsys, "compare", str(saved / "torch"), str(saved / "jax"), "--no-json")
     assert code == 0
@@ -71,9 +147,6 @@ def test_two_machines(saved, capsys):
 
 
 def test_a_wrong_number_in_a_saved_trace_is_a_mismatch(saved, tmp_path, capsys):
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
-
     path = saved / "torch" / "custom.torch.safetensors"
     with safe_open(path, framework="numpy") as f:
         tensors, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()  # noqa: SIM118
@@ -98,7 +171,7 @@ def test_an_empty_folder_is_named_as_it_is_on_one_line(tmp_path, capsys):
     code, _, err = in_process(capsys, "compare", str(folder))
     assert code == 2
     assert err.splitlines() == [
-        f"error: {folder} holds no traces: write some with `python -m parity check --backend torch --save {folder}`"
+        f"error: {folder} holds no traces: write some with `python -m parity check --backend torch --save '{folder}'`"
     ]
 
 
@@ -210,6 +283,31 @@ def test_wrong_usage(capsys, arguments, message):
     assert message in " ".join(err.split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["check", "--pattern", "random", "--trace", "pydoc"],
+            "--pattern random with --recording pydoc: who is chosen",
+        ),
+        (["check", "pydoc", "--pattern", "zipf"], "--pattern zipf with --recording pydoc: who is chosen is recorded"),
+        (["identify", "--recording", "pydoc", "--pattern", "zipf"], "--pattern zipf with --recording pydoc"),
+        (["check", "zipf", "--recording", "pydoc"], "--pattern zipf with --recording pydoc"),
+        (["study", "zipf", "--trace", "a.safetensors"], "zipf with --recording a.safetensors: swept are presets or"),
+        (["study", "--trace"], "--trace is given nothing: name one or more, or leave it out"),
+        (["study", "--recording", "--no-dispatch"], "--recording is given nothing"),
+        (["check", "--model"], "--model is given nothing"),
+        (["bench", "--framework", "--seconds", "1"], "--framework is given nothing"),
+        (["survey", "--dtype"], "--dtype is given nothing"),
+        (["capture", "--ways"], "--ways is given nothing"),
+    ],
+)
+def test_what_does_not_go_together_or_is_given_nothing(capsys, arguments, message):
+    code, _, err = in_process(capsys, *arguments)
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
 def test_a_gpu_that_is_not_there(capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, _, err = in_process(capsys, "check", "p1", "--device", "cuda")
@@ -223,6 +321,121 @@ def test_a_trace_that_is_cut_off(saved, tmp_path, capsys):
     code, _, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"))
     assert code == 2
     assert "custom.torch.safetensors is no whole trace" in err
+
+
+def edited(source: Path, folder: Path, tensors: dict[str, np.ndarray], about: dict[str, str | None]) -> Path:
+    """A trace with other tensors besides its own, and other metadata; None takes one out."""
+    with safe_open(source, framework="numpy") as f:
+        whole = {name: f.get_tensor(name) for name in f.keys()} | tensors  # noqa: SIM118
+        said = {name: value for name, value in (f.metadata() | about).items() if value is not None}
+    save_file(whole, folder / source.name, metadata=said)
+    return folder / source.name
+
+
+@pytest.mark.parametrize(
+    ("tensors", "about", "message"),
+    [
+        ({}, {"case": None}, "is no trace: its metadata lack case, which"),
+        ({}, {"case": None, "backend": None}, "is no trace: its metadata lack case and backend, which"),
+        ({}, {"backend": "mine"}, "no backend is called mine here, and nothing says which rows e2e/"),
+        ({"foo/bar/baz/0": np.zeros(3)}, {}, "is no trace: foo/bar/baz is no quantity: there are route/expert_id"),
+        ({"odd/combine/out/0": np.zeros(3)}, {}, "is no trace: odd/combine/out is no quantity"),
+        ({"nosuch": np.zeros(3)}, {}, "a tensor is called mode/stage/value/rank, and one is 'nosuch'"),
+        ({"rows/no/such/0": np.zeros(3)}, {}, "is no trace: rows/no/such says which rows of no known array there are"),
+    ],
+)
+def test_a_trace_with_something_odd_in_it(saved, tmp_path, capsys, tensors, about, message):
+    path = edited(saved / "torch" / "custom.torch.safetensors", tmp_path, tensors, about)
+    code, _, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"))
+    assert code == 2, err
+    assert f"error: {path} is no trace: " in err
+    assert message in err
+
+
+def test_a_trace_in_a_dtype_that_numpy_lacks(saved, tmp_path, capsys):
+    path, whole = tmp_path / "custom.torch.safetensors", (saved / "torch" / "custom.torch.safetensors").read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    about = json.loads(whole[8 : 8 + size])
+    one = about["isolated/combine/out/1"]
+    one |= {"dtype": "F8_E8M0", "shape": [one["data_offsets"][1] - one["data_offsets"][0]]}
+    head = json.dumps(about).encode()
+    head += b" " * (-len(head) % 8)
+    path.write_bytes(len(head).to_bytes(8, "little") + head + whole[8 + size :])
+    code, _, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"))
+    assert code == 2
+    assert f"error: {path} is no trace: cannot read isolated/combine/out: " in err
+
+
+@pytest.mark.parametrize("rows", [np.zeros(8, np.float32), np.full(8, 10**9), np.zeros((8, 2), np.int64)], ids=str)
+def test_numbers_of_rows_that_cannot_be(saved, tmp_path, capsys, rows):
+    """Of a layer that gives them with what is inside it: it is that which is wrong."""
+    about: dict[str, str | None] = {"backend": "mine"}
+    path, name = edited(saved / "torch" / "custom.torch.safetensors", tmp_path, {}, about), "apply_experts/y"
+    with safe_open(path, framework="numpy") as f:
+        held = {f"e2e/{name}/{i}": f.get_tensor(f"e2e/{name}/{i}") for i in range(2)}
+        save_file(held | {f"rows/{name}/{i}": rows for i in range(2)}, path, metadata=f.metadata())
+    code, out, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"), "--no-json")
+    assert code == 1, err
+    assert "mine is wrong at stage 6 experts" in out
+
+
+def test_a_folder_called_as_a_trace(saved, tmp_path, capsys):
+    (folder := tmp_path / "a.safetensors").mkdir()
+    code, _, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"))
+    assert code == 2
+    assert f"error: {folder} is no whole trace: " in err
+
+
+@pytest.mark.parametrize(
+    "text", [b"[1]", b"3", b'"x"', b'{"kind":"case"}', b'{"kind":"case","case":3}', b"\xff\xfe", b"{}"], ids=str
+)
+def test_what_is_no_report(tmp_path, capsys, text):
+    (path := tmp_path / "report.jsonl").write_bytes(text + b"\n")
+    code, _, err = in_process(capsys, "report", str(path))
+    assert code == 2
+    assert f"error: {path} is no report: " in err
+
+
+@pytest.mark.parametrize("part", [0, 0.5])
+def test_a_compressed_report_that_is_cut_off(report, tmp_path, capsys, part):
+    whole = lzma.compress(report.encode())
+    (path := tmp_path / "report.jsonl.xz").write_bytes(whole[: int(len(whole) * part)])
+    code, _, err = in_process(capsys, "report", str(path))
+    assert code == 2
+    assert f"error: {path} is no report: Compressed file ended before the end" in err
+
+
+def test_a_report_of_a_backend_that_its_header_does_not_know(report, tmp_path, capsys):
+    (path := tmp_path / "report.jsonl").write_text(report.replace('"left":"torch"', '"left":"nosuch"'))
+    code, _, err = in_process(capsys, "report", str(path))
+    assert code == 2
+    assert f"error: {path} compares nosuch, of which its header says nothing" in err
+
+
+def test_a_bug_of_the_harness_is_no_mismatch(tmp_path, capsys, monkeypatch):
+    """Whatever it is: Python's own exit code for it is that of a mismatch."""
+    monkeypatch.setattr(records, "read", lambda _: {}["nosuch"])
+    code, _, err = in_process(capsys, "report", "report.jsonl")
+    assert code == BUG
+    assert "KeyError: 'nosuch'" in err
+    assert "this is a bug of the harness and says nothing about any layer" in err
+
+
+def test_a_harness_that_cannot_be_imported(tmp_path):
+    """For lack of a package that it needs."""
+    (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\")\n")
+    (tmp_path / "parity").symlink_to(Path(check.__file__).parents[2] / "parity")
+    run = subprocess.run([PYTHON, "-m", "parity", "check"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.returncode == BUG
+    assert "No module named 'tyro'" in run.stderr
+    assert "the harness cannot be imported" in run.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_every_exit_code(name, capsys):
+    code, out, _ = in_process(capsys, name, "--help")
+    assert code == 0
+    assert f"{BUG} a bug of the harness" in " ".join(out.split())
 
 
 def test_traces_of_different_cases(saved, tmp_path, capsys):
@@ -260,6 +473,42 @@ def test_a_framework_that_is_not_there(tmp_path):
     assert "torch is not installed: pip install -e '.[torch]'" in " ".join(run.stderr.split())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["check", *SMALL], ["identify", "p1"], ["study", "--out", "study"], ["bench", "small"], ["faults", "--run"]],
+    ids=lambda words: words[0],
+)
+def test_both_frameworks_are_missing(words, capsys, monkeypatch, tmp_path):
+    """Both are named, and nothing is begun."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(supervisor, "find_spec", lambda _: None)
+    code, out, err = in_process(capsys, *words)
+    assert (code, out) == (3, "")
+    for name in ("torch", "jax"):
+        assert f"{name} is not installed: pip install -e '.[{name}]'" in err
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("words", [["study"], ["bench", "small"]], ids=lambda words: words[0])
+def test_a_framework_that_is_broken_is_found_before_anything_runs(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jax.py").write_text("raise ImportError('libsomething.so: cannot open')\n")
+    code, out, err = in_process(capsys, *words)
+    assert (code, out) == (3, "")
+    assert "jax cannot be imported (ImportError: libsomething.so: cannot open): pip install -e '.[jax]'" in err
+    assert "torch is not" not in err
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["jax.py"]
+
+
+def test_a_study_without_what_needs_frameworks(tmp_path, monkeypatch):
+    """None is missed."""
+    monkeypatch.setattr(supervisor, "find_spec", lambda _: None)
+    monkeypatch.setattr(study, "run_study", lambda *_: None)
+    monkeypatch.setattr(study, "write", lambda *_: [])
+    monkeypatch.setattr(study, "print_study", lambda *_: None)
+    assert study.run(study.Command(dispatch=False, json=False, out=tmp_path)) == 0
+
+
 def test_a_changed_preset_says_how_to_repeat_it():
     command = check.Command(presets=("zipf",), case=check.Flags(dtype="bfloat16"))
     (case,) = check.chosen_cases(command)
@@ -287,6 +536,35 @@ def test_the_command_of_any_case_gives_that_case():
     for case in cases:
         assert check.chosen_cases(parse(shlex.split(presets.command(case))[3:])) == [case]
     assert {case.renormalize for case in cases} == {True, False}
+
+
+def test_a_path_with_a_space_in_a_command_is_quoted(tmp_path, capsys, monkeypatch):
+    """Of a recording, a layer's file, a checkpoint and a folder: the command is copied into a shell."""
+    ids = np.arange(8, dtype=np.int32).reshape(8, 1) % 4
+    (folder := tmp_path / "it's a place").mkdir()
+    save_file({"expert_id": ids}, recording := folder / "a recording.safetensors")
+    recorded = ["check", "--recording", str(recording), "--ranks", "2"]
+    (case,) = check.chosen_cases(parse(recorded))
+    assert check.chosen_cases(parse(shlex.split(presets.command(case))[3:])) == [case]
+    checkpoint = shutil.copytree(Path(__file__).parent / "checkpoints" / "gpt_oss", folder / "a checkpoint")
+    (case,) = check.chosen_cases(parse(["check", "--checkpoint", str(checkpoint), "--ranks", "2", "--tokens", "4"]))
+    assert check.chosen_cases(parse(shlex.split(presets.command(case))[3:])) == [case]
+    monkeypatch.setattr(sys, "argv", ["parity", *recorded])
+    assert shlex.split(records.header([]).command) == ["python", "-m", "parity", *recorded]
+
+    mine = folder / "my layer.py"
+    code, _, err = in_process(capsys, "new", str(mine))
+    assert code == 0
+    assert shlex.split(err.strip().partition("now: ")[2])[-2:] == ["--backend", str(mine)]
+    assert f"--backend {shlex.quote(str(mine))}" in mine.read_text()
+    (backend,) = check.chosen_backends([str(mine)])
+    assert shlex.split(backend.flag) == ["--backend", str(mine)]
+    assert shlex.split(identify.proving(folder / "a case.json", backend))[-4:] == [
+        "--case", str(folder / "a case.json"), "--backend", str(mine),
+    ]  # fmt: skip
+    (empty := folder / "an empty one").mkdir()
+    _, _, err = in_process(capsys, "compare", str(empty))
+    assert shlex.split(err.partition("`")[2].strip("`\n"))[-1] == str(empty)
 
 
 def examples(text: str) -> list[str]:

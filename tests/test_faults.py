@@ -11,7 +11,7 @@ from parity.cases.presets import PRESETS
 from parity.cli.faults import try_fault
 from parity.judge.engine import run_cases
 from parity.oracle.quantities import STAGES
-from parity.report.terminal import fault_table, print_report
+from parity.report.terminal import Found, fault_table, print_faults, print_report
 from parity.run.backend import Setting
 from parity.run.faults import FAULTS, ROOT, find, plant
 from parity.run.ours import BACKENDS
@@ -114,3 +114,18 @@ def test_what_is_said_of_a_fault():
         "repeat:   python -m parity check zipf --backend torch --fault torch-gradient-of-last-k-lost",
     ):
         assert words in said, said
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 172])
+def test_nothing_of_a_listing_is_cut(width):
+    """However narrow the terminal is."""
+    for found in (None, Found(False, "torch-static", "exchange_counts", "")):
+        console = Console(width=width, file=StringIO(), highlight=False)
+        print_faults(console, [(fault, found) for fault in FAULTS.values()])
+        shown = "".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+        for fault in FAULTS.values():
+            assert fault.name in shown
+            if width < 150:  # as one line after the other, not side by side
+                wanted = ("caught: NO; blamed: WRONG: torch-static exchange_counts",)
+                for said in wanted if found else (fault.sentence, fault.source):
+                    assert "".join(said.split()) in shown

@@ -16,6 +16,7 @@ from parity.cases.pairs import CORE, covered, pairs_in, possible_pairs, row_of
 from parity.cases.parameters import parameters_of
 from parity.cases.presets import PLAIN, PRESETS, USUAL
 from parity.cases.recording import case_of_recording, load_recording
+from parity.judge.engine import noted
 from parity.oracle import reference
 from parity.oracle.problem import NOTHING, Problem, draw, exact_inputs
 from parity.oracle.reference import Exact
@@ -27,7 +28,7 @@ SMALL = Case(ranks=2, tokens=4, width=8, hidden=4, experts=4)
 
 def values(problem: Problem) -> dict[str, Array]:
     """Every array of a problem, and of the step beside it."""
-    apart = ("case", "parameters", "exact", "second", "own_choice")
+    apart = ("case", "parameters", "exact", "second", "own_choice", "chosen_otherwise")
     own = {f.name: getattr(problem, f.name) for f in fields(problem) if f.name not in apart}
     exact = problem.exact._asdict() | problem.exact.gradients
     own |= problem.parameters.there() | {f"exact {k}": v for k, v in exact.items() if k != "gradients"}
@@ -371,15 +372,81 @@ def test_more_tokens_than_recorded(record):
 
 
 def test_a_case_that_is_not_the_recordings(record):
-    with pytest.raises(ValueError, match=r"the recording needs Case\(.*top_k=2, .*got Case\(.*top_k=1"):
+    with pytest.raises(ValueError, match=r"recording.safetensors: --top-k is 1, but the recording has 2$"):
         draw(replace(record(), top_k=1))
+    with pytest.raises(ValueError, match=r"--recording pydoc: --experts is 32, but the recording has 16$"):
+        draw(replace(PRESETS["pydoc"], experts=32))
 
 
 def test_no_recording(tmp_path):
-    for path in (tmp_path / "none.safetensors", tmp_path, tmp_path / "junk"):
+    for path in (tmp_path / "none.safetensors", tmp_path / "junk"):
         Path(tmp_path / "junk").write_bytes(b"junk")
         with pytest.raises(ValueError, match=r"--recording .*cannot read .* as safetensors"):
             draw(Case(recording=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ".",
+            r"and this is a folder. A layer of a checkpoint is --checkpoint .*gpt_oss$",
+        ),
+        ("config.json", "this is JSON. A layer of a checkpoint is --checkpoint .*gpt_oss$"),
+        (
+            "model*.safetensors",
+            r"has tensors as .*layers\..*: it is of a checkpoint. A layer of it is --checkpoint .*gpt_oss",
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_taken_for_a_recording(given, message):
+    path = (
+        next((Path(__file__).parent / "checkpoints" / "gpt_oss").glob(given))
+        if given != "."
+        else (Path(__file__).parent / "checkpoints" / "gpt_oss")
+    )
+    with pytest.raises(ValueError, match=message):
+        case_of_recording(Case(ranks=1, tokens=0, recording=str(path)))
+
+
+WIDE = {"w_gate": np.zeros((4, 6, 3)), "w_up": np.zeros((4, 6, 3))}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (WIDE | {"w_up": np.zeros((4, 3, 6))}, r"w_up .* D is 6 by w_gate, so axis 1 should be 6, not 3: .*\[E D F\]"),
+        (WIDE | {"w_down": np.zeros((4, 6, 3))}, "so axis 1 should be 3, not 6: .* the other way round"),
+        (WIDE | {"w_down": np.zeros((4, 3, 7))}, r"so axis 2 should be 6, not 7: it is to be \[E F D\]$"),
+        (WIDE | {"b_up": np.zeros((4, 6))}, r"F is 3 by w_gate, so axis 1 should be 3, not 6: it is to be \[E F\]$"),
+        (recorded_layer() | {"x": np.ones((5, 6), np.int32)}, "x is of int32: it must be floating point"),
+        (recorded_layer() | {"router": np.ones((6, 4), bool)}, "router is of bool: it must be floating point"),
+        ({"expert_id": np.where(np.eye(5, 2, dtype=int), 10**6, IDS)}, "chose expert 1000000, the largest of 5 ids"),
+        ({"expert_id": IDS + np.eye(5, 2, dtype=int) * 96}, "nothing says how many experts there are: set n"),
+    ],
+)  # fmt: skip
+def test_a_recording_with_a_mistake_in_it(record, tensors, message):
+    with pytest.raises(ValueError, match=message):
+        record(**tensors)
+
+
+def test_many_experts_of_which_few_are_chosen(record):
+    """As the metadata say."""
+    assert record({"n_experts": "100"}, expert_id=IDS + np.eye(5, 2, dtype=int) * 96).experts == 100
+
+
+def test_recorded_experts_that_the_router_does_not_choose(record):
+    """Are replayed, and the report says of how many tokens."""
+    tensors = recorded_layer()
+    problem = draw(record(**tensors))
+    own = reference.select(problem.case, problem.x.astype(float) @ tensors["router"], exact_inputs(problem)[1])
+    n = int((np.sort(own) != np.sort(problem.expert_id)).any(axis=-1).sum())
+    assert n > 0
+    (said,) = noted(problem)
+    assert said.startswith(f"in {n} of 4 tokens the recorded experts are not those that the recording's router chooses")
+    assert noted(draw(record(**tensors, expert_id=np.concatenate([own.reshape(4, 2), IDS[4:]])))) == []
+    assert noted(draw(record())) == []
+    assert noted(draw(PRESETS["pydoc"])) == []
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from parity.cases.case import Case
 from parity.run import patience
 from parity.run.backend import Backend, BackendError, Setting
 from parity.run.patience import Patience, under
-from parity.run.supervisor import Failure, Process, run
+from parity.run.ranks import _raised_at
+from parity.run.supervisor import READING, WRITING, Failure, Process, run
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("a", "b", "c")
@@ -128,7 +129,8 @@ def test_all_is_well(fake):
 
 
 FAILURES = {
-    "raises": ("raise RuntimeError('no more')", "failed in send_tokens of case b: RuntimeError: no more"),
+    "raises": ("raise RuntimeError('no more')",
+               r"failed in send_tokens of case b \(fake.py:\d+\): RuntimeError: no more"),
     "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL in the first step of case b"),
     "exits": ("os._exit(5)", "ended with exit code 5 in the first step of case b"),
     "sleeps": ("time.sleep(600)", r"hangs in send_tokens of case b \(fake.py:\d+\): no rank got on for 0.5 s; "
@@ -175,7 +177,8 @@ def test_the_earliest_exception_is_the_cause(fake):
         "        Path.glob = glob\n"
         "    if (own_ / 'gone').exists(): (own_ / 'gone').unlink()"
     )
-    assert str(fake(line, start=start)[1][1]).endswith("rank 1 of 3 failed in send_tokens of case b: ValueError: first")
+    said = str(fake(line, start=start)[1][1])
+    assert re.search(r"rank 1 of 3 failed in send_tokens of case b \(fake.py:\d+\): ValueError: first$", said)
 
 
 def test_after_two_hangs_no_more_is_tried(fake):
@@ -187,7 +190,7 @@ def test_after_two_hangs_no_more_is_tried(fake):
 @pytest.mark.parametrize(
     ("start", "said"),
     [
-        ("raise OSError('no network')", r"fake: rank \d of 3 failed in its start: OSError: no network"),
+        ("raise OSError('no network')", r"fake: rank \d of 3 failed in its start \(fake.py:\d+\): OSError: no network"),
         ("time.sleep(600 * (rank == 2))", r"fake: rank 2 of 3 hangs in its start \(fake.py:\d+\): no rank got on"),
     ],
 )
@@ -345,6 +348,30 @@ def test_whoever_watches_and_has_no_turn_counts_one_at_most(monkeypatch):
 
 def test_a_failure_in_words():
     failure = Failure("torch", "zipf", 2, "send_tokens", "RuntimeError: no more", 4, line="exchange.py:71")
-    assert str(failure) == "torch: rank 2 of 4 failed in send_tokens of case zipf: RuntimeError: no more"
+    said = "torch: rank 2 of 4 failed in send_tokens of case zipf (exchange.py:71): RuntimeError: no more"
+    assert str(failure) == said
     one = Failure("jax", "zipf", 0, "compiling the first step", "no rank got on for 9 s", how="hangs", line="a.py:1")
     assert str(one) == "jax: hangs in compiling the first step of case zipf (a.py:1): no rank got on for 9 s"
+
+
+def test_where_no_layer_runs_none_is_to_blame():
+    """A disk may be full: that is no mismatch."""
+    for stage, raised in ((READING, False), (WRITING, False), ("send_tokens", True)):
+        assert Failure("torch", "zipf", 2, stage, "ValueError: cannot write", 4).raised is raised
+
+
+HARNESS, LIBRARY = ("/a/parity/run/torch_stages.py", 7, "run"), ("/v/site-packages/their/moe.py", 8, "forward")
+
+
+@pytest.mark.parametrize(
+    ("stack", "line"),
+    [
+        ([LIBRARY, ("/home/mine.py", 9, "layer"), HARNESS], "mine.py:9"),
+        ([LIBRARY, HARNESS], "moe.py:8"),  # a published layer's
+        ([HARNESS], "torch_stages.py:7"),  # which was called with what it does not take
+        ([("<string>", 1, "f"), HARNESS], "torch_stages.py:7"),
+        ([], ""),
+    ],
+)
+def test_every_exception_has_a_line(stack, line):
+    assert _raised_at(stack) == line

@@ -118,6 +118,13 @@ def test_the_last_line_of_a_layer_counts(tmp_path):
     assert [found.why for found in load(tmp_path)] == ["last"]
 
 
+@pytest.mark.parametrize("line", [b"[1]", b"{", b'{"layer": 3}'])
+def test_a_line_that_is_none_of_a_survey(tmp_path, line):
+    (tmp_path / LINES).write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match=f"{tmp_path / LINES}, line 1, is none of a survey: "):
+        load(tmp_path)
+
+
 def test_a_setting_that_the_layer_does_not_obey_is_told():
     case = Case(renormalize=False, scale=2.0)
     card = Card("a", case, [], case, "", proved=True, command="", seconds=0.0)

@@ -17,6 +17,7 @@ import numpy as np
 from parity.cases.case import Case
 from parity.cases.presets import MODELS
 from parity.run.backend import BackendError
+from parity.run.ending import temporary_folder
 from parity.run.ours import FRAMEWORKS
 from parity.run.supervisor import Process
 
@@ -207,7 +208,10 @@ def note_floor(figure: Figure, memory: float, link: float) -> None:
 def _measure(plan: Plan, framework: str) -> Generator[Figure]:
     command = [sys.executable, "-m", f"parity.bench.in_{framework}", msgspec.json.encode(plan).decode()]
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if plan.ranks > 1 else {})  # ranks share the cores of a CPU
-    with Process(command, environment=environment) as process:  # whoever reads the figures may stop
+    with (
+        temporary_folder() as folder,
+        Process(command, environment=environment | {"TMPDIR": str(folder)}) as process,
+    ):  # whoever reads the figures may stop
         for line in process.lines():
             if line.startswith("{"):
                 yield msgspec.json.decode(line, type=Figure)

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parity.bench.plan import DIRECTIONS, PARTS, Figure
+from parity.cases.files import writing
 
 
 def print_bench(console: Console, figures: Sequence[Figure]) -> None:
@@ -131,4 +132,5 @@ def plot_bench(figures: Sequence[Figure], path: Path) -> None:
         axes.set_xticks(range(len(parts)), parts, rotation=30, ha="right")
         axes.set(title=shape, ylabel="floor / time" if number == 0 else "")
         axes.legend(fontsize="x-small")
-    canvas.savefig(path, dpi=150)
+    with writing(path):
+        canvas.savefig(path, dpi=150)

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import msgspec
 from rich.table import Table
 
+from parity.cases.files import writing
 from parity.run.supervisor import Process
 
 Way = Literal["none", "list_sum", "received_shape", "cpu_tensor_sum", "torch_impl", "shard_map", "vmap"]
@@ -130,4 +131,5 @@ def plot(found: Sequence[Measured], path: Path) -> None:
         axes.grid(alpha=0.3)
         if field == "capture_s":
             axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    with writing(path):
+        figure.savefig(path, dpi=150)

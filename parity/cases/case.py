@@ -267,6 +267,8 @@ class Case:
                 raise ValueError(f"--{flag(name)} is {getattr(self, name)}: it cannot be negative")
         if self.layer is not None and self.checkpoint is None:
             raise ValueError(f"--layer {self.layer} is a layer of a checkpoint: say of which, with --checkpoint")
+        if self.recording is not None and self.pattern != "random":
+            raise ValueError(PATTERN_RECORDED.format(self.pattern, self.recording))
         self._check_router()
         self._check_experts()
         if self.uneven and self.way == "eager":
@@ -426,6 +428,9 @@ class Case:
         cast = self.dtype if self.cast_scores else self.score_dtype
         logits = self.dtype if self.router_dtype == "activations" else self.score_dtype
         return {"case": self.dtype, "logits": logits, "score": self.score_dtype, "weight": cast, "int": "int"}[kind]
+
+
+PATTERN_RECORDED = "--pattern {} with --recording {}: who is chosen is recorded, so leave out one"
 
 
 def changed(case: Case, changes: dict[str, Any]) -> Case:

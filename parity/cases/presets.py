@@ -1,5 +1,6 @@
 """Cases with a name: the presets, real models, and the command that repeats a case."""
 
+import shlex
 from dataclasses import fields, replace
 from typing import Any
 
@@ -200,4 +201,6 @@ def command(case: Case) -> str:
         for f in fields(case)
         if f.name in given or getattr(case, f.name) != getattr(alone, f.name)
     ]
-    return " ".join(["python -m parity check", *(f"--{flag(name)} {value}" for name, value in changed)])
+    return " ".join(
+        ["python -m parity check", *(f"--{flag(name)} {shlex.quote(str(value))}" for name, value in changed)]
+    )

@@ -1,5 +1,7 @@
 """Recordings of routing: what a file may hold, and the case that it fixes."""
 
+import re
+import shlex
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,10 +10,11 @@ from typing import Any, Literal, get_args, get_origin
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from parity.cases.case import Case, Experts, Router
+from parity.cases.case import Case, Experts, Router, flag
 from parity.cases.parameters import BY_NAME, PARAMETERS, parameters_of
 
 Array = np.ndarray
+MANY_EXPERTS = 4096
 RECORDINGS = Path(__file__).parent / "recordings"
 
 # The form of a recording: what it may hold, and the shape of each. expert_id alone is enough. dscore is the gradient of
@@ -31,30 +34,46 @@ def read_recording(recording: str, with_checkpoint: bool = False) -> tuple[dict[
     Raises ValueError when it cannot be read, lacks expert_id, or its tensors' shapes contradict each other.
     """
     path = recording_path(recording)
+    if path.is_dir() or path.suffix == ".json":
+        folder, kind = (path, "a folder") if path.is_dir() else (path.parent, "JSON")
+        raise ValueError(
+            f"--recording {recording}: a recording is a file of tensors, and this is {kind}. A layer of "
+            f"a checkpoint is --checkpoint {shlex.quote(str(folder))}"
+        )
     try:
         with safe_open(path, framework="numpy") as f:
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  safe_open is no dict
             metadata = f.metadata() or {}
     except (OSError, SafetensorError, AttributeError) as error:  # AttributeError: a dtype that NumPy lacks
         raise ValueError(f"--recording {recording}: cannot read {path} as safetensors: {error}") from error
+    if any(LAYER.fullmatch(name) for name in tensors):
+        raise ValueError(
+            f"--recording {recording}: {path.name} has tensors as {next(filter(LAYER.fullmatch, tensors))}: it is of a "
+            f"checkpoint. A layer of it is --checkpoint {shlex.quote(str(path.parent))}, a folder with config.json"
+        )
     if unknown := tensors.keys() - FORM.keys():
         meant = [f"{name} (meant: {near[0]}?)" if (near := get_close_matches(name, FORM)) else name for name in unknown]
         raise ValueError(
             f"--recording {recording}: it has {', '.join(sorted(meant))}, of which nothing is known here: a layer that "
             f"needs it would be another one. Known are {', '.join(FORM)}: leave out what is none of the layer's"
         )
-    sizes: dict[str, int] = {}
+    said: dict[str, tuple[int, str]] = {}  # of each letter, its size, and the tensor that says so
     for name, form in FORM.items():
         if name not in tensors:
             continue
-        if tensors[name].ndim != len(form.split()):
-            raise ValueError(f"--recording {recording}: {name} has shape {tensors[name].shape}, expected [{form}]")
-        for letter, size in zip(form.split(), tensors[name].shape, strict=True):
-            if sizes.setdefault(letter, size) != size:
+        shape = tensors[name].shape
+        if len(shape) != len(form.split()):
+            raise ValueError(f"--recording {recording}: {name} has shape {shape}, expected [{form}]")
+        for axis, (letter, size) in enumerate(zip(form.split(), shape, strict=True)):
+            known, of = said.setdefault(letter, (size, name))
+            if known != size:
                 raise ValueError(
-                    f"--recording {recording}: {name} has shape {tensors[name].shape}, but {letter} is {sizes[letter]}"
+                    f"--recording {recording}: {name} has shape {shape}, but {letter} is {known} by {of}, so axis "
+                    f"{axis} should be {known}, not {size}: it is to be [{form}]{_turned(form, shape, said)}"
                 )
     for name, a in tensors.items():
+        if name != "expert_id" and a.dtype.kind in "iub":
+            raise ValueError(f"--recording {recording}: {name} is of {a.dtype}: it must be floating point")
         if name != "expert_id" and not np.isfinite(a.astype(np.float64)).all():
             raise ValueError(f"--recording {recording}: {name} holds numbers that are not finite")
     ids, held = tensors.get("expert_id"), ", ".join(f"{name} of {a.dtype}" for name, a in sorted(tensors.items()))
@@ -67,6 +86,16 @@ def read_recording(recording: str, with_checkpoint: bool = False) -> tuple[dict[
     if ("x" in tensors) != ("router" in tensors) and not with_checkpoint:
         raise ValueError(f"--recording {recording}: x and router come together or not at all: scores need both")
     return tensors, metadata
+
+
+LAYER = re.compile(r"(.*\.)?layers\.\d+\..*")  # what tensors are called in a checkpoint
+
+
+def _turned(form: str, shape: tuple[int, ...], said: dict[str, tuple[int, str]]) -> str:
+    """A word where the last two axes the other way round would fit."""
+    other = [*shape[:-2], *shape[:-3:-1]]
+    fits = all(said.get(letter, (size, ""))[0] == size for letter, size in zip(form.split(), other, strict=True))
+    return ". Its last two axes are the other way round: transpose them" if len(shape) > 1 and fits else ""
 
 
 def case_of_recording(case: Case) -> Case:
@@ -88,6 +117,8 @@ def case_of_recording(case: Case) -> Case:
     if case.checkpoint is not None:
         return replace(_beside_checkpoint(case, tensors, sizes), tokens=case.tokens or most)
     said = _metadata(case.recording, metadata)
+    if "E" not in sizes and "n_experts" not in said:
+        _no_stray_id(case.recording, tensors["expert_id"])
     if sizes.setdefault("E", said.get("n_experts", int(tensors["expert_id"].max()) + 1)) != said.get(
         "n_experts", sizes["E"]
     ):
@@ -116,6 +147,20 @@ def case_of_recording(case: Case) -> Case:
             "shared_w_gate where experts have a gate"
         )
     return found
+
+
+def _no_stray_id(recording: str, ids: Array) -> None:
+    """Raises ValueError where nothing says how many experts there are, and the largest id seems to be a mistake.
+
+    Of more experts than any layer has, or of which hardly any is chosen, each would be given weights.
+    """
+    most = int(ids.max())
+    if most >= MANY_EXPERTS or (most >= 64 and most >= 16 * np.unique(ids).size):
+        token = int((ids == most).any(axis=1).argmax())
+        raise ValueError(
+            f"--recording {recording}: token {token} chose expert {most}, the largest of {np.unique(ids).size} ids, "
+            "and nothing says how many experts there are: set n_experts in the metadata, or mend the id"
+        )
 
 
 def _beside_checkpoint(case: Case, tensors: dict[str, Array], sizes: dict[str, int]) -> Case:
@@ -169,7 +214,11 @@ def load_recording(case: Case) -> dict[str, Array]:
     """
     assert case.recording is not None
     if (full := case_of_recording(case)) != case:
-        raise ValueError(f"--recording {case.recording}: the recording needs {full}, got {case}")
+        other = [f.name for f in fields(Case) if getattr(full, f.name) != getattr(case, f.name)]
+        said = (
+            f"--{flag(name)} is {getattr(case, name)}, but the recording has {getattr(full, name)}" for name in other
+        )
+        raise ValueError(f"--recording {case.recording}: {', '.join(said)}")
     tensors, _ = read_recording(case.recording, case.checkpoint is not None)
     M = case.ranks * case.tokens
     if "expert_id" not in tensors:

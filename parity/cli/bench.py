@@ -10,10 +10,11 @@ import tyro
 
 from parity.bench.plan import ACROSS_RANKS, PARTS, SHAPES, Figure, Plan, choose_shapes, run_bench
 from parity.bench.report import plot_bench, print_bench
+from parity.cases.files import writing
 from parity.cli.shared import BACKEND, MATCH, Page, check_writable, say
 from parity.judge.engine import progress
 from parity.run.ours import FRAMEWORKS
-from parity.run.supervisor import gpus
+from parity.run.supervisor import gpus, require
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Command:
     are installed: transformer_engine on a GPU, megatron-core, tokamax.
 
     Exit code: 0 measured, 2 wrong usage, 3 a framework is missing or crashed, or a figure could not be measured.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity bench                                   three models' shapes on a GPU, a small one on a CPU
@@ -90,6 +92,7 @@ def run(command: Command) -> int:
     )  # fmt: skip
     for shape in choose_shapes(plan, gpus() > 0):
         replace(shape, ranks=command.ranks)  # fits, or says why not
+    require(command.framework, "or name the other --framework only", trying=True)
     figures: list[Figure] = []
     try:
         with progress() as bar:
@@ -99,7 +102,7 @@ def run(command: Command) -> int:
                 figures.append(figure)
                 line = msgspec.json.encode(figure).decode()
                 if command.save:
-                    with command.save.open("w" if len(figures) == 1 else "a") as file:
+                    with writing(command.save, keep=True), command.save.open("w" if len(figures) == 1 else "a") as file:
                         file.write(line + "\n")
                 if command.json:
                     print(line, flush=True)

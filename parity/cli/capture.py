@@ -23,6 +23,7 @@ class Command:
         shard_map, vmap   JAX, whose sizes are static
 
     Exit code: 0 when torch_impl, if asked for, has one symbol at every P; 1 otherwise.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity capture

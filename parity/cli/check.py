@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
-from parity.cases.case import Case, changed, flag
+from parity.cases.case import PATTERN_RECORDED, Case, changed, flag
 from parity.cases.from_checkpoint import case_of_checkpoint
 from parity.cases.presets import MODELS, PLAIN, PRESETS, USUAL
 from parity.cases.random_cases import SHARED, random_cases
@@ -24,7 +24,7 @@ from parity.judge.records import Report
 from parity.run import faults, ours
 from parity.run.backend import Backend, Setting
 from parity.run.inside import Hook
-from parity.run.supervisor import gpus
+from parity.run.supervisor import gpus, require
 
 
 def _flag(f: Field) -> tuple[str, Any, Any]:
@@ -64,6 +64,7 @@ class Command:
     every gradient with an oracle in float64 and with each other.
 
     Exit code: 0 match, 1 mismatch, 2 wrong usage, 3 a framework is missing or crashed, 5 nothing was compared.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity check                        every preset
@@ -159,6 +160,7 @@ def run(command: Command) -> int:
     for backend in backends:
         for reason in filter(None, (backend.refusal(case, setting) for case in cases)):
             raise ValueError(f"--backend {backend.name}: {reason}")
+    require_of(backends)
 
     def run_these(cases: list[Case]) -> Report | None:
         return run_cases(cases, backends, setting, fault=fault, save=command.save, join=join, between=command.between)
@@ -221,6 +223,12 @@ def chosen_backends(asked: Sequence[str]) -> list[Backend]:
     return list(by_name.values())
 
 
+def require_of(backends: Sequence[Backend]) -> None:
+    """Raises MissingError with all packages that these backends need and are not installed here."""
+    needed = [package for backend in backends if not backend.python for package in backend.needs]
+    require(needed, "or name another --backend only")
+
+
 def chosen_cases(command: Command) -> list[Case]:
     """The cases of a command line. Raises ValueError on an unknown preset or a case that cannot exist."""
     changes = changes_of(command.case)
@@ -270,6 +278,9 @@ def named_cases(presets: Sequence[str], flags: Any, models: Sequence[str]) -> li
     if unknown:
         raise ValueError(f"no preset is called {', '.join(unknown)}. There are: {', '.join(PRESETS)}")
     named = [name for name in presets if name != "all"]
+    recorded = [changes.get("recording"), *(PRESETS[name].recording for name in presets if name in PRESETS)]
+    if "pattern" in changes and any(recorded):
+        raise ValueError(PATTERN_RECORDED.format(changes["pattern"], next(filter(None, recorded))))
     names = list(PRESETS) if "all" in presets else named if named or changes else USUAL
     if "checkpoint" in changes:
         if names:

@@ -20,6 +20,7 @@ class Command:
     """Do traces that `check --save` wrote, on one machine or several, agree with the oracle and with each other?
 
     Exit code: 0 match, 1 mismatch, 2 wrong usage, 5 nothing was compared.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity compare A B                       what `check --backend torch --save A` and jax's B hold

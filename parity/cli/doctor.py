@@ -15,6 +15,7 @@ class Command:
     Versions, devices, TF32 and matmul precision, determinism, memory.
 
     Exit code: 0 when nothing is wrong, 1 otherwise.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity doctor

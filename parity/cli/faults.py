@@ -9,11 +9,11 @@ from typing import Literal
 import tyro
 
 from parity.cases.presets import PRESETS
-from parity.cli.check import ranks_of_jax
+from parity.cli.check import ranks_of_jax, require_of
 from parity.cli.shared import MATCH, MISMATCH, Page
 from parity.judge.engine import progress, run_cases
 from parity.judge.power import power
-from parity.report.terminal import Found, describe, fault_table, power_table
+from parity.report.terminal import Found, describe, power_table, print_faults
 from parity.run import faults, ours
 from parity.run.backend import BackendError, MissingError, Setting
 
@@ -26,6 +26,7 @@ class Command:
     With --run, plants each and checks.
 
     Exit code with --run: 0 when all were caught and blamed, 1 otherwise.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity faults
@@ -53,13 +54,14 @@ def run(command: Command) -> int:
         console.print(power_table([power(replace(base, dtype=dtype)) for dtype in ("float32", "bfloat16")]))
         return MATCH
     if not command.run:
-        console.print(fault_table([(fault, None) for fault in chosen]))
+        print_faults(console, [(fault, None) for fault in chosen])
         return MATCH
     ready = [fault for fault in chosen if not fault.shown_by and (command.device == "cuda" or not fault.gpu_only)]
+    require_of([ours.BACKENDS[fault.backend] for fault in ready])
     with progress() as bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         trials = pool.map(partial(try_fault, device=command.device), ready)
         tried = list(zip(ready, bar.track(trials, total=len(ready), description="faults"), strict=True))
-    console.print(fault_table(tried))
+    print_faults(console, tried)
     for fault in chosen:
         if fault not in ready:
             why = f"no preset shows it, but {fault.shown_by}" if fault.shown_by else fault.gpu_only

@@ -1,5 +1,6 @@
 """`python -m parity identify`."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,7 +9,8 @@ import msgspec
 import tyro
 
 from parity.cases.case import Case
-from parity.cli.check import BACKEND_HELP, MODEL_HELP, Flags, chosen_backends, named_cases, ranks_of_jax
+from parity.cases.files import writing
+from parity.cli.check import BACKEND_HELP, MODEL_HELP, Flags, chosen_backends, named_cases, ranks_of_jax, require_of
 from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say, working
 from parity.explain.identify import identify, small_cases
 from parity.judge import records
@@ -27,6 +29,7 @@ class Command:
     cards, the differences first.
 
     Exit code: 0 every card is proved, 1 one is not, 2 wrong usage, 3 a framework is missing, or the layer does not run.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity identify --backend mine.py
@@ -60,6 +63,7 @@ def run(command: Command) -> int:
     if command.write and len(backends) > 1:
         raise ValueError("--write is for the case of one layer: name one --backend")
     asked = asked_case(command)
+    require_of(backends)
     bases = [asked] if asked else small_cases()
     ranks = ranks_of_jax(command.jax_ranks, command.device, max(case.ranks for case in bases))
     setting = Setting(command.device, ranks, command.timeout)
@@ -68,7 +72,8 @@ def run(command: Command) -> int:
         for backend in backends:
             cards.append(identify(backend, bases, setting, tell=say_that))
     if command.write:
-        command.write.write_bytes(msgspec.json.format(msgspec.json.encode(cards[0].case)))
+        with writing(command.write):
+            command.write.write_bytes(msgspec.json.format(msgspec.json.encode(cards[0].case)))
         cards[0] = msgspec.structs.replace(cards[0], command=proving(command.write, backends[0]))
     publish_cards(cards, command.json)
     if command.write:
@@ -86,7 +91,7 @@ def publish_cards(cards: list[Card], as_json: bool) -> None:
 
 def proving(path: Path, backend: Backend) -> str:
     """The command that proves a card which was written."""
-    return f"python -m parity check --case {path} --backend {backend.asked or backend.name}"
+    return f"python -m parity check --case {shlex.quote(str(path))} {backend.flag}"
 
 
 def asked_case(command: Command) -> Case | None:

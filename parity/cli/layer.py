@@ -8,6 +8,7 @@ import msgspec
 
 from parity.bench.plan import Figure
 from parity.cases.case import Case
+from parity.cases.files import writing
 from parity.cases.presets import MODELS
 from parity.cli.shared import MATCH, Page, check_writable, say
 from parity.judge.engine import progress
@@ -23,6 +24,7 @@ class Command:
     nothing, so that all do the same work, and at those asked for.
 
     Exit code: 0 measured, as far as it can be here, 2 wrong usage.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity layer                     one GPU; a small layer where there is none
@@ -67,7 +69,7 @@ def run(command: Command) -> int:
             bar.update(task, advance=1, description=figure.variant)
             found.append((figure, dropped))
             if command.save:
-                with command.save.open("w" if len(found) == 1 else "a") as file:
+                with writing(command.save, keep=True), command.save.open("w" if len(found) == 1 else "a") as file:
                     line = {"dropped": dropped} | msgspec.to_builtins(figure)
                     file.write(msgspec.json.encode(line).decode() + "\n")
     Page(170).print(layer_table(case, found))

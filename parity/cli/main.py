@@ -3,7 +3,9 @@
 import inspect
 import os
 import sys
-from typing import Annotated, Any, Union
+import traceback
+from contextlib import suppress
+from typing import Annotated, Any, Union, get_origin, get_type_hints
 
 import tyro
 from rich.text import Text
@@ -23,7 +25,8 @@ from parity.cli import (
     study,
     survey,
 )
-from parity.cli.shared import BACKEND, INTERRUPTED, PIPE, USAGE, say
+from parity.cli.shared import BACKEND, BUG, INTERRUPTED, PIPE, USAGE, say
+from parity.run import ending
 from parity.run.backend import BackendError
 
 # Each has a Command, its flags, and `run`, which takes one and returns an exit code.
@@ -36,6 +39,8 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run it, and exit with its code."""
+    if argv is None:  # the process is this command's
+        ending.end_when_told()
     try:
         command = parse(argv)
         code = next(module.run for module in COMMANDS.values() if isinstance(command, module.Command))(command)
@@ -51,9 +56,26 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         say(Text.assemble(("error:", "bold red"), f" {error}"))
         sys.exit(USAGE)
-    except KeyboardInterrupt:
-        say(Text("stopped; nothing is left running", "red"))
-        sys.exit(INTERRUPTED)
+    except MemoryError as error:
+        said = f" not enough memory: {str(error) or 'the system gives no more'}. Use fewer --tokens or smaller sizes"
+        say(Text.assemble(("error:", "bold red"), said))
+        sys.exit(USAGE)
+    except KeyboardInterrupt as told:
+        code = getattr(told, "code", INTERRUPTED)
+        if argv is None:
+            with suppress(OSError):
+                sys.stdout.flush()
+            ending.end_now(code)  # there may be threads, for which Python would wait
+        say(Text(ending.SAID, "red"))
+        sys.exit(code)
+    except Exception:  # Python's own exit code for it is that of a mismatch
+        traceback.print_exc()
+        say(
+            Text(
+                "this is a bug of the harness and says nothing about any layer: please report what stands above", "red"
+            )
+        )
+        sys.exit(BUG)
     sys.exit(code)
 
 
@@ -66,6 +88,7 @@ def parse(argv: list[str] | None) -> Any:
     tyro._experimental_options["ansi_codes"] = not os.environ.get("NO_COLOR")  # which tyro does not look at
     if argv and argv[0] in COMMANDS:
         kind = COMMANDS[argv[0]].Command
+        _something_given(kind, argv[1:])
         return tyro.cli(kind, args=argv[1:], prog=f"python -m parity {argv[0]}", description=inspect.getdoc(kind))
     listed = [
         Annotated[
@@ -73,6 +96,21 @@ def parse(argv: list[str] | None) -> Any:
         ]
         for name, module in COMMANDS.items()
     ]
-    about = "Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?"
+    about = """Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?
+
+    Exit code of every command: 70 a bug of the harness, 130 stopped by Ctrl-C; what others mean, each --help says."""
     either: Any = Union[tuple(listed)]  # noqa: UP007
-    return tyro.cli(either, args=argv, prog="python -m parity", description=about)
+    return tyro.cli(either, args=argv, prog="python -m parity", description=inspect.cleandoc(about))
+
+
+# Of these, nothing at all is something to ask for: a layer is measured at its own factor in any case.
+MAY_BE_EMPTY = {"factors"}
+
+
+def _something_given(kind: type, argv: list[str]) -> None:
+    """Raises ValueError on a flag of several values that is given none: it would be as if it were not there."""
+    several = {name for name, hint in get_type_hints(kind).items() if get_origin(hint) is tuple} - MAY_BE_EMPTY
+    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+        name = {"--trace": "recording"}.get(word, word.removeprefix("--").replace("-", "_"))
+        if word.startswith("--") and name in several and after.startswith("--"):
+            raise ValueError(f"{word} is given nothing: name one or more, or leave it out")

@@ -1,11 +1,13 @@
 """`python -m parity new`."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from parity.cases.files import writing
 from parity.cli.shared import MATCH, say
 from parity.run import own
 
@@ -20,6 +22,7 @@ class Command:
     yours, or call yours from it; `python -m parity check zipf --backend mine.py` judges it.
 
     Exit code: 0, or 2 when the file exists.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity new mine.py --framework jax
@@ -39,6 +42,7 @@ def run(command: Command) -> int:
     if file.exists():
         raise ValueError(f"{file} exists: it is left as it is; name another")
     text = (TEMPLATES / f"template_in_{command.framework}.py").read_text()
-    file.write_text(text.replace("FILE", str(file)))
-    say(f"wrote {file}; now: python -m parity check zipf --backend {file}")
+    with writing(file):
+        file.write_text(text.replace("FILE", shlex.quote(str(file))))
+    say(f"wrote {file}; now: python -m parity check zipf --backend {shlex.quote(str(file))}")
     return MATCH

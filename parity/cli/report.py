@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 import tyro
 
+from parity.cases.files import writing
 from parity.cli.shared import MATCH, Page, check_writable, say
 from parity.judge import records
 from parity.judge.records import Report
@@ -21,6 +22,7 @@ class Command:
     not end, is refused.
 
     Exit code: that of the run, of several the highest, or 2 when a file is no whole report.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity report report.jsonl --html page.html
@@ -60,6 +62,7 @@ def publish(report: Report, as_json: bool, html: Path | None) -> int:
     else:
         print_report(Page(100), report)
     if html:
-        html.write_text(page(report))
+        with writing(html):
+            html.write_text(page(report))
         say(f"wrote {html}")
     return report.footer.exit_code

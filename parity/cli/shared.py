@@ -11,7 +11,7 @@ from rich.text import Text
 
 from parity.cases.case import Case
 
-MATCH, MISMATCH, USAGE, BACKEND, INTERRUPTED, PIPE = 0, 1, 2, 3, 130, 141
+MATCH, MISMATCH, USAGE, BACKEND, BUG, INTERRUPTED, PIPE = 0, 1, 2, 3, 70, 130, 141
 
 
 def not_a_terminal() -> bool:

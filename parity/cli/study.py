@@ -11,6 +11,8 @@ from parity.cases.presets import MODELS, PRESETS
 from parity.cases.recording import case_of_recording
 from parity.cli.shared import MATCH, Page, case_of_file, not_a_terminal, say
 from parity.judge.engine import progress
+from parity.run.ours import FRAMEWORKS
+from parity.run.supervisor import require
 from parity.study.engine import run_study
 from parity.study.page import print_study, write
 from parity.study.part import Asked
@@ -23,7 +25,8 @@ class Command:
     Sweeps capacity factor, kind of bin, priority, skew and shapes; simulates real models on up to 512 ranks; runs one
     small dispatch in both frameworks for the page. Ends in tables, plots and a page. Needs no GPU.
 
-    Exit code: 0 measured, 2 wrong usage.
+    Exit code: 0 measured, 2 wrong usage, 3 a framework is missing.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity study                             about a minute on two cores
@@ -69,11 +72,19 @@ def run(command: Command) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
     if command.learn < 0 or (command.learn and command.learn_steps < 20):
         raise ValueError(f"--learn {command.learn} --learn-steps {command.learn_steps}: at least 0 seeds and 20 steps")
+    if command.presets and command.recording != Command.recording:
+        raise ValueError(
+            f"{' '.join(command.presets)} with --recording {' '.join(command.recording)}: swept are presets or "
+            "recordings, so leave out one"
+        )
     for recording in command.recording:
         case_of_recording(Case(ranks=1, tokens=0, recording=recording))
     capacity = case_of_file(command.case) if command.case else None
     if capacity and capacity.capacity_factor is None:
         raise ValueError(f"--case {command.case} has no capacity: nothing is dropped")
+    if command.dispatch or command.learn:
+        without = ["--no-dispatch"] * command.dispatch + ["no --learn"] * bool(command.learn)
+        require(FRAMEWORKS, f"or say {' and '.join(without)}: the rest needs no framework", trying=True)
     command.out.mkdir(parents=True, exist_ok=True)
     wanted = Asked(
         [PRESETS[name] for name in command.presets], command.recording, command.model, command.tokens, command.steps,

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from parity.cases.files import writing
 from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say, working
 from parity.judge.engine import progress
 from parity.run import ours
@@ -34,6 +35,7 @@ class Command:
     into the folder before is not run again, unless it is named.
 
     Exit code: 0 every card is proved, 1 one is not, or there is none; 2 wrong usage.
+    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity survey                       half an hour on two cores
@@ -84,7 +86,8 @@ def run(command: Command) -> int:
         print_survey(Page(120), survey)
         for way in ways(survey, command.layers, command.dtype):
             Page(120).print(way, markup=False, soft_wrap=True)
-    (command.out / "index.html").write_text(page(survey))
+    with writing(command.out / "index.html") as path:
+        path.write_text(page(survey))
     say(f"wrote {command.out / 'index.html'} and {command.out / LINES}")
     return MATCH if all(one.card and one.card.proved for one in survey.layers) else MISMATCH
 

@@ -1,6 +1,5 @@
 """Give a backend problems, and take what it makes of them."""
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parity.oracle.problem import Problem
+from parity.run.ending import temporary_folder
 from parity.run.supervisor import Failure, Kept
 from parity.run.trace import Trace
 
@@ -45,8 +45,7 @@ def ask(kept: Kept, problems: Mapping[str, Problem]) -> dict[str, Answer]:
     Raises BackendError when it cannot run at all, or dies.
     """
     by_case = {problem.case.name: name for name, problem in problems.items()}
-    with tempfile.TemporaryDirectory(prefix="parity-") as temporary:
-        folder = Path(temporary)
+    with temporary_folder() as folder:
         for problem in problems.values():
             problem.save(folder / f"{problem.case.name}.problem")
         return {

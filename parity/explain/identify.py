@@ -74,7 +74,7 @@ def card_of(kept: Kept, bases: Sequence[Case], tell: Callable[[str], None] = lam
     case = _found(base, found.case, reading)
     proof, proved, more = _proved(kept, case)
     findings += more
-    again = f"{command(case)} --backend {backend.asked or backend.name}"
+    again = f"{command(case)} {backend.flag}"
     return Card(backend.name, base, findings, case, proof, proved, again, time.perf_counter() - begin)
 
 

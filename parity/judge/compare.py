@@ -140,6 +140,10 @@ def _canonical_rows(
     if numbers is None and inside:
         raise MismatchError("nothing says which rows these are")
     order = order if numbers is None else numbers
+    if any(not np.issubdtype(rows.dtype, np.signedinteger) or rows.ndim != 1 for rows in order) or any(
+        rows.size and (rows.min() < PADDING or rows.max() >= shape[0]) for rows in order
+    ):
+        raise MismatchError(f"the numbers of its rows must be integers below {shape[0]}, and {PADDING} for padding")
     if [a.shape for a in arrays] != [(rows.size, *shape[1:]) for rows in order]:
         raise MismatchError(
             f"shapes are {[a.shape for a in arrays]}, expected {[(rows.size, *shape[1:]) for rows in order]}"

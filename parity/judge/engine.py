@@ -3,7 +3,6 @@
 import math
 import shlex
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from parity.cases.case import Case
+from parity.cases.files import writing
 from parity.cases.presets import command
 from parity.judge.blame import blame
 from parity.judge.compare import Check, compare
@@ -26,9 +26,11 @@ from parity.oracle.evaluation import unreached
 from parity.oracle.expected import Oracle
 from parity.oracle.problem import Problem, draw
 from parity.oracle.quantities import STAGES
+from parity.oracle.size import check_size
 from parity.oracle.vectorised import on_gpu, small
 from parity.run import supervisor
 from parity.run.backend import Backend, BackendError, Setting, resolve
+from parity.run.ending import temporary_folder
 from parity.run.faults import Fault, plant
 from parity.run.naming import MAIN
 from parity.run.supervisor import Failure
@@ -63,6 +65,9 @@ def run_cases(
 
     Raises BackendError when a package is missing or a backend cannot run, DiedError when it did not survive a case.
     """
+    for case in cases:
+        if not on_gpu(case):
+            check_size(case, tuple(backend.layout for backend in backends))
     head = header(backends, fault.name if fault else "")
     begin, seconds = time.perf_counter(), {"oracle": 0.0, "compare": 0.0}
     joined = [backend for backend in backends if backend.framework == join]
@@ -74,9 +79,8 @@ def run_cases(
     flags = "" if setting.device == "cpu" else f" --device {setting.device}"
     flags += " --between" * between + "".join(f" --record {shlex.quote(text)}" for text in setting.record)
     with ExitStack() as stack:
-        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-"))
+        folder = stack.enter_context(temporary_folder())
         bar = stack.enter_context(progress(show_progress))
-        folder = Path(temporary)
         problems = {case.name: draw(case) for case in bar.track(cases, description="oracle")}
         for name, problem in problems.items():
             problem.save(folder / f"{name}.problem")
@@ -115,7 +119,8 @@ def run_cases(
         if save:
             save.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("*.safetensors"):
-                shutil.copy(path, save)
+                with writing(save / path.name):
+                    shutil.copy(path, save)
     seconds["in all"] = time.perf_counter() - begin
     head = msgspec.structs.replace(head, backends=list(shown.values()))
     report = make_report(head, [case.name for case in cases], judged, seconds)
@@ -180,7 +185,18 @@ def judge(
     environment = {trace.backend.name: trace.environment for trace in traces}
     not_supported = {r.backend.name: r.not_supported for r in results if isinstance(r, Trace) and r.not_supported}
     said, sides = command(case) + flags, unreached(problem)
-    return CaseRecord(case, said, seconds, environment, picture, not_supported, sides, beside), checks
+    return CaseRecord(case, said, seconds, environment, picture, not_supported, sides, noted(problem), beside), checks
+
+
+def noted(problem: Problem) -> list[str]:
+    """What is odd about a case's inputs, though every layer is given the same."""
+    n, case = problem.chosen_otherwise, problem.case
+    if not n:
+        return []
+    return [
+        f"in {n} of {case.ranks * case.tokens} tokens the recorded experts are not those that the recording's router "
+        "chooses in float64: near ties, or ids of another layer or step"
+    ]
 
 
 def raised(failure: Failure) -> Check:

@@ -5,6 +5,7 @@ A report without its footer is of a run that did not end, and is refused.
 
 import lzma
 import platform
+import shlex
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -48,6 +49,7 @@ class CaseRecord(msgspec.Struct, tag_field="kind", tag="case"):
     picture: Picture
     not_supported: dict[str, str] = {}  # by backend: why a layer does not compute the case
     unreached: list[str] = []  # sides of a clamp on which no expert's gate or up is
+    noted: list[str] = []  # of its inputs
     beside: dict[str, Blame | None] = {}  # by backend, judged by each other: the first divergence from the oracle
 
 
@@ -96,7 +98,7 @@ def header(backends: Iterable[Backend], planted: str = "") -> Header:
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
     machine = {name: installed[name] for name in packages if name in installed}
     machine |= {"python": platform.python_version(), "platform": platform.platform()}
-    command = " ".join(["python -m parity", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "parity", *sys.argv[1:]])
     return Header(SCHEMA, command, datetime.now(UTC).isoformat(timespec="seconds"), machine, planted, list(backends))
 
 
@@ -160,7 +162,7 @@ def read(path: Path) -> Report:
     try:
         with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
             records = [msgspec.convert(upgraded(msgspec.json.decode(line)), Record, strict=False) for line in file]
-    except (OSError, lzma.LZMAError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, msgspec.MsgspecError) as error:
         raise ValueError(
             f"{path} is no report: {error}. Write one with `python -m parity check --json >FILE`"
         ) from error
@@ -182,14 +184,21 @@ def read(path: Path) -> Report:
     found = sum(map(len, report.checks.values()))
     if found != last.comparisons or report.cases.keys() != report.checks.keys():
         raise ValueError(f"{path} has {found} comparisons where its footer counts {last.comparisons}: it is not whole")
+    known = {"oracle", *report.backends}
+    if strange := {check.left for found in report.checks.values() for check in found} - known:
+        raise ValueError(
+            f"{path} compares {', '.join(sorted(strange))}, of which its header says nothing: it is no report"
+        )
     return report
 
 
-def upgraded(line: dict[str, Any]) -> dict[str, Any]:
+def upgraded(line: Any) -> Any:
     """A line of an earlier schema as one of this: 1 knew only our own backends, and called a recording a trace."""
+    if not isinstance(line, dict):
+        return line  # which is no record, and is refused as that
     if line.get("kind") == "header" and line.get("schema") == 1:
         line |= {"schema": SCHEMA, "backends": msgspec.to_builtins(list(BACKENDS.values()))}
-    if line.get("kind") == "case" and "trace" in line["case"]:
+    if line.get("kind") == "case" and isinstance(line.get("case"), dict) and "trace" in line["case"]:
         line["case"]["recording"] = line["case"].pop("trace")
     return line
 

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from parity.cases.case import Case
+from parity.cases.files import writing
 from parity.cases.from_checkpoint import learned
 from parity.cases.parameters import Parameter, Parameters, parameters_of, shape
 from parity.cases.recording import load_recording
 from parity.oracle import reference, vectorised
 from parity.oracle.arrays import Array, in_float64, put, space_of, stored
 from parity.oracle.reference import Exact, Layer
+from parity.oracle.size import check_size
 from parity.oracle.tolerances import allowance, numpy_dtype, underflow
 from parity.oracle.vectorised import oracle_for
 from parity.oracle.windows import Windows, draw_windows
@@ -45,6 +47,7 @@ class Problem:
     given: Array  # what experts are given, [P, T, D]: the tokens, or the tokens times their scores
     exact: Layer  # float64, end to end
     second: "Problem | None" = None  # the step beside this one: the same weights, other tokens
+    chosen_otherwise: int = 0  # tokens whose recorded experts are not those that the router chooses
     own_choice: bool = False  # nothing dropped, and no choice too close to call: a router may choose for itself
 
     @property
@@ -74,7 +77,7 @@ class Problem:
     def save(self, path: Path) -> None:
         """Write to a file that only this program reads, without the exact layer."""
         second = self.second and replace(self.second, exact=NOTHING)
-        with path.open("wb") as file:
+        with writing(path), path.open("wb") as file:
             pickle.dump(replace(self, exact=NOTHING, second=second), file, protocol=5)
 
     @staticmethod
@@ -89,8 +92,10 @@ class Problem:
 def draw(case: Case) -> Problem:
     """Draw the inputs of a case and evaluate the oracle on them.
 
-    Raises ValueError when the case's recording cannot be read or has other shapes.
+    Raises ValueError when the case's recording cannot be read or has other shapes, and when it cannot be in memory.
     """
+    if not vectorised.on_gpu(case):  # whose memory it is then
+        check_size(case)
     rng = np.random.default_rng([case.seed, 0])
     recorded = (load_recording(case) if case.recording else {}) | learned(case)
     router = recorded["router"].astype(np.float64) if case.checkpoint else _router(case, rng)
@@ -143,6 +148,10 @@ def posed(
     logits, score = oracle.route(case, x.astype(np.float64), exact_parameters, Exact())
     by = reference.scores_to_choose_by(case, logits)
     expert_id = recorded["expert_id"].copy() if "expert_id" in recorded else oracle.select(case, by, exact_parameters)
+    others = 0
+    if "expert_id" in recorded and "x" in recorded:
+        own = np.sort(oracle.select(case, by, exact_parameters), axis=-1)
+        others = int((own != np.sort(expert_id, axis=-1)).any(axis=-1).sum())
     for rank in range(case.ranks):
         expert_id[rank, case.tokens_of(rank) :] = -1
     # Priority goes by the scores that are stored, so rounding to the stored dtype comes first. XLA on a CPU compares
@@ -163,7 +172,8 @@ def posed(
     y, dy, dx_rows, given = (stored(a, case.dtype) for a in (exact.y, exact.dy, exact.dx_rows, exact.input))
     dscore = stored(exact.dscore, case.dtype_of("weight"))
     exact = NOTHING if on_gpu else exact
-    return Problem(case, x, parameters, dout, expert_id, keep, kept, y, dscore, dy, dx_rows, aux, given, exact)
+    return Problem(case, x, parameters, dout, expert_id, keep, kept, y, dscore, dy, dx_rows, aux, given, exact,
+                   chosen_otherwise=others)  # fmt: skip
 
 
 def parameters_in_float64(parameters: Parameters, on_gpu: bool = False) -> Parameters:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.console import Console, Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -108,7 +109,7 @@ def beside(report: Report) -> list[str]:
 
 def notes(report: Report) -> list[str]:
     """What a report says of backends besides its verdict."""
-    said = [*unseen(report), *not_supported(report), *unreached(report), *beside(report)]
+    said = [*unseen(report), *not_supported(report), *unreached(report), *inputs(report), *beside(report)]
     return [*said, *filter(None, [agree(report)])]
 
 
@@ -119,6 +120,11 @@ def unreached(report: Report) -> list[str]:
         for name, record in report.cases.items()
         if record.unreached
     ]
+
+
+def inputs(report: Report) -> list[str]:
+    """Of cases whose inputs are odd, how."""
+    return [f"{name}: {said}" for name, record in report.cases.items() for said in record.noted]
 
 
 def agree(report: Report) -> str:
@@ -193,7 +199,7 @@ def repeat(report: Report, record: CaseRecord, verdict: Blame) -> str:
     """The command that repeats just this failure: its case, the backend that is wrong, the fault if one was planted."""
     wrong = [report.backends[name] for name in verdict.backends]
     by_default = {backend.name for backend in DEFAULT} == {*verdict.backends}
-    only = "" if by_default else "".join(f" --backend {backend.asked or backend.name}" for backend in wrong)
+    only = "" if by_default else "".join(f" {backend.flag}" for backend in wrong)
     fault = f" --fault {report.header.planted}" if report.header.planted else ""
     return f"{record.command}{only}{fault}"
 
@@ -326,13 +332,32 @@ def fault_table(faults: Sequence[tuple[Fault, Found | None]]) -> Table:
     return result
 
 
+WIDE = 150  # columns from which on a line has all that is said of a fault
+
+
+def print_faults(console: Console, faults: Sequence[tuple[Fault, Found | None]]) -> None:
+    """The table of faults; on a narrow console, where it would be cut, some lines for each."""
+    if console.width >= WIDE:
+        console.print(fault_table(faults))
+        return
+    for fault, found in faults:
+        console.print(Text.assemble((fault.name, "bold"), overflow="fold"))
+        said = [f"stage {SHORT[fault.stage]}, preset {fault.preset}", fault.sentence, fault.source]
+        if found:
+            right = (found.backend, found.stage) == (fault.backend, fault.stage)
+            blamed = "right" if right else f"WRONG: {found.backend} {found.stage}"
+            said = [*said[:1], f"caught: {'yes' if found.caught else 'NO'}; blamed: {blamed}"]
+        for line in said:
+            console.print(Padding(Text(line, overflow="fold"), (0, 0, 0, 2)))
+
+
 def power_table(of_case: Sequence[Sequence[Power]]) -> Table:
     """An array a line: the smallest relative error that is caught, in each of some cases with the same arrays."""
     result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    result.add_column("array", no_wrap=True)
+    result.add_column("array", overflow="fold")
     for powers in of_case:
         for column in (f"{powers[0].dtype}: a row", "worst row", "all rows"):
-            result.add_column(column, justify="right", no_wrap=True)
+            result.add_column(column, justify="right", overflow="fold")
     for line in zip(*of_case, strict=True):
         figures = [f"{value:.1e}" for one in line for value in (one.one_row, one.worst_row, one.all_rows)]
         result.add_row(line[0].name, *figures)

@@ -1,6 +1,7 @@
 """A backend is an implementation under check: one record, from which everything else about it derives."""
 
 import re
+import shlex
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, get_args
@@ -88,6 +89,11 @@ class Backend(msgspec.Struct, frozen=True):
     def providing(self, names: Iterable[str]) -> "Backend":
         """The same with these quantities too: what a layer gives from its inside is known once it has run."""
         return msgspec.structs.replace(self, provides=tuple(dict.fromkeys((*self.provides, *names))))
+
+    @property
+    def flag(self) -> str:
+        """What asks for it on a command line, as a shell takes it."""
+        return f"--backend {shlex.quote(self.asked or self.name)}"
 
     def alone(self, stage: str) -> bool:
         """Whether a stage can be judged fed the oracle's input."""

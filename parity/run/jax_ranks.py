@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from parity.oracle.problem import Problem
 from parity.run.backend import Backend, Setting, resolve
 from parity.run.ranks import Notes, run_cases
+from parity.run.supervisor import READING, WRITING
 from parity.run.trace import Trace
 
 AXIS, GROUPS = "ranks", "groups"
@@ -50,11 +51,12 @@ def _rank(
     if how == "processes" and P > 1:
         _meet(own / "address", P, rank)
     for path in paths:
-        notes.at(path.stem, "reading its input")
+        notes.at(path.stem, READING)
         start, problem = time.perf_counter(), Problem.load(path)
         trace = work(problem, backend, how, partial(notes.at, path.stem))
         trace.seconds = time.perf_counter() - start
         if rank == 0:
+            notes.at(path.stem, WRITING)
             trace.save(own.parent)
             notes.done(path.stem)
     notes.at("", "its end")

@@ -98,7 +98,7 @@ def read(whole: str) -> Backend | None:
         path = Path(spec.origin)
     try:
         tree = ast.parse(path.read_text(), str(path))
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"--backend {asked}: {error}") from error
     marked = _marked_in(tree)
     if not source.endswith(".py") and name not in marked:
@@ -181,8 +181,9 @@ def _record(asked: str, path: Path, source: str, node: ast.FunctionDef, several:
         raise ValueError(f'{where}: write @backend(framework="torch") or @backend(framework="jax")')
     names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
     takes = signature(framework, names, where)
+    name = re.sub(r"[^\w.+-]", "-", path.stem)  # which names files, and is a word
     return Backend(
-        path.stem + f".{node.name}" * several, framework, "opaque", provided(takes), {"": where}, needs=(framework,),
+        name + f".{node.name}" * several, framework, "opaque", provided(takes), {"": where}, needs=(framework,),
         run=f"parity.run.own_in_{framework}:run_all", stages=f"{source}:{node.name}", asked=asked,
         takes=tuple(takes.arguments),
     )  # fmt: skip

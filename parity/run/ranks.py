@@ -224,7 +224,7 @@ class Notes:
         frames = [(f.filename, f.lineno or 0, f.name) for f in traceback.extract_tb(error.__traceback__)]
         note = self.note.inside(name for _, _, name in frames)
         said = f"{type(error).__name__}: {error}"[:2000]
-        raised = _Raised(self.rank, time.monotonic_ns(), note, said, _line(frames[::-1]))
+        raised = _Raised(self.rank, time.monotonic_ns(), note, said, _raised_at(frames[::-1]))
         (whole := self.folder / f"error-{self.rank}").write_bytes(msgspec.json.encode(raised))
         whole.rename(whole.with_suffix(".json"))
 
@@ -261,6 +261,14 @@ def _line(stack: Sequence[Frame]) -> str:
     """The innermost line that is neither of a library nor of this harness, as "exchange.py:71"."""
     theirs = ("site-packages", "dist-packages", "/lib/python3", "<", "parity/run/", "multiprocessing/")
     return next((f"{Path(file).name}:{line}" for file, line, _ in stack if not any(t in file for t in theirs)), "")
+
+
+def _raised_at(stack: Sequence[Frame]) -> str:
+    """That line of an exception; where all are a library's or the harness's, the innermost of a library, or of all."""
+    of_files = [frame for frame in stack if not frame[0].startswith("<")]
+    of_library = [frame for frame in of_files if "parity/run/" not in frame[0]]
+    innermost = [f"{Path(file).name}:{line}" for file, line, _ in of_library or of_files]
+    return _line(stack) or next(iter(innermost), "")
 
 
 def _read(path: Path) -> str:

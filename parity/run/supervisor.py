@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import stat
 import subprocess
@@ -15,9 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from parity.cases.case import Case
 from parity.run.backend import Backend, BackendError, MissingError, Setting
 from parity.run.faults import ROOT
 from parity.run.patience import START_UP, TURN, Patience, under
+
+READING, WRITING = "reading its input", "writing its trace"  # where a rank is while no layer runs
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -45,12 +49,12 @@ class Failure(msgspec.Struct, frozen=True):
     @property
     def raised(self) -> bool:
         """Whether it is an answer about the layer; a process that was killed, or hangs, is none."""
-        return self.how == "failed" and self.case != ""
+        return self.how == "failed" and self.case != "" and self.stage not in (READING, WRITING)
 
     def __str__(self) -> str:
         rank = f"rank {self.rank} of {self.ranks} " if self.ranks > 1 else ""
         place = f" in {self.stage}" * (self.stage != "") + f" of case {self.case}" * (self.case != "")
-        line = f" ({self.line})" if self.line and self.how == "hangs" else ""
+        line = f" ({self.line})" * (self.line != "")
         return f"{self.backend}: {rank}{self.how}{place}{line}" + f": {self.error}" * (self.error != "")
 
 
@@ -257,7 +261,7 @@ class _Worker:
         missing = re.search(r"No module named '(\w+)", error)
         if self.backend.python and missing:
             needs = " ".join(["numpy", "ml_dtypes", "msgspec", "safetensors", "jaxtyping", *self.backend.needs])
-            what = f"{missing[1]} is not installed there: {self.backend.python} -m pip install {needs}"
+            what = f"{missing[1]} is not installed there: {shlex.quote(self.backend.python)} -m pip install {needs}"
             return MissingError(name, f"{name}: {what}")
         for package in self.backend.needs:
             if f"No module named '{package}'" in error:
@@ -340,6 +344,33 @@ def end_all(*pids: int) -> None:
 def how_it_ended(code: int) -> str:
     """A process, by its exit code."""
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def require(packages: Iterable[str], instead: str, trying: bool = False) -> None:
+    """Before anything is started. Raises MissingError naming all that are not installed; `instead`: what else to do.
+
+    `trying` imports them too, in processes of their own, where it would be found out late: that takes seconds.
+    """
+    packages = list(dict.fromkeys(packages))
+    why = {package: "is not installed" for package in packages if not _installed(package)}
+    if trying:
+        there = [package for package in packages if package not in why]
+        with ExitStack() as stack:
+            tried = {p: stack.enter_context(Process([sys.executable, "-c", f"import {p}"])) for p in there}
+            for package, process in tried.items():
+                list(process.lines())
+                if process.error:
+                    why[package] = f"cannot be imported ({process.error.splitlines()[-1]})"
+    if why:
+        said = ", ".join(f"{package} {reason}: pip install -e '.[{package}]'" for package, reason in why.items())
+        raise MissingError(" and ".join(why), f"{said}; {instead}")
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def gpus() -> int:

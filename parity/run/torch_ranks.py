@@ -15,6 +15,7 @@ import torch.distributed as dist
 from parity.oracle.problem import Problem
 from parity.run.backend import Backend, Setting, resolve
 from parity.run.ranks import Notes, run_cases
+from parity.run.supervisor import READING, WRITING
 from parity.run.trace import Trace
 
 Arrays = dict[str, np.ndarray]
@@ -47,7 +48,7 @@ def _rank(
         dist.init_process_group(collectives(setting.device, P), init_method=meet, rank=rank, world_size=P, timeout=WAIT)
     device = device_of(setting.device, rank)
     for path in paths:
-        notes.at(path.stem, "reading its input")
+        notes.at(path.stem, READING)
         _run(backend, own.parent, Problem.load(path), rank, device, notes, work)
     notes.at("", "its end")
     if P > 1:
@@ -61,6 +62,7 @@ def _run(
     trace = work(problem, backend, rank, device, partial(notes.at, case))
     if trace is not None:
         trace.seconds = time.perf_counter() - start
+        notes.at(case, WRITING)
         trace.save(folder)
         notes.done(case)
 

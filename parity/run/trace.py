@@ -1,5 +1,6 @@
 """What a run returns: every array of it, by name, and where it came from."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from parity.cases.case import Case
+from parity.cases.files import writing
+from parity.oracle.quantities import QUANTITIES, quantity_of
 from parity.run.backend import Backend
+from parity.run.inside import ROWS
 from parity.run.ours import BACKENDS
 
 Array = np.ndarray
@@ -43,7 +47,8 @@ class Trace:
             "environment": msgspec.json.encode(self.environment).decode(),
             "seconds": str(self.seconds),
         }
-        save_file(tensors, folder / f"{self.case.name}.{self.backend.name}.safetensors", metadata=about)
+        with writing(folder / f"{self.case.name}.{self.backend.name}.safetensors") as path:
+            save_file(tensors, path, metadata=about)
 
     @property
     def not_supported(self) -> str:
@@ -60,21 +65,27 @@ class Trace:
         """
         try:
             return Trace._load(path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is no whole trace: {error}") from error
 
     @staticmethod
     def _load(path: Path) -> "Trace":
         with safe_open(path, framework="numpy") as f:
             about = f.metadata() or {}
-            if not {"backend", "case"} <= about.keys():
-                raise ValueError(f"{path} is not a trace written by `python -m parity check --save`")
+            if lacking := [name for name in ("case", "backend") if name not in about]:
+                raise ValueError(
+                    f"{path} is no trace: its metadata lack {' and '.join(lacking)}, which "
+                    "`python -m parity check --save` writes"
+                )
             keys = {key: key.rpartition("/") for key in f.keys()}  # noqa: SIM118
             if odd := [key for key, (_, _, rank) in keys.items() if not rank.isdecimal()]:
                 raise ValueError(f"{path} is no trace: a tensor is called mode/stage/value/rank, and one is {odd[0]!r}")
             names: dict[str, list[str]] = {}
             for key in sorted(keys, key=lambda key: (keys[key][0], int(keys[key][2]))):
                 names.setdefault(keys[key][0], []).append(key)
+        for name in names:
+            if (fault := _no_array(name)) is not None:
+                raise ValueError(f"{path} is no trace: {fault}")
         arrays = InFile(path, names)
         try:
             return Trace(
@@ -92,11 +103,14 @@ class InFile(Mapping[str, list[Array]]):
     """Arrays that are read from their file each time that they are asked for."""
 
     def __init__(self, path: Path, keys: dict[str, list[str]]) -> None:
-        self.keys_of = keys
+        self.path, self.keys_of = path, keys
         self.file = safe_open(path, framework="numpy").__enter__()  # stays open when the file is gone
 
     def __getitem__(self, name: str) -> list[Array]:
-        return [self.file.get_tensor(key) for key in self.keys_of[name]]
+        try:
+            return [self.file.get_tensor(key) for key in self.keys_of[name]]
+        except (AttributeError, TypeError, SafetensorError) as error:  # a dtype that NumPy lacks
+            raise ValueError(f"{self.path} is no trace: cannot read {name}: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys_of)
@@ -105,13 +119,34 @@ class InFile(Mapping[str, list[Array]]):
         return len(self.keys_of)
 
 
+def _rows_of(name: str) -> str:
+    """The name of what says which rows an array of this name holds."""
+    return ROWS + name.partition("/")[2]
+
+
+def _no_array(name: str) -> str | None:
+    """Why a trace cannot hold an array of this name; None where it can."""
+    if name.startswith(ROWS):
+        return None if name.removeprefix(ROWS) in QUANTITIES else f"{name} says which rows of no known array there are"
+    try:
+        quantity_of(name)
+    except ValueError as error:
+        return str(error)
+
+
 def _backend(about: dict[str, str], arrays: Mapping[str, list[Array]]) -> Backend:
     if about["backend"].startswith("{"):
         return msgspec.json.decode(about["backend"], type=Backend)
     if about["backend"] in BACKENDS:
         return BACKENDS[about["backend"]]
     layout: Any = about.get("layout", "opaque")  # which `Backend` looks at
-    provides = tuple(name for name in arrays if not name.startswith("rows/"))
+    provides = tuple(name for name in arrays if not name.startswith(ROWS))
+    rows = [name for name in provides if quantity_of(name).axes.startswith("A") and _rows_of(name) not in arrays]
+    if layout == "opaque" and rows:
+        raise ValueError(
+            f"no backend is called {about['backend']} here, and nothing says which rows {rows[0]} has: put the layout "
+            f"(dynamic, static or ragged) into the metadata, or their numbers as {_rows_of(rows[0])}"
+        )
     return Backend(about["backend"], about.get("framework", ""), layout, provides)
 
 
@@ -127,7 +162,6 @@ def load_folder(folder: Path) -> list[Trace]:
     """Every trace in a folder. Raises ValueError when there is none."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
-        raise ValueError(
-            f"{folder} holds no traces: write some with `python -m parity check --backend torch --save {folder}`"
-        )
+        again = f"python -m parity check --backend torch --save {shlex.quote(str(folder))}"
+        raise ValueError(f"{folder} holds no traces: write some with `{again}`")
     return [Trace.load(path) for path in paths]

@@ -4,7 +4,6 @@ Every token's hidden state is different, so a row says whose it is, and the runs
 its experts. PyTorch runs dynamically as P processes over gloo, JAX with a static capacity under vmap.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ import msgspec
 import numpy as np
 
 from parity.cases.case import Case
+from parity.run.ending import temporary_folder
 from parity.run.supervisor import pool
 from parity.study.part import PAGES, Asked, Part, Study
 from parity.study.routing import PRIORITIES, Routing, zipf_routing
@@ -166,8 +166,8 @@ def run(case: Case = CASE, skews: Sequence[float] = SKEWS, factors: Sequence[str
     """Every skew dispatched dynamically by PyTorch, and statically by JAX with every factor and priority."""
     routings = [zipf_routing(case, skew, 1, seed=1) for skew in skews]
     cases = [replace(case, capacity_factor=f, priority=p) for f in factors for p in PRIORITIES]
-    with tempfile.TemporaryDirectory() as folder, pool(case.ranks) as executor:
-        jobs = [executor.submit(in_torch, rank, Path(folder) / "store", routings) for rank in range(case.ranks)]
+    with temporary_folder() as folder, pool(case.ranks) as executor:
+        jobs = [executor.submit(in_torch, rank, folder / "store", routings) for rank in range(case.ranks)]
         of_torch = [job.result() for job in jobs]
         jobs = [executor.submit(in_jax, each, routings) for each in cases]
         of_jax = [job.result() for job in jobs]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from parity.cases.files import writing
 from parity.study.engine import PARTS
 from parity.study.part import PAGES, Plot, Study
 
@@ -41,5 +42,6 @@ def write(study: Study, folder: Path) -> list[Path]:
     files = {"index.html": page(study), "study.jsonl": "\n".join(study.lines()) + "\n"}
     files |= {name: plot.svg for name, plot in plots(study).items()}
     for name, text in files.items():
-        (folder / name).write_text(text)
+        with writing(folder / name) as path:
+            path.write_text(text)
     return [folder / name for name in files]

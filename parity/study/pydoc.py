@@ -12,6 +12,7 @@ M recorded tokens.
 
 import hashlib
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -217,7 +218,7 @@ def main(steps: int = 1000, seed: int = 0, out: Path = Path("parity/cases/record
     tensors, metadata = record(p, held_out_n)
     metadata |= {
         "what": f"input, router, experts and choices of the last MoE layer of a byte-level language model, {M} tokens",
-        "command": " ".join(["python -m parity.study.pydoc", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "parity.study.pydoc", *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),  # they split the sums, and training amplifies the last bit

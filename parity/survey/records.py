@@ -62,10 +62,16 @@ class Survey(msgspec.Struct):
 
 
 def load(folder: Path) -> list[Surveyed]:
-    """What was surveyed into this folder, the last line of each layer and dtype, by name."""
+    """What was surveyed into this folder, the last line of each layer and dtype, by name.
+
+    Raises ValueError on a line that is none of that.
+    """
     path = folder / LINES
     found: dict[str, Surveyed] = {}
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        one = msgspec.json.decode(line, type=Surveyed)
+    for n, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+        try:
+            one = msgspec.json.decode(line, type=Surveyed)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"{path}, line {n}, is none of a survey: {error}. Take it out") from error
         found[one.name] = one
     return [found[name] for name in sorted(found)]
