@@ -459,6 +459,44 @@ def test_who_has_read_enough(report, tmp_path, words):
     assert process.returncode == PIPE
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["chek", "--tokens", "3"],
+            "error: no command is called chek. Did you mean check? There are: check, identify,",
+        ),
+        (["--html", "x", "report"], "--html comes before the command: write `python -m parity report`, and"),
+        (["zipf"], "error: no command is called zipf. There are: check, identify"),
+        (["check", "--tokns", "3"], "For full helptext, run python -m parity check --help"),
+        (["study", "--nosuch"], "For full helptext, run python -m parity study --help"),
+        (["check", "--dtype", "x"], "Expected one of ('float32', 'bfloat16', 'float16', 'float64')."),
+        (["identify", "--dtype", "None"], "Expected one of ('float32', 'bfloat16', 'float16', 'float64')."),
+        (["check", "--renormalize", "yes"], "Expected one of ('True', 'False')."),
+        (["check", "--tokens", "x"], "Error parsing --tokens: invalid literal for int() with base 10: 'x'"),
+    ],
+)
+def test_usage_errors(arguments, message, capsys, monkeypatch):
+    """Of the command that was meant, and without colour where none is wanted."""
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = in_process(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", "").split())
+    assert "\x1b" not in err
+
+
+def test_usage_errors_are_the_same_each_time():
+    """However strings are hashed."""
+    command = [PYTHON, "-m", "parity", "check", "--dtype", "x"]
+    runs = [
+        subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, timeout=60)
+        for seed in ("1", "2")
+    ]
+    assert runs[0].stderr == runs[1].stderr
+
+
 def test_a_flag_that_does_not_exist(capsys):
     assert in_process(capsys, "check", "--nosuch")[0] == 2
 

@@ -34,7 +34,25 @@ def _flag(f: Field) -> tuple[str, Any, Any]:
     metavar = "{" + ",".join(choices) + "}" if choices else getattr(f.type, "__name__", "STR").upper()
     about = tyro.conf.arg(help=f.metadata["help"], metavar=metavar, help_behavior_hint=f"(default: {f.default})",
                            aliases=["--trace"] * (f.name == "recording"))  # fmt: skip
-    return f.name, Annotated[f.type | None, about], field(default=None)  # type: ignore[operator]
+    given: Any = Annotated[f.type | None, about]  # type: ignore[operator]
+    if choices or f.type in (int, float, str):
+        given = Annotated[given, _parsed(_reader(f.type), choices, metavar)]
+    return f.name, given, field(default=None)
+
+
+def _reader(kind: Any) -> Callable[[str], Any]:
+    """What reads a value of this type that is spelt right."""
+    if kind is bool:
+        return lambda text: text == "True"
+    return kind if kind in (int, float) else str
+
+
+def _parsed(read: Callable[[str], Any], choices: tuple[str, ...], metavar: str) -> Any:
+    """How a field's flag is read. Left to tyro, None is one more choice, and choices are in an order of their own."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar=metavar, instance_from_str=lambda texts: read(texts[0]), is_instance=lambda _: True,
+        str_from_instance=lambda value: [str(value)], choices=choices or None,
+    )  # fmt: skip
 
 
 Flags = make_dataclass("Flags", [_flag(f) for f in fields(Case)])

@@ -5,6 +5,8 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from difflib import get_close_matches
+from itertools import pairwise
 from typing import Annotated, Any, Union, get_origin, get_type_hints
 
 import tyro
@@ -90,6 +92,7 @@ def parse(argv: list[str] | None) -> Any:
         kind = COMMANDS[argv[0]].Command
         _something_given(kind, argv[1:])
         return tyro.cli(kind, args=argv[1:], prog=f"python -m parity {argv[0]}", description=inspect.getdoc(kind))
+    _starts_with_a_command(argv)
     listed = [
         Annotated[
             module.Command, tyro.conf.subcommand(name, description=str(inspect.getdoc(module.Command)).split("\n")[0])
@@ -103,6 +106,16 @@ def parse(argv: list[str] | None) -> Any:
     return tyro.cli(either, args=argv, prog="python -m parity", description=inspect.cleandoc(about))
 
 
+def _starts_with_a_command(argv: list[str]) -> None:
+    """Raises ValueError where something else comes first: tyro would look for it in all commands at once."""
+    if not argv or argv[0] in ("-h", "--help"):
+        return
+    if named := next((word for word in argv if word in COMMANDS), None):
+        raise ValueError(f"{argv[0]} comes before the command: write `python -m parity {named}`, and what it is given")
+    meant = "".join(f" Did you mean {near}?" for near in get_close_matches(argv[0], COMMANDS, 1))
+    raise ValueError(f"no command is called {argv[0]}.{meant} There are: {', '.join(COMMANDS)}")
+
+
 # Of these, nothing at all is something to ask for: a layer is measured at its own factor in any case.
 MAY_BE_EMPTY = {"factors"}
 
@@ -110,7 +123,7 @@ MAY_BE_EMPTY = {"factors"}
 def _something_given(kind: type, argv: list[str]) -> None:
     """Raises ValueError on a flag of several values that is given none: it would be as if it were not there."""
     several = {name for name, hint in get_type_hints(kind).items() if get_origin(hint) is tuple} - MAY_BE_EMPTY
-    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, after in pairwise([*argv, "--"]):
         name = {"--trace": "recording"}.get(word, word.removeprefix("--").replace("-", "_"))
         if word.startswith("--") and name in several and after.startswith("--"):
             raise ValueError(f"{word} is given nothing: name one or more, or leave it out")

@@ -1,5 +1,6 @@
 """What the commands share: exit codes, and how they talk."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ class Page(Console):
 
 def say(message: str | Text) -> None:
     """On standard error, as it is: a line is never broken, so that a path or a command in it can be copied."""
-    Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
+    codes = None if os.environ.get("NO_COLOR") else "auto"  # bold is none to Rich
+    Console(stderr=True, color_system=codes).print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
