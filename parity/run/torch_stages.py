@@ -100,9 +100,9 @@ def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at:
     trace = Trace(case, backend, environment(device) | first.waits.found())
     groups = case.processes // case.ranks
     trace.arrays = {name: [arrays[name] for arrays in everybody[::groups]] for name in mine}
-    for name in mine if groups > 1 else ():
-        if name.startswith("e2e"):
-            trace.arrays[name.replace("e2e", "second", 1)] = [arrays[name] for arrays in everybody[1::groups]]
+    second = {name: name.replace("e2e", "second", 1) for name in mine if groups > 1 and name.startswith("e2e")}
+    of_second = {other: name for name, other in second.items() if other in backend.provides}
+    trace.arrays |= {other: [a[name] for a in everybody[1::groups]] for other, name in of_second.items()}
     return trace
 
 
