@@ -206,7 +206,7 @@ def drawn(skews: Sequence[float] = SKEWS) -> list[Routing]:
 def recorded(recording: str) -> list[Routing]:
     """The first tokens of a recording: as many as can be looked at, or none where it has fewer than two."""
     whole = case_of_recording(Case(ranks=1, tokens=0, recording=recording))
-    T = min(max(1, 12 // whole.top_k), CASE.tokens, whole.tokens // CASE.ranks)
+    T = min(max(1, 16 // whole.top_k), CASE.tokens, whole.tokens // CASE.ranks)
     if not T:
         return []
     routing = recorded_routing(replace(whole, tokens=T * CASE.ranks), 1)

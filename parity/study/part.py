@@ -156,7 +156,7 @@ def axes():
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # takes a second
 
-    look = {
+    look: Any = {
         "font.size": 12, "axes.titlesize": 12, "axes.facecolor": PAPER, "figure.facecolor": PAPER, "text.color": INK,
         "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": FAINT,
         "axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True, "axes.spines.top": False,
