@@ -159,7 +159,8 @@ def axes():
     look: Any = {
         "font.size": 12, "axes.titlesize": 12, "axes.facecolor": PAPER, "figure.facecolor": PAPER, "text.color": INK,
         "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": FAINT,
-        "axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True, "axes.spines.top": False,
+        "axes.prop_cycle": cycler(linestyle=("-", "--")) * cycler(color=COLOURS), "axes.grid": True,
+        "axes.spines.top": False,
         "axes.spines.right": False, "axes.axisbelow": True, "lines.markersize": 4,
     }  # fmt: skip
     with rc_context(look):

@@ -373,10 +373,10 @@ def plots(study: Study) -> dict[str, Plot]:
         for label in dict.fromkeys((s.model, s.popularity) for s in of):
             line = [s for s in of if (s.model, s.popularity) == label]
             words = f"{label[0]}, itself" if label[0] in own else label[0]
-            ax.plot([s.ranks for s in line], [s.needed_rank.p99 for s in line], "o-", label=words)
+            ax.plot([s.ranks for s in line], [s.needed_rank.p99 for s in line], marker="o", label=words)
         title = "even popularity" if even else "popularity fitted to a recording"
         ax.set(title=title, xlabel="ranks", ylabel="capacity factor needed", xscale="log", yscale="log")
-        plain(ax.xaxis, [s.ranks for s in of] if len({s.ranks for s in of}) < 6 else [2, 8, 32, 128, 512])
+        plain(ax.xaxis, [s.ranks for s in of] if len({s.ranks for s in of}) < 6 else [8, 32, 128, 512])
         low, high = ax.get_ylim()
         ticks = (1, 1.1, 1.2, 1.4, 1.6, 2, 3) if high < 4 else (1, 2, 4, 8, 16, 32, 64, 128)
         plain(ax.yaxis, [tick for tick in ticks if low <= tick <= high])
