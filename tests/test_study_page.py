@@ -1,10 +1,13 @@
 """`study` from the command line: its folder, its page, and what a browser shows of the runs it was made from."""
 
 import base64
+import io
 import json
 import re
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -12,17 +15,22 @@ import numpy as np
 import pytest
 from browser import said_by
 from problems import gamma
+from rich.console import Console
+from safetensors.numpy import save_file
 
 from parity.cases.case import Case
+from parity.cli import study as cli
 from parity.judge.records import header
+from parity.run.backend import MissingError
 from parity.study import dispatch, learning
 from parity.study.dispatch import Dispatch
+from parity.study.engine import PARTS
 from parity.study.learning import Run, curves
-from parity.study.page import page, plots
-from parity.study.part import Study
-from parity.study.routing import places, zipf_routing
-from parity.study.simulate import Simulated, popularities
-from parity.study.sweep import FACTORS, Figures, sweep
+from parity.study.page import answers, page, plots, print_study
+from parity.study.part import Asked, Study
+from parity.study.routing import PER, PRIORITIES, places, zipf_routing
+from parity.study.simulate import Simulated, cases, popularities
+from parity.study.sweep import FACTORS, Figures, Spread, jobs, spread, sweep
 
 pytestmark = pytest.mark.usefixtures("warm")
 
@@ -32,7 +40,7 @@ SMALL = Case(tokens=16, width=8, hidden=8)
 @pytest.fixture(scope="module")
 def dispatches() -> list[Dispatch]:
     """Two skews at one factor with drops and one with padding, run by both."""
-    return list(dispatch.run(skews=(0.0, 2.0), factors=("0.75", "1.5")))
+    return list(dispatch.run(dispatch.drawn((0.0, 2.0)), ("0.75", "1.5")))
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +55,8 @@ def study(dispatches) -> Study:
 def test_both_runs_say_where_every_row_is(dispatches):
     """Every kept assignment once at every stage, in the order of the stage; dropped are those that the study drops."""
     case = dispatch.CASE
-    for d in dispatches:
-        routing = zipf_routing(case, d.skew, 1, seed=1)
+    for d, routing in zip(dispatches, dispatch.drawn((0.0, 2.0)), strict=True):
+        assert d.routing == routing.name
         assert d.expert_id == routing.expert_id[0].tolist()
         everything = {(p, t, k) for p, t, k in np.ndindex(case.ranks, case.tokens, case.top_k)}
         ways = [(d.dynamic, set())] + [(d.static[name], set(map(tuple, lost))) for name, lost in d.dropped.items()]
@@ -72,33 +80,147 @@ def test_both_runs_say_where_every_row_is(dispatches):
     )
 
 
-def test_a_row_that_is_nobodys_is_refused(dispatches):
-    routing = zipf_routing(dispatch.CASE, 0.0, 1, seed=1)
-    arrays = dispatch.in_jax(dispatch.CASE, [routing])[0]
+@pytest.mark.parametrize("name", ["received", "rank_major", "returned", "out"])
+def test_a_row_that_is_nobodys_is_refused(name):
+    (routing,) = dispatch.drawn((0.0,))
+    arrays = dispatch.in_jax("1", "token", [routing])[0]
     by_rank = [{key: np.array(a[rank]) for key, a in arrays.items()} for rank in range(2)]
-    by_rank[1]["received"][0, 0] += 1
-    with pytest.raises(KeyError):
-        dispatch.positions(routing, by_rank, dispatch.CASE.capacity)
+    capacity = replace(routing.case, capacity_factor="1").capacity
+    dispatch.positions(routing, by_rank, capacity)
+    by_rank[1][name].reshape(-1, dispatch.CASE.width)[0] += 1
+    with pytest.raises(KeyError if name == "received" else ValueError):
+        dispatch.positions(routing, by_rank, capacity)
+
+
+def script(html: str, name: str):
+    return json.loads(re.search(f'id="{name}">(.*?)</script>', html, re.DOTALL)[1])  # type: ignore[index]
+
+
+def loads_nothing(html: str) -> bool:
+    outside = re.search(r"""(?:src|href)=["'](?!data:|#)|url\(|@import|https?://""", html)
+    return "default-src 'none'" in html and not outside
 
 
 def test_the_page_loads_nothing_and_holds_what_was_measured(study):
     html = page(study)
-    assert "default-src 'none'" in html
-    assert not re.search(
-        r"""(?:src|href)=["'](?!data:|#)|url\(|@import|https?://""", html.replace("http://www.w3.org", "")
-    )
-    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])  # type: ignore[index]
-    assert data["dispatches"] == json.loads(msgspec.json.encode(study.of(Dispatch)))
-    assert data["figures"] == json.loads(msgspec.json.encode(study.of(Figures)))
+    assert loads_nothing(html)
+    assert script(html, "dispatch-data") == json.loads(msgspec.json.encode(study.of(Dispatch)))
+    groups = script(html, "costs-data")["groups"]
+    assert [f for group in groups for f in group["figures"]] == json.loads(msgspec.json.encode(study.of(Figures)))
     assert "prefers-reduced-motion" in html
     assert "prefers-color-scheme: dark" in html
     for s in study.of(Simulated):
-        assert f"<td>{s.busiest.median:.2f}</td>" in html
+        assert f">{s.busiest.median:.2f}</td>" in html
     found = plots(study)
-    assert len(found) == 5
+    assert len(found) == 10
     for svg, caption in found.values():
         assert base64.b64encode(svg.encode()).decode() in html
         assert html.count(caption.replace("'", "&#39;")) == 2  # as a caption, and for those who do not see
+        assert "prefers-color-scheme:dark" in svg
+        assert not re.search("#(010203|fefdfe|807f81)", svg)
+
+
+def test_ticks_are_plain_numbers(study):
+    """Powers are drawn as letters of their own: a 10 and a small exponent."""
+    for name in ("scale-even.svg", "scale-fitted.svg"):
+        words = re.findall(r"<!-- (.*?) -->", plots(study)[name].svg)
+        assert "8" in words
+        assert not [word for word in words if "math" in word or "^" in word]
+
+
+# ---- The answer
+
+
+def measured(steps: int, needed: float, dropped: dict[str, float], **more) -> list[Figures]:
+    """All figures of one routing, as a sweep would give them."""
+    one = next(iter(sweep(zipf_routing(SMALL, 0.0, 1), ("1",), ("rank",), ("token",))))
+    return [
+        msgspec.structs.replace(
+            one, routing="mine", steps=steps, factor=factor, per=per, priority=priority,
+            dropped=dropped.get(factor, 0.0), needed=Spread(needed / 2, needed, needed + 0.5), **more,
+        )
+        for per in PER for priority in PRIORITIES for factor in FACTORS
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("steps", "needed", "words"),
+    [
+        (100, 1.302, "a capacity factor of 1.31 with a bin per rank drops nothing in 99% of steps; 1.25 drops 0.4%."),
+        (8, 1.6, "2.10 with a bin per rank drops nothing in any of its 8 steps; 1.25 drops 0.4%."),
+        (1, 1.6, "2.10 with a bin per rank drops nothing in its one step (one step: no percentile); 1.25 drops 0.4%."),
+        (100, 1.0, "a capacity factor of 1.00 with a bin per rank drops nothing in 99% of steps. With a bin per"),
+    ],
+)
+def test_the_answer_stands_on_top(steps, needed, words):
+    dropped = {"0.5": 0.5, "0.75": 0.2, "1": 0.1, "1.25": 0.004} if needed > 1 else {}
+    found = Study(header([]), measured(steps, needed, dropped))
+    (sentence,) = answers(found)
+    assert words in sentence
+    assert sentence in page(found)
+    for width in (80, 120):
+        console = Console(width=width, file=io.StringIO())
+        print_study(console, found)
+        said = console.file.getvalue()  # type: ignore[attr-defined]
+        assert " ".join(said.split()).startswith(sentence)
+        assert ("one step: no percentile" in said.split("The capacity")[1]) == (steps == 1)
+
+
+def test_what_is_enough_is_enough_in_that_share_of_steps():
+    values = np.arange(1.0, 151.0)
+    assert (values <= spread(values).p99).mean() >= 0.99
+    assert spread(np.array([3.0])) == Spread(3.0, 3.0, 3.0)
+
+
+def test_nothing_is_cut_in_a_terminal(study):
+    """At every width all figures of all tables, whole, and every name, perhaps on several lines."""
+    for width in (80, 120, 200):
+        console = Console(width=width, file=io.StringIO())
+        print_study(console, study)
+        said = console.file.getvalue()  # type: ignore[attr-defined]
+        assert max(map(len, said.splitlines())) <= width
+        assert "\N{HORIZONTAL ELLIPSIS}" not in said
+        for part in PARTS:
+            if found := part.table(study):
+                cells = Counter(cell for row in found.rows for cell in row[found.left :] if cell)
+                assert all(said.count(cell) >= n for cell, n in cells.items())
+                assert all(word in said for column in found.columns for word in column.split())
+
+
+# ---- The dispatch alone on a page
+
+
+def test_the_committed_page_is_what_the_command_writes(dispatches):
+    """Its data are those of the runs, as far as those are repeated here, and the page is that of its data."""
+    committed = (Path(__file__).parents[1] / "docs" / "dispatch.html").read_text()
+    found = msgspec.convert(script(committed, "dispatch-data"), list[Dispatch])
+    assert dispatch.page(found) == committed
+    assert [d.routing for d in found] == [routing.name for routing in dispatch.drawn()]
+    assert {tuple(name.split()) for name in found[0].static} == {
+        (factor, priority) for factor in dispatch.FACTORS for priority in PRIORITIES
+    }
+    for d in dispatches:
+        same = next(one for one in found if one.routing == d.routing)
+        assert (same.expert_id, same.score, same.dynamic) == (d.expert_id, d.score, d.dynamic)
+        for name in d.static:
+            assert (same.static[name], same.dropped[name]) == (d.static[name], d.dropped[name])
+    assert loads_nothing(committed)
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "tokens", "T"), [(16, 2, 40, 6), (5, 4, 40, 4), (64, 8, 3, 1), (4, 1, 1, 0)]
+)
+def test_a_recording_is_dispatched_as_far_as_can_be_looked_at(tmp_path, experts, top_k, tokens, T):
+    path = recorded_file(tmp_path / "mine.safetensors", experts, top_k, tokens)
+    found = dispatch.recorded(str(path))
+    assert [routing.expert_id.shape for routing in found] == [(1, 2, T, top_k)] * bool(T)
+    for routing in found:
+        assert routing.name == "mine"
+        assert routing.case.experts % 2 == 0
+        arrays = dispatch.in_jax("1", "token", [routing])[0]
+        by_rank = [{key: np.array(a[rank]) for key, a in arrays.items()} for rank in range(2)]
+        rows = dispatch.positions(routing, by_rank, replace(routing.case, capacity_factor="1").capacity)
+        assert sum(row is not None for rank in rows.grouped for row in rank) + arrays["dropped"].sum() == 2 * T * top_k
 
 
 def test_curves_leave_out_rounding(study):
@@ -137,53 +259,93 @@ def test_two_frameworks_track_each_other_for_a_while():
 # ---- In a browser
 
 PROBE = """<script>
-const said = [], errors = [];
+{
+const said = [], errors = [], $ = name => document.getElementById("dispatch-" + name);
 addEventListener("error", e => errors.push(e.message));
-play(false);
-for (let s = 0; s < data.dispatches.length; s++) for (let f = 0; f < factors.length; f++) for (const priority of ["token", "choice", "score"])
-  for (let stage = 0; stage < 4; stage++) {
-    $("skew").value = s; $("factor").value = f; $("priority").value = priority; $("stage").value = stage;
-    $("stage").dispatchEvent(new Event("input"));
+matchMedia = () => ({matches: true});  // no chip is on its way while it is looked at
+const set = (control, value) => { $(control).value = value; $(control).dispatchEvent(new Event("input")); };
+const n = +$("routing").max + 1, factors = +$("factor").max + 1;
+for (let s = 0; s < n; s++) for (let f = 0; f < factors; f++) for (const priority of ["token", "choice", "score"])
+  for (let step = 0; step < 8; step++) {
+    $("routing").value = s; $("factor").value = f; $("priority").value = priority; set("step", step);
     for (const way of ["dynamic", "static"]) {
-      const at = [...$(way).querySelectorAll(".chip:not(.gone)")].map(c => [parseInt(c.style.top), parseFloat(c.style.left.slice(5)), c.innerText.replace(/\\s+/, " ")]);
-      said.push({s, factor: factors[f], priority, stage, way, rows: at.sort((a, b) => a[0] - b[0] || a[1] - b[1]).map(a => a[2]),
-        gone: $(way).querySelectorAll(".chip.gone").length, padding: $(way).querySelectorAll(".slot").length, words: $(way + "-said").textContent,
-        inside: [...$(way).querySelectorAll(".chip, .slot")].every(c => c.offsetTop + c.offsetHeight <= $(way).clientHeight + 4)});
+      const lanes = [...$(way).querySelectorAll(".rank")].map(rank => [...rank.querySelectorAll(".chip, .slot")].map(c => c.dataset.row ?? null));
+      said.push({s, factor: $("factor-said").textContent, priority, step, way, lanes, words: $(way + "-said").textContent,
+        gone: [...$(way).querySelectorAll(".chip.gone")].map(c => c.dataset.row), bins: [...$(way).querySelectorAll(".bin > span")].map(b => b.textContent),
+        wire: [...$(way).querySelectorAll(".wire > div")].map(w => w.textContent.trim()), weights: [...$(way).querySelectorAll(".rank .chip")].map(c => c.textContent),
+        wide: document.documentElement.scrollWidth > innerWidth, inside: [...$(way).querySelectorAll(".chip, .slot")].every(c => c.scrollWidth <= c.offsetWidth && c.getBoundingClientRect().right <= innerWidth)});
     }
   }
-const unnamed = [...document.querySelectorAll("input, select, button")].filter(c => !(c.labels?.length || c.textContent.trim())).length;
-parent.postMessage({said, errors, unnamed, width: document.documentElement.scrollWidth, window: innerWidth,
-  larger: $("larger").tBodies[0].rows.length, text: $("rows-text").textContent}, "*");
+const keys = [];
+set("step", 0);
+const root = document.getElementById("dispatch"), press = (key, target = root) => { target.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true})); keys.push(+$("step").value); };
+for (const key of ["ArrowRight", " ", "PageDown", "ArrowLeft", "PageUp", "ArrowLeft", "ArrowLeft", "x"]) press(key);
+press("ArrowRight", $("factor"));
+press(" ", $("next"));
+let asked = 0;
+root.requestFullscreen = () => { asked++; return Promise.resolve(); };
+press("f"); $("full").click();
+$("next").click(); keys.push(+$("step").value); $("back").click(); keys.push(+$("step").value);
+const controls = [...document.querySelectorAll("input, select, button")], unnamed = controls.filter(c => !(c.labels?.length || c.textContent.trim())).length;
+const routing = document.getElementById("cost-routing"), costs = [];
+for (let i = 0; routing && i <= routing.max; i++) { routing.value = i; routing.dispatchEvent(new Event("input"));
+  costs.push([document.getElementById("cost-said").textContent, document.getElementById("costs-table").tBodies[0].rows.length]); }
+const font = parseFloat(getComputedStyle(document.querySelector("#dispatch .chip")).fontSize);
+const cut = [...document.querySelectorAll("td, th, p, h1, h2, h3, label, button, figure, img")].filter(c => c.getBoundingClientRect().right > innerWidth + 1).length;
+parent.postMessage({said, errors, unnamed, keys, asked, costs, font, cut, width: document.documentElement.scrollWidth, window: innerWidth, text: $("text").textContent}, "*");
+}
 </script>"""  # noqa: E501
+
+HELD = (None, "grouped", "received", "expert_major", "expert_major", "received", "grouped", None)
 
 
 @pytest.mark.slow  # not for its time: not every machine has a browser
-@pytest.mark.parametrize("width", [390, 1280])
-def test_in_a_browser(study, tmp_path: Path, width):
-    """At every setting and stage, the chips stand in the run's order, dropped ones struck out, padding grey."""
-    found, dispatches = said_by(page(study), PROBE, width, tmp_path), study.of(Dispatch)
+@pytest.mark.parametrize(("width", "alone"), [(390, False), (1110, False), (1250, False), (390, True), (1920, True)])
+def test_in_a_browser(study, tmp_path: Path, width, alone):
+    """At every setting and step, there and back, the chips stand in the run's order, dropped ones struck out."""
+    dispatches = study.of(Dispatch)
+    found = said_by(dispatch.page(dispatches) if alone else page(study), PROBE, width, tmp_path)
     assert found["errors"] == []
-    assert found["unnamed"] == 0
+    assert found["unnamed"] == found["cut"] == 0
     assert found["width"] <= found["window"] <= width
-    assert found["larger"] == 2
-    assert len(found["said"]) == 2 * 2 * 3 * 4 * 2
+    assert found["font"] >= (24 if width == 1920 else 14)
+    assert found["keys"] == [1, 2, 3, 2, 1, 0, 0, 0, 0, 0, 0, 1, 0]
+    assert found["asked"] == 2
+    assert len(found["said"]) == 2 * 2 * 3 * 8 * 2
     for seen in found["said"]:
-        d = dispatches[seen["s"]]
+        d, key = dispatches[seen["s"]], HELD[seen["step"]]
         name = f"{seen['factor']} {seen['priority']}"
         positions = d.dynamic if seen["way"] == "dynamic" else d.static[name]
-        dropped = 0 if seen["way"] == "dynamic" or seen["stage"] == 0 else len(d.dropped[name])
-        if seen["stage"]:
-            lanes = getattr(positions, ["grouped", "received", "expert_major"][seen["stage"] - 1])
-        else:
-            lanes = [[(p, t, k) for t in range(6) for k in range(2)] for p in range(2)]
-        rows = [f"{'AB'[p]}{t} e{d.expert_id[p][t][k]}" for lane in lanes for p, t, k in filter(None, lane)]
-        assert seen["rows"] == rows
-        assert seen["gone"] == dropped
-        assert seen["padding"] == sum(row is None for lane in lanes for row in lane)
+        lost = [] if seen["way"] == "dynamic" else d.dropped[name]
+        lanes = [[(p, t, k) for t in range(6) for k in range(2)] for p in range(2)]
+        lanes = getattr(positions, key) if key else lanes
+        assert seen["lanes"] == [[row and ".".join(map(str, row)) for row in lane] for lane in lanes]
+        assert sorted(seen["gone"]) == sorted(".".join(map(str, row)) for row in lost if seen["step"])
         assert seen["inside"]
-        if seen["stage"]:
-            assert f"{seen['padding']} padding; {dropped} of 24 dropped" in seen["words"]
+        assert not seen["wide"]
+        padding = sum(row is None for lane in lanes for row in lane)
+        assert (f"{padding} padding; {len(lost)} of 24 dropped" in seen["words"]) == bool(key)
+        if key == "received" or key == "grouped":
+            assert len(seen["bins"]) == 4
+            assert all(("bin" in bin) == (seen["way"] == "static") for bin in seen["bins"])
+        if seen["step"] in (2, 6):
+            across = [[row for row in d_rows if row] for d_rows in positions.received]
+            there = [sum(row[0] != rank for row in rows) for rank, rows in enumerate(across)]
+            a_to_b, b_to_a = (there[1], there[0]) if seen["step"] == 2 else (there[0], there[1])
+            assert seen["wire"][0].startswith(f"A to B: {a_to_b} row")
+            assert seen["wire"][1].startswith(f"B to A: {b_to_a} row")
+        else:
+            assert seen["wire"] == []
+        if seen["step"] == 7:
+            assert seen["weights"] == [
+                f"{d.score[p][t][k]:.2f}\N{MULTIPLICATION SIGN}e{d.expert_id[p][t][k]}".removeprefix("0")
+                for lane in lanes
+                for p, t, k in lane
+            ]
     assert "rank A: " in found["text"]
+    if not alone:
+        assert [rows for _, rows in found["costs"]] == [2] * len(found["costs"])
+        assert all("a rank bin drops nothing in any of its 3 steps; 1.25 drops" in said for said, _ in found["costs"])
 
 
 # ---- From the command line
@@ -197,19 +359,77 @@ def study_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str
 def test_from_the_command_line(tmp_path):
     run = study_command("zipf", "--model", "mixtral-8x7b", "--steps", "3", "--no-dispatch", "--no-json", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "Capacity factor at which nothing drops" in run.stdout
+    assert run.stdout.startswith("For zipf (4 ranks of 16 tokens, 2 of 8 experts each), a capacity factor of ")
     assert "Simulated" in run.stdout
     names = {path.name for path in (tmp_path / "study").iterdir()}
-    assert names == {"index.html", "study.jsonl", "drops.svg", "positions.svg", "errors.svg", "scale.svg"}
+    pictures = ("drops-rank", "drops-expert", "positions", "error-of-output", "error-of-gradient", "scale-even",
+                "scale-fitted")  # fmt: skip
+    assert names == {"index.html", "study.jsonl", *(f"{name}.svg" for name in pictures)}
     lines = [json.loads(line) for line in (tmp_path / "study/study.jsonl").read_text().splitlines()]
     assert lines[0]["kind"] == "header"
     assert [line["kind"] for line in lines].count("figures") == len(FACTORS) * 6
     assert "nan" not in run.stdout
 
 
+def recorded_file(path: Path, experts: int, top_k: int, tokens: int) -> Path:
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.int32)
+    save_file({"expert_id": ids}, path, metadata={"n_experts": str(experts)})
+    return path
+
+
+def test_ones_own_recording_is_in_place_of_drawn_routing(tmp_path):
+    """On the page, in the table, in every plot; without either framework, as nothing here needs one."""
+    recorded_file(tmp_path / "mine.safetensors", 6, 2, 64)
+    for name in ("torch", "jax"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('it is not to be needed')")
+    run = study_command(
+        "--recording", "mine.safetensors", "--ranks", "2", "--tokens", "32", "--quick", "--model", "deepseek-v3",
+        "--no-json", cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("For mine (2 ranks of 32 tokens, 2 of 6 experts each), a capacity factor of ")
+    assert "(one step: no percentile)" in run.stdout
+    lines = [json.loads(line) for line in (tmp_path / "study/study.jsonl").read_text().splitlines()]
+    assert {line["routing"] for line in lines if line["kind"] == "figures"} == {"mine"}
+    assert [line["ranks"] for line in lines if line["kind"] == "simulated" and line["model"] == "mine"] == [2]
+    groups = script((tmp_path / "study/index.html").read_text(), "costs-data")["groups"]
+    assert [group["name"] for group in groups] == ["mine: 2 x 32, 2 of 6"]
+    for name in ("drops-rank", "drops-expert", "positions", "scale-fitted"):
+        assert "mine" in (tmp_path / f"study/{name}.svg").read_text()
+    assert not (tmp_path / "study/scale-even.svg").exists()
+
+
+def test_a_framework_that_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "jax" else object())
+    monkeypatch.setattr(cli, "run_study", lambda wanted, _: asked.append(wanted) or Study(header([])))
+    with pytest.raises(MissingError, match="--learn trains in both frameworks, and jax is not installed"):
+        cli.run(cli.Command(learn=1, out=tmp_path / "none"))
+    assert not asked
+    assert not (tmp_path / "none").exists()
+    assert cli.run(cli.Command(out=tmp_path / "study", json=True)) == 0
+    assert not asked[0].dispatch
+    assert "no small dispatch: it runs in both frameworks, and jax is not installed" in capsys.readouterr().err
+
+
+def test_ranks_and_tokens_are_those_of_every_part():
+    asked = Asked(ranks=6, tokens=24, quick=True, models=("deepseek-v3", "qwen3-next"), dispatch=False)
+    made = [job.args[1]() for job in jobs(asked)]  # type: ignore[attr-defined]
+    assert [r.case.ranks for r in made] == [6] * len(made)
+    assert {(r.case.tokens, r.case.experts) for r in made} == {(24, 18)}
+    assert cases(24, 7) == []
+    assert {(case.ranks, case.tokens) for case in cases(24, 16)} == {(16, 24)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--ranks", "0"], "--ranks is 0: it must be at least 1"),
+        (["--recording", "pydoc", "--ranks", "3"], "the 16 experts of --recording pydoc cannot be shared evenly"),
+        (["--recording", "pydoc", "--tokens", "200"], "pydoc has 512 tokens, and a step of 4 ranks with 200 tokens"),
+        (["--recording", "pydoc", "pydoc"], "two recordings are called pydoc"),
+        (["zipf", "--ranks", "2"], "presets have ranks and tokens of their own"),
         (["nothing"], "no preset is called nothing"),
         (["--model", "nothing"], "no model is called nothing"),
         (["--steps", "0"], "--steps is 0: it must be at least 1"),

@@ -13,7 +13,6 @@ from jax_impl.dynamic.checks import check_ragged_exchange
 from jax_impl.exchange import n_ranks
 from jax_impl.rows import exclusive_cumsum
 
-
 # Into how many updates an exchange is cut, for all peers together. XLA copies each by a block of threads of its own, so
 # that one for each peer leaves a GPU idle: on H100s an exchange took 26 to 65 times as long as a dense one with it, and
 # from 128 a peer on 1.5 times as long.
@@ -91,7 +90,7 @@ def _ragged(n_out, n_in, axis_name, x, send_P, receive_P, put_at_P, back_at_P): 
 def cut(rows_P: Integer[Array, " P"], n: int) -> tuple[Integer[Array, "P n"], Integer[Array, "P n"]]:
     """Each peer's rows in n updates, as equal as they can be: how many rows come before each, and how many it has.
 
-        cut([5, 2], 2) = [[0, 3], [0, 1]], [[3, 2], [1, 1]]
+    cut([5, 2], 2) = [[0, 3], [0, 1]], [[3, 2], [1, 1]]
     """
     most_P1 = -(-rows_P[:, None] // n)
     done_Pn = jnp.minimum(jnp.arange(n) * most_P1, rows_P[:, None])

@@ -8,7 +8,7 @@ import tyro
 
 from parity.cases.case import Case
 from parity.cases.presets import MODELS, PRESETS
-from parity.cases.recording import case_of_recording
+from parity.cases.recording import case_of_recording, load_recording
 from parity.cli.shared import MATCH, Page, case_of_file, not_a_terminal, say
 from parity.judge.engine import progress
 from parity.run.ours import FRAMEWORKS
@@ -16,6 +16,8 @@ from parity.run.supervisor import require
 from parity.study.engine import run_study
 from parity.study.page import print_study, write
 from parity.study.part import Asked
+from parity.study.routing import recording_name
+from parity.study.sweep import recorded_case
 
 
 @dataclass
@@ -30,7 +32,8 @@ class Command:
 
     Examples:
         python -m parity study                             about a minute on two cores
-        python -m parity study --recording recording.safetensors
+        python -m parity study --quick                     a few seconds: fewer shapes and steps, no small dispatch
+        python -m parity study --recording recording.safetensors --ranks 8 --tokens 1024
         python -m parity study zipf p8                     the routing of these presets, not the plan's
         python -m parity study --model deepseek-v3 --steps 5000
         python -m parity study --case case.json            the capacity of a layer, as `identify --write` found it
@@ -41,12 +44,16 @@ class Command:
     """Sweep the routing of these presets, drawn with 8 seeds each."""
     case: Path | None = None
     """Look at the capacity of this case too, on every routing: what `identify --write FILE` found of a layer."""
-    recording: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--trace"])] = ("pydoc",)
-    """Recordings to sweep, and to fit the simulation to (see the README for their form)."""
+    recording: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--trace"])] = ()
+    """Your own routing, shown in place of the one that comes with the project (see the README for the form)."""
+    ranks: int | None = None
+    """Without: 4 in the sweep; in the simulation 8, 64 and one expert a rank."""
+    tokens: int | None = None
+    """On each rank. Without: 128 in the sweep, as many as leave eight steps of a recording, 4096 in the simulation."""
+    quick: bool = False
+    """Fewer shapes and steps, and no small dispatch: ends in about 15 s on two cores."""
     model: tuple[str, ...] = tuple(MODELS)
     """Models to simulate."""
-    tokens: int = 4096
-    """On each rank, in the simulation."""
     steps: int | None = None
     """Of the simulation; without, up to 1000, and fewer for large groups."""
     learn: int = 0
@@ -54,7 +61,7 @@ class Command:
     learn_steps: int = 200
     """Steps of each training run."""
     dispatch: bool = True
-    """Run the page's small dispatch: needs both frameworks."""
+    """Run the page's small dispatch, where both frameworks are installed."""
     out: Path = Path("study")
     """Folder for index.html, plots and study.jsonl."""
     json: bool = field(default_factory=not_a_terminal)
@@ -66,7 +73,7 @@ def run(command: Command) -> int:
     for kind, asked, known in (("preset", command.presets, PRESETS), ("model", command.model, MODELS)):
         if unknown := [name for name in asked if name not in known]:
             raise ValueError(f"no {kind} is called {', '.join(unknown)}. There are: {', '.join(known)}")
-    for name in ("tokens", "steps", "learn_steps"):
+    for name in ("ranks", "tokens", "steps", "learn_steps"):
         value = getattr(command, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
@@ -77,25 +84,37 @@ def run(command: Command) -> int:
             f"{' '.join(command.presets)} with --recording {' '.join(command.recording)}: swept are presets or "
             "recordings, so leave out one"
         )
-    for recording in command.recording:
-        case_of_recording(Case(ranks=1, tokens=0, recording=recording))
+    names = [recording_name(recording) for recording in command.recording]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two recordings are called {', '.join(sorted(twice))}: they could not be told apart")
+    if command.presets and (command.ranks or command.tokens):
+        raise ValueError("presets have ranks and tokens of their own: leave out --ranks and --tokens, or the presets")
     capacity = case_of_file(command.case) if command.case else None
     if capacity and capacity.capacity_factor is None:
         raise ValueError(f"--case {command.case} has no capacity: nothing is dropped")
-    if command.dispatch or command.learn:
-        without = ["--no-dispatch"] * command.dispatch + ["no --learn"] * bool(command.learn)
+    dispatch = command.dispatch and not command.quick
+    if dispatch or command.learn:
+        without = ["--no-dispatch"] * dispatch + ["no --learn"] * bool(command.learn)
         require(FRAMEWORKS, f"or say {' and '.join(without)}: the rest needs no framework", trying=True)
-    command.out.mkdir(parents=True, exist_ok=True)
     wanted = Asked(
-        [PRESETS[name] for name in command.presets], command.recording, command.model, command.tokens, command.steps,
-        command.learn, command.learn_steps, command.dispatch, capacity,
+        [PRESETS[name] for name in command.presets], command.recording, command.model, command.ranks, command.tokens,
+        command.steps, command.quick, command.learn, command.learn_steps, dispatch, capacity,
     )  # fmt: skip
+    check(wanted)
+    command.out.mkdir(parents=True, exist_ok=True)
     with progress() as bar:
         found = run_study(wanted, bar)
     paths = write(found, command.out)
     if command.json:
         print("\n".join(found.lines()))
     else:
-        print_study(Page(170), found)
+        print_study(Page(120), found)
     say(f"wrote {', '.join(map(str, paths))}")
     return MATCH
+
+
+def check(asked: Asked) -> None:
+    """Before anything runs. Raises ValueError where a recording cannot be laid out so, or its ids are wrong."""
+    for recording in asked.recordings:
+        load_recording(case_of_recording(Case(ranks=1, tokens=0, recording=recording)))
+        recorded_case(recording, asked.ranks, asked.tokens)

@@ -13,11 +13,11 @@ import msgspec
 import numpy as np
 
 from parity.cases.case import Case
+from parity.cases.recording import case_of_recording
 from parity.run.ending import temporary_folder
 from parity.run.supervisor import pool
-from parity.study.part import PAGES, Asked, Part, Study
-from parity.study.routing import PRIORITIES, Routing, zipf_routing
-from parity.study.sweep import Figures, by_routing, commonest
+from parity.study.part import PAGES, Asked, Part, Study, script_data
+from parity.study.routing import PRIORITIES, Routing, recorded_routing, zipf_routing
 
 Array = np.ndarray
 
@@ -39,9 +39,10 @@ class Positions(msgspec.Struct):
 
 
 class Dispatch(msgspec.Struct, tag_field="kind", tag="dispatch"):
-    """One routing, dispatched dynamically, and with a static capacity."""
+    """One routing, dispatched dynamically, and with a static capacity. The way back is the way there, backwards."""
 
-    skew: float
+    routing: str
+    experts: int
     expert_id: list[list[list[int]]]  # [P, T, K]
     score: list[list[list[float]]]
     dynamic: Positions
@@ -70,12 +71,13 @@ def in_torch(rank: int, store: Path, routings: Sequence[Routing]) -> list[dict[s
     from torch_impl.routing import count_per_expert
 
     torch.set_num_threads(1)
-    case = routings[0].case
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=case.ranks)
-    x = torch.from_numpy(tokens(case)[rank])
-    mine = [torch.from_numpy(w).chunk(case.ranks)[rank] for w in weights(case)]
+    P = routings[0].case.ranks
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=P)
     found = []
     for routing in routings:
+        case = routing.case
+        x = torch.from_numpy(tokens(case)[rank])
+        mine = [torch.from_numpy(w).chunk(P)[rank] for w in weights(case)]
         ids, score = (torch.from_numpy(a[0, rank]) for a in (routing.expert_id, routing.score))
         chosen = Chosen(score, ids, count_per_expert(ids, case.experts))
         stages = moe_layer(x, torch.zeros(case.width, case.experts), *mine, router=Router(case.top_k), routing=chosen)
@@ -85,14 +87,18 @@ def in_torch(rank: int, store: Path, routings: Sequence[Routing]) -> list[dict[s
                 "received": stages.received_RD.numpy(),
                 "expert_major": stages.expert_major.x_RD.numpy(),
                 "counts": stages.counts_Pe.numpy(),
+                "y": stages.y_RD.numpy(),
+                "rank_major": stages.rank_major_RD.numpy(),
+                "returned": stages.returned_ND.numpy(),
+                "out": stages.out_TD.numpy(),
             }
         )
     dist.destroy_process_group()
     return found
 
 
-def in_jax(case: Case, routings: Sequence[Routing]) -> list[dict[str, Array]]:
-    """What all ranks' rows are at each stage, and what they dropped, of every routing; `case` has the capacity."""
+def in_jax(factor: str, priority: str, routings: Sequence[Routing]) -> list[dict[str, Array]]:
+    """What all ranks' rows are at each stage, and what they dropped, of every routing, with this capacity."""
     import jax
     import jax.numpy as jnp
 
@@ -101,28 +107,37 @@ def in_jax(case: Case, routings: Sequence[Routing]) -> list[dict[str, Array]]:
     from jax_impl.routing import count_per_expert
 
     jax.config.update("jax_platforms", "cpu")
-    capacity = plan_capacity(
-        case.capacity_factor, case.tokens, case.top_k, case.experts, case.ranks, case.capacity_per, case.priority
-    )
 
-    @jax.jit
-    @partial(jax.vmap, axis_name="ranks")
-    def layer(x, ids, score, *mine):
-        chosen = Chosen(score, ids, count_per_expert(ids, case.experts))
-        router = jnp.zeros((case.width, case.experts))
-        stages = moe_layer(
-            x, router, *mine, router=Router(case.top_k), capacity=capacity, routing=chosen, axis_name="ranks"
-        )
-        return {
-            "grouped": stages.grouped.x_BCD,
-            "received": stages.received_BCD,
-            "expert_major": stages.expert_major.x_SD,
-            "counts": stages.counts_Pe,
-            "dropped": stages.grouped.slot_TK == stages.grouped.assignment_BC.size,
-        }
+    @partial(jax.jit, static_argnums=0)
+    def layer(case, *arguments):
+        capacity = plan_capacity(factor, case.tokens, case.top_k, case.experts, case.ranks, "rank", priority)
 
-    of_rank = [w.reshape(case.ranks, -1, *w.shape[1:]) for w in weights(case)]
-    return [jax.device_get(layer(tokens(case), r.expert_id[0], r.score[0], *of_rank)) for r in routings]
+        @partial(jax.vmap, axis_name="ranks")
+        def of_rank(x, ids, score, *mine):
+            chosen = Chosen(score, ids, count_per_expert(ids, case.experts))
+            router = jnp.zeros((case.width, case.experts))
+            stages = moe_layer(
+                x, router, *mine, router=Router(case.top_k), capacity=capacity, routing=chosen, axis_name="ranks"
+            )
+            return {
+                "grouped": stages.grouped.x_BCD,
+                "received": stages.received_BCD,
+                "expert_major": stages.expert_major.x_SD,
+                "counts": stages.counts_Pe,
+                "y": stages.y_SD,
+                "rank_major": stages.rank_major_BCD,
+                "returned": stages.returned_BCD,
+                "out": stages.out_TD,
+                "dropped": stages.grouped.slot_TK == stages.grouped.assignment_BC.size,
+            }
+
+        return of_rank(*arguments)
+
+    found = []
+    for r in routings:
+        mine = [w.reshape(r.case.ranks, -1, *w.shape[1:]) for w in weights(r.case)]
+        found.append(jax.device_get(layer(r.case, tokens(r.case), r.expert_id[0], r.score[0], *mine)))
+    return found
 
 
 def positions(routing: Routing, arrays: Sequence[dict[str, Array]], capacity: int | None) -> Positions:
@@ -159,45 +174,89 @@ def positions(routing: Routing, arrays: Sequence[dict[str, Array]], capacity: in
         received.append(identify(a["received"], [g for b in bins for g in padded(b, capacity or 0)]))
         rows = [rank * e + j for j in range(e) for p in range(P) for _ in range(sent_PPe[rank, p, j])]
         major.append(identify(a["expert_major"], padded(rows, P * (capacity or 0))))
-    return Positions(grouped, received, major)
+    found = Positions(grouped, received, major)
+    check_way_back(routing, arrays, found)
+    return found
 
 
-def run(case: Case = CASE, skews: Sequence[float] = SKEWS, factors: Sequence[str] = FACTORS) -> Iterator[Dispatch]:
-    """Every skew dispatched dynamically by PyTorch, and statically by JAX with every factor and priority."""
-    routings = [zipf_routing(case, skew, 1, seed=1) for skew in skews]
-    cases = [replace(case, capacity_factor=f, priority=p) for f in factors for p in PRIORITIES]
-    with temporary_folder() as folder, pool(case.ranks) as executor:
-        jobs = [executor.submit(in_torch, rank, folder / "store", routings) for rank in range(case.ranks)]
+def check_way_back(routing: Routing, arrays: Sequence[dict[str, Array]], there: Positions) -> None:
+    """Raises ValueError unless results go back as tokens came, bit for bit, and are summed by score."""
+    D, result = routing.case.width, {}
+    for rows, a in zip(there.expert_major, arrays, strict=True):
+        result |= {row: y for row, y in zip(rows, a["y"].reshape(-1, D), strict=True) if row is not None}
+    for name, of_ranks in (("rank_major", there.received), ("returned", there.grouped)):
+        for rows, a in zip(of_ranks, arrays, strict=True):
+            for row, y in zip(rows, a[name].reshape(-1, D), strict=True):
+                if row is not None and y.tobytes() != result[row].tobytes():
+                    raise ValueError(f"{name} holds another row than {row}")
+    for p, a in enumerate(arrays):
+        expected = np.zeros(a["out"].shape)
+        for (source, t, k), y in result.items():
+            if source == p:
+                expected[t] += routing.score[0, p, t, k] * y
+        if not np.allclose(a["out"], expected, rtol=1e-4, atol=1e-4):  # a lost result is off by 0.1 and more
+            raise ValueError(f"the output of rank {p} is not its results weighted by score")
+
+
+def drawn(skews: Sequence[float] = SKEWS) -> list[Routing]:
+    """Small routings from even to skewed."""
+    return [zipf_routing(CASE, skew, 1, seed=1) for skew in skews]
+
+
+def recorded(recording: str) -> list[Routing]:
+    """The first tokens of a recording: as many as can be looked at, or none where it has fewer than two."""
+    whole = case_of_recording(Case(ranks=1, tokens=0, recording=recording))
+    T = min(max(1, 16 // whole.top_k), CASE.tokens, whole.tokens // CASE.ranks)
+    if not T:
+        return []
+    routing = recorded_routing(replace(whole, tokens=T * CASE.ranks), 1)
+    ids, score = (a.reshape(1, CASE.ranks, T, -1) for a in (routing.expert_id, routing.score))
+    # An expert more, which nobody chose, where they cannot be shared out evenly.
+    experts = whole.experts + whole.experts % CASE.ranks
+    case = Case("dispatch", ranks=CASE.ranks, tokens=T, experts=experts, top_k=whole.top_k, width=8, hidden=8)
+    return [Routing(routing.name, case, ids, score)]
+
+
+def run(routings: Sequence[Routing], factors: Sequence[str] = FACTORS) -> Iterator[Dispatch]:
+    """Every routing dispatched dynamically by PyTorch, and statically by JAX with every factor and priority."""
+    P, ways = CASE.ranks, [(factor, priority) for factor in factors for priority in PRIORITIES]
+    with temporary_folder() as folder, pool(P) as executor:
+        jobs = [executor.submit(in_torch, rank, folder / "store", routings) for rank in range(P)]
         of_torch = [job.result() for job in jobs]
-        jobs = [executor.submit(in_jax, each, routings) for each in cases]
+        jobs = [executor.submit(in_jax, *way, routings) for way in ways]
         of_jax = [job.result() for job in jobs]
     for i, routing in enumerate(routings):
         static, dropped = {}, {}
-        for each, found in zip(cases, of_jax, strict=True):
-            name = f"{each.capacity_factor} {each.priority}"
-            by_rank = [{key: a[rank] for key, a in found[i].items()} for rank in range(case.ranks)]
-            static[name] = positions(routing, by_rank, each.capacity)
+        for (factor, priority), found in zip(ways, of_jax, strict=True):
+            name, case = f"{factor} {priority}", replace(routing.case, capacity_factor=factor)
+            by_rank = [{key: a[rank] for key, a in found[i].items()} for rank in range(P)]
+            static[name] = positions(routing, by_rank, case.capacity)
             dropped[name] = [tuple(row) for row in np.argwhere(found[i]["dropped"]).tolist()]
+        score = np.round(routing.score[0].astype(np.float64), 4).tolist()  # as many digits as are alike everywhere
         yield Dispatch(
-            skews[i], routing.expert_id[0].tolist(), routing.score[0].tolist(),
+            routing.name, routing.case.experts, routing.expert_id[0].tolist(), score,
             positions(routing, [of_rank[i] for of_rank in of_torch], None), static, dropped,
         )  # fmt: skip
 
 
 def jobs(asked: Asked) -> list[Callable[[], list[Dispatch]]]:
-    """One, which starts both frameworks."""
-    return [lambda: list(run())] if asked.dispatch else []
+    """One, which starts both frameworks; of the reader's own recordings, where there are any."""
+    if not asked.dispatch:
+        return []
+    own = [routing for recording in asked.recordings for routing in recorded(recording)]
+    return [lambda: list(run(own or drawn()))]
 
 
 def section(study: Study) -> str:
-    """The dispatch to step through, beside what the sweep says of the same skews in a layer of more tokens."""
+    """The dispatch to step through."""
     if not (dispatches := study.of(Dispatch)):
         return ""
-    wanted = {f"zipf {d.skew:g}" for d in dispatches}
-    swept = [f for group in commonest(by_routing(study.of(Figures))) for f in group if f.routing in wanted]
-    # Inside a script element only "</" and "<!--" could end or change it.
-    data = msgspec.json.encode({"dispatches": dispatches, "figures": swept}).decode().replace("<", "\\u003c")
-    return PAGES.get_template("dispatch.html.j2").render(data=data)
+    return PAGES.get_template("dispatch.html.j2").render(data=script_data(dispatches), alone=False)
+
+
+def page(dispatches: Sequence[Dispatch]) -> str:
+    """The same alone on a page, for a projector: of the same runs the same bytes."""
+    return PAGES.get_template("projector.html.j2").render(data=script_data(dispatches), alone=True)
 
 
 PART = Part("dispatch", jobs, alone=True, section=section)

@@ -11,7 +11,7 @@ from parity.study import dispatch, learning, simulate, sweep
 from parity.study.part import Asked, Part, Study
 
 # In the order of the page. A new part is a file with its record, and a word here.
-PARTS: tuple[Part, ...] = (dispatch.PART, sweep.PART, simulate.PART, learning.PART)
+PARTS: tuple[Part, ...] = (sweep.PART, dispatch.PART, simulate.PART, learning.PART)
 
 
 def run_study(asked: Asked, bar: Progress) -> Study:

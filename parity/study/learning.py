@@ -11,10 +11,9 @@ from functools import partial
 
 import msgspec
 import numpy as np
-from rich.table import Table
 
 from parity.oracle.tolerances import FACTOR, unit_roundoff
-from parity.study.part import Asked, Part, Plot, Study, axes, section, svg, table
+from parity.study.part import Asked, Part, Plot, Rows, Study, axes, section, svg
 from parity.study.routing import PRIORITIES
 
 Array = np.ndarray
@@ -127,17 +126,14 @@ def curves(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-COLUMNS = ("layers", "seeds", "last 20 steps", "range", "held out", "range", "dropped")
+COLUMNS = ("layers", "held out", "range", "dropped", "last 20 steps", "range", "seeds")
 
 
-def learning_table(study: Study) -> Table | None:
+def learning_table(study: Study) -> Rows | None:
     """Final losses with their spread over seeds."""
     if not (runs := study.of(Run)):
         return None
-    result = table(f"Learning, {_said(study)}", COLUMNS, 1)
-    for row in _rows(runs):
-        result.add_row(*row)
-    return result
+    return Rows(f"Learning, {_said(study)}", COLUMNS, _rows(runs))
 
 
 def learning_section(study: Study) -> str:
@@ -161,8 +157,8 @@ def _rows(runs: Sequence[Run]) -> list[list[str]]:
         last = [bits * float(np.mean(run.loss[-20:])) for run in of]
         held = [bits * run.held_out for run in of if run.held_out is not None]
         dropped = 100 * float(np.mean([np.mean(run.dropped) for run in of]))
-        rows.append([name, str(len(of)), f"{np.mean(last):.3f}", _range(last), f"{np.mean(held):.3f}" if held else "",
-                     _range(held), f"{dropped:.1f}%"])  # fmt: skip
+        rows.append([name, f"{np.mean(held):.3f}" if held else "", _range(held), f"{dropped:.1f}%",
+                     f"{np.mean(last):.3f}", _range(last), str(len(of))])  # fmt: skip
     return rows
 
 
@@ -171,26 +167,31 @@ def _range(values: Sequence[float]) -> str:
 
 
 def plots(study: Study) -> dict[str, Plot]:
-    """Losses, a panel for each capacity factor."""
+    """Losses, a picture for each capacity factor."""
     if not (found := study.of(Run)):
         return {}
     groups = curves(found)
     factors = list(dict.fromkeys(name.split(",")[0] for name in groups if name.startswith("capacity")))
-    figure, panels = axes(max(len(factors), 1))
-    for ax, factor in zip(panels, factors or [""], strict=True):
-        for name, runs in groups.items():
-            if name.startswith("capacity") and not name.startswith(f"{factor},"):
-                continue
-            loss = np.array([run.loss for run in runs]) / np.log(2)
-            n = loss.shape[1] // 10
-            smooth = loss[:, : 10 * n].reshape(len(runs), n, 10).mean(axis=2)
-            x = 10 * np.arange(n) + 5
-            (line,) = ax.plot(x, smooth.mean(axis=0), lw=1, label=name.split(", ")[-1] if "cap" in name[:3] else name)
-            ax.fill_between(x, smooth.min(axis=0), smooth.max(axis=0), alpha=0.15, color=line.get_color(), lw=0)
-        ax.set(title=factor, xlabel="step", ylabel="loss, bits per byte")
-        ax.legend(fontsize=7, frameon=False)
-    caption = "Training loss of each layer: means of 10 steps and of seeds, and in the band the range over seeds."
-    return {"learning.svg": Plot(svg(figure), caption)}
+    return {f"learning-{i}.svg": _losses(groups, factor) for i, factor in enumerate(factors or ["dropless"])}
+
+
+def _losses(groups: dict[str, list[Run]], factor: str) -> Plot:
+    figure, ax = axes()
+    for name, runs in groups.items():
+        if name.startswith("capacity") and not name.startswith(f"{factor},"):
+            continue
+        loss = np.array([run.loss for run in runs]) / np.log(2)
+        n = loss.shape[1] // 10
+        smooth = loss[:, : 10 * n].reshape(len(runs), n, 10).mean(axis=2)
+        x = 10 * np.arange(n) + 5
+        label = f"priority {name.split(', ')[-1]}" if name.startswith("capacity") else name
+        (line,) = ax.plot(x, smooth.mean(axis=0), lw=1, label=label)
+        ax.fill_between(x, smooth.min(axis=0), smooth.max(axis=0), alpha=0.15, color=line.get_color(), lw=0)
+    ax.set(title=factor, xlabel="step", ylabel="loss, bits per byte")
+    return Plot(
+        svg(figure),
+        f"Training loss, {factor}: means of 10 steps and of seeds, and in the band the range over seeds.",
+    )
 
 
 def jobs(asked: Asked) -> list[Callable[[], list[Run]]]:

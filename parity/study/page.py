@@ -6,17 +6,28 @@ from pathlib import Path
 from rich.console import Console
 
 from parity.cases.files import writing
+from parity.study import dispatch
+from parity.study.dispatch import Dispatch
 from parity.study.engine import PARTS
-from parity.study.part import PAGES, Plot, Study
+from parity.study.part import PAGES, Plot, Study, tables
+
+
+def answers(study: Study) -> list[str]:
+    """What the reader came for, in sentences of what was measured."""
+    return [sentence for part in PARTS for sentence in part.answer(study)]
 
 
 def print_study(console: Console, study: Study) -> None:
-    """The table of every part that has one."""
-    tables = [table for part in PARTS if (table := part.table(study))]
-    for i, table in enumerate(tables):
-        if i:
+    """The answer, and the table of every part that has one, as wide as the console."""
+    for sentence in answers(study):
+        console.print(sentence, markup=False)
+    for part in PARTS:
+        if found := part.table(study):
             console.print()
-        console.print(table)
+            console.print(found.title, markup=False)
+            for table in tables(found, console.width):
+                console.print()
+                console.print(table)
 
 
 def plots(study: Study) -> dict[str, Plot]:
@@ -33,13 +44,15 @@ def page(study: Study) -> str:
         )
         for part in PARTS
     ]
-    return PAGES.get_template("page.html.j2").render(header=study.header, sections=sections)
+    return PAGES.get_template("page.html.j2").render(header=study.header, answers=answers(study), sections=sections)
 
 
 def write(study: Study, folder: Path) -> list[Path]:
-    """The page, the plots and all figures, a JSON object a line."""
+    """The page, the dispatch alone on one, the plots, and all figures, a JSON object a line."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {"index.html": page(study), "study.jsonl": "\n".join(study.lines()) + "\n"}
+    if dispatches := study.of(Dispatch):
+        files["dispatch.html"] = dispatch.page(dispatches)
     files |= {name: plot.svg for name, plot in plots(study).items()}
     for name, text in files.items():
         with writing(folder / name) as path:

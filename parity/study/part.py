@@ -1,12 +1,15 @@
 """What a part of the study is, and what parts draw with. `engine.PARTS` lists them; each has a file of its own."""
 
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich.cells import cell_len
+from rich.markup import escape
 from rich.table import Table
 
 from parity.cases.case import Case
@@ -27,10 +30,12 @@ class Asked:
     """What to measure."""
 
     presets: Sequence[Case] = ()  # sweep these instead of the plan
-    recordings: Sequence[str] = ("pydoc",)
+    recordings: Sequence[str] = ()  # the reader's own: shown in place of the routing that comes with the project
     models: Sequence[str] = tuple(MODELS)
-    tokens: int = 4096  # on a rank, in the simulation
+    ranks: int | None = None  # none: 4 in the sweep, and several sizes in the simulation
+    tokens: int | None = None  # on a rank; none: 128 in the sweep, 4096 in the simulation
     steps: int | None = None  # of the simulation; none: up to 1000, fewer for large groups
+    quick: bool = False  # fewer shapes, skews and steps
     learn: int = 0  # seeds
     learn_steps: int = 200
     dispatch: bool = True
@@ -59,6 +64,15 @@ class Plot(NamedTuple):
     caption: str
 
 
+class Rows(NamedTuple):
+    """A table for the terminal, in words; the first `left` columns say what a row is about."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+
+
 class Part(NamedTuple):
     """One thing that the study measures. Of what shows it, anything can be left out, and shows nothing found as ""."""
 
@@ -67,9 +81,15 @@ class Part(NamedTuple):
     weight: int = 1  # how long a job takes beside others': the heaviest start first
     alone: bool = False  # a job starts processes itself: it runs here, when all others are done
     summary: Callable[[Study], list[Any]] = lambda _: []  # more records, of all that it found
-    table: Callable[[Study], Table | None] = lambda _: None  # for the terminal
+    answer: Callable[[Study], list[str]] = lambda _: []  # sentences that stand on top
+    table: Callable[[Study], Rows | None] = lambda _: None  # for the terminal
     section: Callable[[Study], str] = lambda _: ""  # of the page; its plots follow
     plots: Callable[[Study], dict[str, Plot]] = lambda _: {}  # by name of file
+
+
+def script_data(found: Any) -> str:
+    """JSON for a script element, inside which only "</" and "<!--" could end or change it."""
+    return msgspec.json.encode(found).decode().replace("<", "\\u003c")
 
 
 SECTION = PAGES.from_string("""
@@ -77,51 +97,98 @@ SECTION = PAGES.from_string("""
 {% if note %}
 <p class="note">{{ note }}</p>
 {% endif %}
-<div class="scroll" tabindex="0" role="region" aria-label="{{ title }}">
-<table><caption>{{ caption }}</caption>
+<table class="figures"><caption>{{ caption }}</caption>
 <thead><tr>{% for column in columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr>{% for cell in row %}{% if loop.first %}<th scope="row">{{ cell }}</th>{% else %}
+<td data-of="{{ columns[loop.index0] }}">{{ cell }}</td>{% endif %}{% endfor %}</tr>
 {% endfor %}
 </tbody></table>
-</div>
 """)
 
 
 def section(
-    name: str, title: str, caption: str, columns: Iterable[str], rows: Iterable[Iterable[object]], note: str = ""
+    name: str, title: str, caption: str, columns: Sequence[str], rows: Iterable[Iterable[object]], note: str = ""
 ) -> str:
     """A heading over a table, for the page."""
     return SECTION.render(name=name, title=title, caption=caption, columns=columns, rows=rows, note=note)
 
 
-def table(title: str, columns: Iterable[str], left: int) -> Table:
-    """An empty table whose first columns stand to the left."""
-    result = Table(
-        title=title, title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    for i, column in enumerate(columns):
-        result.add_column(column, justify="left" if i < left else "right", no_wrap=True)
-    return result
+MOST = 20  # characters of a column of names; longer ones are folded
 
 
-def axes(n: int, height: float = 3.4):
-    """A figure and its n axes, side by side."""
+def tables(found: Rows, width: int) -> list[Table]:
+    """The columns that fit beside each other, and below them those that do not, beside the first ones again."""
+    sizes = [
+        max(cell_len(text) for text in (*column.split(), *(row[i] for row in found.rows)))
+        for i, column in enumerate(found.columns)
+    ]
+    sizes[: found.left] = [min(size, MOST) for size in sizes[: found.left]]
+    first = list(range(found.left))
+    blocks: list[list[int]] = [[]]
+    for i in range(found.left, len(found.columns)):
+        if blocks[-1] and sum(sizes[j] + 1 for j in (*first, *blocks[-1], i)) > width:
+            blocks.append([])
+        blocks[-1].append(i)
+    made = []
+    for block in blocks:
+        made.append(Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0)))
+        for i in (*first, *block):
+            side = "left" if i < found.left else "right"
+            made[-1].add_column(found.columns[i], justify=side, overflow="fold", width=sizes[i])
+        for row in found.rows:
+            made[-1].add_row(*(escape(row[i]) for i in (*first, *block)))
+    return made
+
+
+# What is drawn in these is shown in the colours of the page, light or dark, also where the picture stands alone.
+PAPER, INK, FAINT = "#fefdfe", "#010203", "#807f81"
+COLOURS = ("#2f7fd1", "#e07b00", "#1f9d6b", "#c44fb0", "#d9483b", "#1897ad", "#8b6fe0", "#9a8400")
+STYLE = (
+    "<style>svg{--paper:#fff;--ink:#1c2128;--faint:#c9ced4}"
+    "@media(prefers-color-scheme:dark){svg{--paper:#0f1318;--ink:#e4e9ef;--faint:#414a55}}</style>"
+)
+
+
+def axes():
+    """A figure and its axes, as large as a phone is wide, in letters that can be read there."""
+    from cycler import cycler
+    from matplotlib import rc_context
     from matplotlib.figure import Figure  # takes a second
 
-    figure = Figure(figsize=(4.6 * n, height), layout="constrained")
-    found = figure.subplots(1, n, squeeze=False)[0]
-    for ax in found:
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, found
+    look: Any = {
+        "font.size": 12, "axes.titlesize": 12, "axes.facecolor": PAPER, "figure.facecolor": PAPER, "text.color": INK,
+        "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": FAINT,
+        "axes.prop_cycle": cycler(linestyle=("-", "--")) * cycler(color=COLOURS), "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False, "axes.axisbelow": True, "lines.markersize": 4,
+    }  # fmt: skip
+    with rc_context(look):
+        figure = Figure(figsize=(4.8, 4.2), layout="constrained")
+        return figure, figure.subplots()
+
+
+def plain(axis, values: Iterable[float]) -> None:
+    """Ticks where something was measured, in plain numbers: 1, 8, 64."""
+    from matplotlib.ticker import NullFormatter
+
+    at = sorted(set(values))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_ticks(at, [f"{value:g}" for value in at], minor=False)
 
 
 def svg(figure) -> str:
-    """The same bytes for the same figure."""
+    """The same bytes for the same figure. Its legend, if it has one, stands below."""
     import matplotlib
 
-    out = io.StringIO()
+    (ax,), out = figure.axes, io.StringIO()
+    handles, labels = ax.get_legend_handles_labels()
+    if labels:
+        columns = 2 if max(map(len, labels)) < 24 else 1
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=11, labelcolor=INK
+        )
     with matplotlib.rc_context({"svg.hashsalt": "parity", "svg.fonttype": "path"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+        figure.savefig(out, format="svg", metadata={"Date": None}, facecolor=PAPER)
+    drawn = out.getvalue().replace(PAPER, "var(--paper)").replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
+    return re.sub(r"(<svg [^>]*>)", lambda found: found[1] + STYLE, drawn, count=1)

@@ -4,6 +4,7 @@ Letters besides the layer's own: n steps. A routing is expert ids and scores [n,
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,11 @@ def zipf_routing(case: Case, skew: float, steps: int, seed: int = 0) -> Routing:
     return Routing(f"zipf {skew:g}", case, ids.astype(np.int32), score.astype(np.float32))
 
 
+def recording_name(recording: str) -> str:
+    """How a recording is called where it is shown: without its folder."""
+    return Path(recording).stem
+
+
 def recorded_routing(case: Case, steps: int) -> Routing:
     """Consecutive stretches of P*T tokens of a recording, up to `steps` of them.
 
@@ -66,7 +72,7 @@ def recorded_routing(case: Case, steps: int) -> Routing:
         score = chosen_scores(all_in_one, every, ids[None], learned, Exact()).weight[0].astype(np.float32)
     n = min(steps, len(ids) // (P * T))
     ids, score = (a[: n * P * T].reshape(n, P, T, -1) for a in (ids, score))
-    return Routing(case.recording, replace(all_in_one, ranks=P, tokens=T, name=case.name), ids, score)
+    return Routing(recording_name(case.recording), replace(all_in_one, ranks=P, tokens=T, name=case.name), ids, score)
 
 
 def preset_routing(case: Case, steps: int) -> Routing:

@@ -14,20 +14,19 @@ Static bins send and, where a bin is an expert's, multiply C rows whatever is in
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from rich.table import Table
 
 from parity.cases.case import Case
 from parity.cases.presets import MODELS
 from parity.cases.recording import case_of_recording, load_recording
 from parity.oracle.tolerances import numpy_dtype
-from parity.study.part import Asked, Part, Plot, Study, axes, section, svg, table
-from parity.study.routing import PER
-from parity.study.sweep import Spread
+from parity.study.part import Asked, Part, Plot, Rows, Study, axes, plain, section, svg
+from parity.study.routing import PER, recording_name
+from parity.study.sweep import BROUGHT, Spread, percent, spread
 
 Array = np.ndarray
 
@@ -126,6 +125,7 @@ class Fitted(NamedTuple):
         return zipf(case.experts, case.top_k, self.skew if skew is None else skew, concentration)
 
 
+@lru_cache
 def fit(recording: str) -> Fitted:
     """The Zipf exponent whose loads are nearest to a recording's, and the concentration over its stretches.
 
@@ -244,33 +244,35 @@ def simulate(
         return StaticTime(factor, per, seconds, float(1 - kept[per, factor] / max(sent, 1)))
 
     return Simulated(
-        case.name, source if isinstance(source, str) else source.name, P, T, E, K, case.width, case.hidden, steps,
-        _spread(busiest), _spread(needed["rank"]), _spread(needed["expert"]), near_bytes, far_bytes, _spread(dynamic),
+        case.name, recording_name(source) if isinstance(source, str) else source.name, P, T, E, K, case.width,
+        case.hidden, steps,
+        spread(busiest), spread(needed["rank"]), spread(needed["expert"]), near_bytes, far_bytes, spread(dynamic),
         [static(per, factor) for per, factor in capacity],
     )  # fmt: skip
-
-
-def _spread(values: Array) -> Spread:
-    return Spread(float(np.median(values)), float(np.quantile(values, 0.99)), float(values.max()))
 
 
 # A shape with as many experts as the largest group has ranks: no published model's.
 LARGEST = Case("512-experts", ranks=512, tokens=4096, width=4096, hidden=1024, experts=512, top_k=8, dtype="bfloat16")
 
 
-def cases(tokens: int = 4096) -> list[Case]:
-    """Each real model on one node and, where it has the experts, on 64 ranks and one expert a rank; and the largest."""
-    shapes = []
-    for model in MODELS.values():
-        for P in sorted({8, 64, model.experts}):
-            if model.experts % P == 0:
-                shapes.append(replace(model, ranks=P, tokens=tokens, pattern="random"))
-    return [*shapes, replace(LARGEST, tokens=tokens)]
+def cases(tokens: int = 4096, ranks: int | None = None) -> list[Case]:
+    """Each real model on one node and, where it has the experts, on 64 ranks and one expert a rank; and the largest.
+
+    With `ranks`, each on so many, where its experts can be shared out evenly.
+    """
+    return [
+        replace(model, ranks=P, tokens=tokens, pattern="random")
+        for model in (*MODELS.values(), LARGEST)
+        for P in sorted({ranks} if ranks else {LARGEST.ranks} if model is LARGEST else {8, 64, model.experts})
+        if model.experts % P == 0
+    ]  # fmt: skip
 
 
 def simulated_cases(asked: Asked) -> list[Case]:
-    """The models asked for, and the largest shape where all are."""
-    wanted = cases(asked.tokens)
+    """The models asked for, and the largest shape where all are; quickly, those of few ranks."""
+    wanted = cases(asked.tokens or 4096, asked.ranks)
+    if asked.quick and not asked.ranks:
+        wanted = [case for case in wanted if case.ranks <= 64]
     return [case for case in wanted if case.name in asked.models or set(asked.models) >= set(MODELS)]
 
 
@@ -282,78 +284,107 @@ def popularities(case: Case, recordings: Sequence[str], steps: int | None) -> li
         fitted = fit(recording)
         found.append(simulate(case, fitted.popularity(case), steps))
         if case.ranks <= fitted.experts and fitted.experts % case.ranks == 0 and case.ranks == 8:
-            own = replace(case, name=f"{case.name}, experts of {recording}", experts=fitted.experts, top_k=fitted.top_k)
+            name = f"{case.name}, experts of {recording_name(recording)}"
+            own = Case(
+                name, ranks=8, tokens=case.tokens, width=case.width, hidden=case.hidden, dtype=case.dtype,
+                experts=fitted.experts, top_k=fitted.top_k,
+            )  # fmt: skip
             found.append(simulate(own, recording, steps))
     return found
 
 
+def spread_out(recording: str, tokens: int, ranks: int | None, steps: int) -> list[Simulated]:
+    """A recording's own layer on 2, 4, 8 ... ranks, or on so many, whose tokens are stretches of the recording."""
+    case = replace(case_of_recording(Case(ranks=1, tokens=0, recording=recording)), recording=None, tokens=tokens)
+    sizes = [ranks] if ranks else [2**i for i in range(1, 10)]
+    return [
+        simulate(replace(case, ranks=P, name=recording_name(recording)), recording, steps)
+        for P in sizes if case.experts % P == 0
+    ]  # fmt: skip
+
+
 def jobs(asked: Asked) -> list[Callable[[], list[Simulated]]]:
-    """A model and size each."""
-    return [partial(popularities, case, asked.recordings, asked.steps) for case in simulated_cases(asked)]
+    """The reader's recordings, each on more and more ranks; a model and size each."""
+    steps = asked.steps or (20 if asked.quick else None)
+    own = [
+        partial(spread_out, recording, asked.tokens or 4096, asked.ranks, steps or 200)
+        for recording in asked.recordings
+    ]
+    recordings = asked.recordings or (BROUGHT,)
+    return own + [partial(popularities, case, recordings, steps) for case in simulated_cases(asked)]
 
 
 # ---- What is shown of it
 
 
-def scale_table(study: Study) -> Table | None:
-    """A line for each model, size and popularity. Modelled times stand beside what they drop."""
+def scale_table(study: Study) -> Rows | None:
+    """A line for each model, size and popularity, with times at a factor of 1.25 beside what that drops."""
     if not (found := study.of(Simulated)):
         return None
-    columns = ["model", "popularity", "P", "steps", "busiest", "worst", "rank bins", "expert", "NVLink", "network",
-               "dynamic", "1.25 rank", "1.25 expert"]  # fmt: skip
     title = (
-        "Simulated: rows of the busiest rank over the mean (median, worst); capacity factor needed (p99); MB that the "
-        "busiest sender sends;\nmodelled ms of a forward pass, dynamic, and static at 1.25 beside what that drops"
+        "Simulated: the capacity factor needed to drop nothing in 99% of steps; modelled ms of a forward pass, dynamic,"
+        " and static beside what that drops; rows of the busiest rank over the mean rank's; MB that the busiest sender"
+        " sends."
     )
-    result = table(title, columns, 2)
-    for s in found:
-        result.add_row(*_cells(s), *(_static(t) for per in PER for t in s.static if (t.factor, t.per) == (1.25, per)))
-    return result
+    return Rows(title, *_table(found, (1.25,)), 3)
+
+
+def _table(found: Sequence[Simulated], factors: Sequence[float]) -> tuple[list[str], list[list[str]]]:
+    def static(s: Simulated) -> list[StaticTime]:
+        return [t for t in s.static if t.factor in factors]
+
+    columns = ["model", "popularity", "ranks", "needed, rank bins", "needed, expert bins", "dynamic ms",
+               *(f"{t.factor:g} per {t.per} ms (drops)" for t in static(found[0])), "busiest, median",
+               "busiest, worst", "NVLink MB", "network MB", "steps"]  # fmt: skip
+    return columns, [
+        [
+            s.model, s.popularity, str(s.ranks), f"{s.needed_rank.p99:.2f}", f"{s.needed_expert.p99:.2f}",
+            f"{1e3 * s.dynamic_seconds.median:.2f}",
+            *(f"{1e3 * t.seconds:.2f} ({percent(t.dropped)})" for t in static(s)), f"{s.busiest.median:.2f}",
+            f"{s.busiest.worst:.2f}", f"{s.nvlink_bytes / 1e6:.0f}", f"{s.network_bytes / 1e6:.0f}", str(s.steps),
+        ]
+        for s in found
+    ]  # fmt: skip
 
 
 def scale_section(study: Study) -> str:
-    """The same for the page, at every factor."""
+    """The same for the page, at more factors."""
     if not (found := study.of(Simulated)):
         return ""
-    columns = ["model", "popularity", "P", "steps", "busiest, median", "worst", "needed, rank bins", "expert bins",
-               "NVLink MB", "network MB", "dynamic ms"]  # fmt: skip
-    columns += [f"{t.factor} per {t.per}: ms (dropped)" for t in found[0].static]
     return section(
         "scale", "Real models, by simulation",
-        "Rows of the busiest rank over the mean rank's; the capacity factor at which nothing drops in 99 of 100 steps; "
-        "modelled milliseconds.",
-        columns, [[*_cells(s), *map(_static, s.static)] for s in found],
+        "The capacity factor needed to drop nothing in 99% of steps; modelled milliseconds; rows of the busiest rank "
+        "over the mean rank's.",
+        *_table(found, (1.0, 1.25, 2.0)),
         note="Routing alone: no token was moved. Times are modelled, of one forward pass, from link speeds that were "
         "measured on one host or are nominal; a time stands beside what it drops.",
     )  # fmt: skip
 
 
-def _cells(s: Simulated) -> list[str]:
-    return [
-        s.model, s.popularity, str(s.ranks), str(s.steps), f"{s.busiest.median:.2f}", f"{s.busiest.worst:.2f}",
-        f"{s.needed_rank.p99:.2f}", f"{s.needed_expert.p99:.2f}", f"{s.nvlink_bytes / 1e6:.0f}",
-        f"{s.network_bytes / 1e6:.0f}", f"{1e3 * s.dynamic_seconds.median:.2f}",
-    ]  # fmt: skip
-
-
-def _static(t: StaticTime) -> str:
-    return f"{1e3 * t.seconds:.2f} ({100 * t.dropped:.1f}%)"
-
-
 def plots(study: Study) -> dict[str, Plot]:
-    """The capacity that models need as they are spread over more ranks."""
-    if not (found := study.of(Simulated)):
-        return {}
-    figure, panels = axes(2)
-    for ax, even in zip(panels, (True, False), strict=True):
-        for name in dict.fromkeys(s.model for s in found if "," not in s.model):
-            of = [s for s in found if s.model == name and (s.popularity == "zipf 0") == even]
-            ax.plot([s.ranks for s in of], [s.needed_rank.p99 for s in of], "o-", ms=3, label=name)
-        title = "even popularity" if even else "fitted popularity"
-        ax.set(title=title, xlabel="ranks", ylabel="capacity factor needed, p99", xscale="log", yscale="log")
-    panels[0].legend(fontsize=7, frameon=False)
-    caption = "Simulated capacity factor at which nothing drops in 99 of 100 steps, a bin per rank, against ranks."
-    return {"scale.svg": Plot(svg(figure), caption)}
+    """The capacity that models need as they are spread over more ranks; the reader's own recording beside them."""
+    models = [s for s in study.of(Simulated) if "," not in s.model]
+    own = {s.model for s in models if s.model == s.popularity}
+    found = {}
+    for name, even in (("even", True), ("fitted", False)):
+        if not (of := [s for s in models if (s.popularity == "zipf 0") == even]) or (even and own):
+            continue
+        figure, ax = axes()
+        for label in dict.fromkeys((s.model, s.popularity) for s in of):
+            line = [s for s in of if (s.model, s.popularity) == label]
+            words = f"{label[0]}, itself" if label[0] in own else label[0]
+            ax.plot([s.ranks for s in line], [s.needed_rank.p99 for s in line], marker="o", label=words)
+        title = "even popularity" if even else "popularity fitted to a recording"
+        ax.set(title=title, xlabel="ranks", ylabel="capacity factor needed", xscale="log", yscale="log")
+        plain(ax.xaxis, [s.ranks for s in of] if len({s.ranks for s in of}) < 6 else [8, 32, 128, 512])
+        low, high = ax.get_ylim()
+        ticks = (1, 1.1, 1.2, 1.4, 1.6, 2, 3) if high < 4 else (1, 2, 4, 8, 16, 32, 64, 128)
+        plain(ax.yaxis, [tick for tick in ticks if low <= tick <= high])
+        caption = (
+            f"Simulated capacity factor at which nothing drops in 99% of steps, a bin per rank, against ranks; {title}."
+        )
+        found[f"scale-{name}.svg"] = Plot(svg(figure), caption)
+    return found
 
 
 PART = Part("simulate", jobs, table=scale_table, section=scale_section, plots=plots)

@@ -1,13 +1,13 @@
 """What a static capacity costs and saves for a given routing: rows dropped and padded, bytes, memory, errors."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from rich.table import Table
 
 from parity.cases.case import Case
 from parity.cases.parameters import BY_NAME, Parameters
@@ -16,7 +16,19 @@ from parity.oracle import vectorised
 from parity.oracle.problem import tokens_that_choose
 from parity.oracle.reference import Exact, Layer
 from parity.oracle.tolerances import numpy_dtype
-from parity.study.part import Asked, Part, Plot, Study, axes, section, svg, table
+from parity.study.part import (
+    PAGES,
+    Asked,
+    Part,
+    Plot,
+    Rows,
+    Study,
+    axes,
+    plain,
+    script_data,
+    section,
+    svg,
+)
 from parity.study.routing import (
     PER,
     PRIORITIES,
@@ -34,6 +46,7 @@ Array = np.ndarray
 
 FACTORS = ("0.5", "0.75", "1", "1.25", "1.5", "2", "3", "4")
 SHOWN = ("1", "1.25", "2")  # in tables
+BROUGHT = "pydoc"  # the recording that comes with the project
 TENTHS = 10  # parts of the sequence by which drops are counted
 
 
@@ -41,8 +54,14 @@ class Spread(msgspec.Struct):
     """Over steps."""
 
     median: float
-    p99: float
+    p99: float  # the least that is enough in 99% of steps
     worst: float
+
+
+def spread(values: Array) -> Spread:
+    """Of one number a step."""
+    p99 = np.quantile(values, 0.99, method="inverted_cdf")
+    return Spread(float(np.median(values)), float(p99), float(values.max()))
 
 
 class Figures(msgspec.Struct, tag_field="kind", tag="figures"):
@@ -74,6 +93,7 @@ class Figures(msgspec.Struct, tag_field="kind", tag="figures"):
     dx_error: float | None = None  # of the tokens' gradient
     dw_error: float | None = None  # of all expert weights' gradients
     own: bool = False  # of the capacity that was asked for
+    brought: bool = False  # the reader's own routing, or a recording: not drawn for the plan
 
 
 def measure(routing: Routing, factor: str | None, per: str, priority: str, place: Array | None = None) -> Figures:
@@ -106,7 +126,7 @@ def measure(routing: Routing, factor: str | None, per: str, priority: str, place
         # x and y as grouped, as received, and expert-major
         memory=6 * B * C * row,
         dynamic_memory=float((2 * T * K + 4 * received).mean() * row),
-        needed=Spread(float(np.median(needed)), float(np.quantile(needed, 0.99)), float(needed.max())),
+        needed=spread(needed),
     )  # fmt: skip
 
 
@@ -199,16 +219,54 @@ class Plan:
     )  # fmt: skip
 
 
-def routings(plan: Plan, recordings: Sequence[str]) -> list[Callable[[], Routing]]:
-    """The routings of a plan and of recordings, made when they are asked for. A recording is cut for 4 ranks."""
+QUICK = Plan(skews=(0.0, 1.0), steps=100, shapes=())
+
+
+def planned(asked: Asked) -> Plan:
+    """The plan for what was asked: its ranks and tokens, with as many experts as can be shared out evenly."""
+    plan = QUICK if asked.quick else Plan()
+    base, shapes = plan.base, plan.shapes
+    if asked.ranks:
+        experts = -(-base.experts // asked.ranks) * asked.ranks
+        base = replace(base, ranks=asked.ranks, experts=experts)
+        shapes = tuple(s for s in shapes if "ranks" not in s and s.get("experts", experts) % asked.ranks == 0)
+    if asked.tokens:
+        base, shapes = replace(base, tokens=asked.tokens), tuple(s for s in shapes if "tokens" not in s)
+    return replace(plan, base=base, shapes=shapes)
+
+
+def recorded_case(recording: str, ranks: int | None, tokens: int | None) -> Case:
+    """A recording laid out over ranks: as asked, or over 4, in about eight steps.
+
+    Raises ValueError where its experts cannot be shared out evenly, or its tokens are too few for one step.
+    """
+    whole = case_of_recording(Case(ranks=1, tokens=0, recording=recording))
+    P = ranks or next(P for P in (4, 2, 1) if whole.experts % P == 0 and whole.tokens >= P)
+    if whole.experts % P:
+        raise ValueError(f"--ranks {P}: the {whole.experts} experts of --recording {recording} cannot be shared evenly")
+    # As many tokens as leave eight steps, for a spread over steps; fewer steps where the recording is short.
+    T = tokens or max(1, min(whole.tokens // P, max(16, whole.tokens // P // 8)))
+    if whole.tokens < P * T:
+        raise ValueError(
+            f"--recording {recording} has {whole.tokens} tokens, and a step of {P} ranks with {T} tokens each takes "
+            f"{P * T}: ask for fewer --ranks or --tokens"
+        )
+    return replace(whole, ranks=P, tokens=T)
+
+
+def routings(asked: Asked) -> list[Callable[[], Routing]]:
+    """The reader's own recordings; where there are none, the one that comes with the project, and the plan's.
+
+    Raises ValueError as `recorded_case` does.
+    """
+    plan = planned(asked)
+    if asked.recordings:
+        cases = [recorded_case(recording, asked.ranks, asked.tokens) for recording in asked.recordings]
+        return [partial(recorded_routing, case, plan.steps) for case in cases]
     base, middle = plan.base, plan.skews[len(plan.skews) // 2]
     made: list[Callable[[], Routing]] = []
-    for recording in recordings:
-        whole = case_of_recording(Case(ranks=1, tokens=0, recording=recording))
-        ranks = next(P for P in (4, 2, 1) if whole.experts % P == 0)
-        # As many tokens as leave eight steps, for a spread over steps; fewer steps where the recording is short.
-        tokens = max(1, min(whole.tokens // ranks, max(16, whole.tokens // ranks // 8)))
-        made.append(partial(recorded_routing, replace(whole, ranks=ranks, tokens=tokens), plan.steps))
+    with suppress(ValueError):  # it is small: ranks and tokens may be more than it has
+        made.append(partial(recorded_routing, recorded_case(BROUGHT, asked.ranks, asked.tokens), plan.steps))
     shaped = [(base, skew) for skew in plan.skews] + [(replace(base, **shape), middle) for shape in plan.shapes]
     for case, skew in shaped:
         made.append(partial(zipf_routing, case, skew, steps_that_fit(case, plan.steps), base.seed))
@@ -238,37 +296,87 @@ def commonest(groups: dict[tuple, list[Figures]]) -> list[list[Figures]]:
     return [g for key, g in groups.items() if key[1:] == common or not key[0].startswith("zipf")][:8]
 
 
-def _label(f: Figures) -> str:
-    return f"{f.routing}, P={f.ranks} T={f.tokens} E={f.experts} K={f.top_k}"
+def _shape(f: Figures) -> str:
+    return f"{f.ranks} x {f.tokens}, {f.top_k} of {f.experts}"
 
 
-def drop_table(study: Study) -> Table | None:
+def percent(rate: float) -> str:
+    """With one digit after the point; what is less than that shows is not shown as nothing."""
+    return "0%" if rate == 0 else "<0.1%" if rate < 0.0005 else f"{100 * rate:.1f}%"
+
+
+def enough(f: Figures) -> tuple[str, str]:
+    """The factor at which nothing drops, rounded up, and in how many of the steps."""
+    few = f.steps < 100
+    factor = f"{np.ceil(100 * (f.needed.worst if few else f.needed.p99) - 1e-9) / 100:.2f}"
+    if f.steps == 1:
+        return factor, "in its one step (one step: no percentile)"
+    return factor, f"in any of its {f.steps} steps" if few else "in 99% of steps"
+
+
+def sentence(group: Sequence[Figures]) -> str:
+    """What capacity one routing needs, and what it loses with less."""
+    rank, expert = (find(group, "1", per) for per in PER)
+    factor, when = enough(rank)
+    least = float(factor)
+    less = [f for f in (find(group, one, "rank") for one in FACTORS) if float(f.factor) < least and f.dropped]
+    shown = [f for f in less if f.factor == "1.25" or f is less[-1]]
+    losses = " and ".join(f"{f.factor} drops {percent(f.dropped)}" for f in reversed(shown))
+    name = "even routing" if rank.routing == "zipf 0" else rank.routing
+    said = (
+        f"For {name} ({rank.ranks} ranks of {rank.tokens} tokens, {rank.top_k} of {rank.experts} experts "
+        f"each), a capacity factor of {factor} with a bin per rank drops nothing {when}"
+        f"{f'; {losses}' if losses else ''}. With a bin per expert it takes {enough(expert)[0]}."
+    )
+    for f in group:
+        if f.own:
+            said += f" Yours, {as_asked([f])[0][3:]}, drops {percent(f.dropped)}."
+    return said
+
+
+def answer(study: Study) -> list[str]:
+    """Of the reader's own routings; without any, of a recorded one and of even routing."""
+    groups = list(by_routing(study.of(Figures)).values())
+    leading = [group for group in groups if group[0].brought]
+    if all(group[0].routing == BROUGHT for group in leading):
+        leading += [group for group in groups if group[0].routing == "zipf 0"][:1]
+    return [sentence(group) for group in leading or groups[:1]]
+
+
+def _needed(f: Figures) -> str:
+    return {1: "one step: no percentile"}.get(
+        f.steps, f"{f.steps} steps" if f.steps < 100 else f"99%\N{NO-BREAK SPACE}of\N{NO-BREAK SPACE}{f.steps}"
+    )
+
+
+NOTE = "Priority token; what drops is a share of all assignments, what is padding of the rows sent."
+
+
+def drop_table(study: Study) -> Rows | None:
     """A line for each routing and kind of bin: capacity needed, and at some factors what drops and what is padding."""
     if not (figures := study.of(Figures)):
         return None
-    columns = ["routing", "bins", "P", "T", "E", "K", "needed: median", "p99", "worst"]
     asked = [f for f in figures if f.own]
-    result = table(
-        "Capacity factor at which nothing drops, over steps; % dropped (priority token) / % of rows padding",
-        [*columns, *(f"at {factor}" for factor in SHOWN), *as_asked(asked), "output off at 1"], 2,
-    )  # fmt: skip
+    columns = ["routing", "bin per", "needed", *(f"{factor} drops" for factor in SHOWN), *as_asked(asked),
+               "ranks x tokens, chosen", "needed in", "median", "worst", *(f"{factor} pads" for factor in SHOWN),
+               "output off at 1"]  # fmt: skip
+    rows = []
     for group in by_routing(figures).values():
         for per in PER:
-            first, needed = find(group, "1", per), find(group, "1", per).needed
-            cells = [first.routing, per, *map(str, (first.ranks, first.tokens, first.experts, first.top_k))]
-            cells += [f"{n:.2f}" for n in (needed.median, needed.p99, needed.worst)]
-            for factor in SHOWN:
-                f = find(group, factor, per)
-                cells.append(f"{100 * f.dropped:.1f}/{100 * f.padded:.0f}")
-            own = next((f for f in group if f.own), None)
-            if own:
-                cells.append(f"{100 * own.dropped:.1f}/{100 * own.padded:.0f}" if own.per == per else "")
-            result.add_row(*cells, "" if first.out_error is None else f"{100 * first.out_error:.1f}%")
-    return result
+            first = find(group, "1", per)
+            shown = [find(group, factor, per) for factor in SHOWN]
+            own = [" / ".join(_two(f)) if f.per == per else "" for f in group if f.own]
+            rows.append([
+                first.routing, per, enough(first)[0], *(percent(f.dropped) for f in shown), *own,
+                _shape(first), _needed(first), f"{first.needed.median:.2f}", f"{first.needed.worst:.2f}",
+                *(f"{100 * f.padded:.0f}%" for f in shown),
+                "" if first.out_error is None else percent(first.out_error),
+            ])  # fmt: skip
+    return Rows(f"The capacity factor needed to drop nothing, and what less of it costs. {NOTE}", columns, rows, 2)
 
 
 def _two(f: Figures) -> tuple[str, str]:
-    return f"{100 * f.dropped:.1f}%", f"{100 * f.padded:.0f}%"
+    return percent(f.dropped), f"{100 * f.padded:.0f}%"
 
 
 def as_asked(figures: Sequence[Figures]) -> list[str]:
@@ -277,102 +385,90 @@ def as_asked(figures: Sequence[Figures]) -> list[str]:
 
 
 def drop_section(study: Study) -> str:
-    """The same for the page, which has room for more."""
-    if not (figures := study.of(Figures)):
+    """The figures to choose from, and the table of the terminal."""
+    if not (found := drop_table(study)):
         return ""
-    columns = ["routing", "bins", "P", "T", "E", "K", "steps", "needed: median", "p99", "worst"]
-    columns += [column for factor in SHOWN for column in (f"dropped at {factor}", "padding")]
-    columns += [column for what in as_asked([f for f in figures if f.own]) for column in (f"dropped {what}", "padding")]
-    rows = []
-    for group in by_routing(figures).values():
-        for per in PER:
-            f = find(group, "1", per)
-            shown = [find(group, factor, per) for factor in SHOWN]
-            rows.append([
-                f.routing, per, f.ranks, f.tokens, f.experts, f.top_k, f.steps,
-                *(f"{n:.2f}" for n in (f.needed.median, f.needed.p99, f.needed.worst)),
-                *(cell for f in shown for cell in _two(f)),
-                *(cell for own in group if own.own for cell in (_two(own) if own.per == per else ("", ""))),
-            ])  # fmt: skip
-    return section(
+    groups = by_routing(study.of(Figures)).values()
+    chosen = [
+        {
+            "name": f"{group[0].routing}: {_shape(group[0])}",
+            "when": enough(group[0])[1],
+            "needed": {per: enough(find(group, "1", per))[0] for per in PER},
+            "figures": group,
+        }
+        for group in groups
+    ]
+    data = script_data({"groups": chosen, "factors": FACTORS})
+    return PAGES.get_template("costs.html.j2").render(data=data) + section(
         "drops", "Capacity needed, and what drops below it",
-        "Priority token. Dropped is a share of all assignments, padding of the rows sent; the factor needed is over "
-        "steps.",
-        columns, rows,
+        NOTE,
+        found.columns, found.rows,
     )  # fmt: skip
 
 
 def plots(study: Study) -> dict[str, Plot]:
     """Of routings whose errors are known."""
     figures = study.of(Figures)
-    skewed = {k: g for k, g in by_routing(figures).items() if find(g, "1", "rank").out_error is not None}
-    if not skewed:
+    groups = [g for g in by_routing(figures).values() if find(g, "1", "rank").out_error is not None]
+    if not groups:
         return {}
-    return {
-        "drops.svg": Plot(
-            _drops(skewed),
-            "Assignments dropped against the capacity factor, with a bin per rank and a bin per expert, priority "
-            "token.",
-        ),
-        "positions.svg": Plot(
-            _positions(skewed),
-            "Assignments dropped in each tenth of a rank's tokens in order, capacity factor 1, a bin per rank.",
-        ),
-        "errors.svg": Plot(
-            _errors(figures),
-            "Relative error of the output and of the tokens' gradient against the dropless layer, by share dropped.",
-        ),
-    }
+    shown = commonest(by_routing([f for g in groups for f in g]))
+    found = {f"drops-{per}.svg": _drops(shown, per) for per in PER}
+    found["positions.svg"] = _positions(shown[len(shown) // 2])
+    for name, what in (("out_error", "output"), ("dx_error", "gradient")):
+        found[f"error-of-{what}.svg"] = _errors(figures, name, what)
+    return found
 
 
-def _drops(groups: dict[tuple, list[Figures]]) -> str:
-    figure, panels = axes(2)
-    for ax, per in zip(panels, PER, strict=True):
-        for group in commonest(groups):
-            points = [find(group, factor, per) for factor in FACTORS]
-            x, y = [float(p.factor) for p in points], [100 * p.dropped for p in points]
-            ax.plot(x, y, "o-", ms=3, label=_label(points[0]))
-        ax.set(title=f"a bin per {per}", xlabel="capacity factor", ylabel="dropped, %")
-    panels[0].legend(fontsize=7, frameon=False)
-    return svg(figure)
+def _drops(groups: Sequence[Sequence[Figures]], per: str) -> Plot:
+    figure, ax = axes()
+    for group in groups:
+        points = [find(group, factor, per) for factor in FACTORS]
+        ax.plot([float(p.factor) for p in points], [100 * p.dropped for p in points], "o-", label=points[0].routing)
+    ax.set(title=f"a bin per {per}", xlabel="capacity factor", ylabel="assignments dropped, %")
+    plain(ax.xaxis, [0.5, 1, 1.5, 2, 3, 4])
+    return Plot(svg(figure), f"Assignments dropped against the capacity factor, with a bin per {per}, priority token.")
 
 
-def _positions(groups: dict[tuple, list[Figures]]) -> str:
-    figure, panels = axes(1)
-    group = commonest(groups)[len(commonest(groups)) // 2]
+def _positions(group: Sequence[Figures]) -> Plot:
+    figure, ax = axes()
     for priority in PRIORITIES:
         f = find(group, "1", "rank", priority)
-        panels[0].plot(np.arange(5, 100, 10), [100 * r for r in f.dropped_by_position], "o-", ms=3, label=priority)
-    panels[0].set(
-        title=_label(group[0]), xlabel="position in the rank's tokens, %", ylabel="dropped, %", ylim=(0, None)
-    )
-    panels[0].legend(title="priority", frameon=False)
-    return svg(figure)
+        ax.plot(np.arange(5, 100, 10), [100 * r for r in f.dropped_by_position], "o-", label=f"priority {priority}")
+    ax.set(
+        title=f"{group[0].routing}, capacity factor 1, a bin per rank", xlabel="position in the rank's tokens, %",
+        ylabel="assignments dropped, %", ylim=(0, None),
+    )  # fmt: skip
+    return Plot(svg(figure), f"Assignments of {group[0].routing} dropped in each tenth of a rank's tokens in order.")
 
 
-def _errors(figures: Sequence[Figures]) -> str:
-    figure, panels = axes(2)
-    for ax, name, what in zip(panels, ("out_error", "dx_error"), ("output", "tokens' gradient"), strict=True):
-        for priority, marker in zip(PRIORITIES, "o^s", strict=True):
-            points = [(f.dropped, getattr(f, name)) for f in figures if f.priority == priority]
-            ax.plot(*(100 * np.array(points, float).T), marker, ms=3, alpha=0.5, label=priority)
-        ax.set(title=f"error of the {what}", xlabel="dropped, %", ylabel="relative error in L2, %")
-    panels[0].legend(title="priority", frameon=False)
-    return svg(figure)
+def _errors(figures: Sequence[Figures], name: str, what: str) -> Plot:
+    figure, ax = axes()
+    for priority, marker in zip(PRIORITIES, "o^s", strict=True):
+        points = [(f.dropped, getattr(f, name)) for f in figures if f.priority == priority and not f.own]
+        ax.plot(*(100 * np.array(points, float).T), marker, alpha=0.6, label=f"priority {priority}")
+    of = {"output": "output", "gradient": "tokens' gradient"}[what]
+    ax.set(title=f"error of the {of}", xlabel="assignments dropped, %", ylabel="relative error in L2, %")
+    return Plot(svg(figure), f"Relative error of the {of} against the dropless layer, by the share that is dropped.")
 
 
 def jobs(asked: Asked) -> list[Callable[[], list[Figures]]]:
     """A routing each: those of the presets asked for, or the plan's and the recordings'."""
     made = [partial(preset_routing, case, 8) for case in asked.presets]
-    return [partial(_swept, asked.capacity, routing) for routing in made or routings(Plan(), asked.recordings)]
+    if asked.recordings or not made:
+        made += routings(asked)
+    return [partial(_swept, asked.capacity, routing) for routing in made]
 
 
 def _swept(own: Case | None, routing: Callable[[], Routing]) -> list[Figures]:
-    found = list(sweep(made := routing()))
+    made = routing()
+    found = list(sweep(made))
     if own:
         as_asked = measure(made, own.capacity_factor, own.capacity_per, own.priority)
         found.append(msgspec.structs.replace(as_asked, own=True))
+    for f in found:
+        f.brought = not made.name.startswith("zipf ")
     return found
 
 
-PART = Part("sweep", jobs, table=drop_table, section=drop_section, plots=plots)
+PART = Part("sweep", jobs, answer=answer, table=drop_table, section=drop_section, plots=plots)
