@@ -153,10 +153,12 @@ def everywhere(tree: dict[str, np.ndarray], P: int, how: str) -> Arrays:
 
 
 def fetch(arrays: Any, how: str) -> Any:
-    """On the host, those of every process's devices."""
+    """On the host, those of every process's devices. A dictionary is emptied, so that each array is there once."""
     if how == "processes" and jax.process_count() > 1:
         return multihost_utils.process_allgather(arrays, tiled=True)
-    return jax.device_get(arrays)
+    if not isinstance(arrays, dict):
+        return jax.device_get(arrays)
+    return {name: jax.device_get(arrays.pop(name)) for name in list(arrays)}
 
 
 def sharding(P: int, split: bool, groups: int = 1) -> NamedSharding:

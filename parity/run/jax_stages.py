@@ -92,12 +92,12 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
         again = fetch(whole(problem, "the first step, repeated"), how_whole)
         differ = _differing(_per_rank(first, groups), arrays := _per_rank(again, groups))
         del first, again
-        feeds = put(_feeds(problem, stages_of), case.ranks, how)
-        same = how == how_whole and groups == 1
-        alone = isolated(at, "the stages on their own", learned if same else _learned(problem, how), feeds)
-        del feeds
-        alone = fetch(alone, how)
-        arrays |= differ | _per_rank(alone, 1)
+        of_stages = learned if how == how_whole and groups == 1 else _learned(problem, how)
+        for program, rows in zip(isolated, parts_of(case), strict=True):
+            feeds = put(_feeds(problem, stages_of, rows), case.ranks, how)
+            alone = program(at, "the stages on their own", of_stages, feeds)
+            del feeds
+            arrays |= differ | _per_rank(fetch(alone, how), 1)
     trace.arrays = {name: arrays[name] for name in backend.provides if name in arrays}
     return trace
 
@@ -227,6 +227,8 @@ _QUICKLY = {"xla_backend_optimization_level": 0}
 _AS_USERS_DO: dict[str, Any] = {"xla_backend_optimization_level": 3}
 if jax.__version_info__ < (0, 11):
     _QUICKLY["xla_cpu_use_fusion_emitters"] = 0
+    # In an order that lets memory be used again, not one that keeps cores busy, which ranks do: half the memory.
+    _QUICKLY["xla_cpu_enable_concurrency_optimized_scheduler"] = 0
     _AS_USERS_DO["xla_cpu_use_fusion_emitters"] = True
 
 
@@ -373,8 +375,8 @@ def biases_in(learned: Arrays) -> dict[str, Any]:
 @lru_cache(maxsize=4)  # cases with the same program come one after the other; more would only fill memory
 def programs(
     stages_of: Stages, case: Case, capacity: Capacity, oracle_rows: int, how: str, choose: bool, wanted: frozenset[str]
-) -> tuple[Program | Eager, Program]:
-    """The whole layer and the stages on their own, each compiled once for all cases of these shapes."""
+) -> tuple[Program | Eager, list[Program]]:
+    """The whole layer, and the stages on their own in parts, each compiled once for all cases of these shapes."""
     axis = AXIS if case.ranks > 1 else None
 
     def provided(arrays: Arrays) -> Arrays:
@@ -408,7 +410,8 @@ def programs(
     as_users_do = case.way == "compiled" or not small(case)  # a large case takes longer to run than to compile
     options = _AS_USERS_DO if as_users_do and jax.default_backend() == "cpu" else None
     whole = Eager(end_to_end) if case.way == "eager" else Program(jax.jit(end_to_end, compiler_options=options))
-    return whole, Program(jax.jit(isolated, compiler_options=options if not small(case) else None))
+    of_stages = options if not small(case) else None
+    return whole, [Program(jax.jit(isolated, compiler_options=of_stages)) for _ in parts_of(case)]
 
 
 def _capacity(case: Case) -> Capacity:
@@ -506,15 +509,27 @@ _FEEDS = {
 }
 
 
-def _feeds(problem: Problem, stages_of: Stages) -> dict[str, np.ndarray]:
+# Those of the experts, and of the stages before them.
+_EXPERTS = ("x_expert_major", "dy_expert_major")
+_BEFORE = ("x_grouped", "x_received", "dx_grouped", "dx_received", "dx_expert_major")
+
+
+def parts_of(case: Case) -> list[tuple[str, ...]]:
+    """Which rows isolated stages are fed together: all, or a part after the other where they are many."""
+    after = tuple(name for name in _FEEDS if name not in _EXPERTS + _BEFORE)
+    return [tuple(_FEEDS)] if small(case) else [_EXPERTS, _BEFORE, after]
+
+
+def _feeds(problem: Problem, stages_of: Stages, wanted: tuple[str, ...]) -> dict[str, np.ndarray]:
     case, P = problem.case, problem.case.ranks
     table = row_tables(case, problem.expert_id, problem.keep, stages_of.layout)
     rows = {"x": np.repeat(problem.given.reshape(-1, case.width), case.top_k, axis=0)}
     rows |= {n: getattr(problem, n).reshape(-1, case.width) for n in ("y", "dy", "dx_rows")}
     rows["order"] = np.where(problem.keep[..., None], problem.order_probe()[0], 0).reshape(-1, case.width)
     everywhere = {where: [np.stack(of_ranks)] for where, of_ranks in table.items()}
-    feeds = {n: lay_out(rows[of], everywhere[where], fill)[0] for n, (of, where, fill) in _FEEDS.items()}
-    if case.bins == P or stages_of is Ragged:  # rows past the groups, which no expert may read
+    feeds = {n: lay_out(rows[of], everywhere[where], fill)[0] for n, (of, where, fill) in _FEEDS.items() if n in wanted}
+    past_the_groups = case.bins == P or stages_of is Ragged  # there are rows, which no expert may read
+    if "x_expert_major" in wanted and past_the_groups:
         feeds["x_expert_major"] = lay_out(rows["x"], everywhere["expert_major"], np.nan)[0]
     tokens = ("x", "given", "expert_id", "other_experts", "score", "dscore", "dout", "keep")
     feeds |= {name: getattr(problem, name) for name in tokens}
@@ -528,18 +543,23 @@ def _feeds(problem: Problem, stages_of: Stages) -> dict[str, np.ndarray]:
 def _isolated(
     stages_of: Stages, case: Case, planned: Capacity, oracle_rows: int, axis: str | None, learned: Arrays, feeds: Arrays
 ) -> Arrays:
-    """Every stage of one rank fed the oracle's input, forward and backward."""
+    """Every stage of one rank that is fed: the oracle's input, forward and backward."""
     out: Arrays = {}
+    fed = feeds.get
     stages = stages_of(case, planned, oracle_rows, axis, feeds)
 
     def keep_values(stage: str, values: Arrays) -> None:
         out.update({f"isolated/{stage}/{key}": value for key, value in values.items()})
 
-    def alone(stage: str, f: Callable[..., Any], inputs: Arrays, cotangent: jax.Array, returns: str = "") -> Arrays:
+    def alone(
+        stage: str, f: Callable[..., Any], inputs: dict, cotangent: jax.Array | None, returns: str = ""
+    ) -> Arrays:
         """What the stage returns, and the gradient of each input from the cotangent of what the next stage takes.
 
-        `returns` is the name of that, where it is not what the next stage takes.
+        `returns` is the name of that, where it is not what the next stage takes. Nothing of a stage that is not fed.
         """
+        if cotangent is None or any(a is None for a in inputs.values()):
+            return {}
 
         def named_result(*leaves: jax.Array) -> tuple[jax.Array, Arrays]:
             values = {returns: f(*leaves)} if returns else named(stage, f(*leaves))
@@ -579,22 +599,21 @@ def _isolated(
     def group(x: jax.Array) -> Any:
         return stages.group_by_expert(x, ids, score, counts)
 
-    alone("group_by_expert", group, {"x": feeds["given"]}, feeds["dx_grouped"])
+    alone("group_by_expert", group, {"x": feeds["given"]}, fed("dx_grouped"))
     keep_values("group_by_expert", stages.planned_rows())
 
     keep_values("exchange_counts", named("exchange_counts", stages.exchange_counts(feeds["sent_E"])))
 
-    alone("send_tokens", stages.send_tokens, {"x": feeds["x_grouped"]}, feeds["dx_received"])
-    alone("to_expert_major", stages.to_expert_major, {"x": feeds["x_received"]}, feeds["dx_expert_major"])
+    alone("send_tokens", stages.send_tokens, {"x": fed("x_grouped")}, fed("dx_received"))
+    alone("to_expert_major", stages.to_expert_major, {"x": fed("x_received")}, fed("dx_expert_major"))
 
     of_experts = of_stage(lambda one: one.per_rank)
 
     def apply_experts(x: jax.Array, *w: jax.Array) -> Any:
         return stages.apply_experts(x, dict(zip(of_experts, w, strict=True)))
 
-    inputs = {"x": feeds["x_expert_major"]} | of_experts
-    found = alone("apply_experts", apply_experts, inputs, feeds["dy_expert_major"])
-    gradients = compared(case, {name: found[f"d{name}"] for name in of_experts})
+    found = alone("apply_experts", apply_experts, {"x": fed("x_expert_major")} | of_experts, fed("dy_expert_major"))
+    gradients = compared(case, {name: found[f"d{name}"] for name in of_experts if found})
     keep_values("apply_experts", {f"d{name}": a for name, a in gradients.items()})
     of_shared = of_stage(lambda one: one.shared)
     if of_shared:
@@ -609,15 +628,15 @@ def _isolated(
     def back(y: jax.Array) -> Any:
         return stages.to_rank_major(y, feeds["source"], feeds["target"])
 
-    alone("to_rank_major", back, {"y": feeds["y_expert_major"]}, feeds["dy_received"])
-    alone("return_tokens", stages.return_tokens, {"y": feeds["y_received"]}, feeds["dy_grouped"])
+    alone("to_rank_major", back, {"y": fed("y_expert_major")}, fed("dy_received"))
+    alone("return_tokens", stages.return_tokens, {"y": fed("y_received")}, fed("dy_grouped"))
 
     def combine(y: jax.Array, score: jax.Array) -> Any:
         return stages.combine(y, score, keep, feeds["slot"], feeds["assignment"])
 
-    alone("combine", combine, {"y": feeds["y_grouped"], "score": score}, feeds["dout"])
+    alone("combine", combine, {"y": fed("y_grouped"), "score": score}, feeds["dout"])
 
-    if case.top_k >= 3:
+    if case.top_k >= 3 and "order_grouped" in feeds:
         keep_values("combine", {"order": combine(feeds["order_grouped"], keep.astype(score.dtype))})
         _, vjp = jax.vjp(lambda x: named("group_by_expert", group(x))["x"], feeds["x"])
         keep_values("group_by_expert", {"dx_order": vjp(feeds["order_grouped"])[0]})
