@@ -220,8 +220,8 @@ class _Worker:
         command += [*_records(backend, setting), *["kept"] * kept]
         # Forked ranks must not find a machine's worth of threads each, nor one framework take all of a GPU's memory.
         own = {"JAX_PLATFORMS": setting.device, "OMP_NUM_THREADS": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        # Memory in pages of 2 MB, where the C library can: a large case spends its time in being given it. Given back at
-        # once from 4 MB on: else a process keeps half a GB that it has no use for.
+        # Memory in pages of 2 MB, where the C library can: a large case spends its time in being given it. From 4 MB on
+        # given back at once: else a process keeps half a GB that it has no use for.
         tunables = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4194304"
         own["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", tunables)
         if backend.framework == "jax" and setting.device == "cpu":
