@@ -279,7 +279,7 @@ def test_a_trace_survives_the_disk(tmp_path):
     problem = draw(replace(CASE, dtype="bfloat16"))
     trace = replace(perfect(problem, "jax", expectations(problem)), environment={"jax": "0"}, seconds=1.5)
     many = [np.array([rank, np.nan]) for rank in range(11)]  # 10 comes after 9
-    trace.arrays = {**trace.arrays, "e2e/route/many": many}
+    trace.arrays = {**trace.arrays, "e2e/route/drouter": many}
     trace.save(tmp_path / "folder")
     (again,) = load_folder(tmp_path / "folder")
     assert (again.case, again.backend) == (trace.case, BACKENDS["jax"])
@@ -295,7 +295,9 @@ def test_what_is_no_trace(tmp_path):
     with pytest.raises(ValueError, match=r"holds no traces: write some with .*--save"):
         load_folder(tmp_path)
     save_file({"expert_id": np.zeros((1, 1))}, tmp_path / "recording.safetensors")
-    with pytest.raises(ValueError, match=r"recording.safetensors is not a trace written by .*--save"):
+    with pytest.raises(
+        ValueError, match=r"recording.safetensors is no trace: its metadata lack case and backend, which .*--save"
+    ):
         load_folder(tmp_path)
 
 

@@ -78,8 +78,8 @@ def _ragged(n_out, n_in, axis_name, x, send_P, receive_P, put_at_P, back_at_P): 
     # XLA writes past the end of a buffer without a word, so whatever was asked for, no size reaches past one.
     send_P = jnp.clip(jnp.minimum(n_in - from_P, n_out - put_at_P), 0, send_P)
     receive_P = jnp.clip(n_out - to_P, 0, receive_P)
-    done_PU, send_PU = cut(send_P, UPDATES // send_P.shape[0])
-    _, receive_PU = cut(receive_P, UPDATES // send_P.shape[0])
+    done_PU, send_PU = _cut(send_P, UPDATES // send_P.shape[0])
+    _, receive_PU = _cut(receive_P, UPDATES // send_P.shape[0])
     from_PU = jnp.minimum(from_P[:, None] + done_PU, n_in)
     put_at_PU = jnp.minimum(put_at_P[:, None] + done_PU, n_out)
     sizes = (from_PU, send_PU, put_at_PU, receive_PU)
@@ -87,10 +87,10 @@ def _ragged(n_out, n_in, axis_name, x, send_P, receive_P, put_at_P, back_at_P): 
     return jax.lax.ragged_all_to_all(x, buffer, *(a.reshape(-1).astype(jnp.int32) for a in sizes), axis_name=axis_name)
 
 
-def cut(rows_P: Integer[Array, " P"], n: int) -> tuple[Integer[Array, "P n"], Integer[Array, "P n"]]:
+def _cut(rows_P: Integer[Array, " P"], n: int) -> tuple[Integer[Array, "P n"], Integer[Array, "P n"]]:
     """Each peer's rows in n updates, as equal as they can be: how many rows come before each, and how many it has.
 
-    cut([5, 2], 2) = [[0, 3], [0, 1]], [[3, 2], [1, 1]]
+    _cut([5, 2], 2) = [[0, 3], [0, 1]], [[3, 2], [1, 1]]
     """
     most_P1 = -(-rows_P[:, None] // n)
     done_Pn = jnp.minimum(jnp.arange(n) * most_P1, rows_P[:, None])
