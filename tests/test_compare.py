@@ -53,7 +53,7 @@ def expectations(problem: Problem) -> Wanted:
     return {layout: oracle.expected(names(layout), layout) for layout in SIDES.values()}
 
 
-WANTED = expectations(PROBLEM)
+WANTED, EXACT = expectations(PROBLEM), Evaluation(PROBLEM)
 TABLES = {backend: row_tables(CASE, PROBLEM.expert_id, PROBLEM.keep, layout) for backend, layout in SIDES.items()}
 
 
@@ -96,6 +96,8 @@ class Remembered:
 
     def __init__(self, problem: Problem) -> None:
         assert problem is PROBLEM
+
+        self.exact = EXACT
 
     def measure(self, names: set[str]) -> None:
         pass

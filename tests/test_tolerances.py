@@ -306,7 +306,7 @@ def test_shares_of_parts_are_found_again():
     parts[1] = 0
     shares = shares_of(parts)
     # 50 products and a solve in float64, of parts that are far from parallel
-    np.testing.assert_allclose(shares @ (1.5 * parts[0] + 0.25 * parts[2]), [1.5, 0, 0.25], atol=1e-13)
+    np.testing.assert_allclose(shares @ (1.5 * parts[0] + 0.25 * parts[2]), [1.5, 0, 0.25], rtol=0, atol=1e-13)
 
 
 def test_of_clamped_numbers_the_rounding_is_their_own():

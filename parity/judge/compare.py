@@ -16,7 +16,7 @@ from parity.oracle.expected import Expected, Oracle, in_groups, mapped
 from parity.oracle.problem import Problem, exact_inputs, parameters_in_float64
 from parity.oracle.quantities import OUTSIDE
 from parity.oracle.reference import Exact
-from parity.oracle.rows import PADDING, Table, identity, lay_out, row_tables
+from parity.oracle.rows import PADDING, Table, identity, lay_out
 from parity.oracle.tolerances import allowance, allowed, numpy_dtype, slope
 from parity.run.trace import Trace
 
@@ -113,7 +113,7 @@ def canonical(
     if len(per_rank) != P and not (expected.quantity.summed and len(per_rank) == 1):
         raise MismatchError(f"{len(per_rank)} arrays, expected one for each of {P} ranks")
     arrays = [a.astype(np.int64) for a in per_rank] if expected.dtype == "int" else per_rank
-    axes, shape = "" if expected.mode == "repeat" else expected.axes[:1], expected.values.shape
+    axes, shape = "" if expected.mode == "repeat" else expected.axes[:1], expected.shape
     axes = "summed" if expected.quantity.summed and axes else axes
     if axes == "A":
         return _canonical_rows(arrays, expected, table[expected.quantity.order], numbers, inside)
@@ -136,7 +136,7 @@ def canonical(
 def _canonical_rows(
     arrays: list[Array], expected: Expected, order: list[Array], numbers: list[Array] | None, inside: bool
 ) -> Canonical:
-    quantity, shape = expected.quantity, expected.values.shape
+    quantity, shape = expected.quantity, expected.shape
     if numbers is None and inside:
         raise MismatchError("nothing says which rows these are")
     order = order if numbers is None else numbers
@@ -191,8 +191,9 @@ def compare(
     oracle = oracle or Oracle(problem)
     oracle.measure({name for trace in traces for name in trace.backend.provides})
     sides = [
-        _Side(trace, oracle.expected(trace.backend.provides, trace.backend.layout), table_of(problem, trace))
+        _Side(trace, oracle.expected(backend.provides, backend.layout), oracle.exact.table(backend.layout))
         for trace in traces
+        for backend in [trace.backend]
     ]
     against_the_oracle: dict[str, dict[str, Check]] = {side.name: {} for side in sides}
     scales: dict[str, list[Check]] = {side.name: [] for side in sides}
@@ -250,11 +251,6 @@ class _Side:
         return have
 
 
-def table_of(problem: Problem, trace: Trace) -> Table:
-    """Where the rows of a trace lie."""
-    return row_tables(problem.case, problem.expert_id, problem.keep, trace.backend.layout)
-
-
 def _of_side(
     problem: Problem, side: _Side, name: str, found: dict[str, Canonical], picture: Picture | None
 ) -> list[Check]:
@@ -282,9 +278,10 @@ def _of_two(problem: Problem, name: str, a: _Side, b: _Side, found: dict[str, Ca
     None where layouts differ, or one side dropped rows: each was held against the oracle's word for it.
     """
     want, left, right = a.expected[name], found[a.name], found[b.name]
-    other = b.expected[name].values
-    if want.yardstick is None and not space_of(other).all(want.values == other):
-        return None
+    if want.yardstick is None:
+        values, other = want.values, b.expected[name].values
+        if not space_of(values).all(values == other):
+            return None
     return _judge(problem, want, a.name, b.name, left, left.present & right.present, other=right)
 
 

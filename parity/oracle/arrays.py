@@ -17,7 +17,6 @@ Space = Any  # NumPy, or `array_api_compat.torch`
 # numbers apart as a row is wide, are not given the same ones.
 BANK = 131_101
 
-
 # Where PyTorch has its arrays. Tests have them on a CPU.
 DEVICE = "cuda"
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from parity.oracle.tolerances import (
     shares_of,
     shares_of_slope,
     strayed,
-)  # fmt: skip
+)
 
 _THREADS = ThreadPoolExecutor(os.cpu_count())
 
@@ -73,6 +74,11 @@ class Expected:
         if self.mode == "repeat":
             return np.zeros(1)
         return _value(self.exact, self.name.replace("second", "e2e", 1), self.quantity, self.layout)
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Of the values."""
+        return tuple(self.values.shape)
 
     @property
     def allowed(self) -> Array | None:
@@ -150,8 +156,9 @@ class Oracle:
         if not new:
             return
         self.strayed |= {name: Strayed() for name in new}
-        self.exact.layer  # noqa: B018  once, before threads ask for it
-        if self.choices_asked(new):
+        for name, quantity in new.items():  # what is exact is worked out once, before threads ask for it
+            _value(self.exact, name, quantity, "dynamic")
+        if OUTSIDE[0] in new and self.case.top_k > 1 and self.case.ranks * self.case.tokens > 0:
             self._choices = shares_of(self._added_by_choice())
         n = vectorised.draws_at_once(self.case)
 
@@ -194,10 +201,6 @@ class Oracle:
                         found.shares, np.abs(to_numpy(self._choices @ (draw - exact).reshape(-1)))
                     )
         return found
-
-    def choices_asked(self, names: Iterable[str]) -> bool:
-        """Whether what each of several choices adds to the output is compared."""
-        return OUTSIDE[0] in names and self.case.top_k > 1 and self.case.ranks * self.case.tokens > 0
 
     def _expected(self, name: str, quantity: Quantity, layout: Layout) -> Expected:
         if name.startswith("repeat"):
