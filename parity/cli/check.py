@@ -288,6 +288,8 @@ def named_cases(presets: Sequence[str], flags: Any, models: Sequence[str]) -> li
     """
     changes = changes_of(flags)
     if models:
+        if presets:
+            raise ValueError(f"--model names cases of its own: leave out {', '.join(presets)}")
         unknown = [name for name in models if name not in MODELS]
         if unknown:
             raise ValueError(f"no model is called {', '.join(unknown)}. There are: {', '.join(MODELS)}")
