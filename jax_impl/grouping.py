@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Integer
 
 from jax_impl.checks import check_capacity, check_capacity_factor, check_priority
-from jax_impl.rows import exclusive_cumsum, expand_rows, invert, rows_or_zero, sort_by_key, weighted_sum
+from jax_impl.rows import exclusive_cumsum, expand_rows, inverse_permutation, sort_by_key, take_or_zero, weighted_sum
 
 
 class Capacity(NamedTuple):
@@ -87,9 +87,9 @@ def group_by_expert(
     order_N, place_N = sort_by_key(jnp.where(keep_N, expert_N, E), E)
     start_B = exclusive_cumsum(kept_B)
     row_C = jnp.arange(C)
-    assignment_BC = jnp.where(row_C < kept_B[:, None], rows_or_zero(order_N, start_B[:, None] + row_C), N)
+    assignment_BC = jnp.where(row_C < kept_B[:, None], take_or_zero(order_N, start_B[:, None] + row_C), N)
     shift_B = jnp.arange(B) * C - start_B
-    slot_N = jnp.where(keep_N, place_N + rows_or_zero(shift_B, expert_N // (E // B)), B * C)
+    slot_N = jnp.where(keep_N, place_N + take_or_zero(shift_B, expert_N // (E // B)), B * C)
     slot_TK = slot_N.reshape(T, K)
     return Grouped(expand_rows(x_TD, slot_TK, assignment_BC), slot_TK, assignment_BC, kept_E)
 
@@ -112,9 +112,9 @@ def keep_within_capacity(
         _, place_N = sort_by_key(bin_N, B)
     else:
         key_N = jnp.arange(N) % top_k if priority == "choice" else -jax.lax.stop_gradient(score_N)
-        place_N = invert(jnp.lexsort((key_N, bin_N)))
+        place_N = inverse_permutation(jnp.lexsort((key_N, bin_N)))
     start_B = exclusive_cumsum(counts_E.reshape(B, -1).sum(axis=1))
-    return (place_N < rows_or_zero(start_B, bin_N) + C) & (bin_N < B)
+    return (place_N < take_or_zero(start_B, bin_N) + C) & (bin_N < B)
 
 
 def combine(

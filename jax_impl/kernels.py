@@ -205,14 +205,14 @@ def sum_rows(
 def _sum_rows_kernel(y, slot, *score_and_out, chunks: int, BLOCK: int, weighted: bool) -> None:
     """One program per token, or per chunk of a wide one."""
     *score, out = score_and_out
-    wide = np.promote_types(y.dtype, np.float32)
+    accum_dtype = np.promote_types(y.dtype, np.float32)
     t = pl.program_id(0) // chunks
     d = pl.program_id(0) % chunks * BLOCK + jnp.arange(BLOCK)
-    total = jnp.zeros(BLOCK, wide)
+    total = jnp.zeros(BLOCK, accum_dtype)
     for k in range(slot.shape[1]):
         source = slot[t, k]
-        row = triton.load(y.at[source, d], mask=(d < y.shape[1]) & (source < y.shape[0]), other=0).astype(wide)
-        total += score[0][t, k].astype(wide) * row if weighted else row
+        row = triton.load(y.at[source, d], mask=(d < y.shape[1]) & (source < y.shape[0]), other=0).astype(accum_dtype)
+        total += score[0][t, k].astype(accum_dtype) * row if weighted else row
     triton.store(out.at[t, d], total.astype(out.dtype), mask=d < y.shape[1])
 
 
@@ -241,21 +241,23 @@ def weighted_sum_backward(
 def _weighted_sum_backward_kernel(dout, y, score, slot, assignment, dy, dscore, *, BLOCK: int) -> None:
     """One program per token: its K rows side by side, chunk after chunk. Before them, those that look for padding."""
     (T, K), (M, D) = slot.shape, y.shape
-    wide = np.promote_types(y.dtype, np.float32)
+    accum_dtype = np.promote_types(y.dtype, np.float32)
     t, k = pl.program_id(0) - pl.cdiv(M, PADDING_ROWS), jnp.arange(_power_of_2(K))
     here = (t >= 0) & (k < K)
     row = triton.load(slot.at[t, k], mask=here, other=M)
-    weight = triton.load(score.at[t, k], mask=here, other=0).astype(wide)
+    weight = triton.load(score.at[t, k], mask=here, other=0).astype(accum_dtype)
 
     def add(step, total):
         d = step * BLOCK + jnp.arange(BLOCK)
         inside = (row < M)[:, None] & (d < D)[None]
-        gradient = triton.load(dout.at[t, d], mask=d < D, other=0).astype(wide)[None]
-        y_tile = triton.load(y.at[row[:, None], d[None]], mask=inside, other=0).astype(wide)
+        gradient = triton.load(dout.at[t, d], mask=d < D, other=0).astype(accum_dtype)[None]
+        y_tile = triton.load(y.at[row[:, None], d[None]], mask=inside, other=0).astype(accum_dtype)
         triton.store(dy.at[row[:, None], d[None]], (weight[:, None] * gradient).astype(dy.dtype), mask=inside)
         return total + gradient * y_tile
 
-    total = jax.lax.fori_loop(0, pl.cdiv(D, BLOCK) * (t >= 0).astype(jnp.int32), add, jnp.zeros((k.size, BLOCK), wide))
+    total = jax.lax.fori_loop(
+        0, pl.cdiv(D, BLOCK) * (t >= 0).astype(jnp.int32), add, jnp.zeros((k.size, BLOCK), accum_dtype)
+    )
     triton.store(dscore.at[t, k], total.sum(axis=1).astype(dscore.dtype), mask=here)
     _clear_padding(assignment, dy, T * K)
 

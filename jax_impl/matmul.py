@@ -59,5 +59,5 @@ def rows_of_experts(counts_e: Integer[Array, " e"], n_rows: int) -> Bool[Array, 
 
 def matmul(a: Float[Array, "*M n"], b: Float[Array, "n ..."]) -> Float[Array, "..."]:
     """a @ b, accumulated in float32 and rounded once; XLA on a GPU adds up small products of 16 bits in 16 bits."""
-    wide = np.promote_types(a.dtype, np.float32)
-    return jnp.matmul(a, b, precision="highest", preferred_element_type=wide).astype(a.dtype)
+    accum_dtype = np.promote_types(a.dtype, np.float32)
+    return jnp.matmul(a, b, precision="highest", preferred_element_type=accum_dtype).astype(a.dtype)

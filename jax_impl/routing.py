@@ -68,14 +68,14 @@ def route(
     score_TE = SCORE_FUNCTIONS[router.score_function](logits(x_TD, router_DE, router.router_dtype, per_expert.bias_E))
     if expert_id_TK is None:
         expert_id_TK = choose(score_TE, router, per_expert.selection_bias_E)
-    known_TK = expert_id_TK.clip(0, router_DE.shape[1] - 1)
-    score_TK = jnp.take_along_axis(score_TE, known_TK, axis=1)
+    clamped_id_TK = expert_id_TK.clip(0, router_DE.shape[1] - 1)
+    score_TK = jnp.take_along_axis(score_TE, clamped_id_TK, axis=1)
     if router.score_function == "softmax_of_chosen":
         score_TK = jax.nn.softmax(score_TK, axis=-1)
     if router.renormalize:
         score_TK = renormalized(score_TK, router.epsilon)
     if per_expert.scale_E is not None:
-        score_TK = score_TK * of_chosen(per_expert.scale_E.astype(score_TK.dtype), known_TK)
+        score_TK = score_TK * take_by_expert(per_expert.scale_E.astype(score_TK.dtype), clamped_id_TK)
     score_TK = score_TK * router.scale
     score_TK = score_TK.astype(x_TD.dtype) if router.cast_scores else score_TK
     return Routing(score_TK, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
@@ -85,10 +85,10 @@ def logits(
     x_TD: Float[Array, "T D"], router_DE: Float[Array, "D E"], dtype: str, bias_E: Float[Array, " E"] | None
 ) -> Float[Array, "T E"]:
     """x @ router + bias, in the dtype that `router_dtype` says, as numbers of float32 or wider."""
-    wide = np.dtype(np.float32) if dtype == "float32" else np.promote_types(x_TD.dtype, np.float32)
-    narrow = x_TD.dtype if dtype == "activations" else wide
-    logits_TE = matmul(x_TD.astype(narrow), router_DE.astype(narrow))
-    return (logits_TE if bias_E is None else logits_TE + bias_E.astype(narrow)).astype(wide)
+    logits_dtype = np.dtype(np.float32) if dtype == "float32" else np.promote_types(x_TD.dtype, np.float32)
+    matmul_dtype = x_TD.dtype if dtype == "activations" else logits_dtype
+    logits_TE = matmul(x_TD.astype(matmul_dtype), router_DE.astype(matmul_dtype))
+    return (logits_TE if bias_E is None else logits_TE + bias_E.astype(matmul_dtype)).astype(logits_dtype)
 
 
 def sqrt_softplus(logits_TE: Float[Array, "T E"]) -> Float[Array, "T E"]:
@@ -117,19 +117,19 @@ def choose(
     if router.groups > 1:
         outside = 0 if router.outside_groups == "zero" else -jnp.inf
         score_TE = jnp.where(in_best_groups(score_TE, router), score_TE, outside)
-    return largest(score_TE, router.top_k)
+    return top_k_indices(score_TE, router.top_k)
 
 
 def in_best_groups(score_TE: Float[Array, "T E"], router: Router) -> Bool[Array, "T E"]:
     """Which experts are in the groups whose best expert, or best two, have the largest scores."""
     score_TGn = score_TE.reshape(score_TE.shape[0], router.groups, score_TE.shape[1] // router.groups)
     best_TGn = jnp.sort(score_TGn, axis=-1, descending=True)[..., : 2 if router.group_score == "top2" else 1]
-    best_TG = largest(best_TGn.sum(axis=-1), router.top_groups)
+    best_TG = top_k_indices(best_TGn.sum(axis=-1), router.top_groups)
     inside_TG = jnp.put_along_axis(jnp.zeros(score_TGn.shape[:2], bool), best_TG, True, axis=1, inplace=False)
     return jnp.broadcast_to(inside_TG[..., None], score_TGn.shape).reshape(score_TE.shape)
 
 
-def largest(score_Tn: Float[Array, "T n"], k: int) -> Integer[Array, "T k"]:
+def top_k_indices(score_Tn: Float[Array, "T n"], k: int) -> Integer[Array, "T k"]:
     """Where each row's k largest numbers are, the largest first; of equal ones, the first."""
     id_Tk = score_Tn.argsort(axis=-1, descending=True, stable=True)[:, :k]
     # Under shard_map, argsort's result counts as the same on all ranks, and gradients are wrong (docs/models.md).
@@ -158,7 +158,7 @@ def _renormalized_backward(kept, dweight_TK):
 renormalized.defvjp(_renormalized_forward, _renormalized_backward)
 
 
-def of_chosen(a_E: Float[Array, " E"], expert_id_TK: Integer[Array, "T K"]) -> Float[Array, "T K"]:
+def take_by_expert(a_E: Float[Array, " E"], expert_id_TK: Integer[Array, "T K"]) -> Float[Array, "T K"]:
     """Each choice's number: by a product with ones and zeros, whose gradient needs no scatter-add."""
     one_hot_TKE = expert_id_TK[..., None] == jnp.arange(a_E.shape[0])
     return matmul(one_hot_TKE.astype(a_E.dtype), a_E)
@@ -175,8 +175,8 @@ def weigh_input(
     """
     if score_on == "output":
         return x_TD, score_TK
-    wide = np.promote_types(x_TD.dtype, score_TK.dtype)
-    return (x_TD.astype(wide) * score_TK.astype(wide)).astype(x_TD.dtype), jnp.ones_like(score_TK)
+    product_dtype = np.promote_types(x_TD.dtype, score_TK.dtype)
+    return (x_TD.astype(product_dtype) * score_TK.astype(product_dtype)).astype(x_TD.dtype), jnp.ones_like(score_TK)
 
 
 def count_per_expert(expert_id_TK: Integer[Array, "T K"], n_experts: int) -> Integer[Array, " E"]:

@@ -21,7 +21,7 @@ def expand_rows(
     if kernels.use_kernels(x_TD):
         x_MD = kernels.expand_rows(x_TD, slot_TK, assignment_M.reshape(-1))
         return x_MD.reshape(*assignment_M.shape, x_TD.shape[1])
-    return rows_or_zero(x_TD, assignment_M // slot_TK.shape[1])
+    return take_or_zero(x_TD, assignment_M // slot_TK.shape[1])
 
 
 def _expand_rows_forward(x_TD, slot_TK, assignment_M):
@@ -29,13 +29,13 @@ def _expand_rows_forward(x_TD, slot_TK, assignment_M):
 
 
 def _expand_rows_backward(slot_TK, dx_MD):
-    wide = np.promote_types(dx_MD.dtype, np.float32)
+    accum_dtype = np.promote_types(dx_MD.dtype, np.float32)
     dx_MD = dx_MD.reshape(-1, dx_MD.shape[-1])
     if kernels.use_kernels(dx_MD):
         return kernels.sum_rows(dx_MD, slot_TK), None, None
-    dx_TD = jnp.zeros((slot_TK.shape[0], dx_MD.shape[-1]), wide)
+    dx_TD = jnp.zeros((slot_TK.shape[0], dx_MD.shape[-1]), accum_dtype)
     for slot_T in slot_TK.T:
-        dx_TD = dx_TD + rows_or_zero(dx_MD, slot_T).astype(wide)
+        dx_TD = dx_TD + take_or_zero(dx_MD, slot_T).astype(accum_dtype)
     return dx_TD.astype(dx_MD.dtype), None, None
 
 
@@ -50,13 +50,13 @@ def weighted_sum(
     assignment_M: Integer[Array, "*M"],  # noqa: ARG001  for backward
 ) -> Float[Array, "T D"]:
     """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
-    wide = np.promote_types(y_MD.dtype, np.float32)
+    accum_dtype = np.promote_types(y_MD.dtype, np.float32)
     y_MD = y_MD.reshape(-1, y_MD.shape[-1])
     if kernels.use_kernels(y_MD):
         return kernels.sum_rows(y_MD, slot_TK, score_TK)
-    out_TD = jnp.zeros((slot_TK.shape[0], y_MD.shape[-1]), wide)
+    out_TD = jnp.zeros((slot_TK.shape[0], y_MD.shape[-1]), accum_dtype)
     for score_T, slot_T in zip(score_TK.T, slot_TK.T, strict=True):
-        out_TD = out_TD + score_T.astype(wide)[:, None] * rows_or_zero(y_MD, slot_T).astype(wide)
+        out_TD = out_TD + score_T.astype(accum_dtype)[:, None] * take_or_zero(y_MD, slot_T).astype(accum_dtype)
     return out_TD.astype(y_MD.dtype)
 
 
@@ -66,14 +66,17 @@ def _weighted_sum_forward(y_MD, score_TK, slot_TK, assignment_M):
 
 def _weighted_sum_backward(saved, dout_TD):
     y_MD, score_TK, slot_TK, assignment_M = saved
-    wide = np.promote_types(y_MD.dtype, np.float32)
+    accum_dtype = np.promote_types(y_MD.dtype, np.float32)
     shape, y_MD = y_MD.shape, y_MD.reshape(-1, y_MD.shape[-1])
     if kernels.use_kernels(y_MD):
         dy_MD, dscore_TK = kernels.weighted_sum_backward(dout_TD, y_MD, score_TK, slot_TK, assignment_M.reshape(-1))
         return dy_MD.reshape(shape), dscore_TK, None, None
-    score_M = rows_or_zero(score_TK.reshape(-1), assignment_M).astype(wide)
-    dy_MD = score_M[..., None] * rows_or_zero(dout_TD, assignment_M // slot_TK.shape[1]).astype(wide)
-    dscore_TK = [(dout_TD.astype(wide) * rows_or_zero(y_MD, slot_T).astype(wide)).sum(axis=1) for slot_T in slot_TK.T]
+    score_M = take_or_zero(score_TK.reshape(-1), assignment_M).astype(accum_dtype)
+    dy_MD = score_M[..., None] * take_or_zero(dout_TD, assignment_M // slot_TK.shape[1]).astype(accum_dtype)
+    dscore_TK = [
+        (dout_TD.astype(accum_dtype) * take_or_zero(y_MD, slot_T).astype(accum_dtype)).sum(axis=1)
+        for slot_T in slot_TK.T
+    ]
     return dy_MD.astype(y_MD.dtype), jnp.stack(dscore_TK, axis=1).astype(score_TK.dtype), None, None
 
 
@@ -90,7 +93,7 @@ def permute_rows(
     x_MD = x_MD.reshape(-1, x_MD.shape[-1])
     if kernels.use_kernels(x_MD):
         return kernels.gather_rows(x_MD, source_O)
-    return rows_or_zero(x_MD, source_O)
+    return take_or_zero(x_MD, source_O)
 
 
 def _permute_rows_forward(x_MD, source_O, target_M):
@@ -117,7 +120,7 @@ def expert_major_rows(
         source_S, target_S = kernels.expert_major_rows(counts_Pe, capacity)
         return source_S, target_S.reshape(n_bins, capacity)
     source_S = rank_bins_source(counts_Pe, capacity) if n_bins == P else expert_bins_source(counts_Pe, capacity)
-    return source_S, invert(source_S.reshape(-1)).reshape(n_bins, capacity)
+    return source_S, inverse_permutation(source_S.reshape(-1)).reshape(n_bins, capacity)
 
 
 def rank_bins_source(counts_Pe: Integer[Array, "P e"], capacity: int) -> Integer[Array, " S"]:
@@ -153,19 +156,19 @@ def segments_source(
     row_O = jnp.arange(output_size)
     ends = (start_eP + counts_eP).reshape(-1)
     segment_O = jnp.searchsorted(ends, row_O, side="right", method="compare_all")  # the other methods loop
-    shift_O = rows_or_zero((start_Pe.T - start_eP).reshape(-1), segment_O)
+    shift_O = take_or_zero((start_Pe.T - start_eP).reshape(-1), segment_O)
     return jnp.where(row_O < counts_Pe.sum(), shift_O + row_O, output_size)
 
 
-def rows_or_zero(x: Array, index: Integer[Array, "..."]) -> Array:
+def take_or_zero(x: Array, index: Integer[Array, "..."]) -> Array:
     """Rows of x; zero where the index is past the end."""
     if x.shape[0] == 0:  # a gather from nothing does not compile
         x = jnp.pad(x, [(0, 1)] + [(0, 0)] * (x.ndim - 1))
     return jnp.asarray(x).at[index].get(mode="fill", fill_value=0)
 
 
-def invert(index_O: Integer[Array, " O"]) -> Integer[Array, " O"]:
-    """The inverse of a permutation with gaps: invert(index)[index[r]] = r, and O where no index points."""
+def inverse_permutation(index_O: Integer[Array, " O"]) -> Integer[Array, " O"]:
+    """The inverse of a permutation with gaps: inverse_permutation(index)[index[r]] = r, and O where no index points."""
     row_O = jnp.arange(index_O.shape[0])
     return jnp.full_like(row_O, index_O.shape[0]).at[index_O].set(row_O, mode="drop")
 
@@ -180,7 +183,7 @@ def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array
     if kernels.use_kernels(key_N):
         return kernels.sort_by_key(key_N, n_keys)
     order_N = key_N.argsort(stable=True)
-    return order_N, invert(order_N)
+    return order_N, inverse_permutation(order_N)
 
 
 def exclusive_cumsum(counts: Integer[Array, " n"]) -> Integer[Array, " n"]:

@@ -75,7 +75,7 @@ def run_both(
             stages = run(*inputs, ids_TK.to(device))  # type: ignore[call-arg]
             results.append((stages, torch.autograd.grad(stages.out_TD, inputs, dout_TD)))
         (eager, gradients), (stages, gradients_) = results
-        rows.append(stages.splits.total)
+        rows.append(stages.splits.n_received)
         moved_differ += sum(not torch.equal(a, b) for a, b in zip(moved(eager), moved(stages), strict=True))
         for a, b in zip((eager.out_TD, *gradients), (stages.out_TD, *gradients_), strict=True):
             scale = torch.finfo(dtype).eps * float(a.detach().abs().max().clamp(min=1))

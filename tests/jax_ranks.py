@@ -75,9 +75,9 @@ def run_layer(
         )
         return stages.out_TD, stages
 
-    wide = np.promote_types(x_TD.dtype, np.float32)
+    accum_dtype = np.promote_types(x_TD.dtype, np.float32)
     # Not jnp.zeros, which all ranks would share: its gradient would be their sum.
-    zero_TK = 0 * expert_id_TK.astype(wide)
+    zero_TK = 0 * expert_id_TK.astype(accum_dtype)
     _, vjp, stages = jax.vjp(layer, x_TD, router_DE, weights, zero_TK, has_aux=True)
     dx_TD, drouter_DE, dweights, dscore_TK = vjp(dout_TD)
     gradients = {"x": dx_TD, "router": drouter_DE, "score": dscore_TK}

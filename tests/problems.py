@@ -129,7 +129,7 @@ def allowances(case: Case, inputs: list[Tensor], expert_id_TK: Tensor, keep_TK: 
 
     exact, draws = evaluated(Exact()), [evaluated(Perturbed(np.random.default_rng(i))) for i in range(DRAWS)]
     return {
-        name: allowance(values, [draw[name] for draw in draws], case.wide if name == "score" else case.dtype)
+        name: allowance(values, [draw[name] for draw in draws], case.accum_dtype if name == "score" else case.dtype)
         for name, values in exact.items()
     }
 

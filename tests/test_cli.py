@@ -297,6 +297,7 @@ def test_wrong_usage(capsys, arguments, message):
         (["study", "--trace"], "--trace is given nothing: name one or more, or leave it out"),
         (["study", "--recording", "--no-dispatch"], "--recording is given nothing"),
         (["check", "--model"], "--model is given nothing"),
+        (["check", "zipf", "--model", "olmoe-1b-7b"], "--model names cases of its own: leave out zipf"),
         (["bench", "--framework", "--seconds", "1"], "--framework is given nothing"),
         (["survey", "--dtype"], "--dtype is given nothing"),
         (["capture", "--ways"], "--ways is given nothing"),

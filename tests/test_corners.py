@@ -87,7 +87,7 @@ def test_both_keep_what_the_oracle_keeps_in_every_preset(name):
     for rank in range(case.ranks):
         ours = assert_same_rows(
             problem.x[rank].astype(np.float32), problem.expert_id[rank].astype(np.int64),
-            problem.score[rank].astype(case.wide), case.experts, (case.bins, case.capacity, case.priority),
+            problem.score[rank].astype(case.accum_dtype), case.experts, (case.bins, case.capacity, case.priority),
         )  # fmt: skip
         np.testing.assert_array_equal(ours.slot_TK.numpy() < case.bins * case.capacity, problem.keep[rank])
 

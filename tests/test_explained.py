@@ -38,7 +38,7 @@ def edit(
 
 
 _RENORMALIZE = "    if router.renormalize:\n"
-_CHOSEN_TORCH = "    score_TK = score_TE.gather(1, known_TK)\n"
+_CHOSEN_TORCH = "    score_TK = score_TE.gather(1, clamped_id_TK)\n"
 _LAYER_TORCH = "    input_TD, weight_TK = weigh_input(x_TD, score_TK, router.score_on)\n"
 
 TABLE = [
@@ -136,8 +136,8 @@ TABLE = [
          "        expert_id_TK = choose(score_TE, router, None)\n", "like-nemotron-h", "selection bias",
          "added to the logits",
          "router bias"),
-    edit("one-group-too-few", "torch", "routing.py", "largest(best_TGn.sum(dim=-1), router.top_groups)",
-         "largest(best_TGn.sum(dim=-1), router.top_groups - 1)", "like-deepseek-v3", "choice", "the best 1 of 4 groups",
+    edit("one-group-too-few", "torch", "routing.py", "top_k_indices(best_TGn.sum(dim=-1), router.top_groups)",
+         "top_k_indices(best_TGn.sum(dim=-1), router.top_groups - 1)", "like-deepseek-v3", "choice", "the best 1 of 4 groups",
          top_k=2),
     edit("sum-of-group", "torch", "routing.py", '[..., : 2 if router.group_score == "top2" else 1]', "[..., :]",
          "like-deepseek-v3", "choice", "the sum of all", experts=16),
@@ -169,17 +169,17 @@ TABLE = [
          "    score_TK, id_TK, counts_E = routing\n    expert_id_TK = (id_TK + 1) % len(counts_E)\n"
          "    counts_E = counts_E.roll(1)\n",
          "zipf", "numbers of experts", "1, 2, 3"),
-    edit("router-detached", "torch", "routing.py", "logits_TE = x_TD.to(narrow) @ router_DE.to(narrow)",
-         "logits_TE = x_TD.to(narrow) @ router_DE.to(narrow) * 1\n    logits_TE = logits_TE.detach() + 0 * logits_TE",
+    edit("router-detached", "torch", "routing.py", "logits_TE = x_TD.to(matmul_dtype) @ router_DE.to(matmul_dtype)",
+         "logits_TE = x_TD.to(matmul_dtype) @ router_DE.to(matmul_dtype) * 1\n    logits_TE = logits_TE.detach() + 0 * logits_TE",
          "sigmoid", "gradient drouter", "zero", "gradient dx"),
     edit("router-gradient-times-ranks", "torch", "routing.py", "    score_TK = score_TK * router.scale\n",
          "    score_TK = score_TK * router.scale\n    score_TK = score_TK * 4 - score_TK.detach() * 3\n",
          "zipf", "gradient drouter", "4 times too large, once for each rank"),
-    edit("router-gradient-is-a-mean", "jax", "routing.py", "matmul(x_TD.astype(narrow), router_DE.astype(narrow))",
-         "matmul(x_TD.astype(narrow), router_DE.astype(narrow) / 4 + 0.75 * jax.lax.stop_gradient(router_DE))",
+    edit("router-gradient-is-a-mean", "jax", "routing.py", "matmul(x_TD.astype(matmul_dtype), router_DE.astype(matmul_dtype))",
+         "matmul(x_TD.astype(matmul_dtype), router_DE.astype(matmul_dtype) / 4 + 0.75 * jax.lax.stop_gradient(router_DE))",
          "zipf", "gradient drouter", "1/4 of it"),
-    edit("dx-without-the-router", "jax", "routing.py", "matmul(x_TD.astype(narrow), ",
-         "matmul(jax.lax.stop_gradient(x_TD).astype(narrow), ", "zipf", "gradient dx",
+    edit("dx-without-the-router", "jax", "routing.py", "matmul(x_TD.astype(matmul_dtype), ",
+         "matmul(jax.lax.stop_gradient(x_TD).astype(matmul_dtype), ", "zipf", "gradient dx",
          "without what comes through the scores"),
     edit("dx-of-the-router-only", "torch", "layer.py", "group_by_expert(input_TD, expert_id_TK, counts_E)",
          "group_by_expert(input_TD.detach(), expert_id_TK, counts_E)", "zipf", "gradient dx",
@@ -194,7 +194,7 @@ TABLE = [
          "    elif router.renormalize:\n", "like-qwen3-next", "gradient drouter", "sum is taken for a constant"),
     edit("scale-of-experts-before-renormalising", "torch", "routing.py", _RENORMALIZE,
          "    if per_expert.scale_E is not None:\n"
-         "        score_TK = score_TK * of_chosen(per_expert.scale_E.to(score_TK.dtype), known_TK)\n"
+         "        score_TK = score_TK * take_by_expert(per_expert.scale_E.to(score_TK.dtype), clamped_id_TK)\n"
          "        per_expert = per_expert._replace(scale_E=None)\n" + _RENORMALIZE, "like-gemma4",
          "scale of experts", "before they are renormalised"),
     edit("router-bias-for-the-choice-only", "torch", "routing.py", _CHOSEN_TORCH,

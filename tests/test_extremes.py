@@ -156,7 +156,11 @@ def test_activations_and_their_gradients(glu, activation, dtype):
 
     def oracle(numbers):
         active, slope = activated(case, gate, numbers)
-        return active / 2, numbers.round(numbers.round(slope / 8, case.wide), dtype), numbers.round(active / 4, dtype)
+        return (
+            active / 2,
+            numbers.round(numbers.round(slope / 8, case.accum_dtype), dtype),
+            numbers.round(active / 4, dtype),
+        )
 
     check_numbers(case, ("hidden", "dgate", "dup"), oracle, glu((gate, up), dhidden, case))
 
@@ -189,7 +193,7 @@ def test_clamped_at_the_ends(glu, activation, dtype):
     def oracle(numbers):
         hid = reference.hidden(case, np.maximum(gate.astype(np.float64), -1e6), up.astype(np.float64), numbers)
         assert hid.of_gate is not None
-        of_gate = numbers.round(numbers.round(hid.of_gate / 16, case.wide), dtype)
+        of_gate = numbers.round(numbers.round(hid.of_gate / 16, case.accum_dtype), dtype)
         return hid.value, of_gate, numbers.round(hid.of_up / 16, dtype)
 
     check_numbers(case, ("hidden", "dgate", "dup"), oracle, glu((gate, up), dhidden, case))

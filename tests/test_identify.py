@@ -32,15 +32,15 @@ from parity import backend
 
 
 def run(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, act=silu, scale=1.0, renormalize=False, rows=None):
-    wide = torch.promote_types(x_TD.dtype, torch.float32)
-    score_TK, id_TK = (x_TD.to(wide) @ router_DE).softmax(-1).topk(case.top_k)
+    accum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    score_TK, id_TK = (x_TD.to(accum_dtype) @ router_DE).softmax(-1).topk(case.top_k)
     if renormalize:
         score_TK = score_TK / score_TK.sum(-1, keepdim=True)
-    out_TD = torch.zeros_like(x_TD, dtype=wide)
+    out_TD = torch.zeros_like(x_TD, dtype=accum_dtype)
     for e in range(case.experts):
         k, t = (id_TK == e).T.nonzero(as_tuple=True)
         t, k = t[:rows], k[:rows]  # first choices first
-        hidden_nF = act((x_TD[t] @ w_gate_EDF[e]).to(wide)) * (x_TD[t] @ w_up_EDF[e]).to(wide)
+        hidden_nF = act((x_TD[t] @ w_gate_EDF[e]).to(accum_dtype)) * (x_TD[t] @ w_up_EDF[e]).to(accum_dtype)
         y_nD = hidden_nF.to(x_TD.dtype) @ w_down_EFD[e]
         out_TD = out_TD.index_add(0, t, scale * score_TK[t, k, None] * y_nD)
     return out_TD.to(x_TD.dtype)

@@ -258,7 +258,7 @@ def test_the_order_of_a_sum_shows(changes):
     problem = draw(replace(SMALL, top_k=3, capacity_factor="3/4", **changes))
     rows, in_order = problem.order_probe()
     assert rows.dtype == numpy_dtype(problem.case.dtype)
-    first, second, third = np.moveaxis(rows.astype(problem.case.wide) * problem.keep[..., None], 2, 0)
+    first, second, third = np.moveaxis(rows.astype(problem.case.accum_dtype) * problem.keep[..., None], 2, 0)
     assert bits((first + second + third).astype(np.float64)) == bits(in_order)
     whole = problem.keep.all(axis=-1)
     assert 0 < whole.sum() < whole.size

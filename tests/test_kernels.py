@@ -18,10 +18,10 @@ from torch_impl.experts import Experts
 from torch_impl.glu import glu
 from torch_impl.grouping import combine, group_by_expert
 from torch_impl.layout import to_expert_major, to_rank_major
-from torch_impl.rows import expert_major_source, invert
+from torch_impl.rows import expert_major_source, inverse_permutation
 from torch_impl.static import grouping as static_grouping
 from torch_impl.static import rows as static_rows
-from torch_impl.static.rows import rows_or_zero
+from torch_impl.static.rows import take_or_zero
 
 # Of Triton's interpreter, under NumPy 2.2; under 2.4 it does not run at all.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
@@ -95,7 +95,7 @@ def test_sort_by_key(device, shape, integers):
     order_N, place_N = kernels.sort_by_key(ids_TK.to(integers).reshape(-1), E)
     expected_N = ids_TK.reshape(-1).argsort(stable=True)
     same(order_N, expected_N)
-    same(place_N, invert(expected_N))
+    same(place_N, inverse_permutation(expected_N))
 
 
 @cases
@@ -106,7 +106,7 @@ def test_ids_that_are_no_expert_s_still_get_a_row_each(device, shape):
     order_N, place_N = kernels.sort_by_key(ids_TK.reshape(-1), E)
     expert_N = torch.where((ids_TK < 0) | (ids_TK >= E), E, ids_TK).reshape(-1)
     same(order_N, expert_N.argsort(stable=True))
-    same(place_N, invert(order_N))
+    same(place_N, inverse_permutation(order_N))
 
 
 @cases
@@ -138,7 +138,7 @@ def test_expert_major_rows(device, shape, P):
     R = int(counts_Pe.sum())
     source_R, target_R = kernels.expert_major_rows(counts_Pe, R)
     same(source_R, expert_major_source(counts_Pe, R))
-    same(target_R, invert(source_R))
+    same(target_R, inverse_permutation(source_R))
 
 
 @cases
@@ -194,7 +194,7 @@ def test_indices_past_the_end_are_zero_and_padding_is_written(device, shape, dty
     y_BCD = torch.where((assignment_BC < T * K)[..., None], torch.randn_like(x_BCD), torch.nan)
     same(kernels.expand_rows(x_TD, slot_TK, assignment_BC.reshape(-1)).reshape(x_BCD.shape), x_BCD)
     y_SD = y_BCD.reshape(S, D)
-    gathered_TKD = rows_or_zero(y_SD, slot_TK)
+    gathered_TKD = take_or_zero(y_SD, slot_TK)
     assert gathered_TKD.isfinite().all()
     same(kernels.gather_rows(y_SD, slot_TK), gathered_TKD)
 

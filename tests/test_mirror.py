@@ -65,7 +65,7 @@ MAIN = Pair(
         "rows.segments_source": "what repeat_interleave does in PyTorch, with padding at the end",
         "matmul.matmul": "accumulates in float32, which in PyTorch is the default",
         "glu.clamped": "with the slope at the bounds that PyTorch's clamp has",
-        "rows.rows_or_zero": "a gather in which an index past the end reads padding",
+        "rows.take_or_zero": "a gather in which an index past the end reads padding",
         "layer.Stages": {"dropped"},
         "layer.moe_layer": {"capacity"},
         "checks.check_capacity_factor": "",
@@ -93,7 +93,7 @@ DYNAMIC = Pair(
     },
     ONLY_IN_TORCH
     | {
-        "exchange.Splits": {"sent", "total"},  # known on the device only
+        "exchange.Splits": {"n_sent", "n_received"},  # known on the device only
         "layer.moe_layer": {"max_tokens"},  # shapes are static: the buffer is for as many tokens as here
         "layout.to_expert_major": {"output_size"},  # the buffer's
     },
@@ -272,17 +272,20 @@ SAME: tuple[list[str], list[str]] = ([], [])
 SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
     MAIN.left: {  # but for suffixes of shapes, which are what differs
         "routing.route": (
-            ["known = expert_id.long().clamp(0, router.shape[1] - 1)", "score = score.gather(1, known)"],
-            ["known = expert_id.clip(0, router.shape[1] - 1)", "score = np.take_along_axis(score, known, axis=1)"],
+            ["clamped_id = expert_id.long().clamp(0, router.shape[1] - 1)", "score = score.gather(1, clamped_id)"],
+            [
+                "clamped_id = expert_id.clip(0, router.shape[1] - 1)",
+                "score = np.take_along_axis(score, clamped_id, axis=1)",
+            ],
         ),
         "routing.logits": (
             [
-                "wide = np.float32 if dtype == 'float32' else np.promote_types(x.dtype, np.float32)",
-                "logits = x.astype(narrow) @ router.astype(narrow)",
+                "logits_dtype = np.float32 if dtype == 'float32' else np.promote_types(x.dtype, np.float32)",
+                "logits = x.astype(matmul_dtype) @ router.astype(matmul_dtype)",
             ],
             [
-                "wide = np.dtype(np.float32) if dtype == 'float32' else np.promote_types(x.dtype, np.float32)",
-                "logits = matmul(x.astype(narrow), router.astype(narrow))",
+                "logits_dtype = np.dtype(np.float32) if dtype == 'float32' else np.promote_types(x.dtype, np.float32)",
+                "logits = matmul(x.astype(matmul_dtype), router.astype(matmul_dtype))",
             ],
         ),
         "routing.choose": (
@@ -295,7 +298,7 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
                 "    score = np.where(in_best_groups(score, router), score, outside)",
             ],
         ),
-        "routing.largest": (
+        "routing.top_k_indices": (
             ["return score_Tn.argsort(axis=-1, descending=True, stable=True)[:, :k]"],
             [
                 "id_Tk = score_Tn.argsort(axis=-1, descending=True, stable=True)[:, :k]",
@@ -303,7 +306,7 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
                 "return jax.lax.pcast(id_Tk, tuple(axes), to='varying') if axes else id_Tk",
             ],
         ),
-        "routing.of_chosen": (
+        "routing.take_by_expert": (
             ["return one_hot.astype(a.dtype) @ a"],
             ["return matmul(one_hot.astype(a.dtype), a)"],
         ),
@@ -338,11 +341,11 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
                 "    key_N = np.arange(N) % top_k if priority == 'choice' else -score_N.detach()",
                 "    by_key_N = key_N.argsort(stable=True)",
                 "    by_bin_N, _ = sort_by_key(bin_N[by_key_N], B)",
-                "    place_N = invert(by_key_N[by_bin_N])",
+                "    place_N = inverse_permutation(by_key_N[by_bin_N])",
             ],
             [
                 "    key_N = np.arange(N) % top_k if priority == 'choice' else -jax.lax.stop_gradient(score_N)",
-                "    place_N = invert(np.lexsort((key_N, bin_N)))",
+                "    place_N = inverse_permutation(np.lexsort((key_N, bin_N)))",
             ],
         ),
         "grouping.combine": SAME,
@@ -387,9 +390,9 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
             ],
             [
                 "counts_Pe, splits = exchange_counts(counts_E, group)",
-                "check_received(splits.total, P * (T if max_tokens is None else max_tokens) * min(K, e))",
+                "check_received(splits.n_received, P * (T if max_tokens is None else max_tokens) * min(K, e))",
                 "received_RD = send_tokens(grouped.x_ND, splits, group)",
-                "expert_major = to_expert_major(received_RD, counts_Pe, splits.total)",
+                "expert_major = to_expert_major(received_RD, counts_Pe, splits.n_received)",
                 "returned_ND = return_tokens(rank_major_RD, splits, group)",
                 "return Stages(routing, grouped, counts_Pe, splits, received_RD, expert_major, y_RD, rank_major_RD, "
                 "returned_ND, shared_TD, out_TD)",

@@ -19,7 +19,7 @@ from jax_impl import Router, dynamic, kernels, moe_layer, plan_capacity
 from jax_impl.experts import apply_experts
 from jax_impl.grouping import Capacity, group_by_expert
 from jax_impl.routing import route
-from jax_impl.rows import expand_rows, invert, permute_rows, rank_bins_source, weighted_sum
+from jax_impl.rows import expand_rows, inverse_permutation, permute_rows, rank_bins_source, weighted_sum
 from parity.oracle.tolerances import underflow, unit_roundoff
 from parity.run.jax_stages import poisoned_memory
 
@@ -290,7 +290,7 @@ def test_expert_major_rows(backend, P, e, C):
             source, target = jax.jit(kernels.expert_major_rows, static_argnums=1)(counts, C)
         expected = plain(counts)
         np.testing.assert_array_equal(source, expected)
-        np.testing.assert_array_equal(target, jax.jit(invert)(expected))
+        np.testing.assert_array_equal(target, jax.jit(inverse_permutation)(expected))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from parity.run.patience import under
 
 QUIETLY: Any = {"capture_output": True, "text": True, "timeout": 300}
 CHECK = [sys.executable, "-m", "parity", "check", "zipf", "--timeout", "5"]
-TORCH = ("torch", "    check_splits(splits.sent, x_ND.shape[0])\n", "dist.is_initialized() and dist.get_rank() == 2")
+TORCH = ("torch", "    check_splits(splits.n_sent, x_ND.shape[0])\n", "dist.is_initialized() and dist.get_rank() == 2")
 JAX = ("jax", "    return _all_to_all(x_BCD, axis_name)\n", "jax.process_index() == 2 or jax.process_count() == 1")
 
 

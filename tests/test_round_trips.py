@@ -97,10 +97,10 @@ def test_send_then_return_torch(torch_ranks: TorchRanks, n_ranks, data):
         assert torch.equal(result.returned_ND, sent)
         assert torch.equal(result.dx_ND, sent)  # what came in was sent back as the gradient
         assert torch.equal(result.dreceived_RD, result.received_RD)
-        assert sum(of_rank) == result.splits.send_P.sum() == result.splits.sent
+        assert sum(of_rank) == result.splits.send_P.sum() == result.splits.n_sent
         experts = slice(rank * 8 // n_ranks, (rank + 1) * 8 // n_ranks)
         assert result.counts_Pe.tolist() == [source[experts] for source in counts]
-        assert result.splits.total == result.counts_Pe.sum() == result.received_RD.shape[0]
+        assert result.splits.n_received == result.counts_Pe.sum() == result.received_RD.shape[0]
 
 
 @pytest.mark.parametrize("bins_per_rank", [1, e])

@@ -115,7 +115,7 @@ def test_hand_written_backward_torch():
     check = torch.autograd.gradcheck
     assert check(lambda x: torch_impl.grouping.group_by_expert(x, ids, counts).x_ND, (x,))
     assert check(torch_impl.grouping.combine, (rows, score, grouped.slot_TK, grouped.assignment_N))
-    assert check(torch_impl.rows.permute_rows, (rows, source, torch_impl.rows.invert(source)))
+    assert check(torch_impl.rows.permute_rows, (rows, source, torch_impl.rows.inverse_permutation(source)))
     inputs = [a.clone().requires_grad_() for a in (x, problem.router_DE, *problem.weights)]
     router = torch_impl.Router(3, renormalize=True)
     assert check(lambda *inputs: torch_impl.layer.moe_layer(*inputs, router=router).out_TD, inputs)

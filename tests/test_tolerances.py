@@ -95,7 +95,7 @@ def emulated(
     """
     routed = problem.other_experts if routed is None else routed
     case, ids, keep = problem.case, problem.expert_id, problem.keep
-    wide, narrow = np.dtype(case.wide), numpy_dtype(case.dtype)
+    wide, narrow = np.dtype(case.accum_dtype), numpy_dtype(case.dtype)
     names = ("x", "dout", "y", "dy", "dx_rows", "score", "dscore")
     x, dout, y, dy, dx_rows, score, dscore = (getattr(problem, name).astype(wide) for name in names)
     router, *weights = (a.astype(wide) for a in problem.parameters.there().values())
@@ -184,7 +184,7 @@ def test_more_precise_than_documented_passes(dtype):
 
 def emulated_layer(problem: Problem, rng: np.random.Generator) -> dict[str, Array]:
     """The stages again, each fed what those before it made."""
-    narrow, wide = numpy_dtype(problem.case.dtype), problem.case.wide
+    narrow, wide = numpy_dtype(problem.case.dtype), problem.case.accum_dtype
     first = emulated(problem, rng, routed=problem.expert_id)
     own = replace(problem, score=first["route/score"].astype(wide), y=first["apply_experts/y"].astype(narrow))
     second = emulated(own, rng)

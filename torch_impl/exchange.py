@@ -16,8 +16,8 @@ class Splits(NamedTuple):
 
     send_P: Integer[Tensor, " P"]  # tensors on the CPU, not lists: under capture each item of a list is one more symbol
     receive_P: Integer[Tensor, " P"]
-    sent: int  # N, if the counts are those of the rows; under capture a symbol until `send_tokens` has checked that
-    total: int  # R, the rows this rank receives; under capture the one symbol that every dynamic shape is made of
+    n_sent: int  # N, if the counts are those of the rows; under capture a symbol until `send_tokens` has checked that
+    n_received: int  # R, the rows this rank receives; under capture the one symbol that every dynamic shape is made of
 
 
 def n_ranks(group: dist.ProcessGroup | None) -> int:
@@ -44,8 +44,8 @@ def exchange_counts(
     counts_Pe = _all_to_all(sent_Pe, one_P, one_P, P, group)
     splits_2P = torch.stack([sent_Pe, counts_Pe]).cpu().sum(dim=2)  # the one device-to-host sync
     send_P, receive_P = splits_2P.unbind()
-    sent, total = splits_2P.sum(dim=1).tolist()
-    return counts_Pe, Splits(send_P, receive_P, sent, total)
+    n_sent, n_received = splits_2P.sum(dim=1).tolist()
+    return counts_Pe, Splits(send_P, receive_P, n_sent, n_received)
 
 
 def send_tokens(
@@ -55,15 +55,15 @@ def send_tokens(
 
     Raises ValueError when the counts do not add up to the rows: some expert id was out of range.
     """
-    check_splits(splits.sent, x_ND.shape[0])
-    return _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.total, group)
+    check_splits(splits.n_sent, x_ND.shape[0])
+    return _all_to_all(x_ND, splits.send_P, splits.receive_P, splits.n_received, group)
 
 
 def return_tokens(
     y_RD: Float[Tensor, "R D"], splits: Splits, group: dist.ProcessGroup | None = None
 ) -> Float[Tensor, "N D"]:
     """Send every row back to the rank it came from: the inverse of `send_tokens`."""
-    return _all_to_all(y_RD, splits.receive_P, splits.send_P, splits.sent, group)
+    return _all_to_all(y_RD, splits.receive_P, splits.send_P, splits.n_sent, group)
 
 
 def _all_to_all(

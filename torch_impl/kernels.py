@@ -228,17 +228,17 @@ def _sum_rows(
     y, slot, score, out, M, D, chunks, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One program per token, or per chunk of a wide one."""
-    wide = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    accum_dtype = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
     t = (tl.program_id(0) // chunks).to(tl.int64)
     d = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], wide)
+    total = tl.zeros([BLOCK], accum_dtype)
     for k in tl.static_range(K):
         source = tl.load(slot + t * K + k).to(tl.int64)
-        row = tl.load(y + source * D + d, mask=d < tl.where(source < M, D, 0), other=0).to(wide)
+        row = tl.load(y + source * D + d, mask=d < tl.where(source < M, D, 0), other=0).to(accum_dtype)
         if WEIGHTED:
             # A product plus a sum would be one instruction, rounded once. This rounds the product by itself, as the
             # plain version does; adding zero turns -0 into 0, which a sum that starts from 0 does not show.
-            row = tl.fma(row, tl.load(score + t * K + k).to(wide), 0.0)
+            row = tl.fma(row, tl.load(score + t * K + k).to(accum_dtype), 0.0)
         total += row
     tl.store(out + t * D + d, total.to(out.dtype.element_ty), mask=d < D)
 
@@ -277,22 +277,22 @@ def _weighted_sum_backward(
     K: tl.constexpr, K_PADDED: tl.constexpr, PADDED: tl.constexpr, PADDING_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per token: its K rows side by side, chunk after chunk. Before them, those that look for padding."""
-    wide = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    accum_dtype = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
     t = (tl.program_id(0) - (tl.cdiv(M, PADDING_ROWS) if PADDED else 0)).to(tl.int64)
     if PADDED and t < 0:
         _clear_padding(tl.program_id(0), assignment, dy, T * K, M, D, PADDING_ROWS)
         return
     k = tl.arange(0, K_PADDED)
     row = tl.load(slot + t * K + k, mask=k < K, other=M).to(tl.int64)
-    weight = tl.load(score + t * K + k, mask=k < K, other=0).to(wide)
+    weight = tl.load(score + t * K + k, mask=k < K, other=0).to(accum_dtype)
     real = row < M if PADDED else k < K
-    total = tl.zeros([K_PADDED, BLOCK], wide)
+    total = tl.zeros([K_PADDED, BLOCK], accum_dtype)
     for first in range(0, D, BLOCK):
         d = first + tl.arange(0, BLOCK)
         inside = real[:, None] & (d < D)[None, :]
         place = row[:, None] * D + d[None, :]
-        gradient = tl.load(dout + t * D + d, mask=d < D, other=0).to(wide)[None, :]
-        total += gradient * tl.load(y + place, mask=inside, other=0).to(wide)
+        gradient = tl.load(dout + t * D + d, mask=d < D, other=0).to(accum_dtype)[None, :]
+        total += gradient * tl.load(y + place, mask=inside, other=0).to(accum_dtype)
         tl.store(dy + place, (weight[:, None] * gradient).to(dy.dtype.element_ty), mask=inside)
     tl.store(dscore + t * K + k, tl.sum(total, 1).to(dscore.dtype.element_ty), mask=k < K)
 

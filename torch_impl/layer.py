@@ -73,9 +73,9 @@ def moe_layer(
     grouped = group_by_expert(input_TD, expert_id_TK, counts_E)
     counts_Pe, splits = exchange_counts(counts_E, group)
     (T, K), (P, e) = expert_id_TK.shape, counts_Pe.shape
-    check_received(splits.total, P * (T if max_tokens is None else max_tokens) * min(K, e))
+    check_received(splits.n_received, P * (T if max_tokens is None else max_tokens) * min(K, e))
     received_RD = send_tokens(grouped.x_ND, splits, group)
-    expert_major = to_expert_major(received_RD, counts_Pe, splits.total)
+    expert_major = to_expert_major(received_RD, counts_Pe, splits.n_received)
     y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(dim=0), w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases)
     rank_major_RD = to_rank_major(y_RD, expert_major.source_R, expert_major.target_R)
     returned_ND = return_tokens(rank_major_RD, splits, group)

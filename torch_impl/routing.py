@@ -66,14 +66,14 @@ def route(
     score_TE = SCORE_FUNCTIONS[router.score_function](logits(x_TD, router_DE, router.router_dtype, per_expert.bias_E))
     if expert_id_TK is None:
         expert_id_TK = choose(score_TE, router, per_expert.selection_bias_E)
-    known_TK = expert_id_TK.long().clamp(0, router_DE.shape[1] - 1)
-    score_TK = score_TE.gather(1, known_TK)
+    clamped_id_TK = expert_id_TK.long().clamp(0, router_DE.shape[1] - 1)
+    score_TK = score_TE.gather(1, clamped_id_TK)
     if router.score_function == "softmax_of_chosen":
         score_TK = torch.softmax(score_TK, dim=-1)
     if router.renormalize:
         score_TK = renormalized(score_TK, router.epsilon)
     if per_expert.scale_E is not None:
-        score_TK = score_TK * of_chosen(per_expert.scale_E.to(score_TK.dtype), known_TK)
+        score_TK = score_TK * take_by_expert(per_expert.scale_E.to(score_TK.dtype), clamped_id_TK)
     score_TK = score_TK * router.scale
     score_TK = score_TK.to(x_TD.dtype) if router.cast_scores else score_TK
     return Routing(score_TK, expert_id_TK, count_per_expert(expert_id_TK, router_DE.shape[1]))
@@ -83,10 +83,10 @@ def logits(
     x_TD: Float[Tensor, "T D"], router_DE: Float[Tensor, "D E"], dtype: str, bias_E: Float[Tensor, " E"] | None
 ) -> Float[Tensor, "T E"]:
     """x @ router + bias, in the dtype that `router_dtype` says, as numbers of float32 or wider."""
-    wide = torch.float32 if dtype == "float32" else torch.promote_types(x_TD.dtype, torch.float32)
-    narrow = x_TD.dtype if dtype == "activations" else wide
-    logits_TE = x_TD.to(narrow) @ router_DE.to(narrow)
-    return (logits_TE if bias_E is None else logits_TE + bias_E.to(narrow)).to(wide)
+    logits_dtype = torch.float32 if dtype == "float32" else torch.promote_types(x_TD.dtype, torch.float32)
+    matmul_dtype = x_TD.dtype if dtype == "activations" else logits_dtype
+    logits_TE = x_TD.to(matmul_dtype) @ router_DE.to(matmul_dtype)
+    return (logits_TE if bias_E is None else logits_TE + bias_E.to(matmul_dtype)).to(logits_dtype)
 
 
 def sqrt_softplus(logits_TE: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
@@ -114,19 +114,19 @@ def choose(
     if router.groups > 1:
         outside_TE = ~in_best_groups(score_TE, router)
         score_TE = score_TE.masked_fill(outside_TE, 0 if router.outside_groups == "zero" else -torch.inf)
-    return largest(score_TE, router.top_k)
+    return top_k_indices(score_TE, router.top_k)
 
 
 def in_best_groups(score_TE: Float[Tensor, "T E"], router: Router) -> Bool[Tensor, "T E"]:
     """Which experts are in the groups whose best expert, or best two, have the largest scores."""
     score_TGn = score_TE.unflatten(1, (router.groups, -1))
     best_TGn = score_TGn.sort(dim=-1, descending=True).values[..., : 2 if router.group_score == "top2" else 1]
-    best_TG = largest(best_TGn.sum(dim=-1), router.top_groups)
+    best_TG = top_k_indices(best_TGn.sum(dim=-1), router.top_groups)
     inside_TG = torch.zeros_like(score_TGn[..., 0], dtype=torch.bool).scatter(1, best_TG, True)
     return inside_TG[..., None].expand_as(score_TGn).flatten(1)
 
 
-def largest(score_Tn: Float[Tensor, "T n"], k: int) -> Integer[Tensor, "T k"]:
+def top_k_indices(score_Tn: Float[Tensor, "T n"], k: int) -> Integer[Tensor, "T k"]:
     """Where each row's k largest numbers are, the largest first; of equal ones, the first."""
     return score_Tn.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
@@ -136,7 +136,7 @@ def renormalized(score_TK: Float[Tensor, "T K"], epsilon: float) -> Float[Tensor
     return score_TK / (score_TK.sum(dim=-1, keepdim=True) + epsilon)
 
 
-def of_chosen(a_E: Float[Tensor, " E"], expert_id_TK: Integer[Tensor, "T K"]) -> Float[Tensor, "T K"]:
+def take_by_expert(a_E: Float[Tensor, " E"], expert_id_TK: Integer[Tensor, "T K"]) -> Float[Tensor, "T K"]:
     """Each choice's number: by a product with ones and zeros, whose gradient needs no scatter-add."""
     one_hot_TKE = expert_id_TK[..., None] == torch.arange(a_E.shape[0], device=a_E.device)
     return one_hot_TKE.to(a_E.dtype) @ a_E

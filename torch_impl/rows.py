@@ -30,10 +30,10 @@ class _ExpandRows(torch.autograd.Function):
         (slot_TK,) = ctx.saved_tensors
         if kernels.use_kernels(dx_ND):
             return kernels.sum_rows(dx_ND, slot_TK), None, None
-        wide = torch.promote_types(dx_ND.dtype, torch.float32)
-        dx_TD = torch.zeros(slot_TK.shape[0], dx_ND.shape[1], dtype=wide, device=dx_ND.device)
+        accum_dtype = torch.promote_types(dx_ND.dtype, torch.float32)
+        dx_TD = torch.zeros(slot_TK.shape[0], dx_ND.shape[1], dtype=accum_dtype, device=dx_ND.device)
         for slot_T in slot_TK.unbind(dim=1):
-            dx_TD = dx_TD + dx_ND[slot_T].to(wide)
+            dx_TD = dx_TD + dx_ND[slot_T].to(accum_dtype)
         return dx_TD.to(dx_ND.dtype), None, None
 
 
@@ -54,10 +54,10 @@ class _WeightedSum(torch.autograd.Function):
         ctx.save_for_backward(y_ND, score_TK, slot_TK, assignment_N)
         if kernels.use_kernels(y_ND):
             return kernels.sum_rows(y_ND, slot_TK, score_TK)
-        wide = torch.promote_types(y_ND.dtype, torch.float32)
-        out_TD = torch.zeros(slot_TK.shape[0], y_ND.shape[1], dtype=wide, device=y_ND.device)
+        accum_dtype = torch.promote_types(y_ND.dtype, torch.float32)
+        out_TD = torch.zeros(slot_TK.shape[0], y_ND.shape[1], dtype=accum_dtype, device=y_ND.device)
         for score_T, slot_T in zip(score_TK.unbind(dim=1), slot_TK.unbind(dim=1), strict=True):
-            out_TD = out_TD + score_T.to(wide)[:, None] * y_ND[slot_T].to(wide)
+            out_TD = out_TD + score_T.to(accum_dtype)[:, None] * y_ND[slot_T].to(accum_dtype)
         return out_TD
 
     @staticmethod
@@ -65,10 +65,12 @@ class _WeightedSum(torch.autograd.Function):
         y_ND, score_TK, slot_TK, assignment_N = ctx.saved_tensors
         if kernels.use_kernels(y_ND):
             return *kernels.weighted_sum_backward(dout_TD, y_ND, score_TK, slot_TK), None, None
-        wide = torch.promote_types(y_ND.dtype, torch.float32)
-        score_N = score_TK.reshape(-1)[assignment_N].to(wide)
-        dy_ND = score_N[:, None] * dout_TD[assignment_N // slot_TK.shape[1]].to(wide)
-        dscore_TK = [(dout_TD.to(wide) * y_ND[slot_T].to(wide)).sum(dim=1) for slot_T in slot_TK.unbind(dim=1)]
+        accum_dtype = torch.promote_types(y_ND.dtype, torch.float32)
+        score_N = score_TK.reshape(-1)[assignment_N].to(accum_dtype)
+        dy_ND = score_N[:, None] * dout_TD[assignment_N // slot_TK.shape[1]].to(accum_dtype)
+        dscore_TK = [
+            (dout_TD.to(accum_dtype) * y_ND[slot_T].to(accum_dtype)).sum(dim=1) for slot_T in slot_TK.unbind(dim=1)
+        ]
         return dy_ND.to(y_ND.dtype), torch.stack(dscore_TK, dim=1).to(score_TK.dtype), None, None
 
 
@@ -102,7 +104,7 @@ def expert_major_rows(
     if kernels.use_kernels(counts_Pe):
         return kernels.expert_major_rows(counts_Pe, output_size)
     source_R = expert_major_source(counts_Pe, output_size)
-    return source_R, invert(source_R)
+    return source_R, inverse_permutation(source_R)
 
 
 def expert_major_source(counts_Pe: Integer[Tensor, "P e"], output_size: int) -> Integer[Tensor, " R"]:
@@ -119,8 +121,8 @@ def expert_major_source(counts_Pe: Integer[Tensor, "P e"], output_size: int) -> 
     return shift_R + torch.arange(output_size, device=counts_Pe.device)
 
 
-def invert(index_R: Integer[Tensor, " R"]) -> Integer[Tensor, " R"]:
-    """The inverse permutation: invert(index)[index[r]] = r."""
+def inverse_permutation(index_R: Integer[Tensor, " R"]) -> Integer[Tensor, " R"]:
+    """The inverse permutation: inverse_permutation(index)[index[r]] = r."""
     row_R = torch.arange(index_R.shape[0], device=index_R.device)
     return torch.empty_like(row_R).scatter(0, index_R, row_R)
 
@@ -135,7 +137,7 @@ def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tens
     if kernels.use_kernels(key_N):
         return kernels.sort_by_key(key_N, n_keys)
     order_N = key_N.argsort(stable=True)
-    return order_N, invert(order_N)
+    return order_N, inverse_permutation(order_N)
 
 
 def exclusive_cumsum(counts: Integer[Tensor, " n"]) -> Integer[Tensor, " n"]:

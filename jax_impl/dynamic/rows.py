@@ -3,7 +3,7 @@
 from jax import Array
 from jaxtyping import Integer
 
-from jax_impl.rows import exclusive_cumsum, invert, segments_source
+from jax_impl.rows import exclusive_cumsum, inverse_permutation, segments_source
 
 
 def expert_major_rows(
@@ -14,7 +14,7 @@ def expert_major_rows(
     Shapes: source_R, target_R.
     """
     source_R = expert_major_source(counts_Pe, output_size)
-    return source_R, invert(source_R)
+    return source_R, inverse_permutation(source_R)
 
 
 def expert_major_source(counts_Pe: Integer[Array, "P e"], output_size: int) -> Integer[Array, " R"]:

@@ -25,7 +25,7 @@ from jax_impl.exchange import exchange_counts, return_tokens, send_tokens
 from jax_impl.experts import apply_experts
 from jax_impl.grouping import Capacity, combine, group_by_expert
 from jax_impl.layout import to_expert_major, to_rank_major
-from jax_impl.rows import invert, rank_bins_source
+from jax_impl.rows import inverse_permutation, rank_bins_source
 from parity.bench.peers import JAX_PEERS, find_peers
 from parity.bench.plan import (
     ACROSS_RANKS,
@@ -78,7 +78,7 @@ def plain_to_expert_major(x_PCD: Array, counts_Pe: Array) -> tuple[Array, Array,
     """Rows by indexing, padding by `where`."""
     P, C, D = x_PCD.shape
     source_S = rank_bins_source(counts_Pe, C)
-    return plain_gather(x_PCD.reshape(-1, D), source_S), source_S, invert(source_S).reshape(P, C)
+    return plain_gather(x_PCD.reshape(-1, D), source_S), source_S, inverse_permutation(source_S).reshape(P, C)
 
 
 def plain_to_rank_major(y_SD: Array, source_S: Array, target_PC: Array) -> Array:

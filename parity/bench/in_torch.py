@@ -304,12 +304,12 @@ def draw_for_ranks(
         return torch.randn(rows, shape.width, device=device).to(getattr(torch, plan.dtype))
 
     if part == "exchange":
-        return partial(send_tokens, splits=splits), (draw(shape.assignments).requires_grad_(),), draw(splits.total)
+        return partial(send_tokens, splits=splits), (draw(shape.assignments).requires_grad_(),), draw(splits.n_received)
 
     def whole(x_TD: Tensor, score_TK: Tensor) -> Tensor:
         x_ND, slot_TK, assignment_N = group_by_expert(x_TD, ids_TK, counts_E)
         counts_Pe, splits = exchange_counts(counts_E)
-        x_RD, source_R, target_R = to_expert_major(send_tokens(x_ND, splits), counts_Pe, splits.total)
+        x_RD, source_R, target_R = to_expert_major(send_tokens(x_ND, splits), counts_Pe, splits.n_received)
         y_ND = return_tokens(to_rank_major(x_RD, source_R, target_R), splits)
         return combine(y_ND, score_TK, slot_TK, assignment_N)
 

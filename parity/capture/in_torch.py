@@ -69,9 +69,9 @@ def step(x_ND: Tensor, counts_E: Tensor, way: Way) -> Tensor:
     """Rows to the ranks of their experts, into expert-major order, and all the way back: stages 3, 4, 5, 7 and 8."""
     if way == "torch_impl":
         counts_Pe, splits = exchange.exchange_counts(counts_E)
-        torch._check(splits.total <= counts_Pe.shape[0] * T * min(K, e))
+        torch._check(splits.n_received <= counts_Pe.shape[0] * T * min(K, e))
         x_RD = exchange.send_tokens(x_ND, splits)
-        x_RD, source_R, target_R = layout.to_expert_major(x_RD, counts_Pe, splits.total)
+        x_RD, source_R, target_R = layout.to_expert_major(x_RD, counts_Pe, splits.n_received)
         return exchange.return_tokens(layout.to_rank_major(x_RD, source_R, target_R), splits)
 
     # As public stacks write it: the splits as lists of integers, which the exchange takes.
@@ -99,7 +99,7 @@ def step(x_ND: Tensor, counts_E: Tensor, way: Way) -> Tensor:
         torch._check(size <= n_ranks * T * min(K, e))
         torch._check(size == x_RD.shape[0])
     source_R = rows.expert_major_source(counts_Pe, size)  # type: ignore[arg-type]
-    target_R = rows.invert(source_R)
+    target_R = rows.inverse_permutation(source_R)
     x_RD = rows.permute_rows(x_RD, source_R, target_R)
     y_RD = rows.permute_rows(x_RD, target_R, source_R)
     return collectives.wait_tensor(collectives.all_to_all_single_autograd(y_RD, send_P, receive_P, group))

@@ -414,14 +414,14 @@ class Case:
         return [0, *sorted((np.random.default_rng(n).permutation(n - 2)[:6] + 1).tolist()), n - 1]
 
     @property
-    def wide(self) -> str:
+    def accum_dtype(self) -> str:
         """The dtype of accumulation, and of the router unless it says otherwise."""
         return "float64" if self.dtype == "float64" else "float32"
 
     @property
     def score_dtype(self) -> str:
         """The dtype that scores are computed in."""
-        return "float32" if self.router_dtype == "float32" else self.wide
+        return "float32" if self.router_dtype == "float32" else self.accum_dtype
 
     def dtype_of(self, kind: Kind) -> str:
         """The dtype of an array: of tokens and experts, logits and router, scores before and after they are cast."""

@@ -800,21 +800,21 @@ class Reading:
         rows, ids = self._ids(weights != 0, logits)
         got = out[at][rows]
         narrow = self.case.dtype in ("bfloat16", "float16")
-        wide = np.dtype(self.case.wide)
+        accum_dtype = np.dtype(self.case.accum_dtype)
         if narrow:
-            s_nK = (self._of(self._said_case(), logits[rows], ids) * self.scale).astype(wide)
+            s_nK = (self._of(self._said_case(), logits[rows], ids) * self.scale).astype(accum_dtype)
         else:
-            s_nK = np.take_along_axis(weights[rows], ids, 1).astype(wide)
+            s_nK = np.take_along_axis(weights[rows], ids, 1).astype(accum_dtype)
         value = self._narrow(np.array(self.usual()))
         own = self._narrow(value * self._narrow(self.probes.combined_ED))
-        y_nKD = own[self.numbers_E[ids]].astype(wide)
+        y_nKD = own[self.numbers_E[ids]].astype(accum_dtype)
         exact = math.frexp(self.usual())[0] == 0.5
-        sums = _Sums(numpy_dtype(self.case.dtype), wide, self.case.experts // self.case.ranks, ids)
+        sums = _Sums(numpy_dtype(self.case.dtype), accum_dtype, self.case.experts // self.case.ranks, ids)
         hypotheses, cast = [], {False: 1.0, True: 1.0}
         for rounded in (False, True) if narrow else (False,):
             # As it is read where nothing is rounded besides: it may have been computed in few bits, too.
             read = np.take_along_axis(weights[rows], ids, 1) if exact else self._narrow(s_nK)
-            s = read.astype(wide) if rounded else s_nK
+            s = read.astype(accum_dtype) if rounded else s_nK
             for what, total, odd in sums.each(s, y_nKD):
                 off = float((total.astype(np.float64) != got).mean())
                 hypotheses.append(Hypothesis(what, off, {}, odd))
@@ -841,13 +841,13 @@ class Reading:
         By sums of what experts return, where hidden units are a power of two, so that both are the same; and by the
         hidden units themselves, where they are none.
         """
-        wide, dtype = self.case.score_dtype, self.case.dtype
+        accum_dtype, dtype = self.case.score_dtype, self.case.dtype
         off = self._rounded_scores()
         if min(off.values()) > 0.05:
             off = {True: 0.0, False: 0.0}  # hidden units are not known bit for bit
         words = (
-            (wide, max(cast[False], off[False]), False),
-            (f"{wide}, and rounded with the hidden units that they weigh", max(cast[True], off[False]), False),
+            (accum_dtype, max(cast[False], off[False]), False),
+            (f"{accum_dtype}, and rounded with the hidden units that they weigh", max(cast[True], off[False]), False),
             (f"{dtype}: rounded before they weigh anything", max(cast[True], off[True]), True),
         )
         hypotheses = [Hypothesis(what, residual, {"cast_scores": narrow}) for what, residual, narrow in words]
@@ -1140,7 +1140,7 @@ class _Sums(NamedTuple):
     """The ways to add up what the chosen experts return."""
 
     dtype: np.dtype
-    wide: np.dtype
+    accum_dtype: np.dtype
     per_rank: int
     ids_nK: Array
 
@@ -1158,7 +1158,7 @@ class _Sums(NamedTuple):
         for words, order in orders.items():
             s, y = np.take_along_axis(s_nK, order, 1), np.take_along_axis(y_nKD, order[..., None], 1)
             for how, total in self._ways(s, y):
-                if K > 2 or how.endswith(("not rounded", f"of products in {self.wide}")):
+                if K > 2 or how.endswith(("not rounded", f"of products in {self.accum_dtype}")):
                     yield f"{words}, {how}", total.astype(self.dtype), False
                 elif order is by_k:  # of two that are rounded alike it changes nothing
                     yield how, total.astype(self.dtype), False
@@ -1167,7 +1167,7 @@ class _Sums(NamedTuple):
 
     def _by_rank(self, s_nK: Array, y_nKD: Array, orders: Mapping[str, Array]) -> Iterable[tuple[str, Array, bool]]:
         """Each rank adds up what its own experts return, and then these sums are added up."""
-        wide, dtype = self.wide, self.dtype
+        accum_dtype, dtype = self.accum_dtype, self.dtype
         part_nK = self.ids_nK // self.per_rank
         ranks = int(part_nK.max(initial=0)) + 1
         for words, order in orders.items():
@@ -1175,37 +1175,37 @@ class _Sums(NamedTuple):
             y = np.take_along_axis(y_nKD, order[..., None], 1)
             for ways in zip(*(self._ways(np.where(part == rank, s, 0), y) for rank in range(ranks)), strict=True):
                 each = f"each {words}, {ways[0][0]}"
-                for rounded, outer in dict.fromkeys([(wide, wide), (dtype, wide), (dtype, dtype)]):
-                    if ranks == 2 and outer != wide:
+                for rounded, outer in dict.fromkeys([(accum_dtype, accum_dtype), (dtype, accum_dtype), (dtype, dtype)]):
+                    if ranks == 2 and outer != accum_dtype:
                         continue  # of two sums it is the same
-                    sums = [own.astype(rounded).astype(wide) for _, own in ways]
+                    sums = [own.astype(rounded).astype(accum_dtype) for _, own in ways]
                     total = np.zeros_like(sums[0])
                     for own in sums:
-                        total = (total + own).astype(outer).astype(wide)
-                    narrowed = rounded != wide and ways[0][1].dtype != rounded
+                        total = (total + own).astype(outer).astype(accum_dtype)
+                    narrowed = rounded != accum_dtype and ways[0][1].dtype != rounded
                     how = each + f", rounded to {rounded}" * narrowed
                     yield f"ranks one after the other, in {outer}; {how}", total.astype(dtype), False
 
     def _ways(self, s: Array, y: Array) -> Iterable[tuple[str, Array]]:
-        wide, dtype = self.wide, self.dtype
-        start = np.zeros(y[:, 0].shape, wide)
+        accum_dtype, dtype = self.accum_dtype, self.dtype
+        start = np.zeros(y[:, 0].shape, accum_dtype)
         rounded, fused = start, start
         for k in range(s.shape[1]):
             rounded = rounded + s[:, k, None] * y[:, k]
-            fused = (fused.astype(np.longdouble) + s[:, k, None].astype(np.longdouble) * y[:, k]).astype(wide)
-        yield f"in {wide}", rounded
-        yield f"in {wide}, products not rounded", fused
-        if dtype == wide:
+            fused = (fused.astype(np.longdouble) + s[:, k, None].astype(np.longdouble) * y[:, k]).astype(accum_dtype)
+        yield f"in {accum_dtype}", rounded
+        yield f"in {accum_dtype}, products not rounded", fused
+        if dtype == accum_dtype:
             return
         products = (s[..., None] * y).astype(dtype)
         total, narrow, mixed = start, start.astype(dtype), start.astype(dtype)
         for k in range(s.shape[1]):
-            total = total + products[:, k].astype(wide)
-            narrow = (narrow.astype(wide) + products[:, k].astype(wide)).astype(dtype)
-            mixed = (mixed.astype(wide) + s[:, k, None] * y[:, k]).astype(dtype)
-        yield f"in {wide}, of products in {dtype}", total
+            total = total + products[:, k].astype(accum_dtype)
+            narrow = (narrow.astype(accum_dtype) + products[:, k].astype(accum_dtype)).astype(dtype)
+            mixed = (mixed.astype(accum_dtype) + s[:, k, None] * y[:, k]).astype(dtype)
+        yield f"in {accum_dtype}, of products in {dtype}", total
         yield f"in {dtype}", narrow
-        yield f"in {dtype}, of products in {wide}", mixed
+        yield f"in {dtype}, of products in {accum_dtype}", mixed
 
 
 def _off(got: Array, expected: Array) -> float:

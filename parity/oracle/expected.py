@@ -213,7 +213,7 @@ class Oracle:
         shares, case, n = [shares_of_slope(a) for a in (whole, *groups)], self.case, len(whole)
         products = case.width + case.hidden  # one after the other: of gate or up, and of down
         products = 2 * products + case.ranks * case.tokens if quantity.backward else products
-        systematic = leaning(products, case.dtype) * max(noise(case.wide), noise(case.score_dtype))
+        systematic = leaning(products, case.dtype) * max(noise(case.accum_dtype), noise(case.score_dtype))
         allowed = [
             to_numpy(shares_allowance(of, a, self._put(worst), dtype, systematic, self.alike))
             for of, a, worst in zip(shares, (whole, *groups), (off.scales[:n], off.scales[n:]), strict=False)

@@ -65,13 +65,13 @@ class Problem:
 
         A large number, its negative, and a third so small that it survives only when it is added last.
         """
-        small = 2.0**-39 if self.case.wide == "float64" else 2.0**-10
+        small = 2.0**-39 if self.case.accum_dtype == "float64" else 2.0**-10
         term_K = np.zeros(self.case.top_k)
         term_K[:3] = np.array([2.0**15, -(2.0**15), small])[: self.case.top_k]
         rows = np.broadcast_to(term_K[:, None], self.y.shape)
-        total = np.zeros(self.x.shape, self.case.wide)
+        total = np.zeros(self.x.shape, self.case.accum_dtype)
         for k in range(self.case.top_k):
-            total += np.where(self.keep[:, :, k, None], rows[:, :, k], 0).astype(self.case.wide)
+            total += np.where(self.keep[:, :, k, None], rows[:, :, k], 0).astype(self.case.accum_dtype)
         return rows.astype(self.y.dtype), total.astype(np.float64)
 
     def save(self, path: Path) -> None:

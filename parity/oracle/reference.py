@@ -393,7 +393,7 @@ def activated(case: Case, gate: Array, numbers: Numbers) -> tuple[Array, Array]:
     g**3))): Hendrycks and Gimpel 2016, "Gaussian Error Linear Units". quick_gelu(g) = g * sigmoid(1.702 * g): the same
     paper. relu2(g) = max(g, 0)**2: So et al. 2021, "Primer".
     """
-    dtype, activation, xp = case.wide, case.expert.activation, numbers.xp
+    dtype, activation, xp = case.accum_dtype, case.expert.activation, numbers.xp
     if activation in ("silu", "quick_gelu"):
         times = 1.0 if activation == "silu" else 1.702
         inner = gate if activation == "silu" else numbers.round(times * gate, dtype)
@@ -438,7 +438,7 @@ def hidden(case: Case, gate: Array | None, up: Array, numbers: Numbers) -> Hidde
         gate, up = xp.minimum(gate, case.clamp), xp.clip(up, -case.clamp, case.clamp)
     assert gate is not None
     act, slope = activated(case, gate, numbers)
-    lifted = numbers.round(up + case.up_offset, case.wide) if case.up_offset else up
+    lifted = numbers.round(up + case.up_offset, case.accum_dtype) if case.up_offset else up
     value = numbers.round(act * lifted, case.dtype)
     if both_clamped is not None:
         value = xp.where(both_clamped, numbers.constant(act * lifted, case.dtype), value)
@@ -463,7 +463,8 @@ def gate_and_up(case: Case, x: Array, w: Parameters, g: int, numbers: Numbers) -
     """An expert's projections of tokens [..., D], with their biases; None for a gate that there is not."""
     gate, up = (
         None if weight is None else biased(
-            numbers.matmul(x, weight[g], case.width, case.wide), None if bias is None else bias[g], case.dtype, numbers
+            numbers.matmul(x, weight[g], case.width, case.accum_dtype),
+            None if bias is None else bias[g], case.dtype, numbers,
         )
         for weight, bias in ((w.w_gate, w.b_gate), (w.w_up, w.b_up))
     )  # fmt: skip
@@ -473,7 +474,7 @@ def gate_and_up(case: Case, x: Array, w: Parameters, g: int, numbers: Numbers) -
 
 def down(case: Case, hidden: Array, w: Parameters, g: int, numbers: Numbers) -> Array:
     """An expert's last matmul, and its bias."""
-    y = numbers.matmul(hidden, w.w_down[g], case.hidden, case.wide)
+    y = numbers.matmul(hidden, w.w_down[g], case.hidden, case.accum_dtype)
     return y if w.b_down is None else numbers.round(y, case.dtype) + w.b_down[g]
 
 
@@ -494,7 +495,7 @@ def experts_backward(
             products |= {"w_gate": (x_D, dgate_F), "b_gate": (dgate_F,)}
         for name in found:
             product = products[name][0] if len(products[name]) == 1 else np.outer(*products[name])
-            found[name][g] += numbers.terms(product, rows_E[g], case.wide)
+            found[name][g] += numbers.terms(product, rows_E[g], case.accum_dtype)
     return dx_PTKD, found
 
 
@@ -507,17 +508,17 @@ def gate_and_up_backward(
     case: Case, hid: Hidden, dy: Array, w_down: Any, n: int, numbers: Numbers
 ) -> tuple[Array | None, Array]:
     """Gradients of gate and up; None without a gate."""
-    dhidden = numbers.round(numbers.matmul(dy, w_down.T, n, case.wide), case.dtype)
+    dhidden = numbers.round(numbers.matmul(dy, w_down.T, n, case.accum_dtype), case.dtype)
     dup = numbers.round(dhidden * hid.of_up, case.dtype)
     if hid.of_gate is None:
         return None, dup
-    return numbers.round(numbers.round(dhidden * hid.of_gate, case.wide), case.dtype), dup
+    return numbers.round(numbers.round(dhidden * hid.of_gate, case.accum_dtype), case.dtype), dup
 
 
 def dx_of(case: Case, through: Iterable[tuple[Array | None, Any]], g: int, numbers: Numbers) -> Array:
     """The gradient of an expert's tokens, by gate and up: each rounded, and added."""
     parts = [
-        numbers.round(numbers.matmul(d, weight[g].T, case.hidden, case.wide), case.dtype)
+        numbers.round(numbers.matmul(d, weight[g].T, case.hidden, case.accum_dtype), case.dtype)
         for d, weight in through
         if d is not None
     ]
@@ -527,7 +528,7 @@ def dx_of(case: Case, through: Iterable[tuple[Array | None, Any]], g: int, numbe
 def shared_expert(case: Case, x_PTD: Array, w: Parameters, numbers: Numbers) -> Array:
     """What the shared expert adds to each token: [P, T, D]."""
     y_PTD = numbers.matmul(
-        _shared_hidden(case, x_PTD, w, numbers).value, w.shared_w_down, case.shared_hidden, case.wide
+        _shared_hidden(case, x_PTD, w, numbers).value, w.shared_w_down, case.shared_hidden, case.accum_dtype
     )
     if w.shared_score is None:
         return y_PTD
@@ -536,7 +537,9 @@ def shared_expert(case: Case, x_PTD: Array, w: Parameters, numbers: Numbers) -> 
 
 def _shared_hidden(case: Case, x_PTD: Array, w: Parameters, numbers: Numbers) -> Hidden:
     gate_PTH, up_PTH = (
-        None if weight is None else numbers.round(numbers.matmul(x_PTD, weight, case.width, case.wide), case.dtype)
+        None
+        if weight is None
+        else numbers.round(numbers.matmul(x_PTD, weight, case.width, case.accum_dtype), case.dtype)
         for weight in (w.shared_w_gate, w.shared_w_up)
     )
     assert up_PTH is not None
@@ -545,7 +548,7 @@ def _shared_hidden(case: Case, x_PTD: Array, w: Parameters, numbers: Numbers) ->
 
 def _shared_weight(case: Case, x_PTD: Array, w: Parameters, numbers: Numbers) -> Array:
     """The sigmoid of its score: [P, T, 1]."""
-    logit_PT1 = numbers.round(numbers.matmul(x_PTD, w.shared_score[:, None], case.width, case.wide), case.dtype)
+    logit_PT1 = numbers.round(numbers.matmul(x_PTD, w.shared_score[:, None], case.width, case.accum_dtype), case.dtype)
     return numbers.round(sigmoid(logit_PT1), case.dtype)
 
 
@@ -557,15 +560,15 @@ def shared_backward(
     found, parts, dy_PTD, x_PDT = {}, [], dout_PTD, x_PTD.swapaxes(-1, -2)
 
     def over_tokens(name: str, a: Array, d_PTn: Array) -> None:
-        of_ranks = numbers.matmul(a, d_PTn, case.tokens, case.wide)
+        of_ranks = numbers.matmul(a, d_PTn, case.tokens, case.accum_dtype)
         found[name] = over_ranks(case, name, of_ranks, -3, numbers)
 
     if w.shared_score is not None:
-        y_PTD = numbers.matmul(hid.value, w.shared_w_down, case.shared_hidden, case.wide)
+        y_PTD = numbers.matmul(hid.value, w.shared_w_down, case.shared_hidden, case.accum_dtype)
         weight_PT1 = _shared_weight(case, x_PTD, w, numbers)
         dy_PTD = numbers.round(weight_PT1 * dout_PTD, case.dtype)
         product_PTD = numbers.round(numbers.round(y_PTD, case.dtype) * dout_PTD, case.dtype)
-        dweight_PT1 = numbers.xp.sum(numbers.terms(product_PTD, case.width, case.wide), axis=-1, keepdims=True)
+        dweight_PT1 = numbers.xp.sum(numbers.terms(product_PTD, case.width, case.accum_dtype), axis=-1, keepdims=True)
         slope_PT1 = weight_PT1 * numbers.round(1 - weight_PT1, case.dtype)
         dlogit_PT1 = numbers.round(numbers.round(dweight_PT1, case.dtype) * slope_PT1, case.dtype)
         parts.append(numbers.round(dlogit_PT1 * w.shared_score, case.dtype))
@@ -576,7 +579,7 @@ def shared_backward(
     for name, d_PTH in (("shared_w_up", dup_PTH), ("shared_w_gate", dgate_PTH)):
         if d_PTH is not None:
             over_tokens(name, x_PDT, d_PTH)
-            dx_PTD = numbers.matmul(d_PTH, getattr(w, name).T, case.shared_hidden, case.wide)
+            dx_PTD = numbers.matmul(d_PTH, getattr(w, name).T, case.shared_hidden, case.accum_dtype)
             parts.append(numbers.round(dx_PTD, case.dtype))
     return added_up(parts, case.dtype, numbers), found
 
@@ -594,7 +597,7 @@ def combine(case: Case, y_PTKD: Array, score_PTK: Array, keep_PTK: Array, number
     out_PTD = np.zeros((case.ranks, case.tokens, case.width))
     for p, t, k in np.ndindex(*score_PTK.shape):
         if keep_PTK[p, t, k]:
-            out_PTD[p, t] += numbers.terms(score_PTK[p, t, k] * y_PTKD[p, t, k], case.top_k, case.wide)
+            out_PTD[p, t] += numbers.terms(score_PTK[p, t, k] * y_PTKD[p, t, k], case.top_k, case.accum_dtype)
     return out_PTD
 
 
@@ -605,8 +608,8 @@ def combine_backward(
     dy_PTKD, dscore_PTK = np.zeros_like(y_PTKD), np.zeros_like(score_PTK)
     for p, t, k in np.ndindex(*score_PTK.shape):
         if keep_PTK[p, t, k]:
-            dy_PTKD[p, t, k] = numbers.round(score_PTK[p, t, k] * dout_PTD[p, t], case.wide)
-            dscore_PTK[p, t, k] = numbers.terms(y_PTKD[p, t, k] * dout_PTD[p, t], case.width, case.wide).sum()
+            dy_PTKD[p, t, k] = numbers.round(score_PTK[p, t, k] * dout_PTD[p, t], case.accum_dtype)
+            dscore_PTK[p, t, k] = numbers.terms(y_PTKD[p, t, k] * dout_PTD[p, t], case.width, case.accum_dtype).sum()
     return dy_PTKD, dscore_PTK
 
 
@@ -615,7 +618,7 @@ def group_backward(case: Case, dx_PTKD: Array, keep_PTK: Array, numbers: Numbers
     dx_PTD = np.zeros((case.ranks, case.tokens, case.width))
     for p, t, k in np.ndindex(*keep_PTK.shape):
         if keep_PTK[p, t, k]:
-            dx_PTD[p, t] += numbers.terms(dx_PTKD[p, t, k], case.top_k, case.wide)
+            dx_PTD[p, t] += numbers.terms(dx_PTKD[p, t, k], case.top_k, case.accum_dtype)
     return dx_PTD
 
 
@@ -661,7 +664,7 @@ def layer(
     dx_experts = oracle.group_backward(case, numbers.round(dx_rows, case.dtype), keep_PTK, numbers)
     if on_input:
         dgiven = numbers.round(dx_experts, case.dtype)
-        dscore = keep_PTK * xp.sum(numbers.terms(dgiven * x_PTD, case.width, case.wide), axis=-1, keepdims=True)
+        dscore = keep_PTK * xp.sum(numbers.terms(dgiven * x_PTD, case.width, case.accum_dtype), axis=-1, keepdims=True)
         dx_experts = dgiven * score_r
     dscore = numbers.round(dscore, case.dtype_of("weight")) + aux_PTK
     dscore_r = numbers.round(dscore, case.dtype_of("weight"))

@@ -111,9 +111,9 @@ def experts_backward(
         for name, gradient in found.items():
             if name in of_weights:
                 a, d = of_weights[name]
-                gradient[..., g, :, :] = numbers.matmul(a[..., rows[name]].swapaxes(-1, -2), d, n, case.wide)
+                gradient[..., g, :, :] = numbers.matmul(a[..., rows[name]].swapaxes(-1, -2), d, n, case.accum_dtype)
             else:
-                gradient[..., g, :] = numbers.xp.sum(numbers.terms(of_biases[name], n, case.wide), axis=-2)
+                gradient[..., g, :] = numbers.xp.sum(numbers.terms(of_biases[name], n, case.accum_dtype), axis=-2)
     return dx_PTKD, found
 
 
@@ -134,7 +134,7 @@ def _of_each_expert(id_PTK: Array) -> Iterator[tuple[int, Array, Array, Array]]:
 def combine(case: Case, y_PTKD: Array, score_PTK: Array, keep_PTK: Array, numbers: Numbers) -> Array:
     """See `reference.combine`."""
     weight_PTK = numbers.xp.where(keep_PTK, score_PTK, 0.0)
-    return numbers.xp.sum(numbers.terms(weight_PTK[..., None] * y_PTKD, case.top_k, case.wide), axis=-2)
+    return numbers.xp.sum(numbers.terms(weight_PTK[..., None] * y_PTKD, case.top_k, case.accum_dtype), axis=-2)
 
 
 def combine_backward(
@@ -142,14 +142,14 @@ def combine_backward(
 ) -> tuple[Array, Array]:
     """See `reference.combine_backward`."""
     weight_PTK = numbers.xp.where(keep_PTK, score_PTK, 0.0)
-    dy_PTKD = numbers.round(weight_PTK[..., None] * dout_PTD[..., None, :], case.wide)
-    terms_PTKD = numbers.terms(y_PTKD * dout_PTD[..., None, :], case.width, case.wide)
+    dy_PTKD = numbers.round(weight_PTK[..., None] * dout_PTD[..., None, :], case.accum_dtype)
+    terms_PTKD = numbers.terms(y_PTKD * dout_PTD[..., None, :], case.width, case.accum_dtype)
     return dy_PTKD, keep_PTK * numbers.xp.sum(terms_PTKD, axis=-1)
 
 
 def group_backward(case: Case, dx_PTKD: Array, keep_PTK: Array, numbers: Numbers) -> Array:
     """See `reference.group_backward`."""
-    return numbers.xp.sum(keep_PTK[..., None] * numbers.terms(dx_PTKD, case.top_k, case.wide), axis=-2)
+    return numbers.xp.sum(keep_PTK[..., None] * numbers.terms(dx_PTKD, case.top_k, case.accum_dtype), axis=-2)
 
 
 def keep_within_capacity(case: Case, id_PTK: Array, score_PTK: Array) -> Array:

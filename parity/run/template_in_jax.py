@@ -27,14 +27,14 @@ einsum = partial(jnp.einsum, precision="highest")  # without it, GPUs and TPUs r
 def layer(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """The layer: [P, T, D] of the tokens."""
     only(case, "scale", score_function=("softmax", "sigmoid"), renormalize=(False, True))
-    wide = jnp.promote_types(x_PTD.dtype, jnp.float32)
-    logits_PTE = einsum("ptd,de->pte", x_PTD.astype(wide), router_DE)
+    accum_dtype = jnp.promote_types(x_PTD.dtype, jnp.float32)
+    logits_PTE = einsum("ptd,de->pte", x_PTD.astype(accum_dtype), router_DE)
     score_PTE = jax.nn.softmax(logits_PTE) if case.score_function == "softmax" else jax.nn.sigmoid(logits_PTE)
     score_PTK, id_PTK = jax.lax.top_k(score_PTE, case.top_k)
     if case.renormalize:
         score_PTK = score_PTK / (score_PTK.sum(-1, keepdims=True) + 1e-20)
-    weight_PTE = (case.scale * score_PTK[..., None] * jax.nn.one_hot(id_PTK, case.experts, dtype=wide)).sum(-2)
-    gate_EPTF = einsum("ptd,edf->eptf", x_PTD, w_gate_EDF).astype(wide)
-    up_EPTF = einsum("ptd,edf->eptf", x_PTD, w_up_EDF).astype(wide)
+    weight_PTE = (case.scale * score_PTK[..., None] * jax.nn.one_hot(id_PTK, case.experts, dtype=accum_dtype)).sum(-2)
+    gate_EPTF = einsum("ptd,edf->eptf", x_PTD, w_gate_EDF).astype(accum_dtype)
+    up_EPTF = einsum("ptd,edf->eptf", x_PTD, w_up_EDF).astype(accum_dtype)
     y_EPTD = einsum("eptf,efd->eptd", (jax.nn.silu(gate_EPTF) * up_EPTF).astype(x_PTD.dtype), w_down_EFD)
-    return einsum("pte,eptd->ptd", weight_PTE, y_EPTD.astype(wide)).astype(x_PTD.dtype)
+    return einsum("pte,eptd->ptd", weight_PTE, y_EPTD.astype(accum_dtype)).astype(x_PTD.dtype)

@@ -22,16 +22,16 @@ from parity import backend, only
 def layer(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """The layer: [T, D] of the tokens."""
     only(case, "scale", score_function=("softmax", "sigmoid"), renormalize=(False, True))
-    wide = torch.promote_types(x_TD.dtype, torch.float32)
-    logits_TE = x_TD.to(wide) @ router_DE
+    accum_dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    logits_TE = x_TD.to(accum_dtype) @ router_DE
     score_TE = logits_TE.softmax(-1) if case.score_function == "softmax" else logits_TE.sigmoid()
     score_TK, id_TK = score_TE.topk(case.top_k)
     if case.renormalize:
         score_TK = score_TK / (score_TK.sum(-1, keepdim=True) + 1e-20)
-    out_TD = torch.zeros_like(x_TD, dtype=wide)
+    out_TD = torch.zeros_like(x_TD, dtype=accum_dtype)
     for e in range(case.experts):
         t, k = (id_TK == e).nonzero(as_tuple=True)
-        hidden_nF = silu((x_TD[t] @ w_gate_EDF[e]).to(wide)) * (x_TD[t] @ w_up_EDF[e]).to(wide)
+        hidden_nF = silu((x_TD[t] @ w_gate_EDF[e]).to(accum_dtype)) * (x_TD[t] @ w_up_EDF[e]).to(accum_dtype)
         y_nD = hidden_nF.to(x_TD.dtype) @ w_down_EFD[e]
         out_TD = out_TD.index_add(0, t, case.scale * score_TK[t, k, None] * y_nD)
     return out_TD.to(x_TD.dtype)

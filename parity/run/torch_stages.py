@@ -216,7 +216,7 @@ class Dynamic:
         return exchange.send_tokens(x, self.splits, self.group)
 
     def to_expert_major(self, x: Tensor, counts_Pe: Tensor) -> Any:
-        output_size = None if self.alone else self.splits.total  # without, it is as many as x has rows
+        output_size = None if self.alone else self.splits.n_received  # without, it is as many as x has rows
         return layout.to_expert_major(x, counts_Pe, output_size)
 
     def apply_experts(self, x: Tensor, counts_e: Tensor, learned: Tensors) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_impl.rows import exclusive_cumsum, sort_by_key
 from torch_impl.static.checks import check_capacity, check_capacity_factor, check_priority
-from torch_impl.static.rows import expand_rows, invert, rows_or_zero, weighted_sum
+from torch_impl.static.rows import expand_rows, inverse_permutation, take_or_zero, weighted_sum
 
 
 class Capacity(NamedTuple):
@@ -87,9 +87,9 @@ def group_by_expert(
     order_N, place_N = sort_by_key(torch.where(keep_N, expert_N, E), E)
     start_B = exclusive_cumsum(kept_B)
     row_C = torch.arange(C, device=x_TD.device)
-    assignment_BC = torch.where(row_C < kept_B[:, None], rows_or_zero(order_N, start_B[:, None] + row_C), N)
+    assignment_BC = torch.where(row_C < kept_B[:, None], take_or_zero(order_N, start_B[:, None] + row_C), N)
     shift_B = torch.arange(B, device=x_TD.device) * C - start_B
-    slot_N = torch.where(keep_N, place_N + rows_or_zero(shift_B, expert_N // (E // B)), B * C)
+    slot_N = torch.where(keep_N, place_N + take_or_zero(shift_B, expert_N // (E // B)), B * C)
     slot_TK = slot_N.reshape(T, K)
     return Grouped(expand_rows(x_TD, slot_TK, assignment_BC), slot_TK, assignment_BC, kept_E)
 
@@ -114,9 +114,9 @@ def keep_within_capacity(
         key_N = torch.arange(N, device=expert_N.device) % top_k if priority == "choice" else -score_N.detach()
         by_key_N = key_N.argsort(stable=True)  # PyTorch has no lexsort
         by_bin_N, _ = sort_by_key(bin_N[by_key_N], B)
-        place_N = invert(by_key_N[by_bin_N])
+        place_N = inverse_permutation(by_key_N[by_bin_N])
     start_B = exclusive_cumsum(counts_E.reshape(B, -1).sum(dim=1))
-    return (place_N < rows_or_zero(start_B, bin_N) + C) & (bin_N < B)
+    return (place_N < take_or_zero(start_B, bin_N) + C) & (bin_N < B)
 
 
 def combine(

@@ -26,7 +26,7 @@ class _ExpandRows(torch.autograd.Function):
         if kernels.use_kernels(x_TD):
             x_MD = kernels.expand_rows(x_TD, slot_TK, assignment_M.reshape(-1))
             return x_MD.reshape(*assignment_M.shape, x_TD.shape[1])
-        return rows_or_zero(x_TD, assignment_M // slot_TK.shape[1])
+        return take_or_zero(x_TD, assignment_M // slot_TK.shape[1])
 
     @staticmethod
     def backward(ctx, dx_MD):  # type: ignore[override]
@@ -34,10 +34,10 @@ class _ExpandRows(torch.autograd.Function):
         dx_MD = dx_MD.reshape(-1, dx_MD.shape[-1])
         if kernels.use_kernels(dx_MD):
             return kernels.sum_rows(dx_MD, slot_TK), None, None
-        wide = torch.promote_types(dx_MD.dtype, torch.float32)
-        dx_TD = torch.zeros(slot_TK.shape[0], dx_MD.shape[1], dtype=wide, device=dx_MD.device)
+        accum_dtype = torch.promote_types(dx_MD.dtype, torch.float32)
+        dx_TD = torch.zeros(slot_TK.shape[0], dx_MD.shape[1], dtype=accum_dtype, device=dx_MD.device)
         for slot_T in slot_TK.unbind(dim=1):
-            dx_TD = dx_TD + rows_or_zero(dx_MD, slot_T).to(wide)
+            dx_TD = dx_TD + take_or_zero(dx_MD, slot_T).to(accum_dtype)
         return dx_TD.to(dx_MD.dtype), None, None
 
 
@@ -59,10 +59,10 @@ class _WeightedSum(torch.autograd.Function):
         y_MD = y_MD.reshape(-1, y_MD.shape[-1])
         if kernels.use_kernels(y_MD):
             return kernels.sum_rows(y_MD, slot_TK, score_TK)
-        wide = torch.promote_types(y_MD.dtype, torch.float32)
-        out_TD = torch.zeros(slot_TK.shape[0], y_MD.shape[1], dtype=wide, device=y_MD.device)
+        accum_dtype = torch.promote_types(y_MD.dtype, torch.float32)
+        out_TD = torch.zeros(slot_TK.shape[0], y_MD.shape[1], dtype=accum_dtype, device=y_MD.device)
         for score_T, slot_T in zip(score_TK.unbind(dim=1), slot_TK.unbind(dim=1), strict=True):
-            out_TD = out_TD + score_T.to(wide)[:, None] * rows_or_zero(y_MD, slot_T).to(wide)
+            out_TD = out_TD + score_T.to(accum_dtype)[:, None] * take_or_zero(y_MD, slot_T).to(accum_dtype)
         return out_TD
 
     @staticmethod
@@ -73,11 +73,12 @@ class _WeightedSum(torch.autograd.Function):
             of_row_M = assignment_M.reshape(-1)
             dy_MD, dscore_TK = kernels.weighted_sum_backward(dout_TD, y_MD, score_TK, slot_TK, of_row_M)
             return dy_MD.reshape(shape), dscore_TK, None, None
-        wide = torch.promote_types(y_MD.dtype, torch.float32)
-        score_M = rows_or_zero(score_TK.reshape(-1), assignment_M).to(wide)
-        dy_MD = score_M[..., None] * rows_or_zero(dout_TD, assignment_M // slot_TK.shape[1]).to(wide)
+        accum_dtype = torch.promote_types(y_MD.dtype, torch.float32)
+        score_M = take_or_zero(score_TK.reshape(-1), assignment_M).to(accum_dtype)
+        dy_MD = score_M[..., None] * take_or_zero(dout_TD, assignment_M // slot_TK.shape[1]).to(accum_dtype)
         dscore_TK = [
-            (dout_TD.to(wide) * rows_or_zero(y_MD, slot_T).to(wide)).sum(dim=1) for slot_T in slot_TK.unbind(dim=1)
+            (dout_TD.to(accum_dtype) * take_or_zero(y_MD, slot_T).to(accum_dtype)).sum(dim=1)
+            for slot_T in slot_TK.unbind(dim=1)
         ]
         return dy_MD.to(y_MD.dtype), torch.stack(dscore_TK, dim=1).to(score_TK.dtype), None, None
 
@@ -94,13 +95,13 @@ class _PermuteRows(torch.autograd.Function):
     def forward(ctx, x_MD, source_O, target_M):
         ctx.save_for_backward(target_M)
         x_MD = x_MD.reshape(-1, x_MD.shape[-1])
-        return kernels.gather_rows(x_MD, source_O) if kernels.use_kernels(x_MD) else rows_or_zero(x_MD, source_O)
+        return kernels.gather_rows(x_MD, source_O) if kernels.use_kernels(x_MD) else take_or_zero(x_MD, source_O)
 
     @staticmethod
     def backward(ctx, dy_OD):  # type: ignore[override]
         (target_M,) = ctx.saved_tensors
         dy_OD = dy_OD.reshape(-1, dy_OD.shape[-1])
-        dx_MD = kernels.gather_rows(dy_OD, target_M) if kernels.use_kernels(dy_OD) else rows_or_zero(dy_OD, target_M)
+        dx_MD = kernels.gather_rows(dy_OD, target_M) if kernels.use_kernels(dy_OD) else take_or_zero(dy_OD, target_M)
         return dx_MD, None, None
 
 
@@ -113,7 +114,7 @@ def expert_major_rows(
     """
     P, _ = counts_Pe.shape
     source_S = rank_bins_source(counts_Pe, capacity) if n_bins == P else expert_bins_source(counts_Pe, capacity)
-    return source_S, invert(source_S.reshape(-1)).reshape(n_bins, capacity)
+    return source_S, inverse_permutation(source_S.reshape(-1)).reshape(n_bins, capacity)
 
 
 def rank_bins_source(counts_Pe: Integer[Tensor, "P e"], capacity: int) -> Integer[Tensor, " S"]:
@@ -149,11 +150,11 @@ def segments_source(
     row_O = torch.arange(output_size, device=counts_Pe.device)
     ends = (start_eP + counts_eP).reshape(-1)
     segment_O = torch.searchsorted(ends, row_O, right=True)
-    shift_O = rows_or_zero((start_Pe.T - start_eP).reshape(-1), segment_O)
+    shift_O = take_or_zero((start_Pe.T - start_eP).reshape(-1), segment_O)
     return torch.where(row_O < counts_Pe.sum(), shift_O + row_O, output_size)
 
 
-def rows_or_zero(x: Tensor, index: Integer[Tensor, "..."]) -> Tensor:
+def take_or_zero(x: Tensor, index: Integer[Tensor, "..."]) -> Tensor:
     """Rows of x; zero where the index is past the end."""
     if x.shape[0] == 0:  # nothing to gather from
         return x.new_zeros(*index.shape, *x.shape[1:])
@@ -161,8 +162,8 @@ def rows_or_zero(x: Tensor, index: Integer[Tensor, "..."]) -> Tensor:
     return torch.where(inside, x[index.clamp(max=x.shape[0] - 1)], 0)
 
 
-def invert(index_O: Integer[Tensor, " O"]) -> Integer[Tensor, " O"]:
-    """The inverse of a permutation with gaps: invert(index)[index[r]] = r, and O where no index points."""
+def inverse_permutation(index_O: Integer[Tensor, " O"]) -> Integer[Tensor, " O"]:
+    """The inverse of a permutation with gaps: inverse_permutation(index)[index[r]] = r, and O where no index points."""
     (n_rows,) = index_O.shape
     row_O = torch.arange(n_rows, device=index_O.device)
     inverse = row_O.new_full((n_rows + 1,), n_rows)  # all that points past the end meets in one place more
