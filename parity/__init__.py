@@ -18,7 +18,7 @@ def backend(
     returns whether the layer computes it, or the reason why not, as a string. `drops`: where the case has a capacity,
     the layer drops by itself as the case says, and need not be told by `keep`.
 
-    What the function's arguments are called says what it is given (README, "A layer of your own").
+    What the function's arguments are called says what it is given (docs/own-layer.md).
     """
     assert framework in ("torch", "jax"), framework
 

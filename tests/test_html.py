@@ -223,7 +223,7 @@ def test_terminal_and_page_say_alike_what_is_dropped(backends, dropped):
     report = report_of(PRESETS["drop-rank-score"], backends=backends)
     print_report(console := Console(width=100, file=StringIO()), report)
     shown = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert shown[1].split()[:8] == ["drop-rank-score", "4", "16", "8", "2", "float32", "4", dropped]
+    assert shown[2].split()[:8] == ["drop-rank-score", "4", "16", "8", "2", "float32", "4", dropped]
     (row,) = tree(report).one("table", id="cases-table").lines
     assert row[-7:] == ["4", "16", "8", "2", "float32", "4", dropped.replace("-", DASH)]
 

@@ -63,8 +63,8 @@ WRONG = {
                "drouter: the output does not depend on router"),
     "raises": ("torch", ("    out_TD = torch", "    assert False, 'no more'\n    out_TD = torch"), 1,
                "raised AssertionError: no more (mine.py:31)"),
-    "scale": ("torch", ("return out_TD", "return 1.01 * out_TD"), 1, "mine is wrong at stage 9 combine"),
-    "scale in jax": ("jax", ("return einsum(", "return 1.01 * einsum("), 1, "mine is wrong at stage 9 combine"),
+    "scale": ("torch", ("return out_TD", "return 1.01 * out_TD"), 1, "mine is wrong in its output"),
+    "scale in jax": ("jax", ("return einsum(", "return 1.01 * einsum("), 1, "mine is wrong in its output"),
     "shape in jax": ("jax", (".astype(x_PTD.dtype)\n", ".astype(x_PTD.dtype)[0]\n"), 1,
                      "layer returned shape [16, 32]"),
     "name": ("torch", ("x_TD, router_DE", "tokens_TD, router_DE"), 2, "takes tokens_TD: nothing is called so"),
@@ -219,7 +219,7 @@ def test_two_layers_that_have_what_the_oracle_has_not(tmp_path):
     assert "agree with each other, row by row: --between judges them by that" in run.stdout
     run = check(tmp_path, "p1", *mine, "--no-json", "--between")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "my_jax against the oracle: 0 of 1 cases match; the first, p1: my_jax is wrong at stage" in run.stdout
+    assert "my_jax against the oracle: 0 of 1 cases match; the first, p1: my_jax is wrong in its " in run.stdout
     run = check(tmp_path, "p1", *mine[:2], "--backend", "jax", "--no-json", "--between")
     assert run.returncode == 1, run.stdout + run.stderr
     assert "differ from each other" in run.stdout

@@ -30,7 +30,8 @@ def test_the_table_is_of_these_files():
 # What the program said, when it knew its own backends only, of
 # `check zipf --fault torch-off-by-one-group --backend torch --json`.
 AS_IT_WAS = """\
-case P  T E K dtype    C dropped stages 1-9 layer closest    s
+                                                   error/
+case P  T E K dtype    C dropped stages 1-9 layer allowed    s
 zipf 4 16 8 2 float32 32       - ✓✓✓✓✓✗✓✓✓  ✗        >999 30.4
 
 zipf: torch is wrong at stage 6 experts, forward, fed the oracle's input

@@ -45,7 +45,7 @@ class Command:
     case: Path | None = None
     """Look at the capacity of this case too, on every routing: what `identify --write FILE` found of a layer."""
     recording: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--trace"])] = ()
-    """Your own routing, shown in place of the one that comes with the project (see the README for the form)."""
+    """Your own routing, shown in place of the one that comes with the project (docs/recordings.md has the form)."""
     ranks: int | None = None
     """Without: 4 in the sweep; in the simulation 8, 64 and one expert a rank."""
     tokens: int | None = None

@@ -193,9 +193,9 @@ def _proved(kept: Kept, case: Case) -> tuple[str, bool, list[Finding]]:
     _, checks = judge(problem, [answer.trace])
     bad = [check for check in checks if not check.ok]
     gradients = [name for name in OUTSIDE[1:] if name in answer.trace.arrays]
-    closest = max((check.worst for check in checks if not check.bitwise), default=0.0)
+    largest = max((check.worst for check in checks if not check.bitwise), default=0.0)
     if not bad:
-        said = f"output and {len(gradients)} gradients match, at most {closest:.2f} of their allowance"
+        said = f"output and {len(gradients)} gradients match, at most {largest:.2f} of their allowance"
         derivative = Finding(
             "gradients", f"the derivative of the output, all {len(gradients)}", experiment="the found case"
         )

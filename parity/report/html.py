@@ -116,7 +116,7 @@ class View(NamedTuple):
     headline: str
     command: str
     tiles: list[Tile]
-    closest: float
+    largest: float
     missing: list[str]
     cards: list[Card]  # of layers that fail in it and give no stages
 
@@ -155,7 +155,7 @@ def _view(report: Report, id: str, name: str) -> View:
         id, name, record, checks,
         False if verdict else True if any(check.rows for check in checks) else None,
         verdict,
-        headline(verdict) if verdict else "",
+        headline(verdict, report.backends) if verdict else "",
         repeat(report, record, verdict) if verdict else record.command,
         _tiles(record, checks, backends(report, record)),
         max((check.worst for check in checks if not check.bitwise), default=math.nan),

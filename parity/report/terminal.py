@@ -31,16 +31,17 @@ SHORT = {
     "return_tokens": "8 return",
     "combine": "9 combine",
 }
+ERROR = "error/\nallowed"  # the largest error over its own allowance
 SHOWN = 3  # pairs of values that no case has; a report in JSON has all
 MOST = 60  # cases in the table; of more, those that fail. Those by pairs are listed where there are no others
 VERDICT_STYLE = {"match": "bold green", "mismatch": "bold red", "nothing compared": "bold red"}
 
 
 def table(report: Report) -> Table:
-    """One line per case: its shape, the nine stages on their own, the whole layer, and the closest call."""
+    """One line per case: its shape, the nine stages on their own, the whole layer, and its largest error."""
     result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("case", "P", "T", "E", "K", "dtype", "C", "dropped", "stages 1-9", "layer", "closest", "s"):
-        right = column in ("P", "T", "E", "K", "C", "dropped", "closest", "s")
+    for column in ("case", "P", "T", "E", "K", "dtype", "C", "dropped", "stages 1-9", "layer", ERROR, "s"):
+        right = column in ("P", "T", "E", "K", "C", "dropped", ERROR, "s")
         result.add_column(column, justify="right" if right else "left", no_wrap=True)
     listed = [name for name in report.cases if not name.startswith("pairs-")] or [*report.cases]
     for name, record in report.cases.items():
@@ -50,8 +51,8 @@ def table(report: Report) -> Table:
         strip = Text.assemble(*(_mark(*of_stage(found, backends(report, record), stage)) for stage in STAGES))
         end_to_end = _mark([c for c in found if c.mode != "isolated"], declared=bool(record.seconds))
         dropped = sum(map(sum, record.picture.dropped)) if drops(report, record) else "-"
-        closest = max((c.worst for c in found if not c.bitwise), default=math.nan)
-        shown = "-" if math.isnan(closest) else f"{closest:.2f}" if closest < 1000 else ">999"
+        largest = max((c.worst for c in found if not c.bitwise), default=math.nan)
+        shown = "-" if math.isnan(largest) else f"{largest:.2f}" if largest < 1000 else ">999"
         result.add_row(
             name, str(case.ranks), str(case.tokens), str(case.experts), str(case.top_k), case.dtype, str(case.capacity),
             str(dropped), strip, Text.assemble(end_to_end), shown, f"{sum(record.seconds.values()):.1f}",
@@ -101,7 +102,7 @@ def beside(report: Report) -> list[str]:
     for name in report.backends:
         found = [record.beside[name] for record in report.cases.values() if name in record.beside]
         wrong = [verdict for verdict in found if verdict]
-        first = f"; the first, {wrong[0].case}: {headline(wrong[0])}" if wrong else ""
+        first = f"; the first, {wrong[0].case}: {headline(wrong[0], report.backends)}" if wrong else ""
         if found:
             said.append(f"{name} against the oracle: {len(found) - len(wrong)} of {len(found)} cases match{first}")
     return said
@@ -155,7 +156,7 @@ def failures(report: Report) -> Group:
         if verdict is None:
             continue
         check = verdict.check
-        lines.append(Text(f"\n{name}: {headline(verdict)}", "bold red"))
+        lines.append(Text(f"\n{name}: {headline(verdict, report.backends)}", "bold red"))
         lines.append(Text(f"  {describe(check)}"))
         lines += [Text(f"  failing rows: {shared}") for shared in check.common]
         lines.append(Text(f"  look at:  {verdict.function}"))
@@ -184,15 +185,18 @@ def explanation(card: Card) -> list[str]:
     return [*lines, f"matches:  {card.matching}"] if card.matching else lines
 
 
-def headline(verdict: Blame) -> str:
-    """Who is wrong, at which stage first, and how that was seen."""
+def headline(verdict: Blame, backends: Mapping[str, Backend]) -> str:
+    """Who is wrong, at which stage first, and how that was seen; of a layer that shows no stages, in which array."""
     names = " and ".join(verdict.backends)
     who = f"{names} is wrong" if len(verdict.backends) == 1 else f"{names} differ from the oracle"
     if verdict.check.right in verdict.backends:  # and each is near enough to the oracle
         who = f"{names} differ from each other"
     seen = {"isolated": "fed the oracle's input", "second": "in a second step beside the first"}
     how = seen.get(verdict.check.mode, "in the whole layer")
-    return f"{who} at stage {SHORT[verdict.stage]}, {verdict.direction}, {how}"
+    if any(backends[name].shows(stage) for name in verdict.backends for stage in STAGES[:-1]):
+        return f"{who} at stage {SHORT[verdict.stage]}, {verdict.direction}, {how}"
+    what = f"gradient {verdict.check.value}" if is_backward(verdict.check) else "output"
+    return f"{who} in its {what}, {how}; its stages are not seen"
 
 
 def repeat(report: Report, record: CaseRecord, verdict: Blame) -> str:
@@ -266,7 +270,7 @@ def print_report(console: Console, report: Report) -> None:
 
 
 def summary(reports: Mapping[str, Report]) -> Table:
-    """One line per report: where it ran, how much was compared, and the closest call."""
+    """One line per report: where it ran, how much was compared, and the largest error."""
     result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for column in (
         "report",
@@ -276,18 +280,18 @@ def summary(reports: Mapping[str, Report]) -> Table:
         "cases",
         "rows",
         "bit for bit",
-        "closest",
+        ERROR,
         "host waits",
         "s",
         "",
     ):
-        right = column in ("cases", "rows", "bit for bit", "closest", "s")
+        right = column in ("cases", "rows", "bit for bit", ERROR, "s")
         result.add_column(
-            column, justify="right" if right else "left", no_wrap=column in ("closest", "s", ""), overflow="fold"
+            column, justify="right" if right else "left", no_wrap=column in (ERROR, "s", ""), overflow="fold"
         )
     for name, report in reports.items():
         foot, about = report.footer, [record.environment for record in report.cases.values()]
-        closest = max((c.worst for found in report.checks.values() for c in found if not c.bitwise), default=math.nan)
+        largest = max((c.worst for found in report.checks.values() for c in found if not c.bitwise), default=math.nan)
 
         def stated(what: str, about: list = about, names: list = [*report.backends]) -> str:  # noqa: B006
             found = [one.get(backend, {}).get(what, "") for backend in names for one in about]
@@ -295,7 +299,7 @@ def summary(reports: Mapping[str, Report]) -> Table:
 
         result.add_row(
             name, stated("devices"), stated("torch"), stated("jax"), str(foot.cases), f"{foot.rows:,}",
-            f"{foot.bitwise:,}", f"{closest:.3f}", stated("host waits"), f"{foot.seconds.get('in all', math.nan):.0f}",
+            f"{foot.bitwise:,}", f"{largest:.3f}", stated("host waits"), f"{foot.seconds.get('in all', math.nan):.0f}",
             Text(foot.verdict, VERDICT_STYLE[foot.verdict]),
         )  # fmt: skip
     return result
