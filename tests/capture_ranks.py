@@ -93,6 +93,48 @@ def moved(stages: layer.Stages) -> list[Tensor]:
     ]  # fmt: skip
 
 
+class TwoLayers(NamedTuple):
+    """What one rank finds of two layers in one graph, each with a routing of its own."""
+
+    graphs: int
+    graph_breaks: int
+    terms: int  # symbols in the longest size of any tensor
+    symbols: int  # in sizes of tensors
+    same: bool  # whether output and gradients are those of the eager layers, bit for bit
+
+
+def two_layers(rank: int, P: int, group: dist.ProcessGroup | None) -> TwoLayers:
+    """Two layers, one on the other's output, forward and backward, eager and compiled once, on five routings."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    sizes = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        sizes.extend(free_unbacked_symbols(n) for a in values if isinstance(a, Tensor) for n in a.shape)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def moe(x_TD, first, second, ids_TK, other_TK):
+        for weights, ids in ((first, ids_TK), (second, other_TK)):
+            chosen = routing.route(x_TD, weights[0], ROUTER, expert_id_TK=ids)
+            x_TD = x_TD + layer.moe_layer(x_TD, *weights, router=ROUTER, routing=chosen, group=group).out_TD
+        return x_TD
+
+    compiled = torch.compile(moe, backend=backend, fullgraph=True)
+    x_TD, first, second = normal(T, D, seed=rank), parameters(P), parameters(P, seed=9)
+    inputs = [a.requires_grad_() for a in (x_TD, *first, *second)]
+    drawn, same = routings(P, rank, 5), True
+    for ids_TK, other_TK in zip(drawn, drawn[1:] + drawn[:1], strict=True):
+        results = []
+        for run in (moe, compiled):
+            out_TD = run(x_TD, first, second, ids_TK, other_TK)  # type: ignore[call-arg]
+            results.append((out_TD, *torch.autograd.grad(out_TD.sum(), inputs)))
+        same &= all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    counters = torch._dynamo.utils.counters
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    return TwoLayers(graphs, breaks, max(map(len, sizes)), len(set().union(*sizes)), same)
+
+
 def uneven(T_here: int, backend: str, group: dist.ProcessGroup | None) -> bool:
     """Whether the compiled layer equals the eager one where ranks have different numbers of tokens."""
     torch._dynamo.reset()

@@ -149,6 +149,12 @@ def test_other_ways_to_capture(torch_ranks: TorchRanks, how):
     assert results[1].rows[1:3] == [0, 1]
 
 
+def test_two_layers_in_one_graph(torch_ranks: TorchRanks):
+    """A symbol for each, no size of two, and no graph more for another routing of either."""
+    for found in torch_ranks(capture_ranks.two_layers, [0, 1], [2, 2]):
+        assert found == capture_ranks.TwoLayers(graphs=1, graph_breaks=0, terms=1, symbols=2, same=True)
+
+
 def test_uneven_tokens_with_a_promise(torch_ranks: TorchRanks):
     """The bound on R takes the most tokens of any rank; a rank that has none itself could not know it."""
     assert torch_ranks(capture_ranks.uneven, [8, 0], ["aot_eager"] * 2) == [True, True]

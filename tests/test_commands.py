@@ -100,3 +100,20 @@ def test_they_run_as_written(page, tmp_path):
         done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=600)
         expected = 1 if any(part in command for part in MISMATCHES) else 0
         assert done.returncode == expected, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link may name after `#`: headings of a page, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = FENCED.sub("", (ROOT / page).read_text())
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith(("http:", "https:")):
+            name, _, anchor = link.partition("#")
+            path = (ROOT / page).parent / name if name else ROOT / page
+            assert path.exists(), link
+            assert not anchor or anchor in anchors(path), link
