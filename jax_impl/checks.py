@@ -9,13 +9,13 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-if TYPE_CHECKING:  # they import what is here
+if TYPE_CHECKING:  # these modules import this one
     import jax_impl.experts
     import jax_impl.routing
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-# What each option may be that is a word.
+# The values that each string option of a router may have.
 ROUTER_WORDS = {
     "score_function": ("softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen"),
     "group_score": ("top2", "max"),
@@ -33,7 +33,7 @@ def check_router(
     expert_id_TK: Array | None,
     per_expert: "jax_impl.routing.PerExpert",
 ) -> None:
-    """Raises ValueError unless these make a router: shapes, dtypes, K <= E, options."""
+    """Raises ValueError unless tokens, router and options fit together: shapes, dtypes, K <= E."""
     if x_TD.ndim != 2 or router_DE.ndim != 2 or x_TD.shape[1] != router_DE.shape[0]:
         raise ValueError(
             f"x must be [T, D] and router [D, E], got {x_TD.shape} and {router_DE.shape}: "
@@ -58,8 +58,10 @@ def check_router(
 
 
 def check_options(router: "jax_impl.routing.Router", n_experts: int) -> None:
-    """Raises ValueError on a word that is none of those known, a scale or an epsilon that cannot be, and on groups
-    that do not divide the experts, or among whose best ones a token cannot choose."""
+    """Raises ValueError on an unknown word, a scale or epsilon out of range, or impossible groups.
+
+    Groups must divide the experts, and the best groups must hold enough experts to choose from.
+    """
     for name, words in ROUTER_WORDS.items():
         if getattr(router, name) not in words:
             raise ValueError(f"{name} is {getattr(router, name)!r}: it must be one of {', '.join(map(repr, words))}")
@@ -83,7 +85,7 @@ def check_options(router: "jax_impl.routing.Router", n_experts: int) -> None:
 
 
 def check_per_expert(per_expert: "jax_impl.routing.PerExpert", router_DE: Array) -> None:
-    """Raises ValueError unless what a router has of each expert is [E] and floating point."""
+    """Raises ValueError unless each per-expert array is [E] and floating point."""
     E = router_DE.shape[1]
     for name, a in per_expert._asdict().items():
         if a is not None and (a.shape != (E,) or not jnp.issubdtype(a.dtype, jnp.floating)):
@@ -110,9 +112,9 @@ def check_routing(x_TD: Array, score_TK: Array, expert_id_TK: Array, counts_E: A
 
 
 def check_expert_ids(expert_id_TK: Array, n_experts: int, counts_E: Array | None = None) -> None:
-    """Raises ValueError on ids that are not integers, out of [0, E), twice in one token, or counted otherwise.
+    """Raises ValueError on ids that are not integers, out of [0, E), twice in one token, or unlike the counts.
 
-    Values can be read outside a trace only; inside one, `group_by_expert` drops and counts what is out of range.
+    Values can be read outside a trace only. Inside one, `group_by_expert` drops and counts ids that are out of range.
     """
     if expert_id_TK.dtype.name not in ("int32", "int64"):
         raise ValueError(f"expert ids are {expert_id_TK.dtype}: they must be int32 or int64")
@@ -183,7 +185,7 @@ def check_experts(
 
 
 def check_expert_options(experts: "jax_impl.experts.Experts", gated: bool) -> None:
-    """Raises ValueError on an unknown activation, a clamp that is not positive, and what needs a gate without one."""
+    """Raises ValueError on an unknown activation, a clamp that is not positive, or gate options without a gate."""
     if experts.activation not in ACTIVATIONS:
         raise ValueError(f"activation is {experts.activation!r}: it must be one of {', '.join(map(repr, ACTIVATIONS))}")
     if experts.clamp is not None and not experts.clamp > 0:

@@ -13,11 +13,11 @@ def n_ranks(axis_name: str | None) -> int:
 
 
 def exchange_counts(counts_E: Integer[Array, " E"], axis_name: str | None = None) -> Integer[Array, "P e"]:
-    """Tell every rank how many rows each of its experts gets from here.
+    """Tell every rank how many rows each of its experts gets from this rank.
 
         counts_Pe[p, j] = rows that rank p sends to local expert j of this rank
 
-    They only say which rows are padding: every shape is known without them, so nothing waits.
+    The counts only say which rows are padding. Every shape is known without them, so nothing waits.
 
     Raises ValueError when the number of experts is not a multiple of the number of ranks.
     """
@@ -37,5 +37,5 @@ def return_tokens(y_BCD: Float[Array, "B C D"], axis_name: str | None = None) ->
 
 
 def _all_to_all(x: Array, axis_name: str | None) -> Array:
-    """Even all-to-all of bins. Its own inverse, and its own backward."""
+    """Even all-to-all of bins. It is its own inverse and its own backward."""
     return x if axis_name is None else jax.lax.all_to_all(x, axis_name, split_axis=0, concat_axis=0, tiled=True)

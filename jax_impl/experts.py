@@ -14,13 +14,13 @@ from jax_impl.matmul import grouped_linear, matmul
 class Experts(NamedTuple):
     """How an expert computes."""
 
-    activation: str = "silu"  # of the gate, or of up where there is none; or "gelu", "gelu_tanh", "quick_gelu", "relu2"
-    clamp: float | None = None  # the gate is at most this, and up between minus this and this
+    activation: str = "silu"  # of the gate, or of up without a gate; or "gelu", "gelu_tanh", "quick_gelu", "relu2"
+    clamp: float | None = None  # upper bound of the gate; up is clamped to +- this
     up_offset: float = 0.0  # added to up, after the clamp
 
 
 class Biases(NamedTuple):
-    """What is added to an expert's projections; None where a model has none."""
+    """Biases of an expert's projections; None where a model has none."""
 
     gate_eF: Float[Array, "e F"] | None = None
     up_eF: Float[Array, "e F"] | None = None
@@ -33,7 +33,7 @@ class Shared(NamedTuple):
     w_gate_DH: Float[Array, "D H"] | None  # None where experts have no gate
     w_up_DH: Float[Array, "D H"]
     w_down_HD: Float[Array, "H D"]
-    score_D: Float[Array, " D"] | None = None  # the sigmoid of x @ score weighs it, where a model has one
+    score_D: Float[Array, " D"] | None = None  # sigmoid(x @ score) scales the output; None: no scaling
 
 
 def apply_experts(
@@ -48,9 +48,9 @@ def apply_experts(
     """y = (activation(x @ w_gate + b_gate) * (x @ w_up + b_up)) @ w_down + b_down, each row by its own expert.
 
     Without w_gate, activation(x @ w_up + b_up) @ w_down + b_down. The first counts_e[0] rows are expert 0's, and so
-    on; rows past them are padding, whose values are not read, and which come out as zero. For [e, P*C, D], each expert
-    has a bin of its own, whose padding must be zero, and comes out as what an expert makes of zero. Every matmul
-    accumulates in float32 and rounds once to x's dtype, and so does every sum with a bias.
+    on. Rows past the counts are padding: their values are not read, and they come out as zero. With [e, P*C, D] each
+    expert has a bin of its own. The bin's padding must be zero, and comes out as what the expert computes from zero.
+    Every matmul accumulates in float32 and rounds once to x's dtype, and so does every sum with a bias.
     """
     gate_MF = None if w_gate_eDF is None else grouped_linear(x_MD, w_gate_eDF, counts_e, biases.gate_eF)
     up_MF = grouped_linear(x_MD, w_up_eDF, counts_e, biases.up_eF)
@@ -59,9 +59,9 @@ def apply_experts(
 
 
 def shared_expert(x_TD: Float[Array, "T D"], shared: Shared, experts: Experts) -> Float[Array, "T D"]:
-    """The same of every token with the one expert, times sigmoid(x @ score) where there is a score.
+    """The shared expert's output for every token, times sigmoid(x @ score) where there is a score.
 
-    Every step rounds to x's dtype; the sigmoid is of float32, as XLA's of float16 is zero below -11.
+    Every step rounds to x's dtype; the sigmoid is computed in float32, because XLA's float16 sigmoid is zero below -11.
     """
     gate_TH = None if shared.w_gate_DH is None else matmul(x_TD, shared.w_gate_DH)
     y_TD = matmul(glu(gate_TH, matmul(x_TD, shared.w_up_DH), experts), shared.w_down_HD)

@@ -1,4 +1,4 @@
-"""The gated activation. XLA makes one launch of it."""
+"""The gated activation. XLA compiles it into one launch."""
 
 import math
 from functools import partial
@@ -10,14 +10,14 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-if TYPE_CHECKING:  # it imports what is here
+if TYPE_CHECKING:  # that module imports this one
     import jax_impl.experts
 
 
 def glu(
     gate_MF: Float[Array, "*M F"] | None, up_MF: Float[Array, "*M F"], experts: "jax_impl.experts.Experts"
 ) -> Float[Array, "*M F"]:
-    """activation(gate) * (up + up_offset), each clamped before, in float32, rounded once; without a gate, of up alone.
+    """activation(gate) * (up + up_offset), both clamped first; activation(up) without a gate. In float32, rounded once.
 
     silu        g * sigmoid(g): SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer")
     gelu        g * Phi(g), of the normal distribution (Hendrycks and Gimpel 2016, "Gaussian Error Linear Units")
@@ -36,12 +36,15 @@ def glu(
 
 
 def clamped(a: Float[Array, "*M F"], low: float, high: float) -> Float[Array, "*M F"]:
-    """Between low and high; on both, with the slope of what is between, as in PyTorch."""
+    """`a` clamped to [low, high]. At both bounds the slope is 1, as in PyTorch."""
     return jnp.where(a < low, low, jnp.where(a > high, high, a))
 
 
 def gelu_tanh(gate: Float[Array, "*M F"]) -> Float[Array, "*M F"]:
-    """Past +-10 the tanh is +-1 and its slope 0, where the cube would overflow and make the slope NaN."""
+    """gelu by its tanh approximation, with the tanh's argument computed from a gate clamped to +-10.
+
+    Past +-10 the tanh is +-1 and its slope 0. Without the clamp the cube would overflow there and make the slope NaN.
+    """
     near = gate.clip(-10, 10)
     return gate * ((1 + jnp.tanh(math.sqrt(2 / math.pi) * (near + 0.044715 * near**3))) / 2)
 

@@ -1,12 +1,13 @@
-"""Row movements, and matmuls of rows grouped by expert, as Pallas kernels: each does what the plain version does.
+"""Pallas kernels for row movements, and for matmuls of rows grouped by expert. Each does what the plain version does.
 
-XLA reads rows 8 bytes at a time and finds out which rows are padding in a launch of its own for each k; a kernel here
-does all in one, 16 bytes at a time, and reads and writes every row once. Sums over K are in the plain version's order.
+XLA reads rows 8 bytes at a time, and takes one more launch for each k to find out which rows are padding. A kernel here
+takes one launch in all, moves 16 bytes at a time, and reads and writes every row once. Sums over K are in the plain
+version's order.
 
-`jax.lax.ragged_dot` on a GPU multiplies every row by every expert's weights and keeps one product of e. These read a
-row once per tile of columns, and an expert's weights once per tile of its rows.
+`jax.lax.ragged_dot` on a GPU multiplies every row by every expert's weights and keeps one product of e. The matmul
+kernels here read a row once per tile of columns, and an expert's weights once per tile of that expert's rows.
 
-M are rows whose they may be, O the rows that come out where these are others.
+M stands for any number of rows, and O for the number of output rows where it differs.
 """
 
 from collections.abc import Callable
@@ -21,17 +22,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Float, Integer
 
-ROWS, COLUMNS, DEPTH = 128, 256, 64  # of a tile of a matmul's result, and of what it is summed over at a time
-WARPS, STAGES = 8, 4  # of a matmul; how far a kernel's loads run ahead
-PADDING_ROWS = 64  # that one program looks for padding in
-SORT_BLOCK, SORT_TILE = 512, 64  # of N that a program looks at, and of the keys; at 256, XLA's cumsum costs more
+ROWS, COLUMNS, DEPTH = 128, 256, 64  # rows and columns of a matmul's result tile; step along the summed axis
+WARPS, STAGES = 8, 4  # warps of a matmul; how far a kernel's loads run ahead
+PADDING_ROWS = 64  # rows that one program checks for padding
+SORT_BLOCK, SORT_TILE = 512, 64  # positions of N, and keys, per program; at 256, XLA's cumsum costs more
 INTERPRET = False  # tests set it, to run without a GPU
 
 
-def use_kernels(x: Array) -> bool:  # noqa: ARG001  the same question for every array here; not so in PyTorch
+def use_kernels(x: Array) -> bool:  # noqa: ARG001  the same answer for every array here; not so in PyTorch
     """Whether x can go through kernels: where JAX's default backend is a GPU.
 
-    While tracing nobody knows where x will be, so to compute on such a machine's CPU set JAX_PLATFORMS=cpu.
+    During tracing the device of x is not known. To compute on the CPU of a machine with a GPU, set JAX_PLATFORMS=cpu.
     """
     return jax.default_backend() == "gpu"
 
@@ -42,15 +43,15 @@ def use_matmul_kernels(x: Array) -> bool:
 
 
 def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array, " N"], Integer[Array, " N"]]:
-    """Stable sort of keys 0..n_keys-1, and its inverse. Any other key is none, and goes last.
+    """Stable sort of keys 0..n_keys-1, and its inverse. Any other key counts as no key, and goes last.
 
-    A general sort makes many passes over wide keys. These are few, so: count each key in each block of N; a cumsum,
-    key by key, says where a block's rows of a key end; from there a block places its own.
+    A general sort makes many passes over wide keys. Here the keys are few. First each key is counted in each block of
+    N. Then a cumsum, key by key, says where a block's rows of a key end. From there each block places its own rows.
 
     Shapes: order_N, place_N.
     """
     (N,), blocks = key_N.shape, pl.cdiv(key_N.shape[0], SORT_BLOCK)
-    if key_N.dtype.itemsize < 4:  # n_keys may not fit into it
+    if key_N.dtype.itemsize < 4:  # n_keys may not fit into so few bytes
         key_N = key_N.astype(jnp.int32)
     key_N = jnp.where((key_N < 0) | (key_N > n_keys), n_keys, key_N).astype(jnp.int32)
     grid = (blocks, pl.cdiv(n_keys + 1, SORT_TILE))
@@ -60,12 +61,12 @@ def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array
 
 
 def _load_keys(key, i, n_keys: int) -> Array:
-    """What lies past the end counts as the last key, after all others of its block."""
+    """Load a block's keys. Positions past the end of N get the last key, after all others of the block."""
     return triton.load(key.at[i], mask=i < key.shape[0], other=n_keys)
 
 
 def _count_keys_kernel(key, counts) -> None:
-    """One program per block and some of the keys."""
+    """One program per block of N and tile of keys."""
     b, n_keys = pl.program_id(0), counts.shape[0] - 1
     found = _load_keys(key, b * SORT_BLOCK + jnp.arange(SORT_BLOCK), n_keys)
     mine = pl.program_id(1) * SORT_TILE + jnp.arange(SORT_TILE)
@@ -74,7 +75,7 @@ def _count_keys_kernel(key, counts) -> None:
 
 
 def _place_keys_kernel(key, end, order, place) -> None:
-    """One program per block: a key's row is where its block's rows of that key end, less how many of them are left."""
+    """One program per block. A key's row is where its block's rows of that key end, minus how many are left."""
     b, n_keys = pl.program_id(0), end.shape[0] - 1
     i = b * SORT_BLOCK + jnp.arange(SORT_BLOCK, dtype=jnp.int32)
     found = _load_keys(key, i, n_keys)
@@ -102,7 +103,7 @@ def expert_major_rows(
 
 
 def _expert_major_rows_kernel(counts, source, target, *, n_groups: int) -> None:
-    """One program per segment: the rows from one rank p for one expert j. Each finds for itself where it starts."""
+    """One program per segment: the rows from one rank p for one expert j. It computes where its segment starts."""
     (S,), BLOCK = source.shape, 1024
     p, j = pl.program_id(0) // n_groups, pl.program_id(0) % n_groups
     segment = jnp.arange(_power_of_2(counts.shape[0]))
@@ -147,7 +148,7 @@ def expand_rows(
 ) -> Float[Array, "M D"]:
     """Copy token t to rows slot[t]: the same rows as gathering x[assignment // K], but x is read once.
 
-    A slot past the end is left out; rows whose assignment is past the last one are padding, and zero.
+    A slot past the end is skipped. Rows whose assignment is past the last one are padding: zero.
     """
     (T, K), (M,), D = slot_TK.shape, assignment_M.shape, x_TD.shape[1]
     BLOCK, num_warps = _tile(D, K)
@@ -157,7 +158,7 @@ def expand_rows(
 
 
 def _expand_rows_kernel(x, slot, assignment, y, *, BLOCK: int) -> None:
-    """One program per token: its K rows side by side, chunk after chunk. Before them, those that look for padding."""
+    """One program per token: its K rows side by side, chunk by chunk. Earlier programs clear padding."""
     (T, K), (M, D) = slot.shape, y.shape
     t, k = pl.program_id(0) - pl.cdiv(M, PADDING_ROWS), jnp.arange(_power_of_2(K))
     row = triton.load(slot.at[t, k], mask=(t >= 0) & (k < K), other=M)
@@ -173,7 +174,7 @@ def _expand_rows_kernel(x, slot, assignment, y, *, BLOCK: int) -> None:
 
 
 def _clear_padding(assignment, y, N: int) -> None:
-    """Zero in some rows, if they hold no assignment; the programs after these have none to look at."""
+    """Write zero into a program's rows that hold no assignment. Programs past the last row have none to check."""
     (M, D), BLOCK = y.shape, 128
     row = pl.program_id(0) * PADDING_ROWS + jnp.arange(PADDING_ROWS)
     padding = triton.load(assignment.at[row], mask=row < M, other=-1) >= N
@@ -192,7 +193,7 @@ def sum_rows(
 ) -> Float[Array, "T D"]:
     """out[t] = round(sum over k = 0..K-1 of y[slot[t,k]]), each times score[t,k] if there are scores, in float32.
 
-    A slot past the end counts as zero. The compiler may round a product and its sum at once; PyTorch's kernel may not.
+    A slot past the end counts as zero. The compiler may round a product and its sum at once; PyTorch's kernel does not.
     """
     (T, K), D = slot_TK.shape, y_MD.shape[1]
     BLOCK, num_warps = _tile(D, K)
@@ -234,12 +235,12 @@ def weighted_sum_backward(
     results = _like(y_MD, M, D), _like(y_MD, T, K, dtype=score_TK.dtype)
     kernel = partial(_weighted_sum_backward_kernel, BLOCK=BLOCK)
     grid = (pl.cdiv(M, PADDING_ROWS) + T,)
-    num_warps = max(num_warps, 4)  # which share the sums of all rows
+    num_warps = max(num_warps, 4)  # the warps share the sums of all rows
     return _call(kernel, grid, results, dout_TD, y_MD, score_TK, slot_TK, assignment_M, num_warps=num_warps)
 
 
 def _weighted_sum_backward_kernel(dout, y, score, slot, assignment, dy, dscore, *, BLOCK: int) -> None:
-    """One program per token: its K rows side by side, chunk after chunk. Before them, those that look for padding."""
+    """One program per token: its K rows side by side, chunk by chunk. Earlier programs clear padding."""
     (T, K), (M, D) = slot.shape, y.shape
     accum_dtype = np.promote_types(y.dtype, np.float32)
     t, k = pl.program_id(0) - pl.cdiv(M, PADDING_ROWS), jnp.arange(_power_of_2(K))
@@ -263,16 +264,16 @@ def _weighted_sum_backward_kernel(dout, y, score, slot, assignment, dy, dscore, 
 
 
 def _tile(width: int, n_rows: int) -> tuple[int, int]:
-    """Columns that a program takes of so many rows at once, and its warps.
+    """How many columns of `n_rows` rows a program takes at once, and its number of warps.
 
-    A thread has 16 elements of one row, or 8 of each of several.
+    A thread holds 16 elements of a single row, or 8 of each of several rows.
     """
     BLOCK = max(128, min(_power_of_2(width), 2048, 8192 // _power_of_2(n_rows)))
     return BLOCK, max(1, BLOCK // (512 if n_rows == 1 else 256))
 
 
 def _power_of_2(n: int) -> int:
-    """The least one that is not below n: tiles are powers of two."""
+    """The least power of two that is not below n, because the sides of tiles are powers of two."""
     return 1 << (n - 1).bit_length()
 
 
@@ -280,7 +281,7 @@ def grouped_matmul(
     x_MD: Float[Array, "M D"], w_eDF: Float[Array, "e D F"], counts_e: Integer[Array, " e"]
 ) -> Float[Array, "M F"]:
     """Rows of expert j times w[j]; rows past the last expert's come out as zero. Backward reads none of them either."""
-    # Weights that replicas of the experts share: their gradient, of each replica's own rows, is summed over them.
+    # Where replicas of the experts share weights, this zero makes JAX sum the weights' gradient over the replicas.
     zero = _zero_of(x_MD, w_eDF, counts_e).astype(x_MD.dtype)
     return _grouped_matmul(x_MD - zero, w_eDF - zero, counts_e)
 
@@ -313,14 +314,14 @@ def rows_times_weights(
 def rows_times_weights_transposed(
     dy_MF: Float[Array, "M F"], w_eDF: Float[Array, "e D F"], counts_e: Integer[Array, " e"]
 ) -> Float[Array, "M D"]:
-    """The same with w[j] transposed, which is never written out: the gradient of the rows."""
+    """Rows of expert j times w[j] transposed, which is never written out: the gradient of the rows."""
     return _rows_times(dy_MF, w_eDF, counts_e, transposed=True)
 
 
 def weight_gradient(
     x_MD: Float[Array, "M D"], dy_MF: Float[Array, "M F"], counts_e: Integer[Array, " e"]
 ) -> Float[Array, "e D F"]:
-    """Rows of expert j of x, transposed, times those of dy; zero for an expert without rows."""
+    """For each expert, its rows of x, transposed, times its rows of dy; zero for an expert without rows."""
     e, D, F = counts_e.shape[0], x_MD.shape[1], dy_MF.shape[1]
     end_e = jnp.cumsum(counts_e).astype(jnp.int32)
     first_e = end_e - counts_e.astype(jnp.int32)
@@ -337,11 +338,11 @@ def _rows_times(x_MD: Array, w_eDF: Array, counts_e: Array, transposed: bool) ->
 
 
 def tiles(counts_e: Integer[Array, " e"], n_rows: int) -> tuple[Array, Array, Array]:
-    """Which expert's rows each tile of rows has, its first row, and where that expert's rows end.
+    """The expert of each tile of rows, the tile's first row, and where that expert's rows end.
 
         counts 3, 0, 2 of 7 rows, tiles of 2     expert 0: 01 2_   expert 1: none   expert 2: 34   padding: 56
 
-    Padding is one more expert's, whose number is e. So many tiles as there could be: those left over have no rows.
+    Padding belongs to one more expert, number e. There are as many tiles as can be needed; unused ones have no rows.
 
     Shapes: [V] each, V = ceil(n_rows / ROWS) + e + 1.
     """
@@ -357,7 +358,7 @@ def tiles(counts_e: Integer[Array, " e"], n_rows: int) -> tuple[Array, Array, Ar
 
 
 def _rows_times_kernel(expert, first, end, x, w, y, *, transposed: bool, n_experts: int) -> None:
-    """One program per tile of the result. Those of the same rows follow each other: the rows are still in the cache."""
+    """One program per tile of the result. Programs of the same rows are neighbours: the rows stay in the cache."""
     n_columns = pl.cdiv(y.shape[1], COLUMNS)
     v, n = pl.program_id(0) // n_columns, pl.program_id(0) % n_columns
     j, first_row, end_row = expert[v], first[v], end[v]
@@ -398,7 +399,7 @@ def _weight_gradient_kernel(first, end, x, dy, dw) -> None:
 
 
 def _like(array: Array, *shape: int, dtype: Any = None) -> jax.ShapeDtypeStruct:
-    """An array of this shape, of the same dtype."""
+    """The shape and dtype of a result; the dtype is the array's unless one is given."""
     return jax.ShapeDtypeStruct(shape, dtype or array.dtype)
 
 

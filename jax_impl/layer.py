@@ -35,7 +35,7 @@ class Stages(NamedTuple):
     shared_TD: Float[Array, "T D"] | None  # what the shared expert adds
     out_TD: Float[Array, "T D"]
     dropped_E: Integer[Array, " E"]  # this rank's assignments dropped, per expert
-    dropped: Integer[Array, ""]  # and in all, ids out of range included
+    dropped: Integer[Array, ""]  # the same in total, ids out of range included
 
 
 def moe_layer(
@@ -55,9 +55,9 @@ def moe_layer(
 ) -> Stages:
     """One MoE layer over the ranks of the mapped axis `axis_name` (`shard_map` or `vmap`; None means one rank).
 
-    Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. `routing`, made
-    before, takes the place of stage 1 and its arguments: a recording, a recomputation, scores that were masked. What a
-    model does not have is None: a gate, biases, a shared expert.
+    Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. A `routing`
+    that was made before (recorded, recomputed, or with masked scores) replaces stage 1 and its arguments. Parts that a
+    model lacks are None: a gate, biases, a shared expert.
 
     Raises ValueError on wrong input, before anything is sent to another rank.
     """

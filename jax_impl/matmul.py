@@ -1,4 +1,4 @@
-"""Matmuls of rows grouped by expert, each with its own expert's weights: plain, or through kernels where they serve."""
+"""Matmuls of rows grouped by expert, each row with its expert's weights: plain, or through kernels on GPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def grouped_linear(
 def add_bias(
     y_MF: Float[Array, "*M F"], b_eF: Float[Array, "e F"], counts_e: Integer[Array, " e"]
 ) -> Float[Array, "*M F"]:
-    """Each row plus its expert's bias, and padding as it is; in an expert's own bin, all rows.
+    """Each row plus its expert's bias. Padding is left as it is, but in expert bins all rows get the bias.
 
     The bias of each row is a product with ones and zeros, whose gradient sums an expert's rows: no scatter-add.
     """
@@ -58,6 +58,6 @@ def rows_of_experts(counts_e: Integer[Array, " e"], n_rows: int) -> Bool[Array, 
 
 
 def matmul(a: Float[Array, "*M n"], b: Float[Array, "n ..."]) -> Float[Array, "..."]:
-    """a @ b, accumulated in float32 and rounded once; XLA on a GPU adds up small products of 16 bits in 16 bits."""
+    """a @ b, accumulated in float32 and rounded once; XLA on a GPU would accumulate small 16-bit matmuls in 16 bits."""
     accum_dtype = np.promote_types(a.dtype, np.float32)
     return jnp.matmul(a, b, precision="highest", preferred_element_type=accum_dtype).astype(a.dtype)

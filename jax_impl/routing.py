@@ -19,22 +19,22 @@ class Router(NamedTuple):
     top_k: int
     score_function: str = "softmax"  # or "sigmoid", "sqrt_softplus", "softmax_of_chosen"
     renormalize: bool = False  # divide a token's K scores by their sum
-    epsilon: float = 1e-20  # added to that sum
-    scale: float = 1.0  # and multiply them
-    groups: int = 1  # of experts, of which a token chooses within the best
-    top_groups: int = 1  # so many of them
+    epsilon: float = 1e-20  # added to the sum that `renormalize` divides by
+    scale: float = 1.0  # multiplies the K scores
+    groups: int = 1  # groups of experts; a token chooses within the best groups
+    top_groups: int = 1  # how many groups a token chooses within
     group_score: str = "top2"  # the sum of a group's two largest scores; or "max", its largest
     outside_groups: str = "minus_inf"  # the scores of experts outside the best groups; or "zero"
-    score_on: str = "output"  # what a score multiplies, of an expert; or "input", with one expert a token
-    router_dtype: str = "wide"  # of the logits: float32, or float64 for float64; or "float32", "activations"
+    score_on: str = "output"  # a score multiplies an expert's output; or "input", with one expert per token
+    router_dtype: str = "wide"  # of the logits: float32, or float64 for float64 tokens; or "float32", "activations"
     cast_scores: bool = False  # round the scores to the dtype of the tokens
 
 
 class PerExpert(NamedTuple):
-    """What a router knows of each expert beside its logits; None where a model has none."""
+    """What a router knows of each expert besides its logits; None where a model lacks it."""
 
     bias_E: Float[Array, " E"] | None = None  # added to the logits
-    selection_bias_E: Float[Array, " E"] | None = None  # added to the scores for the choice, which alone sees it
+    selection_bias_E: Float[Array, " E"] | None = None  # added to the scores only for the choice of experts
     scale_E: Float[Array, " E"] | None = None  # multiplies the scores
 
 
@@ -61,8 +61,8 @@ def route(
     `expert_id_TK` replays a choice made before (a recording, a recomputation): only its scores are computed. An id out
     of range that is not found here gets some expert's score, and is found or dropped later.
 
-    Raises ValueError on a wrong shape, dtype or option, and on replayed ids out of range where their values are at
-    hand: not traced.
+    Raises ValueError on a wrong shape, dtype or option, and on replayed ids out of range where their values can be
+    read: outside a trace.
     """
     check_router(x_TD, router_DE, router, expert_id_TK, per_expert)
     score_TE = SCORE_FUNCTIONS[router.score_function](logits(x_TD, router_DE, router.router_dtype, per_expert.bias_E))
@@ -84,7 +84,7 @@ def route(
 def logits(
     x_TD: Float[Array, "T D"], router_DE: Float[Array, "D E"], dtype: str, bias_E: Float[Array, " E"] | None
 ) -> Float[Array, "T E"]:
-    """x @ router + bias, in the dtype that `router_dtype` says, as numbers of float32 or wider."""
+    """x @ router + bias, computed in the dtype that `router_dtype` names, and returned as float32 or wider."""
     logits_dtype = np.dtype(np.float32) if dtype == "float32" else np.promote_types(x_TD.dtype, np.float32)
     matmul_dtype = x_TD.dtype if dtype == "activations" else logits_dtype
     logits_TE = matmul(x_TD.astype(matmul_dtype), router_DE.astype(matmul_dtype))
@@ -92,14 +92,14 @@ def logits(
 
 
 def sqrt_softplus(logits_TE: Float[Array, "T E"]) -> Float[Array, "T E"]:
-    """sqrt(log(1 + exp(logits))), as DeepSeek-V4 scores; from -40 down exp(logits / 2), whose slope is finite."""
+    """sqrt(log(1 + exp(logits))), as DeepSeek-V4 scores; below -40, exp(logits / 2), whose slope is finite."""
     is_small_TE = logits_TE < -40  # not clip: at its bound half the gradient would be lost
     small_TE = jnp.exp(jnp.where(is_small_TE, logits_TE, -40) / 2)
     softplus_TE = jnp.logaddexp(jnp.where(is_small_TE, -40, logits_TE), jnp.zeros_like(logits_TE))
     return jnp.where(is_small_TE, small_TE, jnp.sqrt(softplus_TE))
 
 
-# By name. "softmax_of_chosen" chooses by logits, and its softmax is over the K chosen (gpt-oss).
+# Score functions by name. "softmax_of_chosen" chooses by logits, and its softmax is over the K chosen (gpt-oss).
 SCORE_FUNCTIONS = {
     "softmax": partial(jax.nn.softmax, axis=-1),
     "sigmoid": jax.nn.sigmoid,
@@ -111,7 +111,7 @@ SCORE_FUNCTIONS = {
 def choose(
     score_TE: Float[Array, "T E"], router: Router, selection_bias_E: Float[Array, " E"] | None
 ) -> Integer[Array, "T K"]:
-    """The K experts whose scores, plus the selection bias, are largest; within the best groups where there are some."""
+    """The K experts with the largest scores plus selection bias, within the best groups where there are groups."""
     if selection_bias_E is not None:
         score_TE = score_TE + selection_bias_E.astype(score_TE.dtype)
     if router.groups > 1:
@@ -130,14 +130,14 @@ def in_best_groups(score_TE: Float[Array, "T E"], router: Router) -> Bool[Array,
 
 
 def top_k_indices(score_Tn: Float[Array, "T n"], k: int) -> Integer[Array, "T k"]:
-    """Where each row's k largest numbers are, the largest first; of equal ones, the first."""
+    """The indices of each row's k largest numbers, largest first; among equal numbers, the lower index first."""
     id_Tk = score_Tn.argsort(axis=-1, descending=True, stable=True)[:, :k]
     # Under shard_map, argsort's result counts as the same on all ranks, and gradients are wrong (docs/models.md).
     axes = jax.typeof(score_Tn).manual_axis_type.varying - jax.typeof(id_Tk).manual_axis_type.varying
     return jax.lax.pcast(id_Tk, tuple(axes), to="varying") if axes else id_Tk
 
 
-@jax.custom_vjp  # to whose functions epsilon is an array
+@jax.custom_vjp  # its forward and backward receive epsilon as an array
 def renormalized(score_TK: Float[Array, "T K"], epsilon: float | Float[Array, ""]) -> Float[Array, "T K"]:
     """A token's scores over their sum, which `epsilon` guards: 1e-20 in DeepSeek-V3, none in Mixtral."""
     return score_TK / (score_TK.sum(axis=-1, keepdims=True) + epsilon)
@@ -159,7 +159,7 @@ renormalized.defvjp(_renormalized_forward, _renormalized_backward)
 
 
 def take_by_expert(a_E: Float[Array, " E"], expert_id_TK: Integer[Array, "T K"]) -> Float[Array, "T K"]:
-    """Each choice's number: by a product with ones and zeros, whose gradient needs no scatter-add."""
+    """a[expert_id], by a product with ones and zeros, whose gradient needs no scatter-add."""
     one_hot_TKE = expert_id_TK[..., None] == jnp.arange(a_E.shape[0])
     return matmul(one_hot_TKE.astype(a_E.dtype), a_E)
 
@@ -167,9 +167,10 @@ def take_by_expert(a_E: Float[Array, " E"], expert_id_TK: Integer[Array, "T K"])
 def weigh_input(
     x_TD: Float[Array, "T D"], score_TK: Float[Array, "T K"], score_on: str
 ) -> tuple[Float[Array, "T D"], Float[Array, "T K"]]:
-    """What the experts are given, and what multiplies what they return.
+    """The experts' input, and the weights of their outputs.
 
-    The tokens and their scores; or, where scores are on the input (Llama 4), tokens times their one score, and ones.
+    By default these are the tokens and their scores. Where scores are on the input (Llama 4), they are the tokens times
+    their one score, and ones.
 
     Shapes: input_TD, weight_TK.
     """

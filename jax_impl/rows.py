@@ -1,7 +1,7 @@
-"""How rows move, and where to, where some are padding: plain, or through a kernel where one serves.
+"""How rows move, and where to, where some rows are padding: plain, or through a kernel on a GPU.
 
 Forward and backward are gathers. A gradient that several rows share is summed where it is read, in a fixed order.
-M are rows whose they may be, along one axis or several; O the rows that come out where these are others.
+M stands for any number of rows, along one axis or several, and O for the number of output rows where it differs.
 """
 
 import jax
@@ -147,9 +147,9 @@ def segments_source(
 ) -> Integer[Array, " O"]:
     """For each expert-major row, where it comes from, if segment (p, j) is counts_Pe[p, j] rows from start_Pe[p, j] on.
 
-    A segment's rows all shift by the same distance, so: find each row's segment, by how many end before it, and add
-    the shift to the row number. `jnp.repeat` would say the same in a scan over all rows, which is dozens of launches
-    on a GPU. Rows past the last come from `output_size`, past the end.
+    A segment's rows all shift by the same distance. A row's segment is the number of segments that end before it,
+    and that segment's shift is added to the row number. `jnp.repeat` would do the same in a scan over all rows, with
+    dozens of launches on a GPU. Rows past the last segment get `output_size` as their source, past the end.
     """
     counts_eP = counts_Pe.T
     start_eP = exclusive_cumsum(counts_eP.reshape(-1)).reshape(counts_eP.shape)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
-if TYPE_CHECKING:  # they import what is here
+if TYPE_CHECKING:  # these modules import this one
     import torch_impl.experts
     import torch_impl.routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# What each option may be that is a word.
+# The values that each string option of a router may have.
 ROUTER_WORDS = {
     "score_function": ("softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen"),
     "group_score": ("top2", "max"),
@@ -32,7 +32,7 @@ def check_router(
     expert_id_TK: Tensor | None,
     per_expert: "torch_impl.routing.PerExpert",
 ) -> None:
-    """Raises ValueError unless these make a router: shapes, dtypes, devices, K <= E, options."""
+    """Raises ValueError unless tokens, router and options fit together: shapes, dtypes, devices, K <= E."""
     check_autocast(x_TD)
     if x_TD.ndim != 2 or router_DE.ndim != 2 or x_TD.shape[1] != router_DE.shape[0]:
         raise ValueError(
@@ -60,8 +60,10 @@ def check_router(
 
 
 def check_options(router: "torch_impl.routing.Router", n_experts: int) -> None:
-    """Raises ValueError on a word that is none of those known, a scale or an epsilon that cannot be, and on groups
-    that do not divide the experts, or among whose best ones a token cannot choose."""
+    """Raises ValueError on an unknown word, a scale or epsilon out of range, or impossible groups.
+
+    Groups must divide the experts, and the best groups must hold enough experts to choose from.
+    """
     for name, words in ROUTER_WORDS.items():
         if getattr(router, name) not in words:
             raise ValueError(f"{name} is {getattr(router, name)!r}: it must be one of {', '.join(map(repr, words))}")
@@ -85,7 +87,7 @@ def check_options(router: "torch_impl.routing.Router", n_experts: int) -> None:
 
 
 def check_per_expert(per_expert: "torch_impl.routing.PerExpert", router_DE: Tensor) -> None:
-    """Raises ValueError unless what a router has of each expert is [E], floating point, and where the router is."""
+    """Raises ValueError unless each per-expert array is [E], floating point, and on the router's device."""
     E = router_DE.shape[1]
     for name, a in per_expert._asdict().items():
         if a is None:
@@ -126,9 +128,9 @@ def check_routing(x_TD: Tensor, score_TK: Tensor, expert_id_TK: Tensor, counts_E
 
 
 def check_expert_ids(expert_id_TK: Tensor, n_experts: int, counts_E: Tensor | None = None) -> None:
-    """Raises ValueError on ids that are not integers, out of [0, E), twice in one token, or counted otherwise.
+    """Raises ValueError on ids that are not integers, out of [0, E), twice in one token, or unlike the counts.
 
-    The values are read on the CPU only, as on a GPU that would cost a sync; `check_splits` finds those out of range.
+    Values are read on a CPU only: on a GPU that would cost a sync. There `check_splits` finds ids out of range.
     """
     if expert_id_TK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"expert ids are {expert_id_TK.dtype}: they must be int32 or int64")
@@ -199,7 +201,7 @@ def check_experts(
 
 
 def check_expert_options(experts: "torch_impl.experts.Experts", gated: bool) -> None:
-    """Raises ValueError on an unknown activation, a clamp that is not positive, and what needs a gate without one."""
+    """Raises ValueError on an unknown activation, a clamp that is not positive, or gate options without a gate."""
     if experts.activation not in ACTIVATIONS:
         raise ValueError(f"activation is {experts.activation!r}: it must be one of {', '.join(map(repr, ACTIVATIONS))}")
     if experts.clamp is not None and not experts.clamp > 0:
@@ -209,7 +211,7 @@ def check_expert_options(experts: "torch_impl.experts.Experts", gated: bool) -> 
 
 
 def check_autocast(x_TD: Tensor) -> None:
-    """Raises ValueError under autocast, which would compute in another dtype than x's, and the router in 16 bits."""
+    """Raises ValueError under autocast: it would compute in a dtype other than x's, and the router in 16 bits."""
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
         raise ValueError(
@@ -249,17 +251,17 @@ def check_splits(sent: int, n_rows: int) -> None:
 def check_received(total: int, most: int) -> None:
     """Tells a compiler how many rows a rank can receive at most; the compiled code asserts it.
 
-    Without it the one symbol ranges up to infinity, and code for any size has to index with 64 bits.
+    Without this bound the symbol for R ranges up to infinity, and compiled code has to index with 64 bits.
     """
     if is_captured():
         torch._check(total <= most)
 
 
 def check_sizes(condition: bool, message: Callable[[], str]) -> None:
-    """Raises ValueError unless the condition on sizes holds, at no sync.
+    """Raises ValueError unless the condition on sizes holds. It costs no sync.
 
-    Under capture sizes are symbols: the condition becomes a fact that the compiler may build on and that the compiled
-    code asserts, a RuntimeError in the compiler's words.
+    Under capture, sizes are symbols. The compiler then assumes the condition, and the compiled code asserts it with a
+    RuntimeError in the compiler's words.
     """
     if is_captured():
         torch._check(condition)
@@ -268,5 +270,5 @@ def check_sizes(condition: bool, message: Callable[[], str]) -> None:
 
 
 def is_captured() -> bool:
-    """Whether torch.compile, torch.export or make_fx with fake tensors is looking: values are not there to be read."""
+    """Whether torch.compile, torch.export or make_fx with fake tensors is tracing, so that values cannot be read."""
     return torch.compiler.is_compiling() or detect_fake_mode() is not None

@@ -16,7 +16,7 @@ class Splits(NamedTuple):
 
     send_P: Integer[Tensor, " P"]  # tensors on the CPU, not lists: under capture each item of a list is one more symbol
     receive_P: Integer[Tensor, " P"]
-    n_sent: int  # N, if the counts are those of the rows; under capture a symbol until `send_tokens` has checked that
+    n_sent: int  # N if the counts match the rows; under capture, a symbol until `send_tokens` has checked that
     n_received: int  # R, the rows this rank receives; under capture the one symbol that every dynamic shape is made of
 
 
@@ -28,12 +28,12 @@ def n_ranks(group: dist.ProcessGroup | None) -> int:
 def exchange_counts(
     counts_E: Integer[Tensor, " E"], group: dist.ProcessGroup | None = None
 ) -> tuple[Integer[Tensor, "P e"], Splits]:
-    """Tell every rank how many rows each of its experts gets from here.
+    """Tell every rank how many rows each of its experts gets from this rank.
 
         counts_Pe[p, j] = rows that rank p sends to local expert j of this rank
 
-    One device-to-host copy brings over the counts of what leaves and what arrives; they are summed there, as tensors,
-    and only the two sums in all become integers. Nothing else waits.
+    One device-to-host copy brings the counts of the rows that leave and of the rows that arrive. They are summed on the
+    host as tensors, and only the two totals become integers. Nothing else waits for the device.
 
     Raises ValueError when the number of experts is not a multiple of the number of ranks.
     """

@@ -13,13 +13,13 @@ from torch_impl.matmul import grouped_linear
 class Experts(NamedTuple):
     """How an expert computes."""
 
-    activation: str = "silu"  # of the gate, or of up where there is none; or "gelu", "gelu_tanh", "quick_gelu", "relu2"
-    clamp: float | None = None  # the gate is at most this, and up between minus this and this
+    activation: str = "silu"  # of the gate, or of up without a gate; or "gelu", "gelu_tanh", "quick_gelu", "relu2"
+    clamp: float | None = None  # upper bound of the gate; up is clamped to +- this
     up_offset: float = 0.0  # added to up, after the clamp
 
 
 class Biases(NamedTuple):
-    """What is added to an expert's projections; None where a model has none."""
+    """Biases of an expert's projections; None where a model has none."""
 
     gate_eF: Float[Tensor, "e F"] | None = None
     up_eF: Float[Tensor, "e F"] | None = None
@@ -32,7 +32,7 @@ class Shared(NamedTuple):
     w_gate_DH: Float[Tensor, "D H"] | None  # None where experts have no gate
     w_up_DH: Float[Tensor, "D H"]
     w_down_HD: Float[Tensor, "H D"]
-    score_D: Float[Tensor, " D"] | None = None  # the sigmoid of x @ score weighs it, where a model has one
+    score_D: Float[Tensor, " D"] | None = None  # sigmoid(x @ score) scales the output; None: no scaling
 
 
 def apply_experts(
@@ -57,9 +57,9 @@ def apply_experts(
 
 
 def shared_expert(x_TD: Float[Tensor, "T D"], shared: Shared, experts: Experts) -> Float[Tensor, "T D"]:
-    """The same of every token with the one expert, times sigmoid(x @ score) where there is a score.
+    """The shared expert's output for every token, times sigmoid(x @ score) where there is a score.
 
-    Every step rounds to x's dtype; the sigmoid is of float32.
+    Every step rounds to x's dtype; the sigmoid is computed in float32.
     """
     gate_TH = None if shared.w_gate_DH is None else x_TD @ shared.w_gate_DH
     y_TD = glu(gate_TH, x_TD @ shared.w_up_DH, experts) @ shared.w_down_HD

@@ -1,4 +1,4 @@
-"""The gated activation, plain, or through kernels where they serve."""
+"""The gated activation, in plain PyTorch or through kernels where they apply."""
 
 import math
 from typing import TYPE_CHECKING
@@ -10,14 +10,14 @@ from torch.nn.functional import silu
 
 from torch_impl import kernels
 
-if TYPE_CHECKING:  # it imports what is here
+if TYPE_CHECKING:  # that module imports this one
     import torch_impl.experts
 
 
 def glu(
     gate_MF: Float[Tensor, "*M F"] | None, up_MF: Float[Tensor, "*M F"], experts: "torch_impl.experts.Experts"
 ) -> Float[Tensor, "*M F"]:
-    """activation(gate) * (up + up_offset), each clamped before, in float32, rounded once; without a gate, of up alone.
+    """activation(gate) * (up + up_offset), both clamped first; activation(up) without a gate. In float32, rounded once.
 
     silu        g * sigmoid(g): SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer")
     gelu        g * Phi(g), of the normal distribution (Hendrycks and Gimpel 2016, "Gaussian Error Linear Units")
@@ -38,7 +38,10 @@ def glu(
 
 
 def gelu_tanh(gate: Float[Tensor, "*M F"]) -> Float[Tensor, "*M F"]:
-    """Past +-10 the tanh is +-1 and its slope 0, where the cube would overflow and make the slope NaN."""
+    """gelu by its tanh approximation, with the tanh's argument computed from a gate clamped to +-10.
+
+    Past +-10 the tanh is +-1 and its slope 0. Without the clamp the cube would overflow there and make the slope NaN.
+    """
     near = gate.clamp(-10, 10)
     return gate * ((1 + torch.tanh(math.sqrt(2 / math.pi) * (near + 0.044715 * near**3))) / 2)
 
@@ -53,7 +56,7 @@ ACTIVATIONS = {
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Through kernels, which leave no graph. Nothing is kept in float32: backward computes silu again."""
+    """SwiGLU through kernels, which record no graph. Nothing is kept in float32: backward computes silu again."""
 
     @staticmethod
     def forward(ctx, gate_MF, up_MF):

@@ -1,9 +1,9 @@
-"""The row movements, their indices and SwiGLU as Triton kernels: each does what the plain version beside its call does.
+"""Triton kernels for row movements, their indices and SwiGLU. Each does what the plain version beside its call does.
 
-A kernel reads and writes every row once, forward and backward, where indexing in PyTorch reads a token K times or
-keeps rows in float32. What it moves is equal to the plain version's bit for bit, and so are sums over K: same order,
-every product rounded. No kernel adds atomically, so all results repeat.
-M are rows whose they may be, O the rows that come out where these are others.
+A kernel reads and writes every row once, forward and backward. Indexing in PyTorch would read a token K times, or keep
+rows in float32. Moved rows equal the plain version's bit for bit. So do sums over K: the order is the same, and every
+product is rounded. No kernel adds atomically, so all results repeat.
+M stands for any number of rows, and O for the number of output rows where it differs.
 """
 
 from importlib import import_module
@@ -15,28 +15,28 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-HAS_TRITON = find_spec("triton") is not None  # PyTorch for CPUs comes without; the plain versions serve then
+HAS_TRITON = find_spec("triton") is not None  # CPU builds of PyTorch lack it, and use the plain versions
 triton: Any = import_module("triton") if HAS_TRITON else SimpleNamespace(jit=lambda kernel: kernel)
 tl: Any = import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
-PADDING_ROWS = 64  # that one program looks for padding in
-SWIGLU_BLOCK, SWIGLU_WARPS = 2048, 8  # of elements, 8 a thread
-SORT_BLOCK, SORT_TILE = 256, 64  # of N that a program looks at, and of the keys; JAX: 512, for XLA's cumsum
+PADDING_ROWS = 64  # rows that one program checks for padding
+SWIGLU_BLOCK, SWIGLU_WARPS = 2048, 8  # elements per program, 8 per thread; and its warps
+SORT_BLOCK, SORT_TILE = 256, 64  # positions of N, and keys, per program; JAX takes 512, for XLA's cumsum
 
 
 def use_kernels(x: Tensor) -> bool:
     """Whether x can go through kernels: on the current GPU, with Triton installed.
 
-    Not in a backward that is itself to be differentiated (`create_graph=True`): kernels leave no graph.
+    Kernels record no autograd graph, so a backward that is itself differentiated (`create_graph=True`) avoids them.
     """
     differentiated = torch.is_grad_enabled() and x.is_floating_point()
     return HAS_TRITON and x.is_cuda and x.device.index == torch.cuda.current_device() and not differentiated
 
 
 def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tensor, " N"], Integer[Tensor, " N"]]:
-    """Stable sort of keys 0..n_keys-1, and its inverse. Any other key is none, and goes last.
+    """Stable sort of keys 0..n_keys-1, and its inverse. Any other key counts as no key, and goes last.
 
-    A general sort makes many passes over wide keys. These are few, so: count each key in each block of N; a cumsum,
-    key by key, says where a block's rows of a key end; from there a block places its own.
+    A general sort makes many passes over wide keys. Here the keys are few. First each key is counted in each block of
+    N. Then a cumsum, key by key, says where a block's rows of a key end. From there each block places its own rows.
 
     Shapes: order_N, place_N.
     """
@@ -56,7 +56,10 @@ def sort_by_key(key_N: Integer[Tensor, " N"], n_keys: int) -> tuple[Integer[Tens
 @triton.jit
 @no_type_check
 def _load_keys(key, i, N, n_keys):
-    """Keys out of range count as the last, and so does what lies past the end, after all others of its block."""
+    """Load a block's keys. Keys out of range become n_keys, the last key.
+
+    So do positions past the end of N, which come after all others of their block.
+    """
     found = tl.load(key + i, mask=i < N, other=0).to(tl.int64)  # n_keys may not fit into the key's dtype
     return tl.where((i >= N) | (found < 0) | (found > n_keys), n_keys, found).to(tl.int32)
 
@@ -64,7 +67,7 @@ def _load_keys(key, i, N, n_keys):
 @triton.jit
 @no_type_check
 def _count_keys(key, counts, N, n_keys, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """One program per block and some of the keys."""
+    """One program per block of N and tile of keys."""
     b = tl.program_id(0)
     found = _load_keys(key, b * BLOCK + tl.arange(0, BLOCK), N, n_keys)
     mine = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -75,7 +78,7 @@ def _count_keys(key, counts, N, n_keys, blocks, BLOCK: tl.constexpr, TILE: tl.co
 @triton.jit
 @no_type_check
 def _place_keys(key, end, order, place, N, n_keys, blocks, BLOCK: tl.constexpr):
-    """One program per block: a key's row is where its block's rows of that key end, less how many of them are left."""
+    """One program per block. A key's row is where its block's rows of that key end, minus how many are left."""
     b = tl.program_id(0)
     i = b * BLOCK + tl.arange(0, BLOCK)
     found = _load_keys(key, i, N, n_keys)
@@ -91,7 +94,7 @@ def expert_major_rows(
 ) -> tuple[Integer[Tensor, " R"], Integer[Tensor, " R"]]:
     """For each expert-major row the rank-major one it comes from, and the inverse, in one launch.
 
-    `output_size` is what the counts sum to: of rows past them, nothing would be written.
+    `output_size` must be the sum of the counts: rows past that sum would stay unwritten.
 
     Shapes: source_R, target_R.
     """
@@ -108,7 +111,7 @@ def expert_major_rows(
 @triton.jit
 @no_type_check
 def _expert_major_rows(counts, source, target, R, P, e, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per segment: the rows from one rank p for one expert j. Each finds for itself where it starts."""
+    """One program per segment: the rows from one rank p for one expert j. It computes where its segment starts."""
     p = tl.program_id(0) // e
     j = tl.program_id(0) % e
     segment = tl.arange(0, SEGMENTS)
@@ -153,8 +156,7 @@ def expand_rows(
 ) -> Float[Tensor, "M D"]:
     """Copy token t to rows slot[t]: the same rows as gathering x[assignment // K], but x is read once.
 
-    With `assignment`, a slot past the end is left out, and rows whose assignment is past the last one are padding, and
-    zero.
+    With `assignment`, a slot past the end is skipped. Rows whose assignment is past the last one are padding: zero.
     """
     (T, K), D = slot_TK.shape, x_TD.shape[1]
     M = T * K if assignment_M is None else assignment_M.shape[0]
@@ -176,7 +178,7 @@ def _expand_rows(
     x, slot, assignment, y, T, M, D, chunks,
     K: tl.constexpr, PADDED: tl.constexpr, PADDING_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per token, or per chunk of a wide one. Before them, those that look for padding."""
+    """One program per token, or per chunk of a wide token. Earlier programs clear padding."""
     program = tl.program_id(0) - (tl.cdiv(M, PADDING_ROWS) if PADDED else 0)
     if PADDED and program < 0:
         _clear_padding(tl.program_id(0), assignment, y, T * K, M, D, PADDING_ROWS)
@@ -192,7 +194,7 @@ def _expand_rows(
 @triton.jit
 @no_type_check
 def _clear_padding(program, assignment, y, N, M, D, PADDING_ROWS: tl.constexpr):
-    """Zero in some rows, if they hold no assignment."""
+    """Write zero into a program's rows that hold no assignment."""
     BLOCK: tl.constexpr = 128
     row = program.to(tl.int64) * PADDING_ROWS + tl.arange(0, PADDING_ROWS)
     padding = tl.load(assignment + row, mask=row < M, other=-1) >= N
@@ -265,7 +267,7 @@ def weighted_sum_backward(
         dout_TD.contiguous(), y_MD.contiguous(), score_TK.contiguous(), slot_TK.contiguous(),
         slot_TK if assignment_M is None else assignment_M.contiguous(), dy_MD, dscore_TK, T, M, D,
         K=K, K_PADDED=_power_of_2(K), PADDED=assignment_M is not None, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK,
-        num_warps=max(num_warps, 4),  # which share the sums of all rows
+        num_warps=max(num_warps, 4),  # the warps share the sums of all rows
     )  # fmt: skip
     return dy_MD, dscore_TK
 
@@ -276,7 +278,7 @@ def _weighted_sum_backward(
     dout, y, score, slot, assignment, dy, dscore, T, M, D,
     K: tl.constexpr, K_PADDED: tl.constexpr, PADDED: tl.constexpr, PADDING_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per token: its K rows side by side, chunk after chunk. Before them, those that look for padding."""
+    """One program per token: its K rows side by side, chunk by chunk. Earlier programs clear padding."""
     accum_dtype = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
     t = (tl.program_id(0) - (tl.cdiv(M, PADDING_ROWS) if PADDED else 0)).to(tl.int64)
     if PADDED and t < 0:
@@ -298,8 +300,11 @@ def _weighted_sum_backward(
 
 
 def use_swiglu_kernels(x: Tensor) -> bool:
-    """In 16 bits, where kernels serve: their exponential is a few units of float32 off, which float32 would show."""
-    with torch.no_grad():  # the Function that calls them is differentiated, not they
+    """Whether SwiGLU of x goes through kernels: in 16 bits only.
+
+    The kernels' exponential is a few units of float32 off, which a float32 result would show.
+    """
+    with torch.no_grad():  # autograd differentiates the Function, not the kernels
         serve = use_kernels(x)
     return serve and x.element_size() == 2
 
@@ -356,14 +361,14 @@ def _swiglu_backward(dhidden, gate, up, dgate, dup, n, BLOCK: tl.constexpr):
 
 
 def _tile(width: int, n_rows: int) -> tuple[int, int]:
-    """Columns that a program takes of so many rows at once, and its warps.
+    """How many columns of `n_rows` rows a program takes at once, and its number of warps.
 
-    A thread has 16 elements of one row, or 8 of each of several.
+    A thread holds 16 elements of a single row, or 8 of each of several rows.
     """
     BLOCK = max(128, min(_power_of_2(width), 2048, 8192 // _power_of_2(n_rows)))
     return BLOCK, max(1, BLOCK // (512 if n_rows == 1 else 256))
 
 
 def _power_of_2(n: int) -> int:
-    """The least one that is not below n: tiles are powers of two."""
+    """The least power of two that is not below n, because the sides of tiles are powers of two."""
     return 1 << (n - 1).bit_length()

@@ -4,7 +4,7 @@ An array's name ends in its shape:
 
     P  ranks              E  experts              e  experts on a rank, E // P
     T  tokens on a rank   K  experts of a token   N  assignments on a rank, T * K
-    D  width              F  hidden width         R  rows of what a rank receives
+    D  width              F  hidden width         R  rows that a rank receives
 """
 
 from typing import NamedTuple
@@ -54,10 +54,10 @@ def moe_layer(
 ) -> Stages:
     """One MoE layer over the ranks of `group` (None: the default group; no group at all means one rank).
 
-    Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. `routing`, made
-    before, takes the place of stage 1 and its arguments: a recording, a recomputation, scores that were masked. What a
-    model does not have is None: a gate, biases, a shared expert.
-    `max_tokens` is the most tokens that any rank has (default: as many as here): from it a compiler knows the bound
+    Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. A `routing`
+    that was made before (recorded, recomputed, or with masked scores) replaces stage 1 and its arguments. Parts that a
+    model lacks are None: a gate, biases, a shared expert.
+    `max_tokens` is the most tokens that any rank has (default: as many as this rank). It gives a compiler the bound
     P*T*min(K, e) on R.
 
     Raises ValueError on wrong input, before anything is sent to another rank; where one rank alone raises, the others

@@ -11,7 +11,7 @@ from torch_impl.rows import expert_major_rows, permute_rows
 
 class ExpertMajor(NamedTuple):
     x_RD: Float[Tensor, "R D"]
-    source_R: Integer[Tensor, " R"]  # the rank-major row that each expert-major row is
+    source_R: Integer[Tensor, " R"]  # the rank-major row that each expert-major row comes from
     target_R: Integer[Tensor, " R"]  # its inverse: the expert-major row that each rank-major row becomes
 
 

@@ -1,4 +1,4 @@
-"""Matmuls of rows grouped by expert, each with its own expert's weights, and biases."""
+"""Matmuls of rows grouped by expert, each row with its own expert's weights and bias."""
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -13,9 +13,9 @@ def grouped_matmul(
 ) -> Float[Tensor, "R F"]:
     """Rows of expert j times w[j].
 
-    `torch.nn.functional.grouped_mm` takes no float64, and only whole 16-byte units: what it does not take goes through
-    one matmul per expert, which has to read the counts. PyTorch itself does the same on a GPU, except for bfloat16 on
-    Hopper and Blackwell: one more sync per matmul. A gradient with zero strides, that of `.sum()`, it refuses.
+    `torch.nn.functional.grouped_mm` takes no float64, and only whole 16-byte units. Other inputs go through one matmul
+    per expert, which has to read the counts: one more sync per matmul. PyTorch itself does the same on a GPU, except in
+    bfloat16 on Hopper and Blackwell. `grouped_mm` refuses a gradient with zero strides, such as that of `.sum()`.
     """
     fits = fits_grouped_mm(x_RD, w_eDF)
     if is_captured() and not (fits and x_RD.dtype == torch.bfloat16):
@@ -55,7 +55,7 @@ def rows_of_experts(counts_e: Integer[Tensor, " e"], n_rows: int) -> Bool[Tensor
 
 
 def fits_grouped_mm(x: Tensor, w: Tensor) -> bool:
-    """Whether `grouped_mm` takes them, x made contiguous: not float64, and rows, w's columns and w in 16-byte units."""
+    """Whether `grouped_mm` takes contiguous x and w: not float64, and rows, w's columns and w in 16-byte units."""
     row_stride, column_stride = w.stride()[-2:]
     units = (x.shape[-1], w.shape[-1], max(row_stride, column_stride))
     return (
@@ -67,5 +67,5 @@ def fits_grouped_mm(x: Tensor, w: Tensor) -> bool:
 
 
 def group_ends(counts_e: Integer[Tensor, " e"]) -> Integer[Tensor, " e"]:
-    """Where each expert's rows end, as `grouped_mm` wants to know."""
+    """Where each expert's rows end: the offsets that `grouped_mm` takes."""
     return counts_e.cumsum(dim=0).to(torch.int32)

@@ -1,4 +1,4 @@
-"""What a compiler does not look into: operators with a shape that it knows, and a gradient."""
+"""Custom operators, opaque to a compiler, each with a shape that it knows and a gradient."""
 
 import torch
 import torch.distributed as dist
@@ -8,11 +8,14 @@ from torch.nn.functional import grouped_mm
 
 from torch_impl.matmul import fits_grouped_mm, group_ends, grouped_matmul
 
-# The uneven all-to-all, so that the splits need not become integers in the compiler's graph.
+# The uneven all-to-all is an operator so that the splits need not become integers in the compiler's graph.
 
 
 def exchange_rows(x: Tensor, send_P: Tensor, receive_P: Tensor, n_received: int, group_name: str) -> Tensor:
-    """send_P[p] rows to each rank p and receive_P[p] from it. Backward is the same with the splits swapped."""
+    """Send send_P[p] rows to each rank p, and receive receive_P[p] rows from it.
+
+    Backward is the same exchange with the splits swapped.
+    """
     return _ExchangeRows.apply(x, send_P, receive_P, n_received, group_name)  # type: ignore[no-any-return]
 
 
@@ -48,8 +51,8 @@ def _(x, _send_P, _receive_P, n_received, _group_name):
     return x.new_empty(n_received, x.shape[1])
 
 
-# The grouped matmul. A compiler knows the shapes of `grouped_mm` for bfloat16 and no other dtype (PyTorch 2.11 and
-# 2.13), and of one matmul per expert it would see a symbol each.
+# The grouped matmul is an operator because a compiler knows the shapes of `grouped_mm` for bfloat16 only (PyTorch 2.11
+# and 2.13). With one matmul per expert it would need a symbol for each expert.
 
 
 @torch.library.custom_op("moe_parity::grouped_matmul", mutates_args=())
@@ -64,7 +67,7 @@ def _(x_RD, w_eDF, _counts_e):
 
 @torch.library.custom_op("moe_parity::weight_gradient", mutates_args=())
 def _weight_gradient(x_RD: Tensor, dy_RF: Tensor, counts_e: Tensor) -> Tensor:
-    """Rows of expert j of x, transposed, times those of dy."""
+    """For each expert, its rows of x, transposed, times its rows of dy."""
     if fits_grouped_mm(x_RD, dy_RF):
         return grouped_mm(x_RD.mT, dy_RF, offs=group_ends(counts_e))
     rows = zip(*(a.split(counts_e.tolist()) for a in (x_RD, dy_RF)), strict=True)

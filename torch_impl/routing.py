@@ -16,22 +16,22 @@ class Router(NamedTuple):
     top_k: int
     score_function: str = "softmax"  # or "sigmoid", "sqrt_softplus", "softmax_of_chosen"
     renormalize: bool = False  # divide a token's K scores by their sum
-    epsilon: float = 1e-20  # added to that sum
-    scale: float = 1.0  # and multiply them
-    groups: int = 1  # of experts, of which a token chooses within the best
-    top_groups: int = 1  # so many of them
+    epsilon: float = 1e-20  # added to the sum that `renormalize` divides by
+    scale: float = 1.0  # multiplies the K scores
+    groups: int = 1  # groups of experts; a token chooses within the best groups
+    top_groups: int = 1  # how many groups a token chooses within
     group_score: str = "top2"  # the sum of a group's two largest scores; or "max", its largest
     outside_groups: str = "minus_inf"  # the scores of experts outside the best groups; or "zero"
-    score_on: str = "output"  # what a score multiplies, of an expert; or "input", with one expert a token
-    router_dtype: str = "wide"  # of the logits: float32, or float64 for float64; or "float32", "activations"
+    score_on: str = "output"  # a score multiplies an expert's output; or "input", with one expert per token
+    router_dtype: str = "wide"  # of the logits: float32, or float64 for float64 tokens; or "float32", "activations"
     cast_scores: bool = False  # round the scores to the dtype of the tokens
 
 
 class PerExpert(NamedTuple):
-    """What a router knows of each expert beside its logits; None where a model has none."""
+    """What a router knows of each expert besides its logits; None where a model lacks it."""
 
     bias_E: Float[Tensor, " E"] | None = None  # added to the logits
-    selection_bias_E: Float[Tensor, " E"] | None = None  # added to the scores for the choice, which alone sees it
+    selection_bias_E: Float[Tensor, " E"] | None = None  # added to the scores only for the choice of experts
     scale_E: Float[Tensor, " E"] | None = None  # multiplies the scores
 
 
@@ -60,7 +60,7 @@ def route(
     float32 matmuls than PyTorch's default, "highest", other experts can win.
 
     Raises ValueError on a wrong shape, dtype, device or option, under autocast, and on replayed ids out of range where
-    their values are at hand: on a CPU, not captured.
+    their values can be read: on a CPU, outside capture.
     """
     check_router(x_TD, router_DE, router, expert_id_TK, per_expert)
     score_TE = SCORE_FUNCTIONS[router.score_function](logits(x_TD, router_DE, router.router_dtype, per_expert.bias_E))
@@ -82,7 +82,7 @@ def route(
 def logits(
     x_TD: Float[Tensor, "T D"], router_DE: Float[Tensor, "D E"], dtype: str, bias_E: Float[Tensor, " E"] | None
 ) -> Float[Tensor, "T E"]:
-    """x @ router + bias, in the dtype that `router_dtype` says, as numbers of float32 or wider."""
+    """x @ router + bias, computed in the dtype that `router_dtype` names, and returned as float32 or wider."""
     logits_dtype = torch.float32 if dtype == "float32" else torch.promote_types(x_TD.dtype, torch.float32)
     matmul_dtype = x_TD.dtype if dtype == "activations" else logits_dtype
     logits_TE = x_TD.to(matmul_dtype) @ router_DE.to(matmul_dtype)
@@ -90,13 +90,13 @@ def logits(
 
 
 def sqrt_softplus(logits_TE: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
-    """sqrt(log(1 + exp(logits))), as DeepSeek-V4 scores; from -40 down exp(logits / 2), whose slope is finite."""
+    """sqrt(log(1 + exp(logits))), as DeepSeek-V4 scores; below -40, exp(logits / 2), whose slope is finite."""
     small_TE = torch.exp(logits_TE.clamp(max=-40) / 2)
     softplus_TE = torch.logaddexp(logits_TE.clamp(min=-40), torch.zeros_like(logits_TE))
     return torch.where(logits_TE < -40, small_TE, softplus_TE.sqrt())
 
 
-# By name. "softmax_of_chosen" chooses by logits, and its softmax is over the K chosen (gpt-oss).
+# Score functions by name. "softmax_of_chosen" chooses by logits, and its softmax is over the K chosen (gpt-oss).
 SCORE_FUNCTIONS = {
     "softmax": partial(torch.softmax, dim=-1),
     "sigmoid": torch.sigmoid,
@@ -108,7 +108,7 @@ SCORE_FUNCTIONS = {
 def choose(
     score_TE: Float[Tensor, "T E"], router: Router, selection_bias_E: Float[Tensor, " E"] | None
 ) -> Integer[Tensor, "T K"]:
-    """The K experts whose scores, plus the selection bias, are largest; within the best groups where there are some."""
+    """The K experts with the largest scores plus selection bias, within the best groups where there are groups."""
     if selection_bias_E is not None:
         score_TE = score_TE + selection_bias_E.to(score_TE.dtype)
     if router.groups > 1:
@@ -127,7 +127,7 @@ def in_best_groups(score_TE: Float[Tensor, "T E"], router: Router) -> Bool[Tenso
 
 
 def top_k_indices(score_Tn: Float[Tensor, "T n"], k: int) -> Integer[Tensor, "T k"]:
-    """Where each row's k largest numbers are, the largest first; of equal ones, the first."""
+    """The indices of each row's k largest numbers, largest first; among equal numbers, the lower index first."""
     return score_Tn.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
 
@@ -137,7 +137,7 @@ def renormalized(score_TK: Float[Tensor, "T K"], epsilon: float) -> Float[Tensor
 
 
 def take_by_expert(a_E: Float[Tensor, " E"], expert_id_TK: Integer[Tensor, "T K"]) -> Float[Tensor, "T K"]:
-    """Each choice's number: by a product with ones and zeros, whose gradient needs no scatter-add."""
+    """a[expert_id], by a product with ones and zeros, whose gradient needs no scatter-add."""
     one_hot_TKE = expert_id_TK[..., None] == torch.arange(a_E.shape[0], device=a_E.device)
     return one_hot_TKE.to(a_E.dtype) @ a_E
 
@@ -145,9 +145,10 @@ def take_by_expert(a_E: Float[Tensor, " E"], expert_id_TK: Integer[Tensor, "T K"
 def weigh_input(
     x_TD: Float[Tensor, "T D"], score_TK: Float[Tensor, "T K"], score_on: str
 ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "T K"]]:
-    """What the experts are given, and what multiplies what they return.
+    """The experts' input, and the weights of their outputs.
 
-    The tokens and their scores; or, where scores are on the input (Llama 4), tokens times their one score, and ones.
+    By default these are the tokens and their scores. Where scores are on the input (Llama 4), they are the tokens times
+    their one score, and ones.
 
     Shapes: input_TD, weight_TK.
     """

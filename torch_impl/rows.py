@@ -1,4 +1,4 @@
-"""How rows move, and where to: plain, or through a kernel where one serves. What moves why is in the stages' files.
+"""How rows move, and where to: plain, or through a kernel on a GPU. The stages' files say which rows move and why.
 
 Forward and backward are gathers. A gradient that several rows share is summed where it is read, in a fixed order.
 """
@@ -44,7 +44,7 @@ def weighted_sum(
     assignment_N: Integer[Tensor, " N"],
 ) -> Float[Tensor, "T D"]:
     """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
-    # Rounded here, outside: PyTorch 2.11 compiles a Function that ends in a cast to its own dtype without its gradient.
+    # Rounded outside the Function: PyTorch 2.11 loses the gradient when it compiles one that ends in a cast of dtype.
     return _WeightedSum.apply(y_ND, score_TK, slot_TK, assignment_N).to(y_ND.dtype)  # type: ignore[no-any-return]
 
 
@@ -110,8 +110,8 @@ def expert_major_rows(
 def expert_major_source(counts_Pe: Integer[Tensor, "P e"], output_size: int) -> Integer[Tensor, " R"]:
     """For each expert-major row, the rank-major row it comes from.
 
-    Rows move in P*e segments. A segment's rows all shift by the same distance, so: repeat each segment's shift over
-    its rows, and add the row number.
+    Rows move in P*e segments. A segment's rows all shift by the same distance. So each segment's shift is repeated
+    over its rows, and the row number is added.
     """
     counts_eP = counts_Pe.T
     start_Pe = exclusive_cumsum(counts_Pe.reshape(-1)).reshape(counts_Pe.shape)

@@ -1,6 +1,6 @@
 """The same layer in JAX with sizes known only on the device: `ragged_all_to_all`, which needs GPUs. Nothing drops.
 
-But for ids that are no expert's, or a token's for the second time, which a traced function cannot refuse: they are
+The exception is an id that is out of range, or repeated within a token. A traced function cannot refuse it, so it is
 sent nowhere, and counted.
 """
 

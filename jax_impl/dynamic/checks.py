@@ -1,4 +1,4 @@
-"""Where rows cannot be exchanged by sizes on the device; what else can be wrong is in `jax_impl.checks`."""
+"""Refuses places that cannot exchange rows by sizes on the device. All other checks are in `jax_impl.checks`."""
 
 import jax
 

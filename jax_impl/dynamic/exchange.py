@@ -13,9 +13,9 @@ from jax_impl.dynamic.checks import check_ragged_exchange
 from jax_impl.exchange import n_ranks
 from jax_impl.rows import exclusive_cumsum
 
-# Into how many updates an exchange is cut, for all peers together. XLA copies each by a block of threads of its own, so
-# that one for each peer leaves a GPU idle: on H100s an exchange took 26 to 65 times as long as a dense one with it, and
-# from 128 a peer on 1.5 times as long.
+# The number of updates that an exchange is cut into, for all peers together. XLA copies each update with a thread block
+# of its own, so one update per peer leaves a GPU idle. On H100s an exchange took 26 to 65 times as long as a dense one
+# with one update per peer, and 1.5 times as long from 128 updates per peer on.
 UPDATES = 1024
 
 
@@ -31,7 +31,7 @@ class Splits(NamedTuple):
 def exchange_counts(
     counts_E: Integer[Array, " E"], axis_name: str | None = None
 ) -> tuple[Integer[Array, "P e"], Splits]:
-    """Tell every rank how many rows each of its experts gets from here, and where in its buffer to put them.
+    """Tell every rank how many rows each of its experts gets from this rank, and where in its buffer to put them.
 
         counts_Pe[p, j] = rows that rank p sends to local expert j of this rank
 
@@ -54,7 +54,7 @@ def send_tokens(
 ) -> Float[Array, "R D"]:
     """Send each rank the rows of its experts. They arrive rank-major: (source rank, local expert, assignment).
 
-    `output_size` is R, static: at least the most rows that a rank can receive, P*T*min(K, e). What is left is zero.
+    `output_size` is R, static: at least the most rows that a rank can receive, P*T*min(K, e). Unused rows are zero.
     With no axis there is no other rank, and the rows stay as they are.
     """
     return _ragged(output_size, x_ND.shape[0], axis_name, x_ND, *splits)
@@ -75,7 +75,7 @@ def _ragged(n_out, n_in, axis_name, x, send_P, receive_P, put_at_P, back_at_P): 
         return x
     check_ragged_exchange(axis_name)
     from_P, to_P = exclusive_cumsum(send_P), exclusive_cumsum(receive_P)
-    # XLA writes past the end of a buffer without a word, so whatever was asked for, no size reaches past one.
+    # XLA silently writes past the end of a buffer. So sizes are cut to what fits, whatever was asked for.
     send_P = jnp.clip(jnp.minimum(n_in - from_P, n_out - put_at_P), 0, send_P)
     receive_P = jnp.clip(n_out - to_P, 0, receive_P)
     done_PU, send_PU = _cut(send_P, UPDATES // send_P.shape[0])
@@ -88,7 +88,7 @@ def _ragged(n_out, n_in, axis_name, x, send_P, receive_P, put_at_P, back_at_P): 
 
 
 def _cut(rows_P: Integer[Array, " P"], n: int) -> tuple[Integer[Array, "P n"], Integer[Array, "P n"]]:
-    """Each peer's rows in n updates, as equal as they can be: how many rows come before each, and how many it has.
+    """Cut each peer's rows into n nearly equal updates: how many rows come before each update, and how many it has.
 
     _cut([5, 2], 2) = [[0, 3], [0, 1]], [[3, 2], [1, 1]]
     """

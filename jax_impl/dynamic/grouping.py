@@ -13,7 +13,7 @@ class Grouped(NamedTuple):
     x_ND: Float[Array, "N D"]
     slot_TK: Integer[Array, "T K"]  # the row that holds assignment (t, k); N where it is sent nowhere
     assignment_N: Integer[Array, " N"]  # the assignment a = t*K + k that each row holds; N past the last
-    kept_E: Integer[Array, " E"]  # assignments sent, per expert: all, but for ids that are none or repeated
+    kept_E: Integer[Array, " E"]  # assignments sent, per expert: all but ids out of range or repeated
 
 
 def group_by_expert(
@@ -24,8 +24,8 @@ def group_by_expert(
         tokens  t0 -> experts 2,0      rows   e0: t0 t1   e1: t1   e2: t0
                 t1 -> experts 0,1
 
-    An id out of range, or in a token for the second time, which a traced function cannot refuse, is sent nowhere. So
-    no rank sends more than T * min(K, e) rows to another, and no buffer of that size overflows, whatever the ids.
+    An id that is out of range, or repeated within a token, is sent nowhere, because a traced function cannot refuse it.
+    So no rank sends more than T * min(K, e) rows to another, and no buffer of that size overflows, whatever the ids.
     """
     (T, K), (E,) = expert_id_TK.shape, counts_E.shape
     before_KK = jnp.tril(jnp.ones((K, K), bool), -1)

@@ -4,7 +4,7 @@ An array's name ends in its shape:
 
     P  ranks              E  experts              e  experts on a rank, E // P
     T  tokens on a rank   K  experts of a token   N  assignments on a rank, T * K
-    D  width              F  hidden width         R  rows of what a rank receives
+    D  width              F  hidden width         R  rows that a rank receives
 """
 
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class Stages(NamedTuple):
     returned_ND: Float[Array, "N D"]
     shared_TD: Float[Array, "T D"] | None  # what the shared expert adds
     out_TD: Float[Array, "T D"]
-    dropped: Integer[Array, ""]  # this rank's ids that are no expert's, or a token's for the second time
+    dropped: Integer[Array, ""]  # this rank's ids that are out of range, or repeated within a token
 
 
 def moe_layer(
@@ -53,9 +53,9 @@ def moe_layer(
 ) -> Stages:
     """One MoE layer over the ranks of the mapped axis `axis_name` (`shard_map` on GPUs; None means one rank).
 
-    Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. `routing`, made
-    before, takes the place of stage 1 and its arguments: a recording, a recomputation, scores that were masked. What a
-    model does not have is None: a gate, biases, a shared expert.
+    Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. A `routing`
+    that was made before (recorded, recomputed, or with masked scores) replaces stage 1 and its arguments. Parts that a
+    model lacks are None: a gate, biases, a shared expert.
 
     Raises ValueError on wrong input and, with an axis, on a CPU or under `vmap`, before anything is sent.
     """

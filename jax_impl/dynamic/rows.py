@@ -1,4 +1,4 @@
-"""Where rows move to, of which as many are real as sizes on the device say; how they move is in `jax_impl.rows`."""
+"""Where rows move to, when only the device knows how many rows are real. How they move is in `jax_impl.rows`."""
 
 from jax import Array
 from jaxtyping import Integer
@@ -18,7 +18,7 @@ def expert_major_rows(
 
 
 def expert_major_source(counts_Pe: Integer[Array, "P e"], output_size: int) -> Integer[Array, " R"]:
-    """For each expert-major row, the rank-major row it comes from; `output_size`, past the end, for what is left.
+    """For each expert-major row, the rank-major row it comes from; `output_size`, past the end, for unused rows.
 
     Rows move in P*e segments, which follow each other without gaps.
     """

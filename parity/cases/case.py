@@ -19,7 +19,7 @@ Pattern = Literal["random", "balanced", "zipf", "one_expert", "empty_expert", "i
 
 
 class Router(NamedTuple):
-    """How scores come out of logits: the fields of a case that say so, as the layers name them."""
+    """The fields of a case that say how scores come out of logits, under the layers' names."""
 
     top_k: int
     score_function: str = "softmax"
@@ -36,7 +36,7 @@ class Router(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """How an expert computes, likewise."""
+    """The fields of a case that say how an expert computes, under the layers' names."""
 
     activation: str = "silu"
     clamp: float | None = None
@@ -44,7 +44,7 @@ class Experts(NamedTuple):
 
 
 class CapacityOptions(NamedTuple):
-    """How a capacity drops, likewise."""
+    """The fields of a case that say how a capacity drops assignments, under the layers' names."""
 
     per: str = "rank"
     priority: str = "token"
@@ -52,7 +52,7 @@ class CapacityOptions(NamedTuple):
 
 
 def not_default(options: Router | Experts | CapacityOptions) -> dict[str, Any]:
-    """What has to be said to a layer: the rest are its defaults, which are under check too."""
+    """The options to pass to a layer. The others are left to its defaults, so that these are checked too."""
     default = options._field_defaults
     return {name: value for name, value in options._asdict().items() if name not in default or value != default[name]}
 
@@ -95,7 +95,7 @@ class Case:
     )
     dtype: Dtype = _field(
         "float32",
-        "Of tokens and expert weights. Router and scores: see --router-dtype.",
+        "Dtype of tokens and expert weights. For router and scores, see --router-dtype.",
     )
     score_function: Literal["softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen"] = _field(
         "softmax",
@@ -108,15 +108,15 @@ class Case:
     )
     epsilon: float = _field(
         1e-20,
-        "Added to that sum (DeepSeek-V3: 1e-20, LFM2: 1e-6, Mixtral: 0).",
+        "Added to the sum that --renormalize divides by (DeepSeek-V3: 1e-20, LFM2: 1e-6, Mixtral: 0).",
     )
     scale: float = _field(
         1.0,
-        "Multiply the scores (DeepSeek-V3's routed scaling factor).",
+        "Multiplies the scores (DeepSeek-V3's routed scaling factor).",
     )
     groups: int = _field(
         1,
-        "Groups of experts, of which a token chooses within the best (DeepSeek-V3: 8).",
+        "Groups of experts; a token chooses within the best groups (DeepSeek-V3: 8).",
     )
     top_groups: int = _field(
         1,
@@ -124,13 +124,13 @@ class Case:
     )
     group_score: Literal["top2", "max"] = _field(
         "top2",
-        "What the best groups are told by: the sum of a group's two largest scores (DeepSeek-V3), or its largest "
+        "How groups are ranked: by the sum of a group's two largest scores (DeepSeek-V3), or by its largest score "
         "(DeepSeek-V2).",
     )
     outside_groups: Literal["minus_inf", "zero"] = _field(
         "minus_inf",
-        "The scores of experts outside the best groups, for the choice; with zero, one of them wins over a score and "
-        "bias below zero.",
+        "The scores that experts outside the best groups get for the choice. With zero, such an expert wins over one "
+        "whose score plus bias is below zero.",
     )
     score_on: Literal["output", "input"] = _field(
         "output",
@@ -138,8 +138,8 @@ class Case:
     )
     router_dtype: Literal["wide", "float32", "activations"] = _field(
         "wide",
-        "Of router weights and logits. wide: float32, or float64 where the tokens are. float32: also then. "
-        "activations: as the tokens; scores are computed from them in float32, or float64.",
+        "Dtype of router weights and logits. wide: float32, or float64 for float64 tokens. float32: always. "
+        "activations: the dtype of the tokens; scores are computed from these logits in float32, or float64.",
     )
     cast_scores: bool = _field(
         False,
@@ -159,12 +159,12 @@ class Case:
     )
     activation: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu2"] = _field(
         "silu",
-        "Of the experts' gate, or of up where there is none. gelu_tanh: gelu by its tanh approximation (Gemma). "
+        "Activation of the experts' gate, or of up without a gate. gelu_tanh: gelu by its tanh approximation (Gemma). "
         "quick_gelu: g * sigmoid(1.702 * g) (gpt-oss). relu2: relu squared (Nemotron-H).",
     )
     clamp: float | None = _field(
         None,
-        "The gate is at most this, and up between minus this and this (gpt-oss: 7).",
+        "Upper bound of the gate; up is clamped to plus or minus this (gpt-oss: 7).",
     )
     up_offset: float = _field(
         0.0,
@@ -180,11 +180,11 @@ class Case:
     )
     shared_hidden: int = _field(
         0,
-        "Hidden width of a shared expert, to which every token goes; 0: there is none.",
+        "Hidden width of the shared expert, which every token goes to; 0: no shared expert.",
     )
     shared_score: bool = _field(
         False,
-        "The shared expert is weighed by the sigmoid of a score of its own (Qwen2-MoE, Qwen3-Next).",
+        "The shared expert's output is multiplied by the sigmoid of a score of its own (Qwen2-MoE, Qwen3-Next).",
     )
     pattern: Pattern = _field(
         "random",
@@ -203,7 +203,7 @@ class Case:
     )
     outlier: float = _field(
         1.0,
-        "One feature of x is so many times larger, as hidden states of real models have; the router makes up for it.",
+        "Multiplies one feature of x, as in hidden states of real models, and divides the router's row for it.",
     )
     capacity_factor: str | None = _field(
         None,
@@ -211,11 +211,11 @@ class Case:
     )
     capacity_per: Literal["rank", "expert"] = _field(
         "rank",
-        "What a bin is for.",
+        "Whether a bin holds the rows of one rank or of one expert.",
     )
     priority: Literal["token", "choice", "score"] = _field(
         "token",
-        "Who is kept when a bin is full.",
+        "Which assignments are kept when a bin is full.",
     )
     align: int = _field(
         1,
@@ -223,19 +223,19 @@ class Case:
     )
     uneven: bool = _field(
         False,
-        "Fewer tokens on each rank than on the one before, and none on the last; of one rank, half. PyTorch leaves the "
-        "others out; in JAX, whose shapes are static, they are padding, with expert ids of -1.",
+        "Each rank has fewer tokens than the one before, and the last has none; a single rank has half. PyTorch leaves "
+        "out the missing tokens. In JAX, whose shapes are static, they are padding with expert ids of -1.",
     )
     way: Way = _field(
         "usual",
-        "How the layer is run. usual: as most do, PyTorch eagerly and JAX under jit. eager: JAX too, an operation at a "
+        "How the layer is run. usual: PyTorch eagerly and JAX under jit. eager: JAX too runs one operation at a "
         "time. compiled: PyTorch by torch.compile, whose backend is aot_eager. recomputed: forward again in "
         "backward. in_flight: two steps, both forwards before both backwards. two_groups: two groups of --ranks beside "
         "each other, each with tokens of its own.",
     )
     seed: int = _field(
         0,
-        "Of every drawn number.",
+        "Seed of every drawn number.",
     )
     recording: str | None = _field(
         None,
@@ -349,7 +349,7 @@ class Case:
 
     @property
     def idle(self) -> set[str]:
-        """Options of router and experts that change nothing in this case."""
+        """Options of router and experts that have no effect in this case."""
         epsilon = set() if self.renormalize else {"epsilon"}
         groups = {"top_groups", "group_score", "outside_groups"} if self.groups == 1 else set()
         narrow = {"float32": {"router_dtype", "cast_scores"}, "float64": {"cast_scores"}}.get(self.dtype, set())
@@ -357,12 +357,12 @@ class Case:
 
     @property
     def capacity_options(self) -> CapacityOptions:
-        """How its capacity drops."""
+        """How the case's capacity drops assignments."""
         return CapacityOptions(self.capacity_per, self.priority, self.align)
 
     @property
     def processes(self) -> int:
-        """Ranks of all groups."""
+        """The number of ranks in all groups together."""
         return self.ranks * (2 if self.way == "two_groups" else 1)
 
     @property
@@ -371,7 +371,7 @@ class Case:
         return self.way in ("in_flight", "two_groups")
 
     def tokens_of(self, rank: int) -> int:
-        """Tokens on a rank that are no padding; they come first."""
+        """The number of tokens on a rank that are not padding; they come first."""
         if not self.uneven:
             return self.tokens
         return self.tokens * (self.ranks - 1 - rank) // (self.ranks - 1) if self.ranks > 1 else self.tokens // 2
@@ -407,8 +407,10 @@ class Case:
         return self.experts * self.width * self.hidden > REAL_SIZE
 
     def compared_rows(self, n: int) -> list[int] | slice:
-        """Which of the n rows of each expert weight's gradient are compared: all; at real size the first and the last
-        and six between."""
+        """Which of the n rows of each expert weight's gradient are compared.
+
+        All are, except at real size: there the first, the last and six between.
+        """
         if not self.real_size or n <= 8:
             return slice(None)
         return [0, *sorted((np.random.default_rng(n).permutation(n - 2)[:6] + 1).tolist()), n - 1]

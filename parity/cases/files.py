@@ -9,9 +9,11 @@ from safetensors import SafetensorError
 
 @contextmanager
 def writing(path: Path, keep: bool = False) -> Iterator[Path]:
-    """A block that writes this file. What it cannot write, as on a full disk, it leaves no part of.
+    """A block that writes this file. If writing fails, as on a full disk, no part of the file is left.
 
-    `keep`: but what was there, as it is lines that stand for themselves. Raises ValueError naming the file and why.
+    With `keep`, what is written so far stays, for files of independent lines.
+
+    Raises ValueError naming the file and why.
     """
     try:
         yield path

@@ -1,4 +1,4 @@
-"""Cases whose layer is out of a checkpoint: its sizes, options and arrays; tokens are drawn, or recorded."""
+"""Cases whose layer (sizes, options and arrays) comes from a checkpoint. Tokens are drawn, or recorded."""
 
 import re
 from functools import lru_cache
@@ -11,7 +11,7 @@ from parity.cases.case import DTYPES, Case, flag
 from parity.checkpoints import Checkpoint, read
 
 
-@lru_cache(maxsize=1)  # which is asked for a case and then for its inputs
+@lru_cache(maxsize=1)  # a checkpoint is read once for a case and again for its inputs
 def _read(folder: str, layer: int | None) -> Checkpoint:
     return read(folder, layer)
 
@@ -32,9 +32,9 @@ def case_of_checkpoint(changes: dict[str, Any]) -> Case:
 
 
 def learned(case: Case) -> dict[str, np.ndarray]:
-    """By name, what the case's layer has learned in its checkpoint; nothing where it is of none.
+    """The learned arrays of the case's layer in its checkpoint, by name; empty without a checkpoint.
 
-    Raises ValueError when the checkpoint has not what the case has.
+    Raises ValueError when the checkpoint does not agree with the case.
     """
     if case.checkpoint is None:
         return {}
@@ -44,7 +44,7 @@ def learned(case: Case) -> dict[str, np.ndarray]:
 
 
 def _agree(found: Checkpoint, said: dict[str, Any]) -> None:
-    """Raises ValueError where fields of a case are others than the checkpoint's."""
+    """Raises ValueError where fields of a case differ from the checkpoint's."""
     for name, value in said.items():
         if found.fields.get(name, value) != value:
             had = found.fields[name]

@@ -1,8 +1,8 @@
-"""Presets by pairs: few cases in which every two values of two fields occur together that can.
+"""Presets by pairs: few cases that contain every possible pair of values of two fields.
 
 A fault often needs two things at once (one choice a token and renormalisation, one expert a rank and a capacity per
-expert). What decides a program's shapes is varied in few rows, as JAX compiles each; what only decides its numbers, in
-several cases a row.
+expert). Fields that decide a program's shapes vary in few rows, because JAX compiles each row. Fields that decide only
+its numbers vary over several cases of a row.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,7 +43,7 @@ SHAPES: Values = {
     "uneven": (False, True),
     "way": ("usual", "eager", "compiled", "recomputed", "in_flight", "two_groups"),
 }
-# What models differ in, which decides the program too. With these there are three times as many pairs.
+# Options in which models differ. They decide the program too, and make three times as many pairs.
 OPTIONS: Values = {
     "score_function": ("softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen"),
     "epsilon": (1e-20, 1e-3),
@@ -98,13 +98,13 @@ def pairs_in(rows: Iterable[Mapping[str, Any]], fields: Values = FIELDS) -> set[
 
 
 def covered(cases: Iterable[Case], among: Iterable[Case]) -> tuple[int, list[str]]:
-    """Of the pairs that some case of those `among` has, how many these cases have, and in words those that none has."""
+    """How many of the pairs in the cases `among` these cases cover, and in words the pairs that they miss."""
     found, possible = pairs_in(map(row_of, cases)), pairs_in(map(row_of, among))
     missing = sorted(possible - found, key=str)
     return len(possible & found), [" with ".join(f"{name} {value}" for name, value in pair) for pair in missing]
 
 
-@cache  # a second, of which a report needs two
+@cache  # this takes a second, and a report asks twice
 def _possible(every: tuple[tuple[str, tuple], ...]) -> frozenset[Pair]:
     fields = dict(every)
     pairs = {((a, x), (b, y)) for a, b in combinations(fields, 2) for x, y in product(fields[a], fields[b])}
@@ -135,12 +135,12 @@ def seconds(row: Mapping[str, Any]) -> float:
 def covering_rows(
     covered: Iterable[Case], fits: Callable[[Case], bool], fields: Values, seed: int = 0, tried: int = 400
 ) -> list[list[dict[str, Any]]]:
-    """Rows in which every possible pair occurs that no covered case has, in groups that share all but `NUMBERS`.
+    """Rows with every possible pair that the covered cases lack, in groups that share all fields but `NUMBERS`.
 
-    Greedy: of `tried` rows drawn, each around a pair that is missing, the one with the most missing pairs a second.
-    `fits` says of a case whether it will do.
+    The search is greedy. It draws `tried` rows, each around a missing pair, and takes the row with the most missing
+    pairs per second of compile time. `fits` says whether a case is acceptable.
 
-    Raises ValueError where no row does that has what is missing.
+    Raises ValueError where no acceptable row has a missing pair.
     """
     rng, missing = np.random.default_rng(seed), {*possible_pairs(fields)} - pairs_in(map(row_of, covered), fields)
     shapes = fields.keys() - NUMBERS.keys()

@@ -1,4 +1,4 @@
-"""What a layer learns: one row an array. Oracle, runners, recordings, checkpoints and reports take them from here."""
+"""What a layer learns: one row per array. Oracle, runners, recordings, checkpoints and reports read this table."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,10 +11,10 @@ class Parameter(NamedTuple):
 
     name: str
     axes: str  # letters; H is the hidden width of the shared expert
-    stage: str  # that takes it
+    stage: str  # the stage that takes it
     dtype: Kind
     there: Callable[[Case], Any]  # whether a case has it
-    learned: bool = True  # by a gradient
+    learned: bool = True  # whether it has a gradient
 
     @property
     def gradient(self) -> str:
@@ -28,7 +28,7 @@ class Parameter(NamedTuple):
 
     @property
     def per_rank(self) -> bool:
-        """Whether each rank has that of its own experts; the others are the same on all ranks."""
+        """Whether each rank holds only its own experts' part. Other parameters are the same on all ranks."""
         return self.stage == "apply_experts" and self.axes[0] == "E"
 
 
@@ -57,7 +57,7 @@ BY_NAME = {parameter.name: parameter for parameter in PARAMETERS}
 
 
 class Parameters(NamedTuple):
-    """Their values, of all experts; None for what a case has not."""
+    """The values of the parameters, for all experts; None where a case has no such parameter."""
 
     router: Any
     w_gate: Any = None
@@ -75,16 +75,16 @@ class Parameters(NamedTuple):
     shared_score: Any = None
 
     def there(self) -> dict[str, Any]:
-        """By name, those that there are."""
+        """The values that are not None, by name."""
         return {name: a for name, a in self._asdict().items() if a is not None}
 
 
 def parameters_of(case: Case) -> tuple[Parameter, ...]:
-    """Those that a case has."""
+    """The parameters that a case has."""
     return tuple(parameter for parameter in PARAMETERS if parameter.there(case))
 
 
 def shape(case: Case, parameter: Parameter) -> tuple[int, ...]:
-    """Of all experts."""
+    """The shape of a parameter, for all experts."""
     size = {"D": case.width, "E": case.experts, "F": case.hidden, "H": case.shared_hidden}
     return tuple(size[letter] for letter in parameter.axes.split())

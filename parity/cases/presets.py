@@ -48,7 +48,7 @@ def _presets() -> dict[str, Case]:
         "no-epsilon": replace(base, score_function="sigmoid", renormalize=True, epsilon=0.0, logit_offset=-46),
         "tiny-scores": replace(base, score_function="sigmoid", renormalize=True, scale=2.5, logit_offset=-46),
         **{way: replace(base, way=way) for way in ("eager", "compiled", "recomputed")},
-        # Small, with every option of the model.
+        # Small versions of real models, with every option of the model.
         "like-deepseek-v3": replace(
             base,
             ranks=2,
@@ -118,10 +118,10 @@ def _presets() -> dict[str, Case]:
         "uneven": replace(base, uneven=True, pattern="zipf"),
         "uneven-drop": replace(heavy, uneven=True, priority="score"),
         "uneven-compiled": replace(base, ranks=2, uneven=True, way="compiled"),
-        # Of both steps the second chooses for itself; the scale, which all ranks share, is of whom each of them chose.
+        # In the second step the router chooses. All ranks share the scale, whose gradient depends on their choices.
         "in-flight": replace(base, way="in_flight", expert_scale=True),
         "two-groups": replace(base, ranks=2, way="two_groups"),
-        # A sort of so many numbers is not stable unless it is asked to be.
+        # Sorting this many numbers is not stable unless a stable sort is asked for.
         "wide": replace(base, ranks=16, experts=128, top_k=8, tokens=3, capacity_factor="1.25", pattern="ties"),
         # More rows for an expert than 8 bits can count.
         "many-rows": replace(base, ranks=2, tokens=600, width=8, hidden=6, experts=4, pattern="zipf"),
@@ -131,8 +131,8 @@ def _presets() -> dict[str, Case]:
 
 
 PLAIN = _presets()
-PRESETS = PLAIN | pair_cases()  # with which every two values of two fields that can occur together do
-USUAL = [name for name in PRESETS if not name.startswith("options")]  # and without these, those of the core do
+PRESETS = PLAIN | pair_cases()  # these cover every possible pair of values of two fields
+USUAL = [name for name in PRESETS if not name.startswith("options")]  # these cover the pairs of the core fields
 
 # Layers of real models. Sizes and options are those of the model's config.json on the Hugging Face hub, where the model
 # has the name given. What a configuration does not say (epsilon, precision of the router, what is clamped, what scores
@@ -145,12 +145,12 @@ def _model(name: str, width: int, hidden: int, experts: int, top_k: int, **optio
 
 
 def _deepseek_like(name: str, width: int, hidden: int, experts: int, scale: float, **options: Any) -> tuple[str, Case]:
-    """Eight of the experts by sigmoid plus bias, in float32; renormalised with 1e-20; one shared expert as wide."""
+    """Top 8 by sigmoid plus bias, in float32, renormalised with 1e-20; one shared expert of the same hidden width."""
     router = {"score_function": "sigmoid", "renormalize": True, "scale": scale, "selection_bias": True}
     return _model(name, width, hidden, experts, 8, shared_hidden=hidden, **router, **options)
 
 
-# Logits are in the dtype of the tokens, the softmax in float32, and nothing guards the sum.
+# Logits are in the dtype of the tokens, the softmax is in float32, and no epsilon is added to the sum.
 _SOFTMAX: dict[str, Any] = {"epsilon": 0.0, "router_dtype": "activations"}
 
 MODELS = dict(

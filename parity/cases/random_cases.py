@@ -36,7 +36,7 @@ def _cases(seed: int, fixed: dict[str, Any]) -> Iterator[Case]:
 
 
 def _numbers(rng: np.random.Generator, dtype: Dtype) -> dict[str, Any]:
-    """Everything that decides no more than the numbers."""
+    """The fields that decide only the numbers."""
     return {
         "pattern": str(rng.choice(get_args(Pattern))),
         "seed": int(rng.integers(10**6)),
@@ -62,7 +62,7 @@ def _shape(rng: np.random.Generator) -> dict[str, Any]:
         return choices[int(rng.integers(len(choices)))]
 
     def rarely(*values: Any) -> Any:
-        """The first, mostly: what each of many options is by default."""
+        """Mostly the first value, which is an option's default."""
         return one_of(values[0], values[0], values[0], *values)
 
     ranks = one_of(1, 2, 3, 4, 4, 8)

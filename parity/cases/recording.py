@@ -23,7 +23,7 @@ FORM = {"expert_id": "M K", "x": "M D", **{one.name: one.axes for one in PARAMET
 
 
 def recording_path(recording: str) -> Path:
-    """A recording that the package brings, by name, or a file."""
+    """The path of a recording: one that the package ships, by name, or a file."""
     brought = {path.stem: path for path in RECORDINGS.glob("*.safetensors")}
     return brought.get(recording, Path(recording))
 
@@ -57,7 +57,7 @@ def read_recording(recording: str, with_checkpoint: bool = False) -> tuple[dict[
             f"--recording {recording}: it has {', '.join(sorted(meant))}, of which nothing is known here: a layer that "
             f"needs it would be another one. Known are {', '.join(FORM)}: leave out what is none of the layer's"
         )
-    said: dict[str, tuple[int, str]] = {}  # of each letter, its size, and the tensor that says so
+    said: dict[str, tuple[int, str]] = {}  # each letter's size, and the tensor that it comes from
     for name, form in FORM.items():
         if name not in tensors:
             continue
@@ -92,7 +92,7 @@ LAYER = re.compile(r"(.*\.)?layers\.\d+\..*")  # what tensors are called in a ch
 
 
 def _turned(form: str, shape: tuple[int, ...], said: dict[str, tuple[int, str]]) -> str:
-    """A word where the last two axes the other way round would fit."""
+    """A hint where the shape would fit with its last two axes exchanged."""
     other = [*shape[:-2], *shape[:-3:-1]]
     fits = all(said.get(letter, (size, ""))[0] == size for letter, size in zip(form.split(), other, strict=True))
     return ". Its last two axes are the other way round: transpose them" if len(shape) > 1 and fits else ""
@@ -152,7 +152,7 @@ def case_of_recording(case: Case) -> Case:
 def _no_stray_id(recording: str, ids: Array) -> None:
     """Raises ValueError where nothing says how many experts there are, and the largest id seems to be a mistake.
 
-    Of more experts than any layer has, or of which hardly any is chosen, each would be given weights.
+    Every expert up to the largest id would get weights, though no layer has so many, or hardly any are chosen.
     """
     most = int(ids.max())
     if most >= MANY_EXPERTS or (most >= 64 and most >= 16 * np.unique(ids).size):
@@ -179,7 +179,7 @@ def _beside_checkpoint(case: Case, tensors: dict[str, Array], sizes: dict[str, i
 
 
 def _metadata(recording: str, metadata: dict[str, str]) -> dict[str, Any]:
-    """What a recording says of its layer. Raises ValueError on a value that it cannot have."""
+    """The layer's fields in a recording's metadata. Raises ValueError on a value that a field cannot have."""
     types = {f.name: f.type for f in fields(Case) if f.name in (*Router._fields, *Experts._fields)}
     types = {"n_experts": int} | {name: kind for name, kind in types.items() if name != "top_k"}
     for name in metadata.keys() - types.keys():

@@ -1,6 +1,6 @@
-"""Where the oracle computes: in NumPy, or at real size in PyTorch on a GPU. Both have the names of the array API.
+"""Where the oracle computes: in NumPy, or at real size in PyTorch on a GPU, both through the array API standard.
 
-What that standard lacks and the oracle needs stands here.
+Functions that the oracle needs and the standard lacks are defined here.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ import numpy as np
 Array = np.ndarray  # or PyTorch's on a GPU
 Space = Any  # NumPy, or `array_api_compat.torch`
 
-# How many numbers a bank has: few enough for a core's cache, and a prime, so that rows of an array, which begin as many
-# numbers apart as a row is wide, are not given the same ones.
+# How many random numbers a bank has. They fit into a core's cache. The size is a prime so that the rows of an array,
+# which start one row width apart, do not get the same numbers.
 BANK = 131_101
 
-# Where PyTorch has its arrays. Tests have them on a CPU.
+# The device of PyTorch's arrays. Tests set it to a CPU.
 DEVICE = "cuda"
 
 
@@ -41,7 +41,7 @@ def space_of(a: Array) -> Space:
 
 
 def put(a: Array, on_gpu: bool) -> Any:
-    """The same array, on the GPU or where it is."""
+    """The same array, moved to the GPU if the oracle computes there."""
     if not on_gpu:
         return a
     import torch
@@ -52,7 +52,7 @@ def put(a: Array, on_gpu: bool) -> Any:
 
 
 def put_beside(a: Array, other: Array) -> Array:
-    """The same numbers where another array is, and if that is in float64, so."""
+    """The same numbers on another array's device, in float64 if that array is."""
     if isinstance(other, np.ndarray):
         return a.astype(other.dtype, copy=False)
     return put(a, on_gpu=True).to(other.dtype)
@@ -64,7 +64,7 @@ def to_numpy(a: Array) -> np.ndarray:
 
 
 def give_back_memory() -> None:
-    """Let other processes have the memory that PyTorch keeps on the GPU for itself."""
+    """Free the GPU memory that PyTorch caches, for other processes."""
     if gpu_is_there():
         import torch
 
@@ -128,16 +128,16 @@ def largest_at(n: int, index: Array, values: Array) -> Array:
 
 
 class Random:
-    """Random numbers near others.
+    """Random numbers near given ones.
 
-    NumPy's are read from a bank, from a place at random on: drawing them anew takes 4 to 16 times as long.
+    In NumPy they are read from a bank, starting at a random place: drawing them anew takes 4 to 16 times as long.
     """
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng, self.generator = rng, None
 
     def near(self, a: Array, relative: float, least: float) -> Array:
-        """Each number off by up to `relative` of it, and by up to `least` besides; anything between is as likely."""
+        """Each number with a uniform error of up to `relative` of it, plus up to `least`."""
         if not isinstance(a, np.ndarray | np.generic | float):
             return a + self._of_torch("rand", a).mul_(2).sub_(1) * (relative * a.abs() + least)
         a = np.asarray(a)
@@ -151,7 +151,7 @@ class Random:
         return found
 
     def plus_normal(self, a: Array, deviation: Array) -> Array:
-        """Each number off by a normal variable of this standard deviation. Overwrites `a`."""
+        """Each number plus a normal error of this standard deviation. Overwrites `a`."""
         if not isinstance(a, np.ndarray | np.generic | float):
             return a.addcmul_(self._of_torch("randn", a), deviation)
         a = np.asarray(a)
@@ -181,7 +181,7 @@ def _pieces(n: int) -> Iterator[slice]:
 def _bank(size: float | None) -> np.ndarray:
     """Numbers up to `size` on both sides of zero, or of a standard deviation of one.
 
-    The bank follows itself, so that from any place in it as many numbers can be read.
+    The bank is stored twice in a row, so that it can be read in full from any place in it.
     """
     rng = np.random.default_rng(0 if size is None else 1)
     once = rng.standard_normal(BANK) if size is None else size * rng.uniform(-1, 1, BANK)

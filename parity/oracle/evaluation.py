@@ -1,4 +1,4 @@
-"""The oracle's word on a problem: every value that can be compared, exact or with every rounding drawn."""
+"""The oracle's values for a problem: every value that can be compared, exact or with every rounding drawn."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -27,9 +27,9 @@ def part(compute: Callable[["Evaluation"], Any]) -> Any:
 
 
 class Evaluation:
-    """One evaluation of the oracle, each part when it is asked for: stages fed the problem's values, and the layer.
+    """One evaluation of the oracle: stages fed the problem's values, and the layer. Parts are computed when asked for.
 
-    `draws` None: exact. Some: with every rounding drawn, and one more axis in front of all numbers, of these draws.
+    With `draws` None it is exact. Otherwise every rounding is drawn, and all numbers have a leading axis of draws.
     Each part has a generator of its own, so that none depends on which others are asked for. Inputs are converted
     once, and shared with other evaluations through `beside`; so are, by part, `deviations` of `Perturbed`.
     """
@@ -74,7 +74,7 @@ class Evaluation:
 
     @property
     def _oracle(self) -> ModuleType:
-        """The plain loops where they are quick enough, and only for the exact values: draws are many."""
+        """The plain loops for exact values, where they are quick enough. Draws are too many for loops."""
         return vectorised.oracle_for(self.case) if self.draws is None else vectorised
 
     def _numbers(self, part: str) -> Numbers:
@@ -148,7 +148,7 @@ class Evaluation:
         return self._oracle.group_backward(self.case, self.given("dx_rows"), self.keep, numbers)
 
     def rows_of(self, a: Array) -> Array:
-        """[P, T, D] as the expert of every assignment is given it, [P, T, K, D]; draws in front."""
+        """Tokens [P, T, D] repeated for every assignment, [P, T, K, D]; draws are in front."""
         a = a[..., None, :]
         return space_of(a).broadcast_to(a, (*a.shape[:-2], self.case.top_k, a.shape[-1]))
 
@@ -168,7 +168,7 @@ class Evaluation:
 
 
 def unreached(problem: Problem) -> list[str]:
-    """Which sides of a clamp no expert's gate or up is on: what is done there is not checked."""
+    """The sides of a clamp that no expert's gate or up reaches, so that clamping there is not checked."""
     case, ids = problem.case, problem.expert_id
     if case.clamp is None:
         return []

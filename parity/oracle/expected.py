@@ -33,10 +33,10 @@ _THREADS = ThreadPoolExecutor(os.cpu_count())
 
 
 def mapped(case: Case, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """A `map`: in a thread for each core where arrays are large, on which NumPy lets go of the interpreter's lock.
+    """A `map`. Where arrays are large it runs one thread per core, because NumPy then releases the interpreter's lock.
 
-    On small ones threads take the lock from each other: twice the time, and three times the CPU. A matrix product has
-    no threads of its own meanwhile: cores times cores of them are many times as slow.
+    On small arrays threads contend for the lock, and take twice the time and three times the CPU. Matrix products use
+    no threads of their own meanwhile: with a thread per core in each, they would be many times as slow.
     """
     if vectorised.small(case) or vectorised.on_gpu(case):
         return [function(item) for item in items]
@@ -52,11 +52,11 @@ class Expected:
     quantity: Quantity
     exact: Evaluation
     layout: Layout
-    yardstick: Array | None  # of each row; None: bitwise
+    yardstick: Array | None  # one per row; None where the comparison is bitwise
     dtype: str
-    slope: np.ndarray | None = None  # `in_groups`, how far from 1 that of got on expected may be
-    choices: Array | None = None  # of the layer's output: `shares_of` what each of the K choices adds to it
-    share: np.ndarray | None = None  # how far from 1 the share of each may be
+    slope: np.ndarray | None = None  # by `in_groups`: how far from 1 the slope of got on expected may be
+    choices: Array | None = None  # for the layer's output: `shares_of` what each of the K choices adds
+    share: np.ndarray | None = None  # how far from 1 each choice's share may be
 
     @property
     def case(self) -> Case:
@@ -82,7 +82,7 @@ class Expected:
 
     @property
     def allowed(self) -> Array | None:
-        """How far off each number may be; None: not at all."""
+        """How far off each number may be; None where it must be exact."""
         return None if self.yardstick is None else allowed(self.values, self.yardstick, self.dtype)
 
     def as_second(self) -> "Expected":
@@ -103,7 +103,7 @@ def in_groups(axes: str, values: Array) -> list[Array]:
 
 @dataclass
 class Strayed:
-    """Of all draws so far of one array, the largest errors: of each row, of each scale, and of each choice's share."""
+    """The largest errors of one array over all draws so far: per row, per scale, and per choice's share."""
 
     rows: Any = 0.0
     scales: Any = 0.0
@@ -116,7 +116,7 @@ class Strayed:
 
 
 class Oracle:
-    """The exact evaluation of a problem, and how far its draws stray from it; no draw is kept."""
+    """The exact evaluation of a problem, and how far draws deviate from it. No draw is kept."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.case = problem, problem.case
@@ -127,10 +127,10 @@ class Oracle:
         self._choices: Array | None = None
         rows = problem.y[problem.keep]  # in a narrow range, 16 bits make many equal that come from different tokens
         self.alike = max(alike(problem.x), alike(rows[rows.any(axis=-1)]))
-        self.stopped = False  # nobody waits for what is being drawn any more
+        self.stopped = False  # set when nobody waits for the draws any more
 
     def expected(self, names: Iterable[str], layout: Layout) -> dict[str, Expected]:
-        """What the arrays of these names should hold, but for those of which the case has nothing to compare.
+        """What the arrays of these names should hold, without those that have nothing to compare in this case.
 
         Raises ValueError on a name that is no quantity's.
         """
@@ -145,7 +145,7 @@ class Oracle:
         }
 
     def measure(self, names: Iterable[str]) -> None:
-        """Draw what these arrays may be off by; all at once, since each draw makes all that it is asked for."""
+        """Draw how far off these arrays may be, all at once: a draw evaluates every array that it is asked for."""
         new: dict[str, Quantity] = {}
         for name in names:
             if name.startswith("second") or name in self.strayed:
@@ -156,7 +156,7 @@ class Oracle:
         if not new:
             return
         self.strayed |= {name: Strayed() for name in new}
-        for name, quantity in new.items():  # what is exact is worked out once, before threads ask for it
+        for name, quantity in new.items():  # exact values are computed once, before threads ask for them
             _value(self.exact, name, quantity, "dynamic")
         if OUTSIDE[0] in new and self.case.top_k > 1 and self.case.ranks * self.case.tokens > 0:
             self._choices = shares_of(self._added_by_choice())

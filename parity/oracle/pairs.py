@@ -1,4 +1,4 @@
-"""Which presets by pairs there are: those that the other presets leave, and that overflow nowhere."""
+"""Finds the presets by pairs: they cover the pairs that the other presets lack, and overflow nowhere."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from parity.oracle.tolerances import numpy_dtype
 
 
 def fits(case: Case) -> bool:
-    """Whether the dtype holds all that the oracle computes, twice over: infinities are not judged."""
+    """Whether the dtype holds twice every value that the oracle computes, because infinities are not judged."""
     with np.errstate(over="ignore"):
         exact = draw(case).exact
         arrays = [*exact._asdict().values(), *exact.gradients.values()]

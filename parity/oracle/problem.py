@@ -21,7 +21,7 @@ from parity.oracle.tolerances import allowance, numpy_dtype, underflow
 from parity.oracle.vectorised import oracle_for
 from parity.oracle.windows import Windows, draw_windows
 
-# In place of the exact layer, where it is not kept: in files, and at a size at which it is evaluated on a GPU.
+# Stands for the exact layer where it is not kept: in files, and at sizes that are evaluated on a GPU.
 NOTHING = Layer(*[np.zeros(0)] * (len(Layer._fields) - 1), gradients={})
 
 
@@ -56,7 +56,7 @@ class Problem:
         return np.where(self.expert_id < 0, -1, (self.expert_id + 1) % self.case.experts).astype(np.int32)
 
     def steps_between(self) -> list["Problem"]:
-        """Steps with other tokens, to other experts and to the same: what a step keeps for the next shows up."""
+        """Steps with other tokens, to other experts and to the same ones. They reveal state kept between steps."""
         other = replace(self, x=-self.x)
         return [replace(other, expert_id=self.other_experts), other]
 
@@ -92,9 +92,10 @@ class Problem:
 def draw(case: Case) -> Problem:
     """Draw the inputs of a case and evaluate the oracle on them.
 
-    Raises ValueError when the case's recording cannot be read or has other shapes, and when it cannot be in memory.
+    Raises ValueError when the case's recording cannot be read or has other shapes, and when the case does not fit into
+    memory.
     """
-    if not vectorised.on_gpu(case):  # whose memory it is then
+    if not vectorised.on_gpu(case):  # then the GPU's memory counts
         check_size(case)
     rng = np.random.default_rng([case.seed, 0])
     recorded = (load_recording(case) if case.recording else {}) | learned(case)
@@ -206,7 +207,7 @@ def _far_apart(case: Case, key_E: Array, close: float) -> bool:
             return False
         key_E = reference.within(case, key_E, reference.best_groups(case, key_E))
     best_K = -np.sort(-key_E)[: case.top_k + 1]
-    with np.errstate(invalid="ignore"):  # of the groups left out, which are all at minus infinity
+    with np.errstate(invalid="ignore"):  # groups that are left out are all at minus infinity
         return bool((-np.diff(best_K) > close).all())
 
 
@@ -221,12 +222,12 @@ def reaching_the_clamp(case: Case, x: Array, wanted: Array, recorded: dict[str, 
     return x
 
 
-# As large as wanted experts' scores are above the others': the selection bias decides the choice of many tokens.
+# As large as the gap between wanted experts' scores and the others', so that the selection bias decides many choices.
 BIAS = {"softmax": 0.3, "sigmoid": 0.6, "sqrt_softplus": 1.0, "softmax_of_chosen": 2.5}
 
 
 def _learned(case: Case, parameter: Parameter, rng: np.random.Generator) -> Array | Windows:
-    """Weights as a linear layer's are drawn; what is added or multiplied, of the size of what it meets."""
+    """Draws weights as for a linear layer, and biases and scales of the size of the values that they act on."""
     of = shape(case, parameter)
     # A clamp that no gate reaches is not checked: at this size one gate in six is beyond it, and one up in three.
     reach = case.clamp or 1

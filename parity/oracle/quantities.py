@@ -59,11 +59,11 @@ class Quantity:
     order: str = ""  # of rows: the table in `rows` that says where each lies
     zero_padding: tuple[Mode, ...] = ()  # modes in which the rows between are promised to be zero
     zero_where: Callable[[Case], bool] = lambda case: True  # noqa: ARG005  in these cases
-    past_the_end: Callable[[Case, int], int] | None = None  # of an index: what stands in padding, given the rows there
+    past_the_end: Callable[[Case, int], int] | None = None  # for an index: what padding holds, given the number of rows
     layouts: tuple[Layout, ...] = field(default=SEEN)
-    # Cases in which what is moved, and on its own is equal bit for bit, was computed in the whole layer.
+    # Cases in which a value that the stage only moves (bitwise on its own) was computed in the whole layer.
     computed_e2e: Callable[[Case], bool] = lambda case: False  # noqa: ARG005
-    summed: bool = False  # over ranks, and the same on all: one array may stand for them
+    summed: bool = False  # summed over ranks and the same on all, so that one array may stand for all ranks
     asks: Callable[[Case], Any] = lambda case: True  # noqa: ARG005  cases in which there is something to compare
 
     @property

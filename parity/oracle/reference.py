@@ -119,7 +119,7 @@ class Perturbed:
         return rounded(a, dtype)
 
     def at_most(self, a: Array, bound: float, dtype: str) -> Array:
-        """Whether numbers stored in `dtype` are no more than a bound, which is at random for those close to it.
+        """Whether numbers stored in `dtype` are no more than a bound. For numbers close to it the answer is random.
 
         A matmul and a bias are rounded, so that a number is up to 2 units off: within twice that, either may be.
         """
@@ -154,18 +154,18 @@ def route(case: Case, x_PTD: Array, w: Parameters, numbers: Numbers) -> tuple[Ar
 
 
 def as_router_takes(case: Case, x: Array, numbers: Numbers) -> Array:
-    """The tokens; where a float64 layer has a router in float32, rounded to that."""
+    """The tokens, rounded to float32 where a float64 layer has a float32 router."""
     return numbers.round(x, "float32") if case.dtype == "float64" and case.dtype_of("logits") == "float32" else x
 
 
 def biased(a: Array, bias: Array | None, dtype: str, numbers: Numbers) -> Array:
-    """Rounded, and with a bias rounded again."""
+    """The value rounded, and with a bias added and rounded again."""
     a = numbers.round(a, dtype)
     return a if bias is None else numbers.plus_constant(a, bias, dtype)
 
 
 def scores(case: Case, logits_PTE: Array, numbers: Numbers) -> Array:
-    """The score function of the logits, as far as it comes before the choice: [P, T, E]."""
+    """The part of the score function that comes before the choice of experts: [P, T, E]."""
     function, dtype, xp = case.router.score_function, case.score_dtype, numbers.xp
     if function == "softmax":
         return softmax(logits_PTE, case.experts, dtype, numbers)
@@ -179,7 +179,7 @@ def scores(case: Case, logits_PTE: Array, numbers: Numbers) -> Array:
 
 
 def softmax(a: Array, n: int, dtype: str, numbers: Numbers) -> Array:
-    """Over the last axis, of n."""
+    """Softmax over the last axis, of n numbers."""
     xp = numbers.xp
     below = numbers.round(a - xp.max(a, axis=-1, keepdims=True), dtype)
     power = numbers.round(xp.exp(below), dtype)
@@ -217,18 +217,18 @@ def group_scores(case: Case, key_E: Array) -> Array:
 
 
 def best_groups(case: Case, key_E: Array) -> list[int]:
-    """Those that a token chooses within."""
+    """The groups that a token chooses within."""
     return largest(group_scores(case, key_E), case.top_groups)
 
 
 def within(case: Case, key_E: Array, groups: Iterable[int]) -> Array:
-    """What experts are chosen by, of those outside these groups zero or nothing."""
+    """The keys that experts are chosen by, with zero or minus infinity outside these groups."""
     inside_E = np.isin(np.arange(case.experts) // (case.experts // case.groups), [*groups])
     return np.where(inside_E, key_E, 0 if case.outside_groups == "zero" else -np.inf)
 
 
 def largest(a_n: Array, k: int) -> list[int]:
-    """Where the k largest are, the largest first; of equal ones, the first."""
+    """The indices of the k largest, largest first; among equal ones, the lower index first."""
     return sorted(range(a_n.size), key=lambda i: (-a_n[i], i))[:k]
 
 
@@ -316,7 +316,7 @@ def softmax_backward(score: Array, d: Array, n: int, dtype: str, numbers: Number
 
 
 def _put(into_PTE: Array, id_PTK: Array, values_PTK: Array) -> None:
-    """The values of the chosen experts, in their places; none of padding, whose id is -1."""
+    """Values of the chosen experts at their expert ids; nothing for padding, whose id is -1."""
     values_PTK = space_of(into_PTE).where(id_PTK >= 0, values_PTK, 0.0)
     put_along_last(into_PTE, _for_each(id_PTK, into_PTE), values_PTK)
 
@@ -338,7 +338,7 @@ def route_backward(
 def router_gradients(
     case: Case, w: Parameters, drouter_PDE: Array, dlogits_PTE: Array, dscale_PE: Array, numbers: Numbers
 ) -> Gradients:
-    """Those of each rank summed over ranks, of what there is."""
+    """The router's gradients, summed over ranks, for the parameters that the case has."""
     dbias_PE = numbers.xp.sum(numbers.terms(dlogits_PTE, case.tokens, case.score_dtype), axis=-2)
     of_ranks = {"router": (drouter_PDE, -3), "router_bias": (dbias_PE, -2), "expert_scale": (dscale_PE, -2)}
     return {n: over_ranks(case, n, a, axis, numbers) for n, (a, axis) in of_ranks.items() if n in w.there()}
@@ -500,7 +500,7 @@ def experts_backward(
 
 
 def of_experts(w: Parameters) -> dict[str, Any]:
-    """What each rank has of its own experts."""
+    """Each rank's part of an array: that of its own experts."""
     return {name: a for name, a in w.there().items() if BY_NAME[name].per_rank}
 
 
@@ -585,7 +585,7 @@ def shared_backward(
 
 
 def added_up(parts: Sequence[Array], dtype: str, numbers: Numbers) -> Array:
-    """The sum, one after the other, rounded on the way."""
+    """The sum, term by term, rounded after each addition but the last."""
     total = parts[0]
     for part in parts[1:-1]:
         total = numbers.round(total + part, dtype)

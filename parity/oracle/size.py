@@ -1,4 +1,4 @@
-"""How much memory a case takes at least: one that cannot fit is refused before hours are spent on it."""
+"""How much memory a case takes at least. A case that cannot fit is refused before hours are spent on it."""
 
 import os
 from contextlib import suppress
@@ -13,10 +13,10 @@ FLOAT64 = 8
 
 
 def of_oracle(case: Case) -> int:
-    """Bytes that are there at once when a case is drawn. Measured were some times as many, and never fewer.
+    """Bytes that are there at once when a case is drawn. Measured peaks were up to several times as many, never fewer.
 
-    Of each row its output and gradients are kept in float64 and as stored, and as much again comes and goes. Of the
-    weights, what is stored and what is computed with; and their gradients, of which only some rows are at real size.
+    For each row, output and gradients count in float64 and as stored, and as much again for temporaries. Weights count
+    as stored and as computed with. Their gradients count too; at real size only some of their rows are there.
     """
     stored, rows = numpy_dtype(case.dtype).itemsize, case.ranks * case.assignments
     of_rows = rows * case.width * (6 * FLOAT64 + 4 * stored)
@@ -25,7 +25,7 @@ def of_oracle(case: Case) -> int:
 
 
 def of_run(case: Case, layout: Layout) -> int:
-    """Bytes of what one run of a backend holds and returns, in one step, each stage on its own and the layer whole."""
+    """Bytes that one run of a backend holds and returns in one step: each stage on its own, and the whole layer."""
     rows = case.ranks * case.assignments
     if layout == "static":
         rows = max(rows, case.ranks * case.bins * case.capacity)
@@ -33,7 +33,7 @@ def of_run(case: Case, layout: Layout) -> int:
 
 
 def _weights(case: Case) -> int:
-    """Numbers that all experts' matrices are made of: at real size they are windows of a bank for each."""
+    """How many numbers all experts' matrices are made of. At real size each is a window of its bank."""
     matrices, one = 2 + case.gated, case.width * case.hidden
     drawn = case.real_size and case.checkpoint is None and case.recording is None
     return matrices * (one + (case.experts - 1) * STRIDE if drawn else one * case.experts)
@@ -45,7 +45,7 @@ def _held(case: Case) -> int:
 
 
 def available() -> float:
-    """Bytes that programs can still be given, as far as the system says; swap is not counted out."""
+    """Bytes that the system says programs can still get; swap is not subtracted."""
     with suppress(OSError, ValueError, IndexError):
         found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return 1024.0 * sum(int(found[name].split()[0]) for name in ("MemAvailable", "SwapFree"))

@@ -9,12 +9,13 @@ import numpy as np
 
 from parity.oracle.arrays import Array, space_of, zeros_beside
 
-# Draws of the perturbed oracle. The rows of a gradient may share one rounding, and then have one number to their name:
-# all 16 draws of it are under a quarter of the largest possible error, what FACTOR forgives, once in 4 billion.
+# Draws of the perturbed oracle. The rows of a gradient may share one rounding, so that one random number decides them.
+# FACTOR makes up for draws that fall short, unless all 16 are under a quarter of the largest possible error. That is
+# so once in 4 billion.
 DRAWS = 16
 
-# How many times as far off as its worst draw a row may be: the draws' roundings walk randomly, where float32 sums of
-# same-signed terms add theirs up. Three times as far was seen, over all presets, in no row of 16 numbers or more.
+# How many times as far off as its worst draw a row may be. Roundings of the draws walk randomly, but those of float32
+# sums of same-signed terms add up. Over all presets no row of 16 numbers or more was three times as far off.
 FACTOR = 4.0
 
 
@@ -33,8 +34,8 @@ def unit_roundoff(dtype: str) -> float:
 def noise(dtype: str) -> float:
     """The largest relative error that a draw puts on a rounded value: the unit roundoff.
 
-    Four times that for float64: the draws and the oracle are float64 themselves, so that less would be rounded away,
-    and the oracle is as far off as the implementation.
+    Four times that for float64: the draws and the oracle are float64 themselves, so a
+    smaller error would be rounded away, and the oracle is as far off as the implementation.
     """
     return unit_roundoff(dtype) * (4 if dtype == "float64" else 1)
 
@@ -52,8 +53,8 @@ def underflow(dtype: str) -> float:
 def allowance(exact: Array, draws: Iterable[Array], dtype: str) -> Array:
     """The largest error that still counts as a match, elementwise, for `exact` [..., n], rows along the last axis.
 
-    `allowed` by the row's yardstick: its largest error over all draws of the oracle, with rounding at every documented
-    point before the last.
+    It is `allowed` by the row's yardstick: its largest error over all draws of the oracle, with rounding at every
+    documented point before the last.
     """
     yardstick = zeros_beside(exact, exact.shape[:-1])
     for draw in draws:
@@ -68,14 +69,14 @@ def strayed(draw: Array, exact: Array) -> Array:
 
 
 def allowed(exact: Array, yardstick: Array, dtype: str) -> Array:
-    """Half a step of the dtype of what is stored, for its last rounding, and FACTOR times the row's yardstick."""
+    """Half a step of the stored dtype, for the last rounding, plus FACTOR times the row's yardstick."""
     xp = space_of(exact)
     half_step = xp.maximum(unit_roundoff(dtype) * xp.abs(exact), underflow(dtype))
     half_step += FACTOR * yardstick[..., None]
     return half_step
 
 
-# Units of rounding in float32, or wider, that all numbers of an array may be off by in one direction: what XLA's
+# Units of rounding, in float32 or wider, by which all numbers of an array may be off in one direction: what XLA's
 # functions are off by (tanh 4.75, sigmoid 2.4, exp 1.4, of all numbers tried on a CPU), and a half for each rounding.
 SYSTEMATIC = 8
 
@@ -86,7 +87,7 @@ AT_A_TIME = 16
 
 
 def leaning(n: int, dtype: str) -> float:
-    """Units of rounding in float32 that all numbers may be off by in one direction, after sums of n products in all."""
+    """Units of rounding in float32 by which all numbers may be off in one direction, after sums of n products."""
     return SYSTEMATIC + (n / AT_A_TIME if numpy_dtype(dtype).itemsize == 2 else 0)
 
 
@@ -98,7 +99,7 @@ def slope(got: Array, exact: Array) -> Array:
 
 
 def shares_of_slope(exact: Array) -> Array:
-    """What to multiply numbers [..., n] with to have, as a sum, how many times as large they are as `exact`."""
+    """The weights whose product with numbers [..., n] sums up to how many times as large they are as `exact`."""
     xp = space_of(exact)
     return exact / xp.maximum(xp.sum(exact * exact, axis=-1, keepdims=True), 1e-300)
 
@@ -112,7 +113,7 @@ def shares_of(parts: Array) -> Array:
 
 
 def alike(x: np.ndarray) -> float:
-    """How many rows [..., D] are alike, on average over rows: these are rounded alike, and their errors add up."""
+    """How many rows [..., D] are alike, on average over rows. Such rows are rounded alike, so their errors add up."""
     rows = np.ascontiguousarray(x).reshape(-1, x.shape[-1])
     of_bytes = rows.view(f"V{rows.itemsize * rows.shape[1]}").reshape(-1)
     _, times = np.unique(of_bytes, return_counts=True)

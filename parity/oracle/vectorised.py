@@ -25,7 +25,7 @@ AT_ONCE = 2**18
 
 
 def small(case: Case) -> bool:
-    """Whether its arrays are so small that Python, and not NumPy, takes most of the time."""
+    """Whether the case's arrays are so small that Python, and not NumPy, takes most of the time."""
     return case.ranks * case.tokens * case.top_k <= PLAIN and not case.real_size
 
 

@@ -13,7 +13,7 @@ STRIDE = 4099
 
 @dataclass(frozen=True)
 class Windows:
-    """[E, rows, columns], of which only the bank is stored. Looks like an array as far as its readers need."""
+    """[E, rows, columns], of which only the bank is stored. It has the array interface that its readers need."""
 
     bank: Array  # NumPy's, or, where the oracle computes there, on a GPU
     shape: tuple[int, int, int]

@@ -1,4 +1,4 @@
-"""A backend is an implementation under check: one record, from which everything else about it derives."""
+"""A backend is an implementation under check: one record, from which all else about it is derived."""
 
 import re
 import shlex
@@ -14,17 +14,17 @@ from parity.oracle.rows import Layout
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """How a backend is run: where, how JAX has its ranks, how long nothing may happen, and which part of the cases."""
+    """How a backend is run: the device, how JAX maps ranks, the timeout, and which part of the cases."""
 
     device: str = "cpu"
     jax_ranks: str = "shard_map"
     timeout: float = 60.0  # seconds
     share: int = 0
     shares: int = 1
-    coordinator: str = ""  # of the processes of JAX that this one joins, HOST:PORT; auto: as the cluster says
-    processes: int | None = None  # how many they are, and which this is; as the cluster says
+    coordinator: str = ""  # HOST:PORT of the JAX processes that this one joins; auto: as the cluster says
+    processes: int | None = None  # how many processes there are, and which this one is; None: as the cluster says
     process: int | None = None
-    record: tuple[str, ...] = ()  # what modules of a layer of one's own return, as `check --record` has it
+    record: tuple[str, ...] = ()  # which modules' return values to record, as in `check --record`
 
 
 class Backend(msgspec.Struct, frozen=True):
@@ -87,7 +87,7 @@ class Backend(msgspec.Struct, frozen=True):
         return resolve(self.refuses)(case, setting) if self.refuses else ""
 
     def providing(self, names: Iterable[str]) -> "Backend":
-        """The same with these quantities too: what a layer gives from its inside is known once it has run."""
+        """The same backend, also providing these quantities. What a layer records inside is known once it has run."""
         return msgspec.structs.replace(self, provides=tuple(dict.fromkeys((*self.provides, *names))))
 
     @property
@@ -96,7 +96,7 @@ class Backend(msgspec.Struct, frozen=True):
         return f"--backend {shlex.quote(self.asked or self.name)}"
 
     def alone(self, stage: str) -> bool:
-        """Whether a stage can be judged fed the oracle's input."""
+        """Whether a stage can be judged on its own, fed the oracle's input."""
         return any(name.startswith(f"isolated/{stage}/") for name in self.provides)
 
     def judged(self, stage: str) -> str:

@@ -1,4 +1,4 @@
-"""What this machine would compare with, and what about it would make a comparison unfair."""
+"""What a comparison on this machine would run with, and which settings would make it unfair."""
 
 import importlib
 import os

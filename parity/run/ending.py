@@ -1,4 +1,4 @@
-"""How this process ends when it is told to: soon, with nothing left running and no folder left behind.
+"""How this process ends on a signal: soon, with nothing left running and no folder left behind.
 
 A signal raises an exception in the main thread, which leaves its blocks. But it may be in a long computation, or wait
 for threads that are: a thread watches, and ends what did not end by itself.

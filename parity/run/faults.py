@@ -1,4 +1,4 @@
-"""Planted faults: one-sentence changes to one backend at one stage, some of them after a public report.
+"""Planted faults: small changes to one backend at one stage, some of them modelled on a public report.
 
 A fault is an edit of the source, made in a copy that only the faulty side runs from; the implementations know nothing
 of it. An edit whose old text is not there exactly once is refused, so that a fault cannot go stale unnoticed.

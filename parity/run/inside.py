@@ -1,4 +1,4 @@
-"""What a layer of the user's own gives from its inside, by the names of the table of quantities."""
+"""What a user's own layer records from its inside, under the names of the table of quantities."""
 
 import math
 import re
@@ -29,7 +29,7 @@ ROWS = "rows/"  # begins the name of the array that says which rows another hold
 
 
 class Hook(NamedTuple):
-    """What a module of a layer returns is a quantity."""
+    """A module of a layer whose return value is recorded as a quantity."""
 
     module: str  # its name or its class, in which * stands for anything
     index: int  # of what it returns, where that is a tuple
@@ -150,7 +150,7 @@ def _choices(problem: Problem, ids: Sequence[Array]) -> Array:
 def _numbers(
     problem: Problem, backend: Backend, name: str, given: Mapping[str, list[Array]], order: str | None, k_of: Array
 ) -> list[Array]:
-    """Of the rows on each rank, their numbers: by their identities, or by the order that they are in."""
+    """The numbers of the rows on each rank, from their identities or from the order that they are in."""
     case, where = problem.case, backend.files[""]
     in_order = (np.arange(k_of.size) - np.arange(k_of.size) % case.top_k + k_of.reshape(-1)).astype(np.int64)
     in_order = np.append(in_order, PADDING)  # padding stays padding

@@ -1,4 +1,4 @@
-"""How ranks are had in JAX: a device each under `shard_map`, in one process or in one each; or one for all, `vmap`."""
+"""How JAX runs ranks: one device each under `shard_map`, in one process or several; or all on one, under `vmap`."""
 
 import socket
 import time
@@ -23,7 +23,7 @@ from parity.run.trace import Trace
 AXIS, GROUPS = "ranks", "groups"
 Arrays = dict[str, jax.Array]
 At = Callable[[str], None]  # notes that a stage begins
-Work = Callable[[Problem, Backend, str, At], Trace]  # a problem on all ranks; how they are had
+Work = Callable[[Problem, Backend, str, At], Trace]  # a problem on all ranks; how ranks are mapped
 
 WAIT = 86400  # seconds, for another rank: whoever watches, and not a rank that waits, should say who hangs
 
@@ -63,7 +63,7 @@ def _rank(
 
 
 def join(folder: Path, problems: Sequence[Problem], setting: Setting, backends: Sequence[Backend]) -> int:
-    """Run problems in the processes that this one is of; the first saves the traces. This process's number.
+    """Run problems in the group of processes that this one belongs to; the first saves the traces. Returns its number.
 
     Raises ValueError where they have not a device for each rank.
     """
@@ -89,7 +89,7 @@ def join(folder: Path, problems: Sequence[Problem], setting: Setting, backends: 
 
 
 def _meet(file: Path, P: int, rank: int) -> None:
-    """Find the other processes, at an address that the first writes down."""
+    """Join the other processes, at an address that the first one writes down."""
     with socket.socket() as free:
         if rank == 0:
             free.bind(("127.0.0.1", 0))
@@ -106,7 +106,7 @@ def _meet(file: Path, P: int, rank: int) -> None:
 
 @dataclass
 class Program:
-    """A function compiled at its first call, and then run: two stages, so that it can be told which of them hangs."""
+    """A function that is compiled at its first call, and then run: two stages, to tell which of them hangs."""
 
     jitted: Any
     compiled: Any = None
@@ -133,19 +133,19 @@ class Eager:
 
 
 def put(tree: dict[str, np.ndarray], P: int, how: str, *, split: bool = True, groups: int = 1) -> Arrays:
-    """On the devices: a rank's part on the rank's device; without `split`, all of it on every device of its group."""
+    """Put an array on devices: each rank's part on its own; without `split`, all of it on every device of its group."""
     if how == "vmap" or P * groups == 1:
         return {name: jnp.asarray(a) for name, a in tree.items()}
 
     def place(a: np.ndarray) -> jax.Array:
-        # Not device_put, which compares what the processes give it, and to which NaN is not equal to NaN.
+        # Not device_put: it compares the values that the processes pass, and NaN is not equal to NaN.
         return jax.make_array_from_callback(a.shape, sharding(P, split, groups), lambda index: a[index])
 
     return {name: place(np.asarray(a)) for name, a in tree.items()}
 
 
 def everywhere(tree: dict[str, np.ndarray], P: int, how: str) -> Arrays:
-    """The same on the devices of all processes."""
+    """Put the same arrays on the devices of all processes."""
     if how != "processes" or P == 1:
         return {name: jnp.asarray(a) for name, a in tree.items()}
     whole = sharding(P, split=False)
@@ -153,7 +153,7 @@ def everywhere(tree: dict[str, np.ndarray], P: int, how: str) -> Arrays:
 
 
 def fetch(arrays: Any, how: str) -> Any:
-    """On the host, those of every process's devices. A dictionary is emptied, so that each array is there once."""
+    """The arrays of all processes' devices, on the host. A dictionary is emptied, so that no array is held twice."""
     if how == "processes" and jax.process_count() > 1:
         return multihost_utils.process_allgather(arrays, tiled=True)
     if not isinstance(arrays, dict):
@@ -162,7 +162,7 @@ def fetch(arrays: Any, how: str) -> Any:
 
 
 def sharding(P: int, split: bool, groups: int = 1) -> NamedSharding:
-    """Over ranks along the leading axis, or the same on all; of several groups along the axis before that."""
+    """Sharded over ranks along the leading axis, or replicated. Several groups are sharded along an axis before it."""
     return NamedSharding(_mesh(P, groups), _spec(split, groups))
 
 
@@ -208,7 +208,7 @@ def over_ranks(f: Callable, P: int, how: str, *, groups: int = 1, replicated: tu
 
 
 def _without(tree: Any, leading: Sequence[bool]) -> Any:
-    """The first of each leading axis."""
+    """The first element along each leading axis."""
     for axis in leading:
         tree = jax.tree.map(lambda a: a[0], tree) if axis else tree
     return tree

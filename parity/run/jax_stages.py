@@ -54,7 +54,7 @@ def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
 
 
 def work(backend: Backend, setting: Setting) -> jax_ranks.Work:  # noqa: ARG001  the same for all
-    """What is done with a problem."""
+    """The function that runs one problem."""
     return run
 
 
@@ -81,7 +81,7 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
             if groups > 1:
                 steps = [{name: np.stack([step[name] for step in steps]) for name in steps[0]}]
             inputs = [put(step, case.ranks, how_whole, groups=groups) for step in steps]
-            # Outside a program, checks of arguments read them: there is no step that must not wait for the host.
+            # Outside a program, checks read the arguments, so a step may make the host wait.
             guard = "allow" if case.way == "eager" else "disallow"
             with jax.transfer_guard_device_to_host(guard):
                 return whole_layer(at, stage, learned, *inputs)
@@ -103,7 +103,7 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
 
 
 def _differing(first: Ranks, again: Ranks) -> Ranks:
-    """By repeat/stage/value, in how many numbers two runs, or two backwards of steps in flight, differ."""
+    """In how many numbers two runs differ, or two backwards of steps in flight, by repeat/stage/value."""
     counted: Ranks = {}
     for name, ranks in first.items():
         mode, _, quantity = name.partition("/")
@@ -169,7 +169,7 @@ def environment() -> dict[str, str]:
 
 
 def host_waits() -> dict[str, str]:
-    """How often a step made the host wait for the device: more raise, see `run`. A CPU has nothing to wait for."""
+    """How often a step made the host wait for the device: more raise, see `run`. On a CPU the host never waits."""
     return {} if jax.default_backend() == "cpu" else {"host waits": "0 a step"}
 
 
@@ -399,7 +399,7 @@ def programs(
         return provided(found)
 
     def isolated(learned: Arrays, feeds: Arrays) -> Arrays:
-        # Those that are the same on all ranks have one copy for each here, so that their gradients are the ranks' own.
+        # Parameters that are the same on all ranks get one copy per rank here, so that each rank has its own gradient.
         own = {
             name: a if BY_NAME[name].per_rank else jnp.broadcast_to(a, (case.ranks, *a.shape))
             for name, a in learned.items()
@@ -444,7 +444,7 @@ class WholeLayer:
                 chosen = routing.route(x, learned["router"], options_of(case)["router"], expert_id_TK=ids, **more)
                 chosen = without_padding(chosen, ids) if case.uneven else chosen
                 own = chosen.score_TK
-                if capacity.priority == "score":  # who is dropped goes by scores to the last bit: those of the oracle
+                if capacity.priority == "score":  # drops depend on the last bit of scores: take the oracle's
                     chosen = chosen._replace(score_TK=own + jax.lax.stop_gradient(score - own))
             stages, combined = stages_of.layer(case, capacity, axis, x, learned, chosen, keep)
             own = stages.routing.score_TK if choose else own
@@ -479,7 +479,7 @@ class WholeLayer:
 
 
 def compared(case: Case, gradients: Arrays) -> Arrays:
-    """Of the gradients of what is learned, by name, the rows that are compared."""
+    """The compared rows of the gradients of what is learned, by name."""
 
     def some(name: str, a: jax.Array) -> jax.Array:
         if len(BY_NAME[name].axes.split()) < 3:
@@ -515,7 +515,7 @@ _BEFORE = ("x_grouped", "x_received", "dx_grouped", "dx_received", "dx_expert_ma
 
 
 def parts_of(case: Case) -> list[tuple[str, ...]]:
-    """Which rows isolated stages are fed together: all, or a part after the other where they are many."""
+    """Which rows isolated stages are fed together: all, or one part after the other where there are many."""
     after = tuple(name for name in _FEEDS if name not in _EXPERTS + _BEFORE)
     return [tuple(_FEEDS)] if small(case) else [_EXPERTS, _BEFORE, after]
 
@@ -556,7 +556,7 @@ def _isolated(
     ) -> Arrays:
         """What the stage returns, and the gradient of each input from the cotangent of what the next stage takes.
 
-        `returns` is the name of that, where it is not what the next stage takes. Nothing of a stage that is not fed.
+        `returns` is the name of that, where it is not what the next stage takes. Empty for a stage that is not fed.
         """
         if cotangent is None or any(a is None for a in inputs.values()):
             return {}

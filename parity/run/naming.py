@@ -7,7 +7,7 @@ from typing import Any
 
 from parity.oracle.quantities import QUANTITIES
 
-# What a stage that returns one array returns, and of several the one that the next stage takes.
+# The name of a stage's array if it returns one; of several arrays, the one that the next stage takes.
 MAIN = {
     "route": "score",
     "group_by_expert": "x",
@@ -47,7 +47,7 @@ TOGETHER = {
 
 
 def together(package: ModuleType, values: Mapping[str, Any], *wanted: str) -> dict[str, Any]:
-    """Of these arguments those of which there is something: the others are left to the layer's defaults."""
+    """The arguments that have a value. The others are left to the layer's defaults."""
     kinds = {argument: TOGETHER[argument] for argument in wanted or TOGETHER}
     return {
         argument: getattr(package, kind)(*(values.get(name) for name in names))

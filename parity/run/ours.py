@@ -31,7 +31,7 @@ def _ours(name: str, framework: str, layout: Layout, stages: str, folder: str = 
     package = f"{framework}_impl"
     files = {stage: f"{own.get(stage, folder or package)}/{file}" for stage, file in FILES.items()}
     run = f"parity.run.{framework}_stages"
-    # JAX's arrays cannot be changed, and a gradient that is asked for twice is one computation.
+    # JAX's arrays are immutable, and a gradient that is asked for twice is computed once.
     provides = tuple(n for n in names(layout) if framework != "jax" or not n.endswith(("/changed", "/again")))
     return Backend(
         name, framework, layout, provides, files, needs=(framework,),
@@ -84,7 +84,7 @@ def _published(name: str) -> Backend | None:
 
 
 def _family(block: str, python: str, asked: str) -> Backend:
-    """A block of transformers, as its configuration has it."""
+    """The backend for a block of transformers, built from its configuration."""
     if not block:
         raise ValueError(f"--backend {asked}: name a block of transformers, as families:mixtral")
     name = re.sub("[,=]", "-", f"families.{block}")

@@ -21,9 +21,9 @@ from parity.oracle.problem import Problem
 from parity.oracle.quantities import OUTSIDE
 from parity.run.backend import Backend, resolve
 
-# What an argument may be called, before a suffix that says its shape: x_TD, or x.
+# The names that an argument may have, without a suffix for its shape: x_TD is x.
 ARGUMENTS = ("x", *BY_NAME, "expert_id", "score", "keep", "case", "group", "axis_name")
-# What a layer may have of its own, and so not take: it then differs, and that is shown.
+# What a layer may compute itself instead of taking it. Then its values differ, and the report shows that.
 BASIC = ("router", "w_gate", "w_up", "w_down")
 KNOW_RANKS = {"torch": "group", "jax": "axis_name"}
 
@@ -35,9 +35,9 @@ class OwnLayerError(Exception):
 class Signature(NamedTuple):
     """What a layer is given."""
 
-    arguments: dict[str, str]  # by what each is, its name in the function: {"x": "x_TD"}
-    per_rank: bool  # it is called on each rank, and is given the group or the axis
-    all_experts: bool  # of what is learned of each expert; else this rank's
+    arguments: dict[str, str]  # the name in the function by what it is: {"x": "x_TD"}
+    per_rank: bool  # whether it is called on each rank, with the group or the axis
+    all_experts: bool  # whether it gets the weights of all experts; else of this rank's
     optional: frozenset[str] = frozenset()  # of the arguments, those that have a default: None is given where it is not
 
     def given(self, name: str) -> bool:
@@ -125,7 +125,7 @@ def interpreter(python: str, asked: str) -> str:
 
 
 def marked(path: Path) -> dict[str, str]:
-    """Of a file, the functions that are marked as backends, and the first line of what each says of itself."""
+    """The functions of a file that are marked as backends, each with the first line of its docstring."""
     of = _marked_in(ast.parse(path.read_text()))
     return {name: (ast.get_docstring(node) or "").split("\n")[0] for name, node in of.items()}
 
@@ -190,7 +190,7 @@ def _record(asked: str, path: Path, source: str, node: ast.FunctionDef, several:
 
 
 def taking_all(name: str, framework: str, stages: str, asked: str) -> Backend:
-    """The backend that a function is which takes all that a case can have, and says itself what it does not compute."""
+    """The backend of a function that takes every input of a case, and says itself which cases it does not compute."""
     takes = signature(framework, ["x", *BY_NAME, "case"], stages, BY_NAME)
     return Backend(
         name, framework, "opaque", provided(takes), {"": stages}, needs=(framework,),
@@ -271,11 +271,11 @@ def checked(array: Any, shape: tuple[int, ...], dtype: Any, backend: Backend) ->
 
 
 def of_rank(case: Case, a: np.ndarray, rank: int) -> np.ndarray:
-    """A rank's part of what is an array for all experts."""
+    """A rank's part of an array for all experts."""
     e = case.experts // case.ranks
     return a[rank * e : (rank + 1) * e]
 
 
 def arguments(takes: Signature, values: Mapping[str, Any]) -> dict[str, Any]:
-    """By the names that the function has for them; what there is not is left to its default."""
+    """The arguments under the function's own names. Missing ones are left to their defaults."""
     return {own: values[what] for what, own in takes.arguments.items() if what in values}

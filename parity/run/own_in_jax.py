@@ -38,7 +38,7 @@ def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
 
 
 def work(backend: Backend, setting: Setting) -> jax_ranks.Work:  # noqa: ARG001  the same for all
-    """What is done with a problem."""
+    """The function that runs one problem."""
     return run
 
 
@@ -67,7 +67,7 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
     return Trace(case, backend.providing(inside.quantities(given)), environment(), arrays=arrays | given)
 
 
-# Those that were used last, by layer, case and how ranks are had: of cases that differ in inputs only, one is compiled.
+# Recently used programs, by layer, case and mapping of ranks. Cases that differ only in inputs share one.
 PROGRAMS: dict[tuple[object, ...], tuple[Program | Eager, dict[str, str]]] = {}
 KEPT = 4
 
@@ -82,7 +82,7 @@ def _program(
 
 
 def _inputs(problem: Problem) -> dict[str, np.ndarray]:
-    """Of all ranks: [P, T, ...], and the weights of all experts."""
+    """The inputs of all ranks, [P, T, ...], and the weights of all experts."""
     names = ("x", "expert_id", "keep", "dout", "aux")
     return {name: getattr(problem, name) for name in names} | problem.parameters.there()
 
@@ -91,7 +91,7 @@ def _step(
     layer: Callable[..., Any], takes: Signature, case: Case, backend: Backend, how: str, orders: dict[str, str],
     inputs: Arrays,
 ) -> tuple[Arrays, Arrays]:  # fmt: skip
-    """Output and gradients, by name, and what the layer gives from its inside; `orders` takes those that it names."""
+    """Output and gradients by name, and what the layer records from its inside. Named row orders go into `orders`."""
     P, e = case.ranks, case.experts // case.ranks
     learned = {one.name: one.learned for one in parameters_of(case) if own.needs(takes, one.name)}
     taken = ["x", *(name for name in learned if learned[name])]
@@ -147,7 +147,7 @@ def _trace(array: Any) -> object:
 
 
 def _per_rank_inside(case: Case, given: Mapping[str, np.ndarray]) -> dict[str, list[np.ndarray]]:
-    """What a layer gives from its inside, for each rank: rows of all ranks together go to those that they are of."""
+    """What a layer records from its inside, for each rank. Rows of all ranks together go to the ranks that own them."""
     found = {name: list(a) for name, a in given.items()}
     for name, a in given.items():
         rows = given.get(inside.ROWS + name)
@@ -158,7 +158,7 @@ def _per_rank_inside(case: Case, given: Mapping[str, np.ndarray]) -> dict[str, l
 
 
 def _per_rank(case: Case, name: str, a: np.ndarray) -> list[np.ndarray]:
-    """An array for each rank; one in all of a gradient that is summed over ranks."""
+    """One array per rank, or a single one for a gradient that is summed over ranks."""
     learned = BY_NAME.get(name.rpartition("/d")[2])
     if not learned or name.startswith(inside.ROWS):
         return list(a)

@@ -46,7 +46,7 @@ def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
 
 
 def work(backend: Backend, setting: Setting) -> torch_ranks.Work:
-    """What each rank does."""
+    """The function that each rank runs."""
     layer, takes = own.load(backend)
     hooks = [Hook.parse(text) for text in setting.record]
 
@@ -140,7 +140,7 @@ def _step(
     layer: Callable[..., Any], takes: Signature, problem: Problem, backend: Backend, rank: int, device: torch.device,
     group: Group,
 ) -> tuple[Arrays, Arrays, dict[str, str]]:  # fmt: skip
-    """Output and gradients, by name; what the layer gives from its inside, and orders of rows that it names."""
+    """Output and gradients by name, what the layer records from its inside, and the row orders that it names."""
     case, own_experts = problem.case, experts_of(problem.case, rank)
 
     def put(a: np.ndarray) -> Tensor:
@@ -189,7 +189,7 @@ def _gradients(
     out: Tensor, score: Tensor, leaves: dict[str, Tensor], problem: Problem, put: Callable[[np.ndarray], Tensor],
     rank: int, backend: Backend,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Of the leaves. Experts without a token may be out of the graph: their gradient is zero.
+    """The gradients of the leaves. Experts without a token may be outside the graph: their gradient is zero.
 
     Raises OwnLayerError when the output depends on none of them, or not on the tokens or the router.
     """

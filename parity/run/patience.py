@@ -1,4 +1,4 @@
-"""When a process hangs: the rule, fair on a busy machine, and what it is read from.
+"""When a process counts as hanging: the rule, which is fair on a busy machine, and where its numbers come from.
 
 Processes that work together hang when none of them has made a step (begun a stage, finished a case) and either
 
@@ -47,7 +47,7 @@ def _under(found: list[int], parents: dict[int, tuple[int, int]]) -> list[int]:
 
 
 class Patience:
-    """How much of it some processes have used up since the last step, by the rule above."""
+    """How much of their time limit some processes have used up since the last step, by the rule above."""
 
     def __init__(self, pids: Iterable[int], asleep: float, running: float | None = None) -> None:
         self.pids = list(pids)
@@ -58,11 +58,11 @@ class Patience:
         self.asleep, self.ran = 0.0, dict.fromkeys(self.pids, 0.0)
 
     def step(self) -> None:
-        """Somebody got on."""
+        """A process has made a step."""
         self.asleep, self.ran, self.start_up = 0.0, dict.fromkeys(self.pids, 0.0), 0.0
 
     def tick(self) -> None:
-        """Count the time since the last tick, at most a turn: of more, this process had none."""
+        """Count the time since the last tick, but at most one turn: in the rest, this process had no turn itself."""
         now = time.monotonic()
         passed, self.then = min(TURN, now - self.then), now
         before, self.used = self.used, self._used()
@@ -79,11 +79,11 @@ class Patience:
 
     @property
     def seconds(self) -> float:
-        """That they had, in all: asleep, or the one that ran longest."""
+        """The seconds used so far: those that all were asleep, plus those that the longest-running one ran."""
         return self.asleep + max(self.ran.values(), default=0.0)
 
     def over(self) -> str:
-        """Why they hang, or an empty string."""
+        """Why the processes hang, or an empty string."""
         asleep, running = self.limits
         if self.asleep > asleep + self.start_up:
             blind = " by the clock on the wall, for there is no /proc here" if BLIND else ""
@@ -94,7 +94,7 @@ class Patience:
 
 
 class _Used:
-    """CPU time of a process, and of all under it, up to now: that its threads ran, and waited for."""
+    """CPU time so far of a process and all under it: how long threads ran, and how long they waited for a CPU."""
 
     def __init__(self, pids: Iterable[int]) -> None:
         self.threads: dict[int, tuple[float, float]] = {}

@@ -1,4 +1,4 @@
-"""Ranks as processes: start some, watch what they do, say why one failed, end all. In no framework's terms."""
+"""Ranks as processes: start them, watch them, say why one failed, end all. Independent of any framework."""
 
 import faulthandler
 import math
@@ -26,7 +26,7 @@ from parity.run.supervisor import Failure, answer, end_all, end_with_parent, how
 
 Rank = Callable[[int, "Notes", Path, list[Path]], None]  # rank, what it notes, the group's own folder, its problems
 
-HANGS = 2  # and deaths, before what is left is given up: each may cost all of the patience there is
+HANGS = 2  # hangs and deaths before the other cases are given up: each may cost a whole timeout
 
 
 def run_cases(backend: Backend, folder: Path, paths: Sequence[Path], n: int, timeout: float, rank: Rank) -> None:
@@ -122,7 +122,7 @@ class _Group:
         return [process for process in self.processes if process.exitcode is None]
 
     def settle(self) -> None:
-        """Give ranks half a second that is theirs: those that noticed may still be writing what."""
+        """Wait until ranks had half a second of their own: those that saw the failure may still be writing it down."""
         pids = [process.pid for process in self.running() if process.pid]
         patience = Patience(pids, math.inf)
         while patience.seconds < 0.5 and self.running():
@@ -130,7 +130,7 @@ class _Group:
             patience.tick()
 
     def steps(self) -> list[tuple[int, int | None]]:
-        """How many steps each has made; its end is one more."""
+        """How many steps each rank has made. Its end counts as one more step."""
         return [(self.note(rank).steps, process.exitcode) for rank, process in enumerate(self.processes)]
 
     def note(self, rank: int) -> "_Note":
@@ -173,7 +173,7 @@ class _Group:
 
 
 class _Note(msgspec.Struct):
-    """Where a rank is."""
+    """Where a rank is in its work."""
 
     steps: int = 0
     case: str = ""
@@ -207,19 +207,19 @@ class Notes:
         self.file = os.open(folder / f"at-{rank}", os.O_WRONLY | os.O_CREAT, 0o644) if folder else None
 
     def at(self, case: str, stage: str) -> None:
-        """A stage begins; of no case, its start or its end."""
+        """Note that a stage begins. Without a case, it is the process's start or end."""
         self.note = _Note(self.note.steps + 1, case, stage)
         if self.file is not None:  # in one call: whoever reads must never see a part. Padded over what was there
             os.pwrite(self.file, msgspec.json.encode(self.note).ljust(1000), 0)
 
     def done(self, case: str) -> None:
-        """The case's trace is written."""
+        """Note that the case's trace is written."""
         if self.folder:
             with (self.folder / "done").open("a") as file:
                 file.write(f"{case}\n")
 
     def failed(self, error: BaseException) -> None:
-        """This ended it."""
+        """Note the exception that ended the rank."""
         assert self.folder
         frames = [(f.filename, f.lineno or 0, f.name) for f in traceback.extract_tb(error.__traceback__)]
         note = self.note.inside(name for _, _, name in frames)
@@ -264,7 +264,7 @@ def _line(stack: Sequence[Frame]) -> str:
 
 
 def _raised_at(stack: Sequence[Frame]) -> str:
-    """That line of an exception; where all are a library's or the harness's, the innermost of a library, or of all."""
+    """That line of an exception. If all are a library's or the harness's: the innermost of a library, or of all."""
     of_files = [frame for frame in stack if not frame[0].startswith("<")]
     of_library = [frame for frame in of_files if "parity/run/" not in frame[0]]
     innermost = [f"{Path(file).name}:{line}" for file, line, _ in of_library or of_files]

@@ -43,12 +43,12 @@ class Failure(msgspec.Struct, frozen=True):
     stage: str
     error: str  # the exception; of a hang, for how long
     ranks: int = 1  # processes; JAX often has all ranks in one
-    how: str = "failed"  # raised an exception; or "was ended by SIGKILL", "hangs", "was not run"
+    how: str = "failed"  # it raised an exception; or "was ended by SIGKILL", "hangs", "was not run"
     line: str = ""  # of the source, where that is known: "exchange.py:71"
 
     @property
     def raised(self) -> bool:
-        """Whether it is an answer about the layer; a process that was killed, or hangs, is none."""
+        """Whether the failure is an answer about the layer. A process that was killed, or hangs, gives none."""
         return self.how == "failed" and self.case != "" and self.stage not in (READING, WRITING)
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ class Process:
 
     @property
     def stdout(self) -> Any:
-        """To wait for."""
+        """The stream to wait for."""
         return self.popen.stdout
 
     def read(self) -> list[str]:
@@ -198,7 +198,7 @@ class Kept:
 
 
 def _heard(workers: Sequence["_Worker"]) -> Iterator[tuple["_Worker", str, Failure | None]]:
-    """What those that run answer in one turn."""
+    """The answers of running workers within one turn."""
     running = [worker for worker in workers if not worker.process.ended]
     heard = wait([worker.process.stdout for worker in running], TURN)
     for worker in running:
@@ -229,18 +229,18 @@ class _Worker:
         if backend.python:
             own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self.backend, self.setting, self.began = backend, setting, False
-        self.busy = 2  # words of no case that are still to come: it begins, and, where it is kept, it is done
+        self.busy = 2  # answers still to come that are of no case: it begins, and, if it is kept, it is done
         self.process = stack.enter_context(Process(command, environment=os.environ | own, cwd=home))
 
     def more(self, folder: Path, backend: Backend, setting: Setting) -> None:
-        """Give another folder to one that is kept, and has done all before."""
+        """Give another folder to a kept worker that has finished its earlier ones."""
         self.backend, self.setting, self.busy = backend, setting, 2
         assert self.process.popen.stdin
         with suppress(BrokenPipeError):  # it has ended in error: `answers` says so
             self.process.popen.stdin.write(msgspec.json.encode([str(folder), *_records(backend, setting)]) + b"\n")
 
     def answers(self, heard: Sequence[Any]) -> Iterator[tuple[str, Failure | None]]:
-        """Those that are there. Raises BackendError when it has ended in error, or does not even begin."""
+        """The answers that have arrived. Raises BackendError when it has ended in error, or does not even begin."""
         process, name = self.process, self.backend.name
         for line in process.read() if process.stdout in heard else ():
             case, failure = msgspec.json.decode(line, type=Answer)
@@ -253,7 +253,7 @@ class _Worker:
                 self.busy -= 1
         if process.error:
             raise self._explain()
-        if not self.began and not process.ended:  # afterwards it looks after its ranks itself
+        if not self.began and not process.ended:  # after that, the worker watches its ranks itself
             process.patience.tick()
             if process.patience.asleep > self.setting.timeout + START_UP:
                 raise BackendError(name, f"{name}: hangs while it is imported: for {process.patience.asleep:.0f} s")
@@ -272,7 +272,7 @@ class _Worker:
         return BackendError(name, f"{name}: {error[-2000:]}")
 
 
-# XLA ends a process whose ranks wait for each other for 40 s on the wall: on a busy machine, no hang. A day.
+# XLA ends a process whose ranks wait 40 s for each other, which on a busy machine is no hang. Here it waits a day.
 PATIENT_XLA = "--xla_cpu_collective_call_terminate_timeout_seconds=86400 --xla_cpu_collective_timeout_seconds=86400"
 
 _answers = 1  # the file descriptor that a worker answers on
@@ -286,7 +286,7 @@ def only_answers() -> None:
 
 
 def answer(case: str, failure: Failure | None = None) -> None:
-    """A worker's: this case's trace is written, or why there is none."""
+    """A worker's answer: this case's trace is written, or the reason why there is none."""
     os.write(_answers, msgspec.json.encode((case, failure)) + b"\n")
 
 
@@ -344,7 +344,7 @@ def end_all(*pids: int) -> None:
 
 
 def how_it_ended(code: int) -> str:
-    """A process, by its exit code."""
+    """How a process ended, by its exit code."""
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 

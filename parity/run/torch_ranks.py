@@ -1,4 +1,4 @@
-"""How ranks are had in PyTorch: processes, forked here or started by torchrun."""
+"""How PyTorch runs ranks: as processes, forked here or started by torchrun."""
 
 import os
 import time
@@ -22,7 +22,7 @@ Arrays = dict[str, np.ndarray]
 At = Callable[[str], None]  # notes that a stage begins
 Work = Callable[[Problem, Backend, int, torch.device, At], Trace | None]  # one rank's part of a problem
 
-WAIT = timedelta(days=1)  # for another rank: whoever watches, and not a rank that waits, should say who hangs
+WAIT = timedelta(days=1)  # of waiting for another rank: the supervisor, not a waiting rank, should say who hangs
 
 
 def run_all(backend: Backend, folder: Path, setting: Setting, work: Work) -> None:
@@ -32,7 +32,7 @@ def run_all(backend: Backend, folder: Path, setting: Setting, work: Work) -> Non
     for path in sorted(folder.glob("*.problem")):
         case = Problem.load(path).case
         by_size.setdefault(case.processes, []).append(path)
-        # What the first compilation imports, once, before ranks are forked; with a GPU it is in use from then on.
+        # The first compilation's imports run once, before ranks are forked. With a GPU they would begin to use it.
         if case.way == "compiled" and setting.device == "cpu":
             for module in ("torch._dynamo", "torch._functorch.aot_autograd", "torch._inductor.pattern_matcher"):
                 import_module(module)
@@ -68,7 +68,7 @@ def _run(
 
 
 def alone(device: torch.device) -> None:
-    """A group of one, for a layer that asks for its group, where none was started."""
+    """A process group of one rank, for a layer that asks for its group where none was started."""
     if not dist.is_initialized():
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(collectives(device.type, 1), store=store, rank=0, world_size=1)
@@ -80,10 +80,10 @@ def collectives(on: str, P: int) -> str:
 
 
 def device_of(on: str, rank: int) -> torch.device:
-    """The rank's device; GPUs are shared out in turn."""
+    """The rank's device. GPUs are assigned round-robin."""
     if on == "cpu":
         return torch.device("cpu")
-    # Sums of bfloat16 products are float32 in this layer: so must be those that a matmul splits.
+    # Sums of bfloat16 products are float32 in this layer. This must also hold for sums that a matmul splits.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
@@ -130,7 +130,7 @@ def my_group(groups: int, rank: int) -> tuple[int, dist.ProcessGroup | None]:
 def all_sum(a: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """The sum over ranks of the group, as data-parallel training does for a replicated parameter."""
     if dist.is_initialized():
-        # A copy, as a gradient may be part of another one's memory; in float32, in which ranks add up 16 bits.
+        # A copy, because a gradient may share memory with another. It is float32, in which ranks sum 16-bit gradients.
         total = a.to(torch.promote_types(a.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         a = total.to(a.dtype)

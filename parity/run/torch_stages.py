@@ -47,7 +47,7 @@ def run_all(backend: Backend, folder: Path, setting: Setting) -> None:
 
 
 def work(backend: Backend, setting: Setting) -> torch_ranks.Work:  # noqa: ARG001  the same for all
-    """What each rank does."""
+    """The function that each rank runs."""
     return run
 
 
@@ -70,7 +70,7 @@ def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at:
     def step(of: Problem) -> Step:
         return Step(of, stages_of, rank_in_group, device, group, HostWaits(device), learned)
 
-    with poisoned_memory() if case.way == "compiled" else nullcontext():  # whose other mode would compile anew
+    with poisoned_memory() if case.way == "compiled" else nullcontext():  # a change of this mode would compile anew
         at("the first step")
         (first := step(own)).forward()
         found = first.backward()
@@ -107,12 +107,12 @@ def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at:
 
 
 def tokens_of(case: Case, rank: int, a: np.ndarray) -> np.ndarray:
-    """Of an array [P, T, ...] what belongs to a rank's tokens, without those that are padding."""
+    """A rank's part of an array [P, T, ...], without tokens that are padding."""
     return a[rank, : case.tokens_of(rank)]
 
 
 def with_padding(case: Case, rank: int, layout: Layout, arrays: Arrays) -> Arrays:
-    """Arrays of the rank's own tokens as those of a case, in which tokens that are padding follow."""
+    """Arrays of the rank's own tokens, extended by tokens that are padding, as the case has them."""
     T, missing = case.tokens_of(rank), case.tokens - case.tokens_of(rank)
     grouped_rows = case.bins * case.capacity if layout == "static" else T * case.top_k
     fill = {"route/expert_id": -1, "group_by_expert/slot": grouped_rows}
@@ -153,12 +153,12 @@ class HostWaits:
     count: int = 0
 
     def found(self) -> dict[str, str]:
-        """For the report; a CPU has nothing to wait for."""
+        """The count for the report. On a CPU the host never waits."""
         return {"host waits": f"{self.count} a step"} if self.device.type == "cuda" else {}
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Count those of this block."""
+        """Count the waits in this block."""
         if self.device.type != "cuda":
             yield
             return
@@ -199,7 +199,7 @@ class Dynamic:
     """`torch_impl`'s stages of a case, called as those of `Static`."""
 
     layout: Layout = "dynamic"
-    padding = np.nan  # what stage 6 is fed where it has no row
+    padding = np.nan  # what stage 6 is fed in place of missing rows
 
     def __init__(self, case: Case, group: Group, send_P: Sequence[int], receive_P: Sequence[int]) -> None:
         self.group, self.alone = group, case.ranks == 1
@@ -216,7 +216,7 @@ class Dynamic:
         return exchange.send_tokens(x, self.splits, self.group)
 
     def to_expert_major(self, x: Tensor, counts_Pe: Tensor) -> Any:
-        output_size = None if self.alone else self.splits.n_received  # without, it is as many as x has rows
+        output_size = None if self.alone else self.splits.n_received  # the default is the number of rows of x
         return layout.to_expert_major(x, counts_Pe, output_size)
 
     def apply_experts(self, x: Tensor, counts_e: Tensor, learned: Tensors) -> Any:
@@ -258,7 +258,7 @@ class Static:
         self.bins = (case.bins, case.capacity)
         per_rank = case.bins == case.ranks
         self.major = (case.bins * case.capacity,) if per_rank else (case.experts // case.ranks, -1)
-        self.padding = np.nan if per_rank else 0  # an expert's bin is multiplied whole: stage 5 has promised zeros
+        self.padding = np.nan if per_rank else 0  # experts multiply whole bins, in which stage 5 guarantees zeros
 
     def in_bins(self, rows: Tensor) -> Tensor:
         return rows.reshape(*self.bins, *rows.shape[1:])
@@ -486,7 +486,7 @@ class Step:
         self.ids, self.keep = put_tokens(problem.expert_id), put_tokens(problem.keep)
         self.score = put_tokens(problem.score) if case.priority == "score" else None
         self.dout, self.aux = put_tokens(problem.dout), put_tokens(problem.aux)
-        # Inside one compiled graph autograd sees no scores; what is added to them has the same gradient.
+        # Autograd does not see scores inside a compiled graph. A term added to the scores has the same gradient.
         self.probe = torch.zeros_like(self.aux).requires_grad_() if case.way == "compiled" else None
         self.given = {"group_by_expert": [self.x, self.ids], "combine": [self.dout]}
         for one in parameters_of(case):
@@ -497,7 +497,7 @@ class Step:
         """The layer, with the oracle's expert ids, or those that the router chooses."""
         case = self.problem.case
         layer = self._chosen if choose else self._replayed
-        if case.way == "compiled":  # Inductor, which fuses across stages, is under test where captures are
+        if case.way == "compiled":  # Inductor fuses across stages; it is tested with captures instead
             layer = torch.compile(layer, backend="aot_eager", fullgraph=True)
         if case.way == "recomputed":
             layer = partial(checkpoint, layer, use_reentrant=False)
@@ -512,7 +512,7 @@ class Step:
         if self.probe is not None:
             scores = scores + self.probe
             chosen = with_scores(chosen, scores)
-        if self.score is not None:  # who is dropped goes by scores to the last bit: those of the oracle
+        if self.score is not None:  # drops depend on the last bit of scores: take the oracle's
             chosen = with_scores(chosen, scores + (self.score - scores).detach())
         return self.stages_of.layer(case, x, values, chosen, self.keep, self.capacity, self.group), scores
 
@@ -540,12 +540,12 @@ class Step:
 
 
 def copies_of(case: Case, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """As they are now; of experts' weights and their gradients, the rows that are compared."""
+    """Copies of arrays as they are now; of experts' weights and their gradients, only the rows that are compared."""
     return [compared_part(case, a).detach().clone() for a in tensors]
 
 
 def differing(case: Case, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> Tensor:
-    """How many numbers differ from those that were copied, in any bit."""
+    """How many numbers differ in any bit from the copies."""
 
     def bits(a: Tensor) -> Tensor:
         return a.detach().contiguous().view(getattr(torch, f"int{8 * a.element_size()}"))
@@ -570,7 +570,7 @@ def experts_of(case: Case, rank: int) -> slice:
 
 
 def learned_of(problem: Problem, mine: slice, device: torch.device) -> dict[str, Tensor]:
-    """What is learned, by name; what each expert has, of those that are `mine`."""
+    """The learned arrays by name. Per-expert arrays are those of the experts in `mine`."""
     values = problem.parameters.there()
     return {
         one.name: weights_of(values[one.name], mine if one.per_rank else slice(None), device)
@@ -579,19 +579,19 @@ def learned_of(problem: Problem, mine: slice, device: torch.device) -> dict[str,
 
 
 def gradients(case: Case, found: Mapping[str, Tensor], group: Group) -> dict[str, Tensor]:
-    """Of what is learned, as stage/value: rows that are compared of what a rank has of its own, sums of the rest."""
+    """Gradients as stage/value: compared rows for a rank's own experts, sums over ranks for the rest."""
     own = compared(case, {name: a for name, a in found.items() if BY_NAME[name].per_rank})
     summed = {f"d{name}": torch_ranks.all_sum(a, group) for name, a in found.items() if not BY_NAME[name].per_rank}
     return {f"{BY_NAME[name[1:]].stage}/{name}": a for name, a in (own | summed).items()}
 
 
 def compared(case: Case, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of the gradients of what a rank has of its own, the rows that are compared."""
+    """The compared rows of the gradients of a rank's own experts."""
     return {f"d{name}": compared_part(case, a) for name, a in found.items()}
 
 
 def compared_part(case: Case, a: Tensor) -> Tensor:
-    """The rows that are compared of experts' weights or their gradients, which have three axes; all of the rest."""
+    """The compared rows of experts' weights or their gradients, which have three axes; all rows of other arrays."""
     return a[:, case.compared_rows(a.shape[1])] if a.ndim == 3 else a
 
 

@@ -1,4 +1,4 @@
-"""What a run returns: every array of it, by name, and where it came from."""
+"""What a run returns: all of its arrays, by name, and where they came from."""
 
 import shlex
 from collections.abc import Iterator, Mapping

@@ -1,6 +1,6 @@
 """A process that runs some of the cases of one backend: `python -m parity.run.worker FOLDER BACKEND SETTING`.
 
-With one argument more it stays, and runs what it is told on standard input.
+With one more argument it stays, and runs the requests that it reads from standard input.
 """
 
 import hashlib
@@ -21,10 +21,10 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moe-pa
 
 
 def keep_what_xla_compiles(folder: Path) -> None:
-    """Every program, for all processes and for the next run: compiling takes longer than all that is compiled.
+    """Cache every compiled program for all processes and the next run, because compiling takes longer than running.
 
     JAX finds a program by its text, its options and its own version; machines that differ have folders of their own.
-    What the environment says of JAX's cache stays as it is.
+    Environment variables about JAX's cache are left as they are.
     """
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -36,7 +36,7 @@ def keep_what_xla_compiles(folder: Path) -> None:
 
 
 def more(heard: "SimpleQueue[bytes]") -> Iterator[list[str]]:
-    """Folder, backend and setting of what is asked on standard input, a line each, for as long as it is held."""
+    """Yield each request from standard input (folder, backend and setting, a line each) until it closes."""
     rest = b""
     while True:
         *lines, rest = (rest + heard.get()).split(b"\n")

@@ -1,4 +1,4 @@
-"""Wrong capacities are refused here; what else can be wrong, in `torch_impl.checks`."""
+"""Wrong capacities are refused here. All other checks are in `torch_impl.checks`."""
 
 from fractions import Fraction
 

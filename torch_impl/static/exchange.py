@@ -10,11 +10,11 @@ from torch_impl.exchange import n_ranks
 
 
 def exchange_counts(counts_E: Integer[Tensor, " E"], group: dist.ProcessGroup | None = None) -> Integer[Tensor, "P e"]:
-    """Tell every rank how many rows each of its experts gets from here.
+    """Tell every rank how many rows each of its experts gets from this rank.
 
         counts_Pe[p, j] = rows that rank p sends to local expert j of this rank
 
-    They only say which rows are padding: every shape is known without them, so nothing waits.
+    The counts only say which rows are padding. Every shape is known without them, so nothing waits.
 
     Raises ValueError when the number of experts is not a multiple of the number of ranks.
     """
@@ -34,7 +34,7 @@ def return_tokens(y_BCD: Float[Tensor, "B C D"], group: dist.ProcessGroup | None
 
 
 class _AllToAll(torch.autograd.Function):
-    """Even all-to-all of bins. Its own inverse, and its own backward."""
+    """Even all-to-all of bins. It is its own inverse and its own backward."""
 
     @staticmethod
     def forward(ctx, x, group):

@@ -22,9 +22,9 @@ def apply_experts(
     """y = (activation(x @ w_gate + b_gate) * (x @ w_up + b_up)) @ w_down + b_down, each row by its own expert.
 
     Without w_gate, activation(x @ w_up + b_up) @ w_down + b_down. The first counts_e[0] rows are expert 0's, and so
-    on; rows past them are padding, whose values are not read, and which come out as zero. For [e, P*C, D], each expert
-    has a bin of its own, whose padding must be zero, and comes out as what an expert makes of zero. Every matmul
-    accumulates in float32 and rounds once to x's dtype, and so does every sum with a bias.
+    on. Rows past the counts are padding: their values are not read, and they come out as zero. With [e, P*C, D] each
+    expert has a bin of its own. The bin's padding must be zero, and comes out as what the expert computes from zero.
+    Every matmul accumulates in float32 and rounds once to x's dtype, and so does every sum with a bias.
     """
     x_MD = zero_padding(x_MD, counts_e)
     gate_MF = None if w_gate_eDF is None else grouped_linear(x_MD, w_gate_eDF, counts_e, biases.gate_eF)

@@ -15,7 +15,7 @@ from torch_impl.static.rows import expand_rows, inverse_permutation, take_or_zer
 
 
 class Capacity(NamedTuple):
-    """How many rows a bin holds, and who goes first. `n_bins` is P (a bin per rank) or E (a bin per expert)."""
+    """How many rows a bin holds, and which it keeps first. `n_bins` is P (a bin per rank) or E (a bin per expert)."""
 
     n_bins: int
     rows: int
@@ -69,8 +69,8 @@ def group_by_expert(
         tokens  t0 -> experts 2,0      C = 2, a bin per rank, e = 2
                 t1 -> experts 0,1      rank 0: e0 t0 | e0 t1   (e1 t1 dropped)      rank 1: e2 t0 | padding
 
-    Padding is zero, and only here does anything drop. An id out of range, which on a GPU could be refused only by
-    waiting for it, is dropped too.
+    Padding is zero. Assignments are dropped only here. An id out of range is dropped too, because on a GPU refusing it
+    would mean waiting for its value.
 
     Raises ValueError when the capacity holds no rows, does not fit the experts, or its priority is unknown.
     """
@@ -83,7 +83,7 @@ def group_by_expert(
     kept_E = (keep_N[:, None] & (expert_N[:, None] == torch.arange(E, device=x_TD.device))).sum(dim=0)
     kept_B = kept_E.reshape(B, -1).sum(dim=1)
 
-    # Dropped ones last: the kept ones of a bin are then contiguous, and follow those of the bins before it.
+    # Dropped assignments sort last. The kept ones of a bin are then contiguous, and follow those of earlier bins.
     order_N, place_N = sort_by_key(torch.where(keep_N, expert_N, E), E)
     start_B = exclusive_cumsum(kept_B)
     row_C = torch.arange(C, device=x_TD.device)

@@ -38,7 +38,7 @@ class Stages(NamedTuple):
     shared_TD: Float[Tensor, "T D"] | None  # what the shared expert adds
     out_TD: Float[Tensor, "T D"]
     dropped_E: Integer[Tensor, " E"]  # this rank's assignments dropped, per expert
-    dropped: Integer[Tensor, ""]  # and in all, ids out of range included
+    dropped: Integer[Tensor, ""]  # the same in total, ids out of range included
 
 
 def moe_layer(
@@ -58,9 +58,9 @@ def moe_layer(
 ) -> Stages:
     """One MoE layer over the ranks of `group` (None: the default group; no group at all means one rank).
 
-    Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. `routing`, made
-    before, takes the place of stage 1 and its arguments: a recording, a recomputation, scores that were masked. What a
-    model does not have is None: a gate, biases, a shared expert.
+    Tokens and the router are this rank's own copy; the weights are of this rank's e = E // P experts. A `routing`
+    that was made before (recorded, recomputed, or with masked scores) replaces stage 1 and its arguments. Parts that a
+    model lacks are None: a gate, biases, a shared expert.
 
     Raises ValueError on wrong input, before anything is sent to another rank.
     """

@@ -11,7 +11,7 @@ from torch_impl.static.rows import expert_major_rows, permute_rows
 
 class ExpertMajor(NamedTuple):
     x_SD: Float[Tensor, "*S D"]  # [B*C] rows, or for expert bins [e, P*C]
-    source_S: Integer[Tensor, "*S"]  # the rank-major row that each expert-major row is; B*C where it is padding
+    source_S: Integer[Tensor, "*S"]  # the rank-major row that each expert-major row comes from; B*C where it is padding
     target_BC: Integer[Tensor, "B C"]  # its inverse: the expert-major row that each rank-major row becomes
 
 
@@ -23,7 +23,7 @@ def to_expert_major(x_BCD: Float[Tensor, "B C D"], counts_Pe: Integer[Tensor, "P
 
     Padding comes out as zero, whatever it held when it came in.
 
-    Raises ValueError when there are neither as many bins as ranks nor as experts.
+    Raises ValueError unless there are as many bins as ranks, or as experts.
     """
     (B, C, _), (P, e) = x_BCD.shape, counts_Pe.shape
     check_bins(B, P, P * e)

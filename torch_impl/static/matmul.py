@@ -11,11 +11,11 @@ from torch_impl.matmul import fits_grouped_mm, group_ends, rows_of_experts
 def grouped_matmul(
     x_MD: Float[Tensor, "*M D"], w_eDF: Float[Tensor, "e D F"], counts_e: Integer[Tensor, " e"]
 ) -> Float[Tensor, "*M F"]:
-    """Rows of expert j times w[j]; what stands in rows past the groups is unspecified.
+    """Rows of expert j times w[j]; rows past the groups are unspecified.
 
     `torch.nn.functional.grouped_mm` reads the counts on the device for bfloat16 only (on Hopper and Blackwell; on older
-    GPUs it waits). The other dtypes are multiplied with every expert's weights, of which one result is kept: e times
-    the work, but nothing waits.
+    GPUs it waits). In other dtypes each row is multiplied with every expert's weights, and one of e results is
+    kept: e times the work, but nothing waits.
     """
     if x_MD.ndim == 3:
         return torch.bmm(x_MD, w_eDF)
@@ -42,10 +42,10 @@ def grouped_linear(
 def add_bias(
     y_MF: Float[Tensor, "*M F"], b_eF: Float[Tensor, "e F"], counts_e: Integer[Tensor, " e"]
 ) -> Float[Tensor, "*M F"]:
-    """Each row plus its expert's bias, and padding zero; in an expert's own bin, all rows.
+    """Each row plus its expert's bias. Padding becomes zero, but in expert bins all rows get the bias.
 
-    The bias of each row is a product with ones and zeros, whose gradient sums an expert's rows: no scatter-add. What
-    comes back for padding, where `grouped_mm` leaves garbage, is kept from it: zero times infinity would be NaN.
+    The bias of each row is a product with ones and zeros, whose gradient sums an expert's rows: no scatter-add. The
+    gradient of padding, where `grouped_mm` leaves garbage, is kept out of that sum: zero times infinity would be NaN.
     """
     if y_MF.ndim == 3:
         return y_MF + y_MF.new_ones(*y_MF.shape[:2], 1) @ b_eF[:, None]

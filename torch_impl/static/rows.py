@@ -1,7 +1,7 @@
-"""How rows move, and where to, where some are padding: plain, or through a kernel where one serves.
+"""How rows move, and where to, where some rows are padding: plain, or through a kernel on a GPU.
 
 Forward and backward are gathers. A gradient that several rows share is summed where it is read, in a fixed order.
-M are rows whose they may be, along one axis or several; O the rows that come out where these are others.
+M stands for any number of rows, along one axis or several, and O for the number of output rows where it differs.
 """
 
 import torch
@@ -48,7 +48,7 @@ def weighted_sum(
     assignment_M: Integer[Tensor, "*M"],
 ) -> Float[Tensor, "T D"]:
     """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
-    # Rounded here, outside: PyTorch 2.11 compiles a Function that ends in a cast to its own dtype without its gradient.
+    # Rounded outside the Function: PyTorch 2.11 loses the gradient when it compiles one that ends in a cast of dtype.
     return _WeightedSum.apply(y_MD, score_TK, slot_TK, assignment_M).to(y_MD.dtype)  # type: ignore[no-any-return]
 
 
@@ -141,9 +141,9 @@ def segments_source(
 ) -> Integer[Tensor, " O"]:
     """For each expert-major row, where it comes from, if segment (p, j) is counts_Pe[p, j] rows from start_Pe[p, j] on.
 
-    A segment's rows all shift by the same distance, so: find each row's segment, by how many end before it, and add
-    the shift to the row number. `repeat_interleave` would write past the end of its output if ever the counts were
-    more than the rows. Rows past the last come from `output_size`, past the end.
+    A segment's rows all shift by the same distance. A row's segment is the number of segments that end before it,
+    and that segment's shift is added to the row number. `repeat_interleave` would write past the end of its output if
+    the counts were ever more than the rows. Rows past the last segment get `output_size` as their source, past the end.
     """
     counts_eP = counts_Pe.T
     start_eP = exclusive_cumsum(counts_eP.reshape(-1)).reshape(counts_eP.shape)
@@ -166,5 +166,5 @@ def inverse_permutation(index_O: Integer[Tensor, " O"]) -> Integer[Tensor, " O"]
     """The inverse of a permutation with gaps: inverse_permutation(index)[index[r]] = r, and O where no index points."""
     (n_rows,) = index_O.shape
     row_O = torch.arange(n_rows, device=index_O.device)
-    inverse = row_O.new_full((n_rows + 1,), n_rows)  # all that points past the end meets in one place more
+    inverse = row_O.new_full((n_rows + 1,), n_rows)  # one extra place takes all indices past the end
     return inverse.scatter(0, index_O.clamp(max=n_rows), row_O)[:n_rows]
