@@ -1,1 +1,1 @@
-"""How fast rows move, beside the floor that memory sets."""
+"""How fast rows move, compared with the floor that memory bandwidth sets."""

@@ -1,7 +1,7 @@
 """JAX's part of `bench`: ours, and the straightforward version.
 
-A stage is a program, and so is the whole. The exchange and the experts come between the stages, so there XLA must not
-fuse one gather into the next: a barrier keeps it from that. Another stands where the loss would.
+Each stage is one program, and so is the whole chain. The exchange and the experts would come between stages, so a
+barrier keeps XLA from fusing one gather into the next there. Another barrier takes the place of the loss.
 """
 
 import sys
@@ -82,7 +82,7 @@ def plain_to_expert_major(x_PCD: Array, counts_Pe: Array) -> tuple[Array, Array,
 
 
 def plain_to_rank_major(y_SD: Array, source_S: Array, target_PC: Array) -> Array:
-    """The same back."""
+    """The inverse of `plain_to_expert_major`."""
     del source_S
     return plain_gather(y_SD, target_PC)
 
@@ -105,7 +105,7 @@ PLAIN = Movement(plain_group_by_expert, plain_to_expert_major, plain_to_rank_maj
 
 
 class Meter:
-    """What a run needs at most: arrays that are alive, and what each program it calls allocates."""
+    """The peak memory of a run: live arrays, and what each program that it calls allocates."""
 
     def __init__(self) -> None:
         self.on, self.peak = False, 0
@@ -118,7 +118,7 @@ class Meter:
             self.peak = max(self.peak, live_bytes() + new)
 
     def measure(self, step: Step) -> int:
-        """Bytes allocated at most over what was alive before."""
+        """Peak bytes allocated beyond what was alive before."""
         self.on, self.peak, before = True, 0, live_bytes()
         jax.block_until_ready(step(0))
         self.on = False
@@ -136,7 +136,7 @@ def live_bytes() -> int:
 
 
 def program(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at its first call, for those shapes."""
+    """A program that is compiled at its first call, for the shapes of that call."""
     compiled: Any = None
 
     def call(*arguments: Any) -> Any:
@@ -151,7 +151,7 @@ def program(run: Callable[..., Any]) -> Callable[..., Any]:
 def main(plan: Plan) -> None:
     """Measure, and print a line of JSON for each figure."""
     jax.config.update("jax_num_cpu_devices", plan.ranks)
-    # Virtual devices share threads: of two exchanges in flight, each can wait for a thread that the other has.
+    # Virtual devices share threads: of two exchanges in flight, each can wait for a thread that the other holds.
     jax.config.update("jax_cpu_enable_async_dispatch", plan.ranks == 1)
     on_gpu = jax.default_backend() == "gpu"
     if len(jax.devices()) < plan.ranks:
@@ -176,7 +176,7 @@ def main(plan: Plan) -> None:
             for part in [part for part in (*STAGES, "whole") if part in plan.parts]:
                 try:
                     movement_figures(plan, shape, variant, inference, training, part)
-                except Exception as error:  # out of memory, before it is measured
+                except Exception as error:  # for example out of memory while inputs are drawn
                     emit(failure("jax", error, shape.name, variant, part))
         if "experts" in plan.parts:
             try:
@@ -188,7 +188,7 @@ def main(plan: Plan) -> None:
 def forward_and_backward(run: Callable[..., Any]) -> Callable[..., Any]:
     """Output and gradients of a stage, of all, or of the experts, from the cotangent, which comes first.
 
-    The floating-point arguments up to the first other one are differentiated. The barrier stands where the loss would.
+    The leading floating-point arguments are differentiated. The barrier takes the place of the loss.
     """
 
     def both(cotangent: Array, *arguments: Array) -> Any:
@@ -201,12 +201,12 @@ def forward_and_backward(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def first(out: Any) -> Array:
-    """The rows, of what a stage returns."""
+    """The rows among what a stage returns."""
     return out[0] if isinstance(out, tuple) else out
 
 
 def copy_figure(plan: Plan, on_gpu: bool) -> Figure:
-    """The bandwidth that floors are counted with: one large copy, bytes read plus bytes written."""
+    """The bandwidth behind all floors: one large copy, bytes read plus bytes written."""
     size = 2**30 if on_gpu else 2**26
     sources = [jax.random.bits(jax.random.key(i), (size // 4,), jnp.uint32) for i in range(2)]
     copy = program(jnp.copy)
@@ -216,7 +216,7 @@ def copy_figure(plan: Plan, on_gpu: bool) -> Figure:
 
 
 def in_one_program(movement: Movement) -> Callable[..., Any]:
-    """The whole chain. Barriers stand where the exchange and the experts would."""
+    """The whole chain. Barriers take the place of the exchange and the experts."""
     between = jax.lax.optimization_barrier
 
     def whole(x_TD: Array, score_TK: Array, ids_TK: Array, counts_E: Array, kept_Pe: Array) -> Array:
@@ -231,7 +231,7 @@ def in_one_program(movement: Movement) -> Callable[..., Any]:
 def movement_figures(
     plan: Plan, shape: Case, variant: str, inference: dict[str, Any], training: dict[str, Any], part: str
 ) -> None:
-    """One stage or the whole chain, forward and with backward."""
+    """Figures of one stage or the whole chain, forward alone and with backward."""
     sets = [draw_inputs(plan, shape, inference, part, plan.seed + i) for i in range(N_SETS)]
 
     def forward(i: int) -> Any:
@@ -252,7 +252,7 @@ def movement_figures(
 
 
 def draw_inputs(plan: Plan, shape: Case, inference: dict[str, Any], part: str, seed: int) -> tuple[Array, Any, Array]:
-    """The rows that go in, what goes with them, and the gradient that comes back."""
+    """The input rows, the other arguments, and the gradient of the output."""
     P, C = shape.ranks, shape.capacity
     score_TK, ids_TK, counts_E = (jnp.asarray(a) for a in draw_routing(shape, seed))
     ids_TK = ids_TK.astype(jnp.int32)
@@ -262,7 +262,7 @@ def draw_inputs(plan: Plan, shape: Case, inference: dict[str, Any], part: str, s
     if part == "group_by_expert":
         return x_TD, (ids_TK, score_TK, counts_E), draw(cotangent_key, (P, C, shape.width))
     x_PCD, slot_TK, assignment, *_ = inference["group_by_expert"](x_TD, ids_TK, score_TK, counts_E)
-    # The rank's own rows stand in for those it would receive: as many from each rank, for as many experts each.
+    # The rank's own rows stand in for received ones: equally many from each rank, for equally many experts.
     kept_Pe = kept_per_expert(ids_TK, slot_TK, shape)
     if part == "whole":
         return x_TD, (score_TK, ids_TK, counts_E, kept_Pe), dout_TD
@@ -276,7 +276,7 @@ def draw_inputs(plan: Plan, shape: Case, inference: dict[str, Any], part: str, s
 
 
 def kept_per_expert(ids_TK: Array, slot_TK: Array, shape: Case) -> Array:
-    """Rows that the capacity left of each expert, [P, e]."""
+    """Rows of each expert that fit the capacity, [P, e]."""
     kept_N = (slot_TK < shape.ranks * shape.capacity).reshape(-1)
     return jnp.zeros(shape.experts, jnp.int32).at[ids_TK.reshape(-1)].add(kept_N).reshape(shape.ranks, -1)
 
@@ -311,7 +311,7 @@ def expert_figures(plan: Plan, shape: Case, peers: dict[str, Callable[..., Array
 
 
 def link_figure(plan: Plan) -> Figure:
-    """What the link between two GPUs gives one copy from one to the other: exchanges are held against it."""
+    """The bandwidth of one copy between two GPUs, with which exchanges are compared."""
     size, (first_gpu, second_gpu) = 2**30, jax.devices()[:2]
     source = jax.device_put(jax.random.bits(jax.random.key(0), (size // 4,), jnp.uint32), first_gpu)
     figure = measure(plan, lambda _: jax.device_put(source, second_gpu))
@@ -320,7 +320,7 @@ def link_figure(plan: Plan) -> Figure:
 
 
 def across_ranks(plan: Plan, shapes: list[Case]) -> None:
-    """The exchange, and the whole with it, a device per rank; each is one program."""
+    """Figures of the exchange and of the whole with it, one device per rank; each is one program."""
     P = plan.ranks
     mesh = jax.make_mesh((P,), ("ranks",), axis_types=(AxisType.Auto,), devices=jax.devices()[:P])
 
@@ -350,7 +350,7 @@ def across_ranks(plan: Plan, shapes: list[Case]) -> None:
             routing = [draw_routing(shape, plan.seed + N_SETS * rank + i) for rank in range(P)]
             score, ids, counts = (jax.device_put(np.stack(a), split) for a in zip(*routing, strict=True))
             tokens = draw(i, shape.tokens, D), score, ids.astype(jnp.int32), counts.astype(jnp.int32)
-            inputs["exchange"].append((draw(i + N_SETS, P, C, D), draw(i, P, C, D)))  # a cotangent first
+            inputs["exchange"].append((draw(i + N_SETS, P, C, D), draw(i, P, C, D)))  # the cotangent comes first
             inputs["whole"].append((draw(i + N_SETS, shape.tokens, D), *tokens))
 
         for part, run in (("exchange", on_ranks(send)), ("whole", on_ranks(whole))):
@@ -372,10 +372,10 @@ def across_ranks(plan: Plan, shapes: list[Case]) -> None:
 
 
 def measure(plan: Plan, step: Step) -> Figure:
-    """Time and count a step; where it fails, say why, and let the others be measured."""
+    """Time a step and count its launches; if it fails, return a figure with the error, so that others are measured."""
     try:
         return measure_well(plan, step)
-    except Exception as error:  # a peer may raise any
+    except Exception as error:  # a peer may raise any exception
         return failure("jax", error)
 
 
@@ -390,16 +390,16 @@ def measure_well(plan: Plan, step: Step) -> Figure:
     if jax.default_backend() == "gpu":
         try:
             count_on_gpu(figure, step)
-        except (RuntimeError, ValueError) as error:  # times stand without a profiler
+        except (RuntimeError, ValueError) as error:  # the times are valid without a profiler
             print(f"not profiled: {error}", file=sys.stderr)
     return figure
 
 
 def time_batches(step: Step, budget: float) -> tuple[list[float], int, float]:
-    """Seconds of a run, each the mean over a batch that is queued at once and waited for at its end.
+    """Seconds per run, each the mean over a batch that is queued at once, with one wait at its end.
 
-    And the runs of a batch, and the seconds that one holds the host. JAX has no events on the device; on a GPU a batch
-    is so long that its one wait, some 0.1 ms, hardly counts.
+    Also returns the number of runs in a batch and the seconds that one run holds the host. JAX has no events on the
+    device; on a GPU a batch is so long that its one wait, some 0.1 ms, hardly counts.
     """
     least = max(budget / BATCHES, 0.05 if jax.default_backend() == "gpu" else 0)
     host = min(time_batch(step, 1)[0] for _ in range(N_SETS))
@@ -410,7 +410,7 @@ def time_batches(step: Step, budget: float) -> tuple[list[float], int, float]:
 
 
 def time_batch(step: Step, size: int) -> tuple[float, float]:
-    """Seconds until this many runs are queued, and until the last has ended."""
+    """Seconds until this many runs are queued, and seconds until the last one has ended."""
     begin = time.perf_counter()
     for i in range(size):
         out = step(i)
@@ -420,7 +420,7 @@ def time_batch(step: Step, size: int) -> tuple[float, float]:
 
 
 def count_on_gpu(figure: Figure, step: Step) -> None:
-    """Fill in what one run puts on the first device, and how long that keeps it busy."""
+    """Fill in what one run launches on the first device, and how long the device is busy with it."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:

@@ -47,9 +47,9 @@ from torch_impl.grouping import combine, group_by_expert
 from torch_impl.layout import to_expert_major, to_rank_major
 from torch_impl.rows import expert_major_source
 
-RUNS_TOGETHER = 20  # with other ranks, which must agree on it
-QUEUED = 20  # runs at once: of more launches than a thousand, the host waits for room
-CYCLES = 2e9  # of a GPU in a second, at most
+RUNS_TOGETHER = 20  # timed runs with several ranks, which must agree on the number
+QUEUED = 20  # runs queued at once: after about a thousand launches the host waits for room in the queue
+CYCLES = 2e9  # upper bound of the clock cycles of a GPU per second
 
 
 def plain_group_by_expert(
@@ -57,7 +57,7 @@ def plain_group_by_expert(
     expert_id_TK: Tensor,
     counts_E: Tensor,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows by indexing; its backward, by autograd, adds them up where they came from."""
+    """Gather rows by indexing; autograd's backward adds their gradients up at the source rows."""
     assignment_N = expert_id_TK.reshape(-1).argsort(stable=True)
     token_N = assignment_N // expert_id_TK.shape[1]
     return x_TD[token_N], token_N, assignment_N
@@ -75,7 +75,7 @@ def plain_to_rank_major(y_RD: Tensor, source_R: Tensor, target_R: Tensor) -> Ten
 
 
 def plain_combine(y_ND: Tensor, score_TK: Tensor, token_N: Tensor, assignment_N: Tensor) -> Tensor:
-    """Every row times its score, added to its token."""
+    """Multiply every row by its score and add it to its token."""
     weighted_ND = (y_ND.float() * score_TK.reshape(-1)[assignment_N][:, None]).to(y_ND.dtype)
     out_TD = y_ND.new_zeros(score_TK.shape[0], y_ND.shape[1])
     return out_TD.scatter_add(0, token_N[:, None].expand_as(weighted_ND), weighted_ND)
@@ -104,7 +104,7 @@ def main(plan: Plan) -> None:
         if plan.baselines:
             variants |= {"plain": PLAIN} | peers
         if plan.baselines and plan.compiled:
-            # Each stage on its own, as the exchange and the experts come between them.
+            # Each stage is compiled on its own, as the exchange and the experts come between stages.
             torch.compiler.reset()
             compiled = {stage: torch.compile(getattr(PLAIN, stage), dynamic=False) for stage in STAGES}
             variants["plain, compiled"] = Movement(**compiled)
@@ -113,17 +113,17 @@ def main(plan: Plan) -> None:
                 if part == "whole" or variant != "plain, compiled":
                     try:
                         movement_figures(plan, shape, device, variant, movement, part)
-                    except Exception as error:  # a peer may raise any, and before it is measured
+                    except Exception as error:  # a peer may raise any exception before it is measured
                         emit(failure("torch", error, shape.name, variant, part))
         if "experts" in plan.parts:
             try:
                 expert_figures(plan, shape, device)
-            except Exception as error:  # out of memory, before it is measured
+            except Exception as error:  # for example out of memory while inputs are drawn
                 emit(failure("torch", error, shape.name, "grouped_mm", "experts"))
 
 
 def copy_figure(plan: Plan, device: torch.device) -> Figure:
-    """The bandwidth that floors are counted with: one large copy, bytes read plus bytes written."""
+    """The bandwidth behind all floors: one large copy, bytes read plus bytes written."""
     size = 2**30 if device.type == "cuda" else 2**26
     source, target = (torch.randint(256, (2, size), dtype=torch.uint8, device=device) for _ in range(2))
     figure = measure(plan, device, lambda i: target[i % 2].copy_(source[i % 2]))
@@ -134,7 +134,7 @@ def copy_figure(plan: Plan, device: torch.device) -> Figure:
 def movement_figures(
     plan: Plan, shape: Case, device: torch.device, variant: str, movement: Movement, part: str
 ) -> None:
-    """One stage or the whole chain, forward and with backward."""
+    """Figures of one stage or the whole chain, forward alone and with backward."""
     sets = [draw_inputs(plan, shape, device, movement, part, plan.seed + i) for i in range(N_SETS)]
     for direction in DIRECTIONS:
 
@@ -159,9 +159,9 @@ def movement_figures(
 def draw_inputs(
     plan: Plan, shape: Case, device: torch.device, movement: Movement, part: str, seed: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Tensor, ...], Tensor]:
-    """What to run, its arguments, those whose gradient is wanted, and the gradient that comes back to it."""
+    """The function to run, its arguments, those to differentiate by, and the gradient of the output."""
     score_TK, ids_TK, counts_E = (torch.from_numpy(a).to(device) for a in draw_routing(shape, seed))
-    # The rank's own rows stand in for those it would receive: as many from each rank, for as many experts each.
+    # The rank's own rows stand in for received ones: equally many from each rank, for equally many experts.
     counts_Pe = counts_E.reshape(shape.ranks, -1)
     score_TK, ids_TK, counts_E, counts_Pe = movement.prepare(score_TK, ids_TK, counts_E, counts_Pe)
     score_TK.requires_grad_()
@@ -227,9 +227,9 @@ def check_gpus(n_ranks: int) -> None:
 
 
 def start_ranks(one_rank: Callable[[int, Any, str], None], plan: Any, n_ranks: int) -> None:
-    """`one_rank(rank, plan, address)` in as many processes, which meet at the address: see `join_ranks`."""
+    """Run `one_rank(rank, plan, address)` in one process per rank. They meet at the address: see `join_ranks`."""
     with tempfile.TemporaryDirectory() as folder:
-        # Not forked: this process has asked for GPUs. How long one may be timed is the plan's to say.
+        # Spawned, not forked, as this process has asked for GPUs. The plan, not a timeout, limits the time.
         work = (one_rank, plan, f"file://{folder}/store")
         failure = run_group("torch", Path(folder), n_ranks, _rank, work, 60, method="spawn", running=math.inf)
     if failure:
@@ -242,7 +242,7 @@ def _rank(rank: int, notes: Notes, one_rank: Callable[[int, Any, str], None], pl
 
 
 def join_ranks(rank: int, n_ranks: int, address: str) -> torch.device:
-    """Meet the others over NCCL with a GPU a rank, over gloo on a CPU; the device of this rank.
+    """Join the process group, NCCL with a GPU per rank or gloo on a CPU, and return this rank's device.
 
     Raises ValueError when there are fewer GPUs than ranks.
     """
@@ -258,7 +258,7 @@ def join_ranks(rank: int, n_ranks: int, address: str) -> torch.device:
 
 
 def one_rank(rank: int, plan: Plan, address: str) -> None:
-    """The exchange, and the whole with it, on one of several ranks; the first prints what it measured."""
+    """Measure the exchange and the whole with it on one of several ranks; the first rank prints the figures."""
     P, device = plan.ranks, join_ranks(rank, plan.ranks, address)
     for shape in choose_shapes(plan, device.type == "cuda"):
         shape = replace(shape, ranks=P)
@@ -285,7 +285,7 @@ def one_rank(rank: int, plan: Plan, address: str) -> None:
 
 
 def link_figure(plan: Plan) -> Figure:
-    """What the link between two GPUs gives one copy from one to the other: exchanges are held against it."""
+    """The bandwidth of one copy between two GPUs, with which exchanges are compared."""
     size = 2**30
     source, target = (torch.randint(256, (size,), dtype=torch.uint8, device=f"cuda:{i}") for i in range(2))
     figure = measure(plan, torch.device("cuda", 0), lambda _: target.copy_(source))
@@ -296,7 +296,7 @@ def link_figure(plan: Plan) -> Figure:
 def draw_for_ranks(
     plan: Plan, shape: Case, device: torch.device, part: str, seed: int
 ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]:
-    """What to run, those of its arguments that are differentiated by, and the gradient that comes back to it."""
+    """The function to run, its arguments to differentiate by, and the gradient of the output."""
     score_TK, ids_TK, counts_E = (torch.from_numpy(a).to(device) for a in draw_routing(shape, seed))
     _, splits = exchange_counts(counts_E)
 
@@ -317,13 +317,13 @@ def draw_for_ranks(
 
 
 def measure(plan: Plan, device: torch.device, step: Step, runs: int | None = None) -> Figure:
-    """Time and count a step; where it fails, say why, and let the others be measured.
+    """Time a step and count its launches; if it fails, return a figure with the error, so that others are measured.
 
-    Ranks agree on `runs`, and end together: to the others, one that goes on alone would send what they do not expect.
+    Ranks agree on `runs` and end together: a rank that went on alone would send collectives that no other expects.
     """
     try:
         return measure_well(plan, device, step, runs)
-    except Exception as error:  # a peer may raise any
+    except Exception as error:  # a peer may raise any exception
         if runs:
             raise
         return failure("torch", error)
@@ -331,7 +331,7 @@ def measure(plan: Plan, device: torch.device, step: Step, runs: int | None = Non
 
 def measure_well(plan: Plan, device: torch.device, step: Step, runs: int | None) -> Figure:
     """Warm up, time, then count once each: peak memory, launches and waits."""
-    for i in range(N_SETS):  # compiles, and fills the allocator's pool
+    for i in range(N_SETS):  # this compiles the step and fills the allocator's pool
         step(i)
     if device.type == "cpu":
         seconds, host = time_on_cpu(step, plan.seconds, runs), None
@@ -347,15 +347,15 @@ def measure_well(plan: Plan, device: torch.device, step: Step, runs: int | None)
         figure.peak_bytes = torch.cuda.max_memory_allocated() - before
         try:
             count_on_gpu(figure, step)
-        except RuntimeError as error:  # times stand without a profiler
+        except RuntimeError as error:  # the times are valid without a profiler
             print(f"not profiled: {error}", file=sys.stderr)
     return figure
 
 
 def time_on_gpu(step: Step, budget: float, runs: int | None = None) -> tuple[list[float], float]:
-    """Seconds of each run between two events on the device, and those that one holds the host.
+    """Seconds of each run, between two events on the device, and the seconds that one run holds the host.
 
-    Runs are queued while the device sleeps, so that it does not wait for the host: in a model, other work hides that.
+    Runs are queued while the device sleeps, so that it never waits for the host: in a model, other work hides the host.
     A run that waits for the device cannot be queued, and neither can one of more than 50 launches.
     """
     host, whole = [], []
@@ -391,10 +391,10 @@ def time_on_cpu(step: Step, budget: float, runs: int | None = None) -> list[floa
 
 
 def count_on_gpu(figure: Figure, step: Step) -> None:
-    """Fill in what one run puts on the device, how long that keeps it busy, and how often the host waits in it."""
+    """Fill in what one run launches, how long the device is busy with it, and how often the host waits."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         if dist.is_initialized():
-            dist.all_reduce(torch.zeros(()))  # on the host: no rank's kernels wait for another's profiler
+            dist.all_reduce(torch.zeros(()))  # host barrier: no rank's kernels wait for another's profiler
         step(0)
     events = profiled.events() or []
     on_device = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]

@@ -1,6 +1,6 @@
 """Other people's row movements and experts, measured by `bench` beside ours where they are installed.
 
-Only their public functions are called. None is a dependency: what is not installed is not measured.
+Only their public functions are called. None is a dependency: a package that is not installed is not measured.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from parity.bench.plan import Movement, emit, failure
 
 
 def find_peers(framework: str, peers: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Those whose package is there. One that is there and does not import comes out as a figure that says so."""
+    """The peers whose package is installed. One that does not import becomes a figure with the error."""
     found = {}
     for package, load in peers.items():
         if find_spec(package):
@@ -42,7 +42,7 @@ def load_transformer_engine() -> Movement | None:
 
 
 def load_megatron() -> Movement:
-    """Megatron-Core's own, without TransformerEngine. It reads chunk sizes on the host, where it has them by then.
+    """Megatron-Core's own, without TransformerEngine. It reads chunk sizes on the host, where they already are.
 
     Rows are weighted in their dtype before `unpermute`, which is given no scores, as in its all-to-all dispatcher.
     """
@@ -79,7 +79,7 @@ def by_map(score_TK, ids_TK, counts_E, counts_Pe) -> tuple:
 
 
 def move_there(sort_chunks: Callable[..., Any]) -> Callable[..., Any]:
-    """To expert-major; with the rows comes what leads back."""
+    """Move rows to expert-major order. Also returns what the way back needs."""
 
     def to_expert_major(x_RD, chunks):
         sizes, order, *back = chunks

@@ -21,15 +21,15 @@ from parity.run.ending import temporary_folder
 from parity.run.ours import FRAMEWORKS
 from parity.run.supervisor import Process
 
-# In this order they are one layer's data movement on one rank; the exchange, and the experts, go in between.
+# In this order, these stages are one layer's data movement on one rank; the exchange and the experts come in between.
 STAGES = ("group_by_expert", "to_expert_major", "to_rank_major", "combine")
 PARTS = (*STAGES, "whole", "experts")
 DIRECTIONS = ("forward", "forward+backward")
-ACROSS_RANKS = ("exchange", "whole")  # what is measured where the rows really go to other ranks
-N_SETS = 3  # inputs to rotate among: with the N-row arrays in between, far more than any cache holds
+ACROSS_RANKS = ("exchange", "whole")  # the parts measured when rows go to other ranks
+N_SETS = 3  # sets of inputs to rotate among: with their N-row intermediate arrays, far larger than any cache
 
 
-# Rows of one rank of eight; in JAX padded to a capacity factor of 1.
+# Each shape has the rows of one rank of eight, which JAX pads to a capacity factor of 1.
 SHAPES = {
     **{
         name: replace(MODELS[name], tokens=tokens, capacity_factor="1")
@@ -42,10 +42,10 @@ SHAPES = {
 
 
 class Movement(NamedTuple):
-    """The four stages that move rows, of one variant. The first argument of each is a row array.
+    """One variant of the four stages that move rows. The first argument of each stage is a row array.
 
-    `prepare` turns scores, expert ids, counts_E and counts_Pe into what the variant takes in their place. It is not
-    timed: the variant's own router would hand them over like that.
+    `prepare` turns scores, expert ids, counts_E and counts_Pe into what the variant takes instead. It is not timed,
+    as the variant's own router would pass them in that form.
     """
 
     group_by_expert: Callable[..., Any]
@@ -63,10 +63,10 @@ class Plan(msgspec.Struct, frozen=True):
 
     shapes: tuple[Case, ...] = ()  # empty: the three models' on a GPU, the small one on a CPU
     frameworks: tuple[str, ...] = FRAMEWORKS
-    parts: tuple[str, ...] = PARTS  # none: the copies that floors are counted with
+    parts: tuple[str, ...] = PARTS  # empty: only the copies that give the bandwidth for floors
     baselines: bool = True
     compiled: bool = True  # the baseline under torch.compile, which takes minutes to compile
-    ranks: int = 1  # more: the exchange, and the whole with it, over as many GPUs, or processes on a CPU
+    ranks: int = 1  # above 1: the exchange and the whole with it, over as many GPUs or, on a CPU, processes
     seconds: float = 0.3  # spent timing each figure
     dtype: str = "bfloat16"
     seed: int = 0
@@ -84,19 +84,19 @@ class Figure(msgspec.Struct):
     low: float  # quartiles
     high: float
     runs: int  # timings
-    batch: int = 1  # of how many runs each timing is the mean
-    bytes: int = 0  # that have to move in this rank's memory
-    link_bytes: int = 0  # that have to leave this rank, and as many arrive
-    flops: int = 0  # that have to be done
-    peak_bytes: int | None = None  # allocated at most over the inputs, results included
+    batch: int = 1  # number of runs that each timing averages
+    bytes: int = 0  # bytes that have to move in this rank's memory
+    link_bytes: int = 0  # bytes that have to leave this rank; as many arrive
+    flops: int = 0  # operations that the part needs
+    peak_bytes: int | None = None  # peak allocation beyond the inputs, results included
     launches: int | None = None  # kernels, copies and fills on the device, in one more run, under a profiler
-    syncs: int | None = None  # times that the host waited in it
-    span: float | None = None  # from the first of its launches to the end of the last
-    busy: float | None = None  # of which the device ran something
-    host: float | None = None  # that one run held the host: if this is more, the device may wait for it in a model
-    kernels: dict[str, float] | None = None  # the longest, seconds by name
+    syncs: int | None = None  # how often the host waited in that run
+    span: float | None = None  # seconds from the first of its launches to the end of the last
+    busy: float | None = None  # seconds of that span in which the device ran something
+    host: float | None = None  # seconds that one run held the host: above the median, a model may be host-bound
+    kernels: dict[str, float] | None = None  # seconds of the longest kernels, by name
     device: str = ""
-    error: str = ""  # why there is no figure, out of memory for one
+    error: str = ""  # why there is no figure, for example out of memory
     floor: float | None = None
     share: float | None = None  # of the floor: floor / median
 
@@ -117,17 +117,17 @@ def row_passes(part: str, direction: str, tokens: int, rows: int) -> int:
 
 
 def leaving_rows(rows: int, ranks: int, direction: str) -> int:
-    """Of N rows spread evenly, those for other ranks: out with dispatch and back with combine; backward once more."""
+    """Of N rows spread evenly, those for other ranks: out in dispatch, back in combine, and again in backward."""
     return rows * (ranks - 1) // ranks * (1 if direction == "forward" else 2)
 
 
 def expert_flops(shape: Case, rows: int, direction: str) -> int:
-    """Of SwiGLU's three matmuls; backward has two for each, one for its input and one for its weights."""
+    """Operations of SwiGLU's three matmuls. Backward has two for each: one for its input, one for its weights."""
     return 3 * 2 * rows * shape.width * shape.hidden * (1 if direction == "forward" else 3)
 
 
 def choose_shapes(plan: Plan, on_gpu: bool) -> list[Case]:
-    """Those asked for; else what the device is made for."""
+    """The shapes asked for; by default three models' on a GPU, the small one on a CPU."""
     return list(plan.shapes) or [case for name, case in SHAPES.items() if (name == "small") != on_gpu]
 
 
@@ -148,7 +148,7 @@ def summarize(seconds: Iterable[float]) -> dict[str, float]:
 
 
 def emit(figure: Figure) -> None:
-    """A line of JSON, at once: what was measured outlives a run that is cut off."""
+    """Print a JSON line at once, so that figures survive a run that is cut off."""
     print(msgspec.json.encode(figure).decode(), flush=True)
 
 
@@ -166,7 +166,7 @@ class Ran(NamedTuple):
 
 
 def note_launches(figure: Figure, ran: Sequence[Ran]) -> None:
-    """Fill in how many there were, how long the device ran any of them, of how long in all, and the longest by name."""
+    """Fill in the number of launches, the busy time of the device, their span, and the longest kernels by name."""
     if not ran:  # the profiler does not reach this device
         return
     seconds: dict[str, float] = {}
@@ -180,9 +180,9 @@ def note_launches(figure: Figure, ran: Sequence[Ran]) -> None:
 
 
 def run_bench(plan: Plan) -> Generator[Figure]:
-    """Every figure as it comes in. Copies of all frameworks come first: floors are of the fastest.
+    """Yield every figure as it is measured. Copies of all frameworks come first: floors use the fastest.
 
-    A floor is the bytes in memory over the copy bandwidth, plus those between ranks over that of a copy between GPUs.
+    A floor is bytes in memory over the copy bandwidth, plus bytes between ranks over the bandwidth between GPUs.
 
     Raises BackendError when a framework is missing or its run ends in error.
     """
@@ -199,7 +199,7 @@ def run_bench(plan: Plan) -> Generator[Figure]:
 
 
 def note_floor(figure: Figure, memory: float, link: float) -> None:
-    """Fill in a figure's floor, and its share of it, where the bandwidths it takes are known, in bytes a second."""
+    """Fill in a figure's floor and share of it, if the bandwidths that it needs are known, in bytes per second."""
     if (figure.bytes or figure.link_bytes) and memory and (link or not figure.link_bytes):
         figure.floor = figure.bytes / memory + (figure.link_bytes / link if link else 0)
         figure.share = figure.floor / figure.median
@@ -211,7 +211,7 @@ def _measure(plan: Plan, framework: str) -> Generator[Figure]:
     with (
         temporary_folder() as folder,
         Process(command, environment=environment | {"TMPDIR": str(folder)}) as process,
-    ):  # whoever reads the figures may stop
+    ):  # the reader of the figures may stop early
         for line in process.lines():
             if line.startswith("{"):
                 yield msgspec.json.decode(line, type=Figure)

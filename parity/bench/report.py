@@ -1,4 +1,4 @@
-"""The figures of `bench` as tables for people."""
+"""The figures of `bench` as tables and a plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from parity.cases.files import writing
 
 
 def print_bench(console: Console, figures: Sequence[Figure]) -> None:
-    """A table of row movements and one of experts for each shape, under the copies that floors are counted with."""
+    """Print the copies behind the floors and, for each shape, a table of row movements and one of experts."""
     for figure in figures:
         if figure.error:
             what = f"{figure.framework} {figure.shape} {figure.variant} {figure.part} {figure.direction}"

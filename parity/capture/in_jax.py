@@ -20,7 +20,7 @@ def measure(P: int, way: str) -> Measured:
     """Trace, lower and compile one step forward and backward for P ranks, without running it."""
     found = Measured("jax", jax.__version__, P, way)
     program, shapes = over_devices(P) if way == "shard_map" else on_one_device(P)
-    jax.jit(jnp.cumsum).lower(jnp.zeros(8)).compile()  # what only the first compilation takes
+    jax.jit(jnp.cumsum).lower(jnp.zeros(8)).compile()  # the first compilation has one-time costs
     before, clock = peak_mib(), Clock()
     lowered = program.lower(*shapes)
     found.capture_s = clock.seconds()
@@ -33,7 +33,7 @@ def measure(P: int, way: str) -> Measured:
 
 
 def over_devices(P: int) -> tuple[jax.stages.Wrapped, list[jax.ShapeDtypeStruct]]:
-    """The step and its gradient on P devices, and the shapes it takes: those of all ranks, one after another."""
+    """The step and its gradient on P devices, and the shapes it takes: those of all ranks, concatenated."""
     mesh = jax.make_mesh((P,), (AXIS,), axis_types=(AxisType.Auto,))
     spec = PartitionSpec(AXIS)
     sharded = jax.shard_map(value_and_gradient, mesh=mesh, in_specs=(spec, spec), out_specs=(spec, spec))
@@ -41,7 +41,7 @@ def over_devices(P: int) -> tuple[jax.stages.Wrapped, list[jax.ShapeDtypeStruct]
 
 
 def on_one_device(P: int) -> tuple[jax.stages.Wrapped, list[jax.ShapeDtypeStruct]]:
-    """The same with P ranks on one device: an axis of `vmap`."""
+    """The step and its gradient with P ranks on one device, as an axis of `vmap`."""
     mapped = jax.vmap(value_and_gradient, axis_name=AXIS)
     return jax.jit(mapped), [jax.ShapeDtypeStruct((P, *a.shape), a.dtype) for a in of_one_rank(P)]
 
@@ -62,7 +62,7 @@ def value_and_gradient(x_PCD: Array, kept_E: Array) -> tuple[Array, Array]:
 
 
 def step(x_PCD: Array, kept_E: Array) -> Array:
-    """Bins to the ranks of their experts, into expert-major order, and all the way back: stages 3, 4, 5, 7 and 8."""
+    """Move bins to the ranks of their experts, into expert-major order, and back: stages 3, 4, 5, 7 and 8."""
     counts_Pe = exchange.exchange_counts(kept_E, AXIS)
     x_SD, source_S, target_PC = layout.to_expert_major(exchange.send_tokens(x_PCD, AXIS), counts_Pe)
     return exchange.return_tokens(layout.to_rank_major(x_SD, source_S, target_PC), AXIS)

@@ -1,4 +1,7 @@
-"""What a compiler sees of the dispatch, for one P and one way to size the permute: a process each, for its memory."""
+"""What a compiler sees of the dispatch, for one P and one way to size the permute.
+
+Each measurement is a process of its own, so that its peak memory can be measured.
+"""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -50,7 +53,7 @@ def compile_seconds(P: int, way: Way) -> float:
 
 @contextmanager
 def ranks(P: int) -> Iterator[None]:
-    """A group of P ranks of which there is only this one: enough to capture, not to run."""
+    """A process group of P ranks in which only this one exists: enough to capture a step, not to run it."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=P)
     try:
         yield
@@ -66,7 +69,7 @@ def inputs(P: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
 
 
 def step(x_ND: Tensor, counts_E: Tensor, way: Way) -> Tensor:
-    """Rows to the ranks of their experts, into expert-major order, and all the way back: stages 3, 4, 5, 7 and 8."""
+    """Move rows to the ranks of their experts, into expert-major order, and back: stages 3, 4, 5, 7 and 8."""
     if way == "torch_impl":
         counts_Pe, splits = exchange.exchange_counts(counts_E)
         torch._check(splits.n_received <= counts_Pe.shape[0] * T * min(K, e))
@@ -74,7 +77,7 @@ def step(x_ND: Tensor, counts_E: Tensor, way: Way) -> Tensor:
         x_RD, source_R, target_R = layout.to_expert_major(x_RD, counts_Pe, splits.n_received)
         return exchange.return_tokens(layout.to_rank_major(x_RD, source_R, target_R), splits)
 
-    # As public stacks write it: the splits as lists of integers, which the exchange takes.
+    # Public stacks pass the splits to the exchange as lists of integers.
     group = dist.group.WORLD
     assert group is not None
     P = n_ranks = dist.get_world_size()
@@ -106,7 +109,7 @@ def step(x_ND: Tensor, counts_E: Tensor, way: Way) -> Tensor:
 
 
 class _CapturedError(Exception):
-    """The backend has what it wants; the step must not run, as there are no other ranks."""
+    """Raised once the graphs are captured: the step must not run, as there are no other ranks."""
 
 
 def capture(function: Callable, arguments: tuple, compiler: Callable) -> float:
@@ -115,7 +118,7 @@ def capture(function: Callable, arguments: tuple, compiler: Callable) -> float:
     seconds, clock = [], Clock()
 
     def backend(gm: GraphModule, example: list[Any]) -> Callable:
-        # Backward compiles when it first runs, unless a symbol is among what is saved for it; here it always shall.
+        # Make backward compile now: it would otherwise compile at its first run, unless a symbol is saved for it.
         with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
             compiler(gm, example)
         seconds.append(clock.seconds())
@@ -170,7 +173,7 @@ def tensors(gm: GraphModule) -> list[tuple[Node, FakeTensor]]:
 
 
 def shape_env_of(value: FakeTensor) -> ShapeEnv:
-    """Where the symbols of a graph live."""
+    """The shape environment that holds the symbols of a graph."""
     shape_env = value.fake_mode.shape_env
     assert shape_env is not None
     return shape_env
@@ -196,7 +199,7 @@ def is_gather(node: Node) -> bool:
 def count_syncs(function: Callable, P: int, backward: GraphModule) -> int:
     """How often one eager step would make the host wait for a GPU, forward and backward.
 
-    There need not be one: what eager dispatches is recorded with `meta` as the device. Backward cannot run there, so
+    No GPU is needed: what eager mode dispatches is recorded with `meta` as the device. Backward cannot run there, so
     its reads are counted in its graph.
     """
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), torch.no_grad():
@@ -228,7 +231,7 @@ def warm_up(compiler: Callable) -> None:
 
 
 def main(P: int, way: Way, inductor: bool) -> None:
-    """Measure, and print what there is before Inductor, which may take too long."""
+    """Measure, and print what is known before Inductor runs, as that may take too long."""
     torch.set_num_threads(1)
     warm_up(compile_fx if inductor else aot_autograd(fw_compiler=lambda gm, _: gm.forward))
     found = measure(P, way)

@@ -16,12 +16,12 @@ Way = Literal["none", "list_sum", "received_shape", "cpu_tensor_sum", "torch_imp
 WAYS: tuple[Way, ...] = get_args(Way)
 JAX_WAYS = ("shard_map", "vmap")
 
-# Tokens, width, experts per token, experts on a rank. So that one rank can send another T * min(K, e) = 65,536 rows.
+# Tokens, width, experts per token, experts per rank: one rank can send another T * min(K, e) = 65,536 rows.
 T, D, K, e = 32_768, 8, 2, 2
 
 
 class Measured(msgspec.Struct):
-    """One P and one way to size the permute (PyTorch) or to have ranks (JAX). None: not measured, or there is none."""
+    """One P and one way to size the permute (PyTorch) or to have ranks (JAX). None: not measured or absent."""
 
     framework: str
     version: str
@@ -31,8 +31,8 @@ class Measured(msgspec.Struct):
     nodes: int | None = None  # of the graphs, forward and backward; for JAX, operations of the lowered program
     instructions: int | None = None  # JAX: of XLA's program
     symbols: int | None = None  # unbacked symbols in sizes of tensors
-    symbols_in_all: int | None = None  # all symbols that the compiler keeps a range of
-    terms: int | None = None  # of the longest size of any tensor
+    symbols_in_all: int | None = None  # all symbols for which the compiler keeps a range
+    terms: int | None = None  # number of terms of the longest size of any tensor
     permute_terms: int | None = None  # of the permute's size
     permute_terms_backward: int | None = None
     size: str = ""  # the permute's size
@@ -42,17 +42,17 @@ class Measured(msgspec.Struct):
     syncs: int | None = None  # device-to-host waits of one eager step
     capture_s: float | None = None  # CPU seconds until the graphs are there; for JAX, to trace and lower
     compile_s: float | None = None  # CPU seconds from nothing to Inductor's code; for JAX, to XLA's
-    peak_mib: float | None = None  # memory on top of what importing takes
+    peak_mib: float | None = None  # peak memory beyond what imports take
 
 
 class Clock:
-    """CPU seconds of this process and those it started: unlike time on the wall, hardly longer on a busy machine."""
+    """CPU seconds of this process and its children: unlike wall time, they hardly grow on a busy machine."""
 
     def __init__(self) -> None:
         self.start = self._now()
 
     def seconds(self) -> float:
-        """Since it was made."""
+        """CPU seconds since the clock was made."""
         return round(self._now() - self.start, 2)
 
     def _now(self) -> float:
@@ -61,14 +61,14 @@ class Clock:
 
 
 def peak_mib() -> float:
-    """The most memory this process has had."""
+    """The peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measured(P: int, way: Way, inductor: bool = False, timeout: float = 600) -> Measured:
-    """One measurement, in a process of its own; what went wrong is part of it, beside what was found before that.
+    """Run one measurement in a process of its own. An error is part of it, beside what was found before.
 
-    `timeout`: seconds that are the process's own, not those in which it waits for a CPU.
+    `timeout`: seconds, without those in which the process waits for a CPU.
     """
     framework = "jax" if way in JAX_WAYS else "torch"
     command = [sys.executable, "-m", f"parity.capture.in_{framework}", str(P), way, *["inductor"] * inductor]
@@ -110,7 +110,7 @@ device. capture, compile: CPU seconds. MiB: memory on top of what importing take
 
 
 def plot(found: Sequence[Measured], path: Path) -> None:
-    """Length of the permute's size, CPU time to capture and to compile, against P."""
+    """Plot the terms of the permute's size, and the CPU time to capture and to compile, against P."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")

@@ -13,11 +13,11 @@ from parity.run.backend import Backend
 
 
 class Listed(msgspec.Struct):
-    """A backend as it is listed."""
+    """One line of the list of backends."""
 
     name: str
     framework: str
-    version: str  # of its package, or how to install that
+    version: str  # the version of its package, or the command that installs it
     about: str
     compared: str
 
@@ -26,12 +26,12 @@ class Listed(msgspec.Struct):
 class Command:
     """Which layers can `check --backend` run?
 
-    This project's four and those of other projects: of which package, in which framework, what of them is compared, and
-    what they are. What a layer does not compute `check` says, case by case. A published layer is imported only when it
+    Lists this project's four backends and those of other projects, with package, framework, what is compared, and a
+    description. `check` says, case by case, what a layer does not compute. A published layer is imported only when it
     is named, and needs an environment that has its package: --backend megatron@PATH/TO/python runs it in another one.
 
     Exit code: 0.
-    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
+    Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity backends
@@ -39,7 +39,7 @@ class Command:
     """
 
     json: bool = field(default_factory=not_a_terminal)
-    """Lines of JSON instead of a table: the default where the output is not a terminal."""
+    """JSON lines, the default when output is not a terminal; --no-json prints the table."""
 
 
 def run(command: Command) -> int:
@@ -58,7 +58,7 @@ def run(command: Command) -> int:
 
 
 def listed(name: str, about: str, backend: Backend) -> Listed:
-    """What is said of a backend."""
+    """The line that lists a backend."""
     package = backend.needs[-1]
     names = metadata.packages_distributions().get(package, ())
     version = f"{names[0]} {metadata.version(names[0])}" if names else f"pip install 'moe-parity[{package}]'"

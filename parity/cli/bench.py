@@ -22,11 +22,11 @@ class Command:
     """How close to what the memory allows are the row movements, in both frameworks?
 
     Each figure stands beside its floor: the bytes that have to move over the copy bandwidth measured in the same run.
-    Straightforward versions in both frameworks are measured along, unless left out. So are other people's, where they
-    are installed: transformer_engine on a GPU, megatron-core, tokamax.
+    Straightforward versions in both frameworks are measured too, and so are transformer_engine (on a GPU),
+    megatron-core and tokamax where they are installed; --no-baselines leaves all of these out.
 
     Exit code: 0 measured, 2 wrong usage, 3 a framework is missing or crashed, or a figure could not be measured.
-    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
+    Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity bench                                   three models' shapes on a GPU, a small one on a CPU
@@ -36,35 +36,37 @@ class Command:
     """
 
     shapes: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Which: deepseek-v3, mixtral-8x7b, qwen3-30b-a3b, small."""
+    """Shapes to measure: deepseek-v3, mixtral-8x7b, qwen3-30b-a3b, small.
+    Default: the three models on a GPU, small on a CPU."""
     framework: tuple[str, ...] = FRAMEWORKS
-    """Which frameworks to measure."""
+    """Frameworks to measure."""
     parts: tuple[str, ...] = (*PARTS, "exchange")
-    """Stages, the whole of them, the experts; over several --ranks, the exchange and the whole."""
+    """Parts to measure: single stages, all stages (whole), the experts; with several --ranks, exchange and whole."""
     baselines: bool = True
-    """Measure the straightforward versions too, and other people's that are installed."""
+    """Measure straightforward versions too, and other projects' that are installed."""
     compiled: bool = True
-    """And PyTorch's under torch.compile."""
+    """Measure PyTorch's straightforward version under torch.compile too."""
     ranks: int = 1
-    """More: measure the exchange, and the whole with it, a GPU per rank; on a CPU, processes and virtual devices."""
+    """Number of ranks. With several, measure the exchange and the whole layer's movements, one GPU per rank;
+    on a CPU, with processes (PyTorch) and virtual devices (JAX)."""
     plot: Path | None = None
-    """Draw each figure's share of its floor into this file (.png, .svg or .pdf)."""
+    """File to draw each figure's share of its floor in (.png, .svg or .pdf)."""
     seconds: float = 0.3
-    """Time to spend on each figure."""
+    """Seconds to spend on timing each figure."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of the rows."""
+    """Dtype of the rows."""
     seed: int = 0
-    """Of routing and rows."""
+    """Seed of the routing and the rows."""
     json: bool = False
-    """Print one JSON object per figure, as each is measured."""
+    """Print one JSON object per figure, as it is measured, instead of tables."""
     save: Path | None = None
-    """Write the figures to this file too, a JSON object a line."""
+    """File to write the figures to as well, one JSON object per line."""
 
 
 def run(command: Command) -> int:
     """Run `bench`; its exit code.
 
-    Raises ValueError on an unknown shape or part, on numbers that cannot be, and where there would be nothing to show.
+    Raises ValueError on an unknown shape or part, on a number out of range, and when there would be nothing to show.
     """
     check_writable(command.plot, command.save)
     for name, known in (
@@ -91,7 +93,7 @@ def run(command: Command) -> int:
         seconds=command.seconds, dtype=command.dtype, seed=command.seed, ranks=command.ranks,
     )  # fmt: skip
     for shape in choose_shapes(plan, gpus() > 0):
-        replace(shape, ranks=command.ranks)  # fits, or says why not
+        replace(shape, ranks=command.ranks)  # raises ValueError, with the reason, if the shape does not fit
     require(command.framework, "or name the other --framework only", trying=True)
     figures: list[Figure] = []
     try:
@@ -106,7 +108,7 @@ def run(command: Command) -> int:
                         file.write(line + "\n")
                 if command.json:
                     print(line, flush=True)
-    finally:  # what was measured before something failed
+    finally:  # also prints what was measured before a failure
         if not command.json and figures:
             print_bench(Page(160), figures)
     if command.plot:

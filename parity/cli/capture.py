@@ -17,13 +17,13 @@ class Command:
     Captures stages 3, 4, 5, 7 and 8, forward and backward, without running them, for each way to size the permute:
         none            ask the device
         list_sum        sum a list of splits
-        received_shape  rows of what arrived
+        received_shape  take the number of rows of the array that arrived
         cpu_tensor_sum  sum the splits as a CPU tensor; the exchange still takes lists
-        torch_impl      this project's: that, and no list at all
+        torch_impl      this project's: as cpu_tensor_sum, and the exchange takes no list either
         shard_map, vmap   JAX, whose sizes are static
 
     Exit code: 0 when torch_impl, if asked for, has one symbol at every P; 1 otherwise.
-    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
+    Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity capture
@@ -31,23 +31,23 @@ class Command:
     """
 
     ranks: tuple[int, ...] = (4, 16, 64)
-    """Numbers of ranks P. They are only captured for: no other rank is started."""
+    """Numbers of ranks P to capture for. No other rank is started."""
     ways: tuple[capture.Way, ...] = capture.WAYS
-    """Which ways."""
+    """Ways to size the permute, as listed above."""
     inductor: bool = True
-    """Compile with Inductor too, which takes most of the time."""
+    """Compile with Inductor too. This takes most of the time."""
     timeout: float = 600
-    """Seconds after which one measurement is given up, and what there is of it reported."""
+    """Seconds after which a measurement is stopped; what it has found by then is reported."""
     json: bool = field(default_factory=not_a_terminal)
-    """Lines of JSON instead of a table: the default where the output is not a terminal."""
+    """JSON lines, the default when output is not a terminal; --no-json prints the table."""
     plot: Path | None = None
-    """Draw length of the permute's size and compile time against P into this file (.png, .svg, .pdf)."""
+    """File to draw the number of terms of the permute's size and the compile time against P in (.png, .svg, .pdf)."""
 
 
 def run(command: Command) -> int:
     """Run `capture`; its exit code.
 
-    Raises ValueError on a number of ranks that cannot be one.
+    Raises ValueError on a number of ranks below 2.
     """
     check_writable(command.plot)
     if not command.ranks or min(command.ranks) < 2:

@@ -32,7 +32,7 @@ def _flag(f: Field) -> tuple[str, Any, Any]:
     literal = get_origin(f.type) is Literal
     choices = ("True", "False") if f.type is bool else get_args(f.type) if literal else ()
     metavar = "{" + ",".join(choices) + "}" if choices else getattr(f.type, "__name__", "STR").upper()
-    about = tyro.conf.arg(help=f.metadata["help"], metavar=metavar, help_behavior_hint=f"(default: {f.default})",
+    about = tyro.conf.arg(help=f.metadata["help"], metavar=metavar, help_behavior_hint=_default(f),
                            aliases=["--trace"] * (f.name == "recording"))  # fmt: skip
     given: Any = Annotated[f.type | None, about]  # type: ignore[operator]
     if choices or f.type in (int, float, str):
@@ -40,15 +40,21 @@ def _flag(f: Field) -> tuple[str, Any, Any]:
     return f.name, given, field(default=None)
 
 
+def _default(f: Field) -> str:
+    """What help says of a field's default."""
+    other = " Presets and models have their own. --recording without a preset: all of its tokens, split over the ranks."
+    return f"(default: {f.default})" + other * (f.name == "tokens")
+
+
 def _reader(kind: Any) -> Callable[[str], Any]:
-    """What reads a value of this type that is spelt right."""
+    """The function that parses a correctly spelt value of this type."""
     if kind is bool:
         return lambda text: text == "True"
     return kind if kind in (int, float) else str
 
 
 def _parsed(read: Callable[[str], Any], choices: tuple[str, ...], metavar: str) -> Any:
-    """How a field's flag is read. Left to tyro, None is one more choice, and choices are in an order of their own."""
+    """The parser of a field's flag. By default, tyro would add None to the choices and reorder them."""
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1, metavar=metavar, instance_from_str=lambda texts: read(texts[0]), is_instance=lambda _: True,
         str_from_instance=lambda value: [str(value)], choices=choices or None,
@@ -57,20 +63,20 @@ def _parsed(read: Callable[[str], Any], choices: tuple[str, ...], metavar: str) 
 
 Flags = make_dataclass("Flags", [_flag(f) for f in fields(Case)])
 
-PRESETS_HELP = f"""Presets to run; all of these when no preset and no field is given: {", ".join(PLAIN)}; and
-{len(USUAL) - len(PLAIN)} cases pairs-01a and so on, with which every two values of two fields that can occur together
-do, but for options of models. `all`: with these too, by {len(PRESETS) - len(USUAL)} cases options-01a and so on."""
+PRESETS_HELP = f"""Presets to run. Without a preset or a field, all of these run: {", ".join(PLAIN)}.
+So do {len(USUAL) - len(PLAIN)} cases pairs-01a and so on, which pair every two values of two fields that can go
+together, except options of models. `all` adds {len(PRESETS) - len(USUAL)} cases options-01a and so on for those."""
 
 
-BACKEND_HELP = f"""What to run, once for each; default: {" and ".join(b.name for b in ours.DEFAULT)}. One alone, with
---save: the other can run on another machine. There are {
+BACKEND_HELP = f"""Backend to run (default: {" and ".join(b.name for b in ours.DEFAULT)}). Repeat the flag for several.
+With one alone and --save, the other can run on another machine. Known: {
     ", ".join(f"{b.name} ({b.framework}, {b.layout})" for b in ours.BACKENDS.values())
-}; a layer of your own, as mine.py or mine.py:name (see `python -m parity new`), or
-mine.py@PYTHON, an interpreter of another environment; or package.module:name of a function or
-a record."""
+}.
+A layer of your own: mine.py or mine.py:name (see `python -m parity new`); mine.py@PYTHON runs it
+in another environment, by its interpreter; package.module:name is a function or a record."""
 
 
-MODEL_HELP = f"""Check the layer of real models at full width, or, on a CPU, with --width and --hidden that are smaller:
+MODEL_HELP = f"""Models whose MoE layer to check, at full width; on a CPU, give a smaller --width and --hidden:
 {", ".join(MODELS)}."""
 
 
@@ -82,7 +88,7 @@ class Command:
     every gradient with an oracle in float64 and with each other.
 
     Exit code: 0 match, 1 mismatch, 2 wrong usage, 3 a framework is missing or crashed, 5 nothing was compared.
-    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
+    Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity check                        every preset
@@ -101,42 +107,46 @@ class Command:
     from_file: Annotated[Path | None, tyro.conf.arg(name="case", metavar="FILE")] = None
     """Check the case in this file, which `python -m parity identify --write` wrote."""
     random: int = 0
-    """Check this many cases drawn at random; --seed picks other ones, and any field given is the same for all. Twenty
-    in a row have the same shapes, which JAX compiles once, and differ in routing."""
+    """Number of cases to draw at random, by --seed. Any field that is given is the same for all of them.
+    Every twenty in a row share their shapes, which JAX compiles once, and differ in routing."""
     budget: float = 0
-    """Check random cases for about this many seconds: of 16 tokens a rank at first, then of 64, 256 and so on, for as
-    long as another one is likely to end in time. A line says so of each size."""
+    """Seconds, roughly, to spend on random cases: first of 16 tokens per rank, then of 64, 256 and so on.
+    A size runs only as many cases as are likely to end in time. Prints a line for each size."""
     backend: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help=BACKEND_HELP)] = ()
     model: Annotated[tuple[str, ...], tyro.conf.arg(help=MODEL_HELP)] = ()
     device: Literal["cpu", "cuda"] = "cpu"
-    """cuda: a GPU per rank, PyTorch over NCCL, where there are enough; otherwise all ranks share, over gloo."""
+    """Device to run on. cuda: one GPU per rank, PyTorch over NCCL, if there are enough GPUs; otherwise the ranks share
+    them, over gloo."""
     jax_ranks: Literal["auto", "shard_map", "processes", "vmap"] = "auto"
-    """A device per rank in one process, a process for each, or all ranks on one device; auto: as many as there are."""
+    """Placement of JAX's ranks. shard_map: one device per rank, in one process. processes: one process per rank.
+    vmap: all ranks on one device. auto: shard_map if there are enough devices, otherwise vmap."""
     timeout: float = 60
-    """A case ends, saying which rank hangs where, when no rank gets on for this many seconds, all asleep, or in ten
-    times as many of CPU time. Time in which one waits for a CPU does not count."""
+    """Seconds without progress, all ranks asleep, after which a case ends and says which rank hangs where.
+    A case also ends after ten times as many seconds of CPU time without progress.
+    Time that a rank spends waiting for a CPU does not count."""
     between: bool = False
-    """Judge backends by each other, as where both have what the oracle lacks; its verdict is printed beside theirs."""
+    """Judge backends by each other, for example when both have something that the oracle lacks.
+    The oracle's verdict is printed beside theirs."""
     coordinator: str = ""
-    """HOST:PORT, where several processes of JAX meet; auto: where the cluster says, as SLURM or Kubernetes does. Start
-    this command in each of them: JAX's ranks are their devices, and the first reports."""
+    """HOST:PORT at which several JAX processes meet; `auto` takes it from the cluster (SLURM, Kubernetes).
+    Start this command in each process: JAX's ranks are the devices of all processes, and the first one reports."""
     processes: int | None = None
-    """How many they are, where the cluster does not say."""
+    """Number of JAX processes that meet at --coordinator. Default: as the cluster says."""
     process: int | None = None
-    """Which of them this is, from 0 on, where the cluster does not say."""
+    """Index of this JAX process, from 0. Default: as the cluster says."""
     record: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """MODULE=STAGE/VALUE, as experts.down_proj=apply_experts/y: compare what a module of your own layer in PyTorch
-    returns. A module is known by its name within the one that is called, or by its class; * stands for anything.
-    gate[1]=route/expert_id is the second of several values; :grouped at the end is the order of rows."""
+    """MODULE=STAGE/VALUE, as experts.down_proj=apply_experts/y: compare what this module of your PyTorch layer returns.
+    MODULE is the module's name within the one that is called, or its class; * stands for anything.
+    gate[1]=route/expert_id takes the second of several values; :grouped at the end gives the order of rows."""
     save: Path | None = None
-    """Keep the traces in this folder, for `python -m parity compare`."""
+    """Folder to keep the traces in, for `python -m parity compare`."""
     json: bool = field(default_factory=not_a_terminal)
-    """Lines of JSON instead of a table: the default where the output is not a terminal."""
+    """JSON lines, the default when output is not a terminal; --no-json prints the table."""
     html: Path | None = None
-    """Write the report as a page of its own too: nothing is loaded from anywhere."""
+    """File to write the report to as well, as an HTML page that loads nothing from elsewhere."""
     explain: bool = True
-    """Ask a layer of your own that fails, and gives no stages, why: `python -m parity identify`. Of each such layer the
-    first case that fails, unless it is of real size."""
+    """Find out why a layer of your own fails, if it gives no stages, as `python -m parity identify` would.
+    Asks each such layer in the first case that it fails, unless that is of real size."""
     fault: str | None = None
     """Plant this fault (see `python -m parity faults`)."""
 
@@ -196,7 +206,10 @@ def run(command: Command) -> int:
 
 
 def in_time(command: Command, run_these: Callable[[list[Case]], Report | None]) -> Report:
-    """Random cases of more and more tokens, a line for each size. Raises ValueError on what does not go with that."""
+    """Run random cases of more and more tokens, and print a line for each size.
+
+    Raises ValueError when no case exists with the fields that were given.
+    """
 
     def run_all(cases: list[Case]) -> Report:
         report = run_these(cases)
@@ -211,7 +224,7 @@ def in_time(command: Command, run_these: Callable[[list[Case]], Report | None]) 
 
 
 def explain_failures(report: Report, backends: Sequence[Backend], setting: Setting) -> None:
-    """Put cards in the report: of each layer that fails and gives no stages, in the first case where it does."""
+    """Add to the report the card of each layer that fails and gives no stages, asked in the first case it fails."""
     for backend in backends:
         if backend.layout != "opaque":
             continue
@@ -230,7 +243,7 @@ def explain_failures(report: Report, backends: Sequence[Backend], setting: Setti
 def chosen_backends(asked: Sequence[str]) -> list[Backend]:
     """The backends named, each once, in the order of this project's and then as asked.
 
-    Raises ValueError on a name that is none, or of two.
+    Raises ValueError on an unknown name, and on a name that two backends share.
     """
     asked = asked or ("both",)
     found = [b for name in asked for b in (ours.DEFAULT if name == "both" else [ours.find(name)])]
@@ -242,7 +255,7 @@ def chosen_backends(asked: Sequence[str]) -> list[Backend]:
 
 
 def require_of(backends: Sequence[Backend]) -> None:
-    """Raises MissingError with all packages that these backends need and are not installed here."""
+    """Raise MissingError naming all packages that these backends need and that are not installed here."""
     needed = [package for backend in backends if not backend.python for package in backend.needs]
     require(needed, "or name another --backend only")
 
@@ -272,7 +285,7 @@ def chosen_cases(command: Command) -> list[Case]:
 
 
 def changes_of(flags: Any) -> dict[str, Any]:
-    """The fields that were given. Raises ValueError on a name that cannot be a file's."""
+    """The fields that were given. Raises ValueError on a --name that cannot be part of a file name."""
     changes = {name: value for name, value in vars(flags).items() if value is not None}
     if changes.get("capacity_factor") == "none":
         changes["capacity_factor"] = None

@@ -20,7 +20,7 @@ class Command:
     """Do traces that `check --save` wrote, on one machine or several, agree with the oracle and with each other?
 
     Exit code: 0 match, 1 mismatch, 2 wrong usage, 5 nothing was compared.
-    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
+    Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity compare A B                       what `check --backend torch --save A` and jax's B hold
@@ -28,13 +28,13 @@ class Command:
     """
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of traces: one a backend, or one with all."""
+    """Folders of traces: one per backend, or one that holds all."""
     json: bool = field(default_factory=not_a_terminal)
-    """Lines of JSON instead of a table: the default where the output is not a terminal."""
+    """JSON lines, the default when output is not a terminal; --no-json prints the table."""
     between: bool = False
     """Judge backends by each other; the oracle's verdict is printed beside theirs."""
     html: Path | None = None
-    """Write the report as a page of its own too."""
+    """File to write the report to as well, as an HTML page."""
 
 
 def run(command: Command) -> int:

@@ -12,10 +12,10 @@ from parity.run.doctor import doctor_table, examine
 class Command:
     """What of this machine would make a comparison unfair?
 
-    Versions, devices, TF32 and matmul precision, determinism, memory.
+    Examines versions, devices, TF32 and matmul precision, determinism and memory.
 
     Exit code: 0 when nothing is wrong, 1 otherwise.
-    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
+    Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity doctor
@@ -23,7 +23,7 @@ class Command:
     """
 
     json: bool = False
-    """Print one JSON object per setting."""
+    """Print one JSON object per setting instead of a table."""
 
 
 def run(command: Command) -> int:

@@ -22,11 +22,11 @@ from parity.run.backend import BackendError, MissingError, Setting
 class Command:
     """Would a bug be caught, and blamed on the right backend and stage?
 
-    Lists the faults that can be planted, each with where it comes from: a public report of such a bug, or constructed.
-    With --run, plants each and checks.
+    Lists the faults that can be planted, each with its source: a public report of such a bug, or "constructed".
+    With --run, plants each fault and checks whether it is caught.
 
     Exit code with --run: 0 when all were caught and blamed, 1 otherwise.
-    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
+    Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity faults
@@ -35,14 +35,14 @@ class Command:
     """
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Which; all when none is named."""
+    """Names of faults. Default: all."""
     run: bool = False
-    """Plant each and check."""
+    """Plant each fault and check whether it is caught and blamed correctly."""
     power: bool = False
-    """Show instead how small an error is caught: the smallest relative error of each array, when one row of it is off
-    (the median and the worst of all rows) and when all are, in float32 and bfloat16."""
+    """Print the smallest relative error that is caught in each array instead, in float32 and bfloat16:
+    when one row is off (the median and the worst of all rows), and when all rows are."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where; those that need a GPU are neither run nor counted on a CPU, nor are those too large for any preset."""
+    """Device to run on. Faults too large for any preset are skipped and not counted, as on a CPU are those of a GPU."""
 
 
 def run(command: Command) -> int:

@@ -21,15 +21,15 @@ from parity.run.backend import Backend, Setting
 
 @dataclass
 class Command:
-    """What is this layer? Asks it with inputs for which its output says so, and needs no look inside.
+    """What is this layer? Finds out from its outputs alone, on inputs chosen for that.
 
     Finds the score function, renormalisation, scale, groups, activation, layout of gate and up, clamps, biases, shared
-    expert, ties, precision, order of sums, what is dropped and what gradients are; says how sure that is, and by what
-    experiment; and ends with a case that says it all, in which output and gradients are checked. Two backends: two
-    cards, the differences first.
+    expert, ties, precision, order of sums, dropped rows and gradients, and says how sure each finding is and which
+    experiment shows it. Ends with a case that states all findings, in which output and gradients are checked. For two
+    backends, prints two cards side by side, differences first.
 
     Exit code: 0 every card is proved, 1 one is not, 2 wrong usage, 3 a framework is missing, or the layer does not run.
-    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
+    Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity identify --backend mine.py
@@ -39,21 +39,21 @@ class Command:
     """
 
     preset: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PRESET]")] = ()
-    """The preset to ask in; without one and without fields, the first case that the layer computes: a small one, or a
-    small one of a model's."""
+    """Preset whose sizes and options the layer is asked with.
+    Default, without any field: the first small case that the layer computes, plain or with a model's options."""
     case: Annotated[Any, tyro.conf.arg(name="", constructor=Flags)] = field(default_factory=Flags)
     backend: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(help=BACKEND_HELP)] = ()
     model: Annotated[tuple[str, ...], tyro.conf.arg(help=MODEL_HELP)] = ()
     write: Path | None = None
-    """Write the case that was found to this file, for `python -m parity check --case FILE`."""
+    """File to write the case that was found to, for `python -m parity check --case FILE`."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where."""
+    """Device to run on."""
     jax_ranks: Literal["auto", "shard_map", "processes", "vmap"] = "auto"
-    """As in `python -m parity check --help`."""
+    """Placement of JAX's ranks, as in `python -m parity check --help`."""
     timeout: float = 60
-    """As in `python -m parity check --help`."""
+    """Seconds without progress after which a run is stopped, as in `python -m parity check --help`."""
     json: bool = field(default_factory=not_a_terminal)
-    """A line of JSON for each card instead of a table: the default where the output is not a terminal."""
+    """JSON lines, one per card, the default when output is not a terminal; --no-json prints the table."""
 
 
 def run(command: Command) -> int:

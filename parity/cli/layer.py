@@ -20,11 +20,11 @@ from parity.study.layers import Plan, layer_table, layers
 class Command:
     """What does a whole layer cost on each backend, and what does it drop?
 
-    One step forward and backward. Backends with a static capacity run at the factor at which this routing drops
-    nothing, so that all do the same work, and at those asked for.
+    Times one step forward and backward. Backends with a static capacity run at the factor at which this routing drops
+    nothing, so that all do the same work, and at those that --factors names.
 
-    Exit code: 0 measured, as far as it can be here, 2 wrong usage.
-    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
+    Exit code: 0 measured, as far as this machine can, 2 wrong usage.
+    Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity layer                     one GPU; a small layer where there is none
@@ -32,21 +32,21 @@ class Command:
     """
 
     model: str | None = None
-    """A real model's shape (see `check --help`); without, qwen3-30b-a3b, or a small layer where there is no GPU."""
+    """Model whose shape to run (see `check --help`). Default: qwen3-30b-a3b, or a small layer without a GPU."""
     ranks: int = 1
-    """A GPU each."""
+    """Number of ranks, one GPU each."""
     tokens: int | None = None
-    """On each rank; without, 8192, or 64 where there is no GPU."""
+    """Tokens on each rank. Default: 8192, or 64 without a GPU."""
     skew: float = 0.5
-    """Zipf's exponent of the routing."""
+    """Zipf exponent of the routing; 0 is even."""
     factors: tuple[str, ...] = ("1", "1.25")
     """Capacity factors besides the one at which nothing drops."""
     flags: bool = False
-    """Run JAX's under each of XLA's flags for their exchanges too."""
+    """Run the JAX backends under each of XLA's flags for their exchanges too."""
     seconds: float = 1.0
-    """Time to spend on each figure."""
+    """Seconds to spend on timing each figure."""
     save: Path | None = None
-    """Write the figures to this file too, a JSON object a line."""
+    """File to write the figures to as well, one JSON object per line."""
 
 
 def run(command: Command) -> int:

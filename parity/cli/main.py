@@ -31,7 +31,7 @@ from parity.cli.shared import BACKEND, BUG, INTERRUPTED, PIPE, USAGE, say
 from parity.run import ending
 from parity.run.backend import BackendError
 
-# Each has a Command, its flags, and `run`, which takes one and returns an exit code.
+# Each module has a Command, which holds its flags, and `run`, which takes a Command and returns an exit code.
 COMMANDS = {
     "check": check, "identify": identify, "new": new, "backends": backends, "compare": compare, "report": report,
     "faults": faults, "doctor": doctor, "layer": layer, "bench": bench, "study": study, "survey": survey,
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     except BackendError as error:
         say(Text(str(error), "red"))
         sys.exit(BACKEND)
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output, for example `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(PIPE)
     except OSError as error:
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         if argv is None:
             with suppress(OSError):
                 sys.stdout.flush()
-            ending.end_now(code)  # there may be threads, for which Python would wait
+            ending.end_now(code)  # Python would wait for any threads that are left
         say(Text(ending.SAID, "red"))
         sys.exit(code)
     except Exception:  # Python's own exit code for it is that of a mismatch
@@ -82,12 +82,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> Any:
-    """The command with its arguments; help, and what is no argument, end here.
+    """Return the command with its arguments; --help and wrong arguments exit here.
 
-    Docstrings are handed over as they stand: where tyro parses one itself, it leaves out sections it thinks it knows.
+    Docstrings are passed to tyro as they are: when tyro parses one itself, it drops sections that it recognises.
     """
     argv = sys.argv[1:] if argv is None else argv
-    tyro._experimental_options["ansi_codes"] = not os.environ.get("NO_COLOR")  # which tyro does not look at
+    tyro._experimental_options["ansi_codes"] = not os.environ.get("NO_COLOR")  # tyro does not read NO_COLOR itself
     if argv and argv[0] in COMMANDS:
         kind = COMMANDS[argv[0]].Command
         _something_given(kind, argv[1:])
@@ -101,13 +101,13 @@ def parse(argv: list[str] | None) -> Any:
     ]
     about = """Does a Mixture-of-Experts layer compute the same thing in PyTorch and in JAX?
 
-    Exit code of every command: 70 a bug of the harness, 130 stopped by Ctrl-C; what others mean, each --help says."""
+    Exit codes of every command: 70 a bug of the harness, 130 stopped by Ctrl-C. Each --help lists the others."""
     either: Any = Union[tuple(listed)]  # noqa: UP007
     return tyro.cli(either, args=argv, prog="python -m parity", description=inspect.cleandoc(about))
 
 
 def _starts_with_a_command(argv: list[str]) -> None:
-    """Raises ValueError where something else comes first: tyro would look for it in all commands at once."""
+    """Raise ValueError unless a command comes first: tyro would look for any other word in all commands at once."""
     if not argv or argv[0] in ("-h", "--help"):
         return
     if named := next((word for word in argv if word in COMMANDS), None):
@@ -116,12 +116,12 @@ def _starts_with_a_command(argv: list[str]) -> None:
     raise ValueError(f"no command is called {argv[0]}.{meant} There are: {', '.join(COMMANDS)}")
 
 
-# Of these, nothing at all is something to ask for: a layer is measured at its own factor in any case.
+# Flags that may be given no value. `layer` measures at its own capacity factor even without --factors.
 MAY_BE_EMPTY = {"factors"}
 
 
 def _something_given(kind: type, argv: list[str]) -> None:
-    """Raises ValueError on a flag of several values that is given none: it would be as if it were not there."""
+    """Raise ValueError when a flag that takes several values is given none: tyro would treat it as absent."""
     several = {name for name, hint in get_type_hints(kind).items() if get_origin(hint) is tuple} - MAY_BE_EMPTY
     for word, after in pairwise([*argv, "--"]):
         name = {"--trace": "recording"}.get(word, word.removeprefix("--").replace("-", "_"))

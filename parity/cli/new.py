@@ -16,22 +16,22 @@ TEMPLATES = Path(own.__file__).parent
 
 @dataclass
 class Command:
-    """Is the layer right that I have? Write a file to say it in.
+    """Is my own layer right? Writes a file in which to describe it.
 
-    A file with one function, which computes the layer as it stands and says what else it can be given. Change it into
-    yours, or call yours from it; `python -m parity check zipf --backend mine.py` judges it.
+    The file has one function, which computes the layer as it is and says which other inputs it can be given. Turn it
+    into your layer, or call your layer from it; `python -m parity check zipf --backend mine.py` judges it.
 
     Exit code: 0, or 2 when the file exists.
-    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
+    Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity new mine.py --framework jax
     """
 
     file: tyro.conf.Positional[Path]
-    """What to write."""
+    """Python file to write."""
     framework: Literal["torch", "jax"] = "torch"
-    """In what."""
+    """Framework of the layer."""
 
 
 def run(command: Command) -> int:

@@ -18,11 +18,11 @@ from parity.report.terminal import print_report, summary
 class Command:
     """What did a run find?
 
-    Shows what `check --json` wrote again, or a line for each of several. A report without its footer, whose run did
-    not end, is refused.
+    Shows again what `check --json` wrote; of several reports, one line each. A report without a footer is refused, as
+    its run did not end.
 
-    Exit code: that of the run, of several the highest, or 2 when a file is no whole report.
-    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
+    Exit code: that of the run, or the highest of several; 2 when a file is not a whole report.
+    Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity report report.jsonl --html page.html
@@ -31,9 +31,9 @@ class Command:
     """
 
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Lines of JSON, which may be compressed (.xz)."""
+    """Reports as JSON lines, which may be compressed (.xz)."""
     html: Path | None = None
-    """Write the report as a page of its own too."""
+    """File to write the report to as well, as an HTML page."""
     schema: bool = False
     """Print the JSON Schema of one line."""
 
@@ -56,7 +56,7 @@ def run(command: Command) -> int:
 
 
 def publish(report: Report, as_json: bool, html: Path | None) -> int:
-    """Print what was found, as lines of JSON or for people; its exit code."""
+    """Print a report, as JSON lines or as a table, and return its exit code."""
     if as_json:
         print("\n".join(records.lines(report)))
     else:

@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, and how they talk."""
+"""What the commands share: exit codes, output, and checks of files."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ def not_a_terminal() -> bool:
 
 
 class Page(Console):
-    """Standard output: as wide as the terminal, or as this where it is none."""
+    """Standard output, as wide as the terminal, or `width` columns when it is not a terminal."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width=None if sys.stdout.isatty() else width, highlight=False)
@@ -32,14 +32,14 @@ class Page(Console):
 
 
 def say(message: str | Text) -> None:
-    """On standard error, as it is: a line is never broken, so that a path or a command in it can be copied."""
-    codes = None if os.environ.get("NO_COLOR") else "auto"  # bold is none to Rich
+    """Print on standard error without breaking lines, so that a path or a command can be copied."""
+    codes = None if os.environ.get("NO_COLOR") else "auto"  # without color, Rich would still print bold
     Console(stderr=True, color_system=codes).print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def working(what: str) -> Iterator[Callable[[str], None]]:
-    """A sign of life on standard error while this block runs, where that is a terminal; call it to say what is done."""
+    """Show a spinner on standard error, if that is a terminal, while this block runs; call it to change its text."""
     with Console(stderr=True).status(what) as status:
         yield status.update
 
@@ -55,7 +55,7 @@ def case_of_file(path: Path) -> Case:
 
 
 def check_writable(*files: Path | None) -> None:
-    """Before anything runs. Raises ValueError where a file's folder is none, or the file is a folder."""
+    """Raise ValueError, before anything runs, when a file is a folder or its folder does not exist."""
     for path in files:
         if path and (path.is_dir() or not path.parent.is_dir()):
             raise ValueError(

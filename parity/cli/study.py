@@ -25,10 +25,10 @@ class Command:
     """What does a static capacity drop, pad and save, for your shapes and routing?
 
     Sweeps capacity factor, kind of bin, priority, skew and shapes; simulates real models on up to 512 ranks; runs one
-    small dispatch in both frameworks for the page. Ends in tables, plots and a page. Needs no GPU.
+    small dispatch in both frameworks for the page. Writes tables, plots and an HTML page. Needs no GPU.
 
     Exit code: 0 measured, 2 wrong usage, 3 a framework is missing.
-    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
+    Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity study                             about a minute on two cores
@@ -43,29 +43,30 @@ class Command:
     presets: tyro.conf.Positional[tuple[str, ...]] = ()
     """Sweep the routing of these presets, drawn with 8 seeds each."""
     case: Path | None = None
-    """Look at the capacity of this case too, on every routing: what `identify --write FILE` found of a layer."""
+    """File with a case, which `identify --write FILE` wrote, whose capacity to try on every routing too."""
     recording: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--trace"])] = ()
-    """Your own routing, shown in place of the one that comes with the project (docs/recordings.md has the form)."""
+    """Recordings of your own routing, shown in place of the one that comes with the project (docs/recordings.md)."""
     ranks: int | None = None
-    """Without: 4 in the sweep; in the simulation 8, 64 and one expert a rank."""
+    """Number of ranks. Default: 4 in the sweep; 8, 64 and one rank per expert in the simulation."""
     tokens: int | None = None
-    """On each rank. Without: 128 in the sweep, as many as leave eight steps of a recording, 4096 in the simulation."""
+    """Tokens on each rank. Default: 128 in the sweep, 4096 in the simulation.
+    For a recording, the default leaves eight steps."""
     quick: bool = False
-    """Fewer shapes and steps, and no small dispatch: ends in about 15 s on two cores."""
+    """Run fewer shapes and steps, and no small dispatch: takes about 15 s on two cores."""
     model: tuple[str, ...] = tuple(MODELS)
     """Models to simulate."""
     steps: int | None = None
-    """Of the simulation; without, up to 1000, and fewer for large groups."""
+    """Steps of the simulation. Default: up to 1000, and fewer for large groups."""
     learn: int = 0
-    """Train the byte-level model with every kind of capacity from this many seeds: some minutes each."""
+    """Number of seeds from which to train the byte-level model with every kind of capacity: some minutes per seed."""
     learn_steps: int = 200
     """Steps of each training run."""
     dispatch: bool = True
-    """Run the page's small dispatch, where both frameworks are installed."""
+    """Run the page's small dispatch, which needs both frameworks."""
     out: Path = Path("study")
     """Folder for index.html, plots and study.jsonl."""
     json: bool = field(default_factory=not_a_terminal)
-    """Print study.jsonl instead of tables: the default where the output is not a terminal."""
+    """JSON lines, those of study.jsonl, the default when output is not a terminal; --no-json prints the tables."""
 
 
 def run(command: Command) -> int:
@@ -114,7 +115,7 @@ def run(command: Command) -> int:
 
 
 def check(asked: Asked) -> None:
-    """Before anything runs. Raises ValueError where a recording cannot be laid out so, or its ids are wrong."""
+    """Raise ValueError, before anything runs, when a recording does not fit the ranks and tokens, or has wrong ids."""
     for recording in asked.recordings:
         load_recording(case_of_recording(Case(ranks=1, tokens=0, recording=recording)))
         recorded_case(recording, asked.ranks, asked.tokens)

@@ -29,13 +29,13 @@ class Command:
     """Which published layers are the same function, and what sets the others apart?
 
     Runs every published layer whose package is installed, each in a process of its own: every MoE block of
-    transformers, as its own configuration has it, and those of Megatron-Core, torchtitan, tokamax and MaxText. Asks
-    what each is, proves that by its output and gradients, gives it the same inputs as all others, and writes a page:
-    layers down, properties across, and of any two what moving weights from one to the other takes. What was surveyed
-    into the folder before is not run again, unless it is named.
+    transformers, as its own configuration has it, and those of Megatron-Core, torchtitan, tokamax and MaxText.
+    Identifies each layer, proves that by its output and gradients, and gives it the same inputs as all others. Writes a
+    page with a row per layer and a column per property, and for any two layers what moving weights between them takes.
+    A layer whose result is in the folder is not run again, unless it is named.
 
-    Exit code: 0 every card is proved, 1 one is not, or there is none; 2 wrong usage.
-    Of every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
+    Exit code: 0 every layer has a card that is proved, 1 otherwise, 2 wrong usage.
+    Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity survey                       half an hour on two cores
@@ -45,18 +45,17 @@ class Command:
     """
 
     layers: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAMES]")] = ()
-    """Layers, as `--backend` names them; without, all that are installed."""
+    """Layers, named as for `check --backend`. Default: all that are installed."""
     out: Path = Path("survey")
-    """Folder for index.html, a line of JSON for each layer and dtype, and what the layers returned."""
+    """Folder for index.html, one JSON line per layer and dtype, and the outputs of the layers."""
     dtype: tuple[Literal["float32", "bfloat16", "float16", "float64"], ...] = ("float32", "bfloat16")
-    """In which each layer runs."""
+    """Dtypes in which each layer runs."""
     jobs: int = os.cpu_count() or 1
-    """Layers at a time."""
+    """Number of layers to run at a time. Default: the number of CPUs."""
     timeout: float = 600
-    """Seconds for one layer; time in which it waits for a CPU does not count."""
+    """Seconds after which a layer is stopped; time that it waits for a CPU does not count."""
     json: bool = field(default_factory=not_a_terminal)
-    """Print a line of JSON for each layer and dtype instead of a table: the default where the output is not a
-    terminal."""
+    """JSON lines, one per layer and dtype, the default when output is not a terminal; --no-json prints the table."""
 
 
 def run(command: Command) -> int:
@@ -93,7 +92,7 @@ def run(command: Command) -> int:
 
 
 def ways(survey: Survey, names: Sequence[str], dtypes: Sequence[str]) -> list[str]:
-    """Where two layers were named, the way from the first to the second in each dtype."""
+    """If two layers were named, how to move weights from the first to the second, in each dtype."""
     found = []
     for dtype in dtypes if len(names) == 2 else ():
         place = {one.layer: i for i, one in enumerate(survey.layers) if one.dtype == dtype and one.card}

@@ -1,1 +1,1 @@
-"""What a layer is, read off its outputs: probes, hypotheses, and the card of those that hold."""
+"""Identify a layer from its outputs: probes, hypotheses, and the card of those that hold."""

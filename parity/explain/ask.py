@@ -1,4 +1,4 @@
-"""Give a backend problems, and take what it makes of them."""
+"""Run a backend on problems and collect its answers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +15,10 @@ Array = np.ndarray
 
 
 class Answer(NamedTuple):
-    """What a backend made of one problem."""
+    """A backend's answer to one problem."""
 
-    trace: Trace | None  # None where it failed, or does not compute the case
-    why: str = ""  # that is so
+    trace: Trace | None  # None if it failed or does not compute the case
+    why: str = ""  # why the trace is None
 
     @property
     def out(self) -> Array | None:
@@ -28,7 +28,7 @@ class Answer(NamedTuple):
         return np.concatenate(self.trace.arrays["e2e/combine/out"]).astype(np.float64)
 
     def gradient(self, name: str) -> Array | None:
-        """The gradient `stage/dname`, those of all ranks one after the other."""
+        """The gradient `stage/dname`, concatenated over ranks."""
         found = self.trace.arrays.get(f"e2e/{name}") if self.trace else None
         return None if found is None else np.concatenate(found).astype(np.float64)
 
@@ -40,7 +40,7 @@ class Answer(NamedTuple):
 
 
 def ask(kept: Kept, problems: Mapping[str, Problem]) -> dict[str, Answer]:
-    """What a backend makes of the problems, by name.
+    """A backend's answers to the problems, by name.
 
     Raises BackendError when it cannot run at all, or dies.
     """

@@ -1,4 +1,4 @@
-"""What a layer drops: how many rows an expert or a rank takes, whose, and what becomes of their weight."""
+"""What a layer drops: how many rows an expert or a rank keeps, which ones, and what happens to dropped weight."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -35,12 +35,12 @@ from parity.oracle.problem import Problem
 
 Array = np.ndarray
 
-TOKENS = (8, 25, 61)  # of a rank, in a probe each: ceil and floor part, and so do products rounded early and late
-FACTORS = ("1/2", "3/4", "1", "11/10", "6/5", "5/4", "3/2", "2", "3", "4")  # tried where a case has none
+TOKENS = (8, 25, 61)  # per rank, a probe each: ceil and floor differ here, as do early and late rounding
+FACTORS = ("1/2", "3/4", "1", "11/10", "6/5", "5/4", "3/2", "2", "3", "4")  # tried if the case has no factor
 
 
 def problems(found: Probes, factor: str | None) -> dict[str, Problem]:
-    """Everybody wants expert 0: half of the tokens first of all, and half after expert 1."""
+    """Probes in which every token chooses expert 0: half of the tokens first, and half second, after expert 1."""
     case = found.case
     grid = np.arange(-MOST, 0, STEP / 2)
     if not found.tokens.whole or case.experts > len(grid):
@@ -61,7 +61,7 @@ def problems(found: Probes, factor: str | None) -> dict[str, Problem]:
 
 
 def read(reading: Reading, answers: Mapping[str, Answer], factor: str | None) -> list[Finding]:
-    """What is dropped, as findings."""
+    """Findings on what is dropped."""
     case = replace(reading.case, capacity_factor=factor)
     asked = [T for T in TOKENS if f"capacity-{T}" in answers and answers[f"capacity-{T}"].out is not None]
     if not asked or reading.score is None:
@@ -86,12 +86,12 @@ def _findings(reading: Reading, case: Case, got: Mapping[int, Array], logits: Ma
     lost = {T: int(((weight[T] != 0) & (got[T] == 0)).sum()) for T in got}
     if not any(lost.values()):
         return [Finding("dropped", "nothing, though all tokens want one expert", experiment=experiment)]
-    wanted = {T: np.where(weight[T] != 0, -logits[T], np.inf) for T in got}  # of groups, some are closed
+    wanted = {T: np.where(weight[T] != 0, -logits[T], np.inf) for T in got}  # closed groups have weight 0
     ids = {T: np.argsort(wanted[T], axis=-1, kind="stable")[..., : case.top_k] for T in got}
     score = {T: np.take_along_axis(weight[T], ids[T], -1) for T in got}
     seen = {T: np.take_along_axis(got[T], ids[T], -1) != 0 for T in got}
 
-    @cache  # many rules come to as many rows
+    @cache  # many rules give the same number of rows
     def wrong(T: int, rows: int, per: str, priority: tuple[str, bool], batch: bool) -> int:
         return int((_kept(case, rows, per, priority, batch, ids[T], score[T]) != seen[T]).sum())
 
@@ -133,9 +133,9 @@ def _findings(reading: Reading, case: Case, got: Mapping[int, Array], logits: Ma
     return [rule, becomes]
 
 
-Rows = Callable[[Fraction, int, int, int], int]  # factor, T, K and bins, to rows of a bin
+Rows = Callable[[Fraction, int, int, int], int]  # maps factor, T, K and number of bins to rows per bin
 
-# Formulas seen in the wild; b stands for bins, which are ranks or experts.
+# Capacity formulas of published layers; b is the number of bins, which are ranks or experts.
 FORMS: dict[str, Rows] = {
     "ceil(f*T*K/b)": lambda f, T, K, b: math.ceil(f * T * K / b),
     "floor(f*T*K/b)": lambda f, T, K, b: math.floor(f * T * K / b),
@@ -144,9 +144,9 @@ FORMS: dict[str, Rows] = {
     "floor(f*T/b)": lambda f, T, K, b: math.floor(f * T / b),  # noqa: ARG005
     "ceil(f*T*K/b) + 1": lambda f, T, K, b: math.ceil(f * T * K / b) + 1,
 }
-OWN = "ceil(f*T*K/b)"  # of a case
-LEAST = (1, 4)  # rows of a bin
-# By the field of a case, and whether it is the other way round.
+OWN = "ceil(f*T*K/b)"  # the formula of a case
+LEAST = (1, 4)  # minimum rows per bin
+# Which rows are kept, by the `priority` of a case and whether the order is reversed.
 WHOSE = {
     ("token", False): "first tokens first",
     ("token", True): "last tokens first",
@@ -158,14 +158,14 @@ WHOSE = {
 
 
 def _rules(case: Case) -> Iterable[tuple[str, dict[str, Any], Callable[[int], int], str, tuple[str, bool], bool]]:
-    """In words, the fields of a case that say it, rows of a bin by a rank's tokens, and how bins are filled."""
+    """Each rule: its words, the case fields that express it, rows per bin by T, and how bins are filled."""
     factors = (case.capacity_factor,) if case.capacity_factor else FACTORS
     over = (False, True) if case.ranks > 1 else (False,)
     for factor, per, form, least, priority, batch in product(factors, ("rank", "expert"), FORMS, LEAST, WHOSE, over):
         if per == "rank" and (batch or least > 1):
-            continue  # as many as all ranks have; and no layer is known that gives a rank so many at least
+            continue  # with bins per rank, no known layer counts T over all ranks or has a minimum
         if "K" not in form and str(Fraction(factor) / case.top_k) in factors:
-            continue  # the same with K and a smaller factor
+            continue  # equals the formula with K at a smaller factor
         own = form == OWN and least == 1 and not batch and not priority[1]
         fields: dict[str, Any] = {}
         if own:
@@ -182,7 +182,7 @@ def _rules(case: Case) -> Iterable[tuple[str, dict[str, Any], Callable[[int], in
 
 
 def _kept(case: Case, rows: int, per: str, priority: tuple[str, bool], batch: bool, ids: Array, score: Array) -> Array:
-    """Which assignments bins of so many rows keep, by the oracle's own filling of them."""
+    """Mask of the assignments that bins of `rows` rows keep, when the oracle fills them."""
     P, K = 1 if batch else case.ranks, case.top_k
     T = ids.shape[0] * ids.shape[1] // P
     bins = case.ranks if per == "rank" else case.experts

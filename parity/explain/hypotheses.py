@@ -1,4 +1,4 @@
-"""Explanations of what was measured, and how the right one is known: it fits, and no other comes near."""
+"""Explanations of measurements, and the choice of the right one: it fits, and no other comes near."""
 
 import math
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from parity.oracle.tolerances import unit_roundoff
 
 Array = np.ndarray
 
-# How many times the tolerance a rival must be off by: below, both are called possible.
+# A rival must be off by this many tolerances; otherwise both explanations count as possible.
 MARGIN = 3.0
 
-# Roundings on the way to a number of the output: of the score, of what the expert makes, of both of their products.
+# Roundings on the way to an output number: the score, the expert's output, and two products.
 ROUNDINGS = 4
 
-# Units in float32 that a function of a router or an activation may be off by: 1 + erf(x) loses digits below zero.
+# Error in float32 units of a score function or an activation: 1 + erf(x) loses digits below zero.
 UNITS = 256
 
 
@@ -26,9 +26,9 @@ CANNOT_TELL, OR = "cannot tell: ", "; or "
 
 
 def tolerance(dtype: str) -> float:
-    """The largest error of a right explanation, as a part of what it explains: roundings to the dtype, and to float32.
+    """The largest relative error of a right explanation: roundings to the dtype and to float32.
 
-    Also in float64, whose routers are often in float32.
+    Float32 roundings count in float64 too, as routers of float64 layers are often in float32.
     """
     return ROUNDINGS * unit_roundoff(dtype) + UNITS * unit_roundoff("float32")
 
@@ -40,11 +40,11 @@ class Hypothesis:
     what: str
     residual: float
     fields: dict[str, Any] = field(default_factory=dict)
-    odd: bool = False  # no case says it
+    odd: bool = False  # True: no case can express it
 
 
 def residual(got: Array, expected: Array, floor: float = 1e-3) -> float:
-    """The largest error, as a part of each number; of numbers below `floor` of the largest, as a part of that."""
+    """The largest relative error. Numbers below `floor` times the largest are compared relative to that product."""
     if got.size == 0:
         return 0.0
     largest = max(float(np.abs(expected).max(initial=0)), 1e-300)
@@ -53,7 +53,7 @@ def residual(got: Array, expected: Array, floor: float = 1e-3) -> float:
 
 
 def times(got: Array, expected: Array) -> float:
-    """The factor by which `got` is `expected`, by least squares."""
+    """The factor f of got = f * expected, by least squares."""
     square = float((expected * expected).sum())
     return float((got * expected).sum()) / square if square > 0 else 0.0
 
@@ -65,10 +65,10 @@ def decide(
     experiment: str,
     preferred: dict[str, Any] | None = None,
 ) -> Finding:
-    """The finding: of explanations that fit, the one; or those that cannot be told apart; or none.
+    """The finding: the one explanation that fits, several that cannot be told apart, or none.
 
-    Among those that cannot be told apart, and those that say the same in other fields, the one with the `preferred`
-    fields, the asked case's, stands for all.
+    Of explanations that cannot be told apart, or that say the same in other fields, the one with the `preferred`
+    fields, those of the asked case, stands for all.
     """
     ranked = sorted(hypotheses, key=lambda h: math.inf if math.isnan(h.residual) else h.residual)
     best = ranked[0]
@@ -89,7 +89,7 @@ def decide(
 
 
 def chosen_of(finding: Finding) -> str:
-    """In words, the explanation that stands for all that fit."""
+    """The words of the explanation that stands for all that fit."""
     return finding.what.removeprefix(CANNOT_TELL).split(OR)[0]
 
 

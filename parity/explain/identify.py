@@ -1,4 +1,4 @@
-"""The card of a backend: ask, read, and prove the case that was found."""
+"""Make the card of a backend: ask it, read its answers, and prove the case that was found."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from parity.oracle.vectorised import oracle_for
 from parity.run.backend import Backend, BackendError, Setting
 from parity.run.supervisor import Kept
 
-# Findings that are of the layer's inputs where it takes these; the first stands for all.
+# Findings that do not apply to a layer that takes these as inputs; the first key of each stands for all.
 GIVEN = {
     "expert_id": ("choice", "experts of a token", "of equal scores", "precision of logits"),
     "score": (
@@ -35,7 +35,7 @@ GIVEN = {
     ),
 }  # fmt: skip
 
-# What a layer that takes a parameter does with it, where it does not use it.
+# Findings that tell whether a layer uses a parameter that it takes, and the case field of the parameter.
 UNUSED = {
     "router bias": "router_bias",
     "selection bias": "selection_bias",
@@ -53,16 +53,16 @@ def identify(
 ) -> Card:
     """What the backend's layer is, asked in the sizes and with the options of the first of `bases` that it computes.
 
-    `tell` is called with what is being done; `home` is the folder to run from.
+    `tell` is called with each step in words; `home` is the folder to run from.
 
-    Raises BackendError where the layer computes none of them, or does not run.
+    Raises BackendError if the layer computes none of them, or does not run.
     """
     with Kept(backend, setting, home or Path.cwd()) as kept:
         return card_of(kept, bases, tell)
 
 
 def card_of(kept: Kept, bases: Sequence[Case], tell: Callable[[str], None] = lambda _: None) -> Card:
-    """The card of a backend that is kept; as `identify` has it."""
+    """The card of a backend whose processes are kept running; arguments as in `identify`."""
     begin, backend = time.perf_counter(), kept.backend
     tell(f"{backend.name}: asking")
     base = _computed(kept, bases)
@@ -83,7 +83,7 @@ def _computed(kept: Kept, cases: Sequence[Case]) -> Case:
     if len(cases) == 1:
         return cases[0]
     why = []
-    for case in cases:  # one after the other: in JAX each is compiled
+    for case in cases:  # one at a time, as JAX compiles each
         answer = ask(kept, {"a small one": draw(replace(case, tokens=4))})["a small one"]
         if answer.trace is not None:
             return case
@@ -94,7 +94,7 @@ def _computed(kept: Kept, cases: Sequence[Case]) -> Case:
 
 
 def _of_its_own(backend: Backend, findings: list[Finding]) -> list[Finding]:
-    """Without what is found of scores and choice where the layer is given them: a word of that in their place."""
+    """Replace findings on scores and choice that are given to the layer by a note that they are given."""
     given = {key: keys[0] for name, keys in GIVEN.items() if name in backend.takes for key in keys}
     own = [finding for finding in findings if given.get(finding.key, finding.key) == finding.key]
     said = "given to the layer"
@@ -102,7 +102,7 @@ def _of_its_own(backend: Backend, findings: list[Finding]) -> list[Finding]:
 
 
 def small_cases() -> list[Case]:
-    """What a layer is asked in where nothing is said: a case without options, or one with those of a model."""
+    """The cases in which a layer is asked by default: without options, and with those of each model."""
     plain = Case(name="small")
     models = [
         replace(case, ranks=1, width=48, hidden=24, tokens=16, experts=16)
@@ -121,7 +121,7 @@ def small_cases() -> list[Case]:
 
 
 def explained(backend: Backend, case: Case, setting: Setting) -> Card | None:
-    """The card of a layer that fails in a case; None where it cannot be asked."""
+    """The card of a layer that fails in a case; None if it cannot be asked."""
     try:
         return identify(backend, [case], setting)
     except (BackendError, ValueError):
@@ -129,7 +129,7 @@ def explained(backend: Backend, case: Case, setting: Setting) -> Card | None:
 
 
 def _asked(kept: Kept, base: Case) -> tuple[probes.Probes, dict[str, Answer]]:
-    """Probes and answers: with all that the layer takes, or, where it does not compute that, with what it does."""
+    """Probes and answers, with all inputs that the layer takes or, if it fails on those, with the ones it computes."""
     backend, why = kept.backend, ""
     for takes in (backend.takes, _computed_alone):
         found = probes.make(
@@ -146,7 +146,7 @@ def _asked(kept: Kept, base: Case) -> tuple[probes.Probes, dict[str, Answer]]:
 
 
 def _computed_alone(kept: Kept, base: Case) -> tuple[str, ...]:
-    """Of what a layer takes, what it computes beside what every case has, each asked for on its own."""
+    """The optional inputs that a layer takes and really computes with; each is asked for on its own."""
     takes = kept.backend.takes
     plain = tuple(name for name in takes if name not in BY_NAME or BY_NAME[name].there(replace(base, **TAKES_NO_MORE)))
     more = {what: (*plain, *names) for what, names in TOGETHER.items() if set(names) & {*takes}}
@@ -158,7 +158,7 @@ def _computed_alone(kept: Kept, base: Case) -> tuple[str, ...]:
     return (*plain, *dict.fromkeys(computed))
 
 
-# What a case can have beside the weights that each has, and what comes together.
+# Optional inputs of a case, each with the parameters that come together with it.
 TOGETHER = {
     "router_bias": ("router_bias",), "selection_bias": ("selection_bias",), "expert_scale": ("expert_scale",),
     "expert_bias": ("b_gate", "b_up", "b_down"), "shared_expert": ("shared_w_gate", "shared_w_up", "shared_w_down"),
@@ -171,7 +171,7 @@ TAKES_NO_MORE: dict[str, Any] = {
 
 
 def _found(base: Case, asked: Case, reading: Reading) -> Case:
-    """The case that says what was found."""
+    """The case that expresses what was found."""
     unused = {
         UNUSED[finding.key]: False
         for finding in reading.findings
@@ -184,7 +184,7 @@ def _found(base: Case, asked: Case, reading: Reading) -> Case:
 
 
 def _proved(kept: Kept, case: Case) -> tuple[str, bool, list[Finding]]:
-    """What `check` says of the found case; and of gradients that do not match, what they are."""
+    """The verdict of `check` on the found case, and findings on gradients that do not match."""
     problem = draw(case)
     given = problem if "keep" in kept.backend.takes else replace(problem, keep=np.ones_like(problem.keep))
     answer = ask(kept, {"proof": given})["proof"]
@@ -208,7 +208,7 @@ def _proved(kept: Kept, case: Case) -> tuple[str, bool, list[Finding]]:
 
 
 def _gradients(problem: Problem, answer: Answer, bad: list[Check]) -> list[Finding]:
-    """What gradients are that are not the derivative."""
+    """Findings on gradients that are not the derivative."""
     case = problem.case
     derivatives = _derivatives(problem)
     wrong = {f"{check.stage}/{check.value}" for check in bad}
@@ -232,7 +232,7 @@ def _gradients(problem: Problem, answer: Answer, bad: list[Check]) -> list[Findi
 
 
 def _factors(case: Case) -> dict[str, float]:
-    """In words, what gradients are known to be multiplied by."""
+    """Factors, with their words, that implementations are known to multiply gradients by."""
     P, K, n = case.ranks, case.top_k, case.ranks * case.tokens
     found = {"zero": 0.0, "of the other sign": -1.0}
     if P > 1:
@@ -243,7 +243,7 @@ def _factors(case: Case) -> dict[str, float]:
 
 
 def _as_many(of: np.ndarray, got: np.ndarray) -> np.ndarray:
-    """In the shape of `got`, which holds once for each rank what all ranks have alike."""
+    """Repeat an array that all ranks share to the shape of `got`, which holds it once per rank."""
     return np.concatenate([of.reshape(-1)] * (got.size // of.size)).reshape(got.shape)
 
 
@@ -252,7 +252,7 @@ def _size(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def _derivatives(problem: Problem) -> dict[str, dict[str, np.ndarray]]:
-    """By what they are: gradients that implementations are known to have in place of the derivative."""
+    """Gradients that implementations are known to compute instead of the derivative, by description."""
     case, exact, keep = problem.case, problem.exact, problem.keep
     x, w, dout = exact_inputs(problem)
     derivative = {"route/dx": exact.dx} | {BY_NAME[name].gradient: a for name, a in exact.gradients.items()}
@@ -289,7 +289,7 @@ def _derivatives(problem: Problem) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _other_scores(problem: Problem) -> dict[str, np.ndarray]:
-    """Scores [P, T, K] that the gradients of experts are known to be weighed by in place of each row's own."""
+    """Scores [P, T, K] that are known to weight expert gradients instead of each row's own score."""
     case, score = problem.case, problem.exact.score
     unsorted = np.zeros_like(score)
     for rank in range(case.ranks):

@@ -1,12 +1,12 @@
-"""Inputs chosen so that a layer's output says what the layer is.
+"""Inputs chosen so that a layer's output identifies the layer.
 
     x = [v | u | offset | fine | c]       logit_g = c . code_g + offset + fine * (g odd)
     gate = v, up = u in every hidden unit     w_down[g] = 1 from hidden unit 0 to coordinate g, else 0
 
     out[t, g] = score[t, g] * activation(v) * u
 
-So the output is a table of who went where with which weight. Where the width has room for it, c holds a logit for each
-expert, and the code is the identity; elsewhere logits are what a code of few coordinates makes of c, and several passes
+So the output is a table of which token went to which expert with which weight. If the width has room, c holds a logit
+for each expert, and the code is the identity. Otherwise a code of few coordinates maps c to logits, and several passes
 show D experts each. All tokens of an experiment are in one batch, spread over ranks in order.
 """
 
@@ -25,30 +25,30 @@ Array = np.ndarray
 
 V, U, OFFSET, FINE, FEATURES = 0, 1, 2, 3, 4
 
-# What gate and up are where scores are read: a power of two, at which each known activation is the identity or a square
-# in every dtype, so that nothing is rounded. It is large for a layer that weighs what experts are given.
+# Gate and up in experiments that read scores: powers of two, at which each known activation is the identity or a
+# square in every dtype, so that nothing is rounded. V0 is large for layers that multiply expert inputs by scores.
 V0, U0 = 4096.0, 1.0
-U0_ALONE = 64.0  # of up where experts have no gate, as relu2 squares it
+U0_ALONE = 64.0  # up for experts without a gate, as relu2 squares it
 
-# Logits are multiples of 1/32 between -4 and 4, which bfloat16 holds; so are the codes' quarters.
+# Logits are multiples of 1/32 between -4 and 4, and codes are multiples of 1/4: bfloat16 holds both exactly.
 STEP, MOST = 1 / 32, 4.0
 
-SCAN = tuple(2.0**j for j in range(-2, 11))  # of v and u: past every clamp that is seen in the wild
-BOTH = np.array([*SCAN, *(-size for size in SCAN)])  # either sign
-SHARED_SCORE = 0.25  # by which a shared expert's score is a multiple of the first logit
+SCAN = tuple(2.0**j for j in range(-2, 11))  # values of v and u, up to past every clamp of known models
+BOTH = np.array([*SCAN, *(-size for size in SCAN)])  # SCAN with both signs
+SHARED_SCORE = 0.25  # the shared expert's logit as a multiple of the first logit
 BITS = range(1, 26)  # a float32 has 24
-LEVEL = -8.0  # of the logits whose last bits are looked at: every score function is steep there
-TOLD, REST = -4.0, -16.0  # of the experts that are chosen beside them, and of the others
+LEVEL = -8.0  # level of logits whose last bits are read: every score function is steep there
+TOLD, REST = -4.0, -16.0  # logits of the experts chosen beside those at LEVEL, and of all others
 
-# Numbers of a hidden unit's gate and up: different ones, on both sides of zero, where activations differ most.
+# Range of a hidden unit's gate and up: different numbers on both sides of zero, where activations differ most.
 STEEP = 3.0
 
-MOST_TOKENS = 4096  # that a probe has where experts are many
+MOST_TOKENS = 4096  # most tokens of a probe, reached when there are many experts
 
 
 @dataclass
 class Tokens:
-    """Tokens of several experiments under one set of weights, and where those of each are."""
+    """Tokens of several experiments under one set of weights, and the position of each experiment."""
 
     case: Case
     rng: np.random.Generator
@@ -62,7 +62,7 @@ class Tokens:
         return self.code_CE.shape[0] == self.case.experts
 
     def add(self, name: str, c_nC: Array, **features: Array | float) -> None:
-        """Tokens with these c; v, u, offset and fine as usual, but for what is given."""
+        """Add tokens with these c; v, u, offset and fine have their usual values unless given."""
         n = len(c_nC)
         x_nD = np.zeros((n, self.case.width))
         usual = {"v": V0, "u": U0 if self.case.gated else U0_ALONE, "offset": 0.0, "fine": 0.0} | features
@@ -74,18 +74,18 @@ class Tokens:
         self.rows.append(x_nD)
 
     def random(self, n: int) -> Array:
-        """c for n tokens with different logits; in the identity code none equal to another, up to 256 experts."""
+        """Draw c for n tokens with different logits; in the identity code all are distinct, up to 256 experts."""
         C = self.code_CE.shape[0]
-        # In 16 bits, scores of large logits would be equal: a sigmoid of 3.9 and one of 3.8.
+        # In 16 bits, scores of large logits would be equal, such as sigmoid(3.9) and sigmoid(3.8).
         most = MOST if self.case.dtype in ("float32", "float64") else 0
         grid = np.arange(-MOST, most, STEP) if self.whole else np.arange(-2, 2, 1 / 8)
         rows = [self._clear(lambda: self.rng.choice(grid, C, replace=len(grid) < C)) for _ in range(n)]
-        # Of many experts, all tokens have nearly the same largest logits: in some they are nearer to each other.
+        # With many experts, the largest logits of all tokens nearly coincide, so some tokens have them closer.
         nearer = [1, 2, 4] if self.case.experts > 64 else [1]
         return np.array(rows).reshape(n, C) / self.rng.choice(nearer, (n, 1))
 
     def _clear(self, draw: Callable[[], Array]) -> Array:
-        """A drawn row by which no two of the largest logits are equal, as far as a hundred tries go."""
+        """Draw a row whose largest logits all differ, if a hundred tries suffice."""
         tries = (draw() for _ in range(100))
         return next(row for i, row in enumerate(tries) if i == 99 or (np.diff(self._largest(row)) != 0).all())
 
@@ -93,7 +93,7 @@ class Tokens:
         return np.sort(row_C @ self.code_CE)[-self.case.top_k - 1 :]
 
     def descending(self, n: int, step: float) -> Array:
-        """c for n equal tokens, of which expert 0 has the largest logit, 1 the next, and so on."""
+        """c for n equal tokens in which expert 0 has the largest logit, expert 1 the next, and so on."""
         if not self.whole:
             return np.tile(self.random(1), (n, 1))
         return np.tile(-step * np.arange(self.case.experts), (n, 1))
@@ -101,31 +101,31 @@ class Tokens:
 
 @dataclass
 class Probes:
-    """Everything that a layer is asked, and what is known of it beforehand."""
+    """All probes of a layer, and what is known beforehand."""
 
-    case: Case  # with all that the layer takes
+    case: Case  # the case, with all inputs that the layer takes
     tokens: Tokens
-    x_nD: Array  # of all ranks, in order, in the case's dtype
+    x_nD: Array  # tokens of all ranks, in order, in the case's dtype
     router_DE: Array
-    hidden: tuple[Array, Array]  # of each hidden unit, gate over v and up over u, where units differ
-    combined_ED: Array  # rows of experts where all coordinates are summed over
-    learned: dict[str, Array]  # that is not neutral where it is asked for
+    hidden: tuple[Array, Array]  # for each hidden unit, gate/v and up/u in probes whose units differ
+    combined_ED: Array  # output rows of experts in probes that sum over all coordinates
+    learned: dict[str, Array]  # learned parameters that are not neutral in the probes about them
     problems: dict[str, Problem]
 
     @property
     def passes(self) -> int:
-        """In how many probes all experts show."""
+        """How many passes it takes to show all experts."""
         return math.ceil(self.case.experts / self.case.width)
 
     def logits(self, name: str) -> Array:
-        """Of an experiment's tokens, [n, E], exactly."""
+        """Exact logits of an experiment's tokens, [n, E]."""
         return self.x_nD[self.tokens.at[name]].astype(np.float64) @ self.router_DE
 
 
 def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
-    """The case to ask in: sizes, dtype, ranks and options of this one, and all that the layer takes.
+    """The case to ask in: sizes, dtype, ranks and options of `base`, with all inputs that the layer takes.
 
-    Raises ValueError where the width has no room for a probe, and where the weights would fill memory.
+    Raises ValueError if the width has no room for a probe, or the weights would fill memory.
     """
     if base.width < FEATURES + 2:
         raise ValueError(f"--width is {base.width}: to ask a layer what it is takes {FEATURES + 2} at least")
@@ -147,7 +147,7 @@ def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
         "seed",
     )
     case = replace(base, name="probe", **{name: getattr(plain, name) for name in drawn})
-    if base.capacity_factor is not None:  # one at which nothing is dropped: what is, other probes show
+    if base.capacity_factor is not None:  # a capacity at which nothing drops: other probes show what is dropped
         case = replace(case, capacity_factor=str(base.experts))
     if not takes:
         return case
@@ -161,7 +161,7 @@ def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
 def make(case: Case, *, evaluated: bool = True) -> Probes:
     """Every probe of a case. The same case has the same ones on every machine.
 
-    `evaluated`: with the oracle's values at every stage, for a layer that is fed them.
+    `evaluated`: include the oracle's values at every stage, for a layer that is fed them.
     """
     rng = np.random.default_rng(20)
     D, E, F, K = case.width, case.experts, case.hidden, case.top_k
@@ -198,7 +198,7 @@ def make(case: Case, *, evaluated: bool = True) -> Probes:
 
 
 def _on_grid(a: Array) -> Array:
-    """As logits are, so that their sums are not rounded in any dtype."""
+    """Round to the grid of logits, so that sums are exact in every dtype."""
     return np.round(a / STEP) * STEP
 
 
@@ -226,7 +226,7 @@ def _experiments(tokens: Tokens) -> None:
     tokens.add("gate scan", near, v=BOTH, u=up)
     tokens.add("up scan", near, v=2.0, u=BOTH)
     tokens.add("reference", near[:1], v=2.0, u=1.0)
-    low = -np.arange(0.0, 87.0)  # to where float32 ends
+    low = -np.arange(0.0, 87.0)  # down to where exp leaves the range of float32
     tokens.add("offset", tokens.descending(len(low), 1 / 64), offset=low)
     tokens.add("precision", tokens.descending(len(BITS), 0.25), u=np.array([1 + 2.0**-b for b in BITS]))
     if not tokens.whole:
@@ -240,7 +240,7 @@ def _experiments(tokens: Tokens) -> None:
 
 
 def weights(found: Probes, **changed: Array) -> Parameters:
-    """Those of a probe: neutral but for what is changed."""
+    """Weights of a probe: neutral except for what is given."""
     case = found.case
     neutral = {"expert_scale": 1.0}
     w = {one.name: np.full(shape(case, one), neutral.get(one.name, 0.0)) for one in parameters_of(case)}
@@ -262,7 +262,7 @@ def shown(case: Case, which: int) -> Array:
 
 
 def problem_of(case: Case, x_nD: Array, w: Parameters, evaluated: bool) -> Problem:
-    """Tokens of all ranks, in order, to be given to a layer, which is not told what to drop."""
+    """A problem with these tokens of all ranks, in order. It does not say which rows to drop."""
     x_PTD = x_nD.reshape(case.ranks, case.tokens, case.width).astype(numpy_dtype(case.dtype))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         problem = posed(case, x_PTD, w, np.ones_like(x_PTD), evaluated=evaluated)
@@ -270,7 +270,7 @@ def problem_of(case: Case, x_nD: Array, w: Parameters, evaluated: bool) -> Probl
 
 
 def _pose(found: Probes, K: int, evaluated: bool) -> None:
-    """All problems, by name."""
+    """Make all problems, by name."""
     case = found.case
     there = {one.name for one in parameters_of(case)}
 
@@ -289,7 +289,7 @@ def _pose(found: Probes, K: int, evaluated: bool) -> None:
             put(f"expert_bias-{i}", weights(found, w_down=w_down, **biases))
         if K > 1:
             put(f"one_choice-{i}", weights(found, w_down=w_down), replace(case, top_k=1))
-            other = replace(case, top_k=1, renormalize=not case.renormalize)  # asked, as some say so of one expert
+            other = replace(case, top_k=1, renormalize=not case.renormalize)  # ask both settings at K = 1
             put(f"one_choice_other-{i}", weights(found, w_down=w_down), other)
     gate, up = found.hidden
     scale = V0 if case.gated else 1.0
@@ -303,8 +303,8 @@ def _pose(found: Probes, K: int, evaluated: bool) -> None:
     combined[:, 0] = found.combined_ED
     put("combine", weights(found, w_down=combined))
     others = found.x_nD.reshape(case.ranks, case.tokens, case.width).copy()
-    others[:, 1::2, V] /= 2  # not the same rows in another order: what is summed over all of them is another sum
-    others[:, 1::2, FEATURES:] *= -1  # and they go elsewhere
+    others[:, 1::2, V] /= 2  # scaled, so that sums over all rows differ from those of the first step
+    others[:, 1::2, FEATURES:] *= -1  # negated logits route them to other experts
     put("company", weights(found, w_down=shown(case, 0), **biases), x=others)
     put("nothing", weights(found))
     if case.expert_bias:

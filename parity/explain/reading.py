@@ -1,4 +1,4 @@
-"""What each experiment says: the explanations that there are of it, and the one that holds."""
+"""Read each experiment: list its possible explanations, and decide which one holds."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -32,7 +32,7 @@ SCORE_WORDS = {
     "softmax_of_chosen": "softmax over the chosen",
 }
 
-# Activations that a case can say, and some that it cannot.
+# Activations that no case can express.
 ODD_ACTIVATIONS: dict[str, Function] = {
     "relu": lambda a: np.maximum(a, 0),
     "tanh": np.tanh,
@@ -40,19 +40,19 @@ ODD_ACTIVATIONS: dict[str, Function] = {
     "no activation": lambda a: a,
 }
 
-BITS_OF_FLOAT32 = 16  # of what experts make: that many are seen, at least, behind other roundings
+BITS_OF_FLOAT32 = 16  # at least this many bits of a float32 expert output show despite other roundings
 
-# Of the same scores, a case says this or that. A selection bias tells them apart, as it is added to other numbers.
+# Two ways for a case to express the same scores. A selection bias tells them apart, as it is added to other numbers.
 SAME_SOFTMAX = (("softmax", True), ("softmax_of_chosen", False))
 
-# What a group goes by: in the words of a case, and in words.
+# How groups are ranked: the value of a case's `group_score`, and its words.
 BEST_OF = {"top2": "the sum of the two largest", "max": "the largest score", "all": "the sum of all"}
 
-ENOUGH = 64  # tokens that a search over groups looks at
+ENOUGH = 64  # tokens used in the search over groups
 
 
 class Layout(NamedTuple):
-    """Which hidden units a layer takes for gate and up, of ours."""
+    """Which of our hidden units a layer takes as gate and as up."""
 
     what: str
     odd: bool
@@ -74,7 +74,7 @@ def _swapped(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 class Clamp(NamedTuple):
-    """What gate and up are kept within."""
+    """Limits of gate and up."""
 
     least_gate: float
     most_gate: float
@@ -90,7 +90,7 @@ FREE = Clamp(-math.inf, math.inf, -math.inf, math.inf)
 
 
 def clamps(c: float) -> Iterable[tuple[str, Clamp]]:
-    """In words, every clamp at c: on none, one or both sides of gate and up."""
+    """Every clamp at c, by description: on none, one or both sides of gate and up."""
     sides = {"free": (-math.inf, math.inf), f"at most {c:g}": (-math.inf, c), f"within {c:g} of zero": (-c, c)}
     for (of_gate, gate), (of_up, up) in product(sides.items(), sides.items()):
         if (*gate, *up) != FREE:
@@ -114,7 +114,7 @@ LAYOUTS = (
 
 
 def activations(case: Case) -> dict[str, Function]:
-    """By name, every activation that a case can say."""
+    """Every activation that a case can express, by name."""
     exact = replace(case, dtype="float64", router_dtype="wide")
 
     def of(name: str) -> Function:
@@ -136,7 +136,7 @@ def within_groups(score_nE: Array, groups: int, best: int, by: str, outside: str
 
 
 class Reading:
-    """Findings from the answers to probes, one after the other: what was found before is used after."""
+    """Makes findings from the answers to probes, in order: each uses what was found before."""
 
     def __init__(self, probes: Probes, answers: Mapping[str, Answer]) -> None:
         self.probes, self.answers, self.case = probes, answers, probes.case
@@ -146,13 +146,13 @@ class Reading:
         self.act: Function = lambda a: a
         self.layout, self.offset = LAYOUTS[0], 0.0
         self.clamp = FREE
-        self.broken: set[str] = set()  # probes whose outputs are no numbers
-        self.kept_K = np.ones(self.case.top_k, bool)  # choices that are there
+        self.broken: set[str] = set()  # probes whose outputs are NaN or infinite
+        self.kept_K = np.ones(self.case.top_k, bool)  # which of the K choices the layer keeps
         self.on_input = False
         self.residual_path = 0.0
         self.numbers_E = np.arange(self.case.experts)
         self.scale = 1.0
-        self.score: Function | None = None  # logits [n, E], to weights of all, where they are known
+        self.score: Function | None = None  # maps logits [n, E] to the weights of all experts, once known
 
     def all(self) -> list[Finding]:
         """Every finding, in order."""
@@ -185,7 +185,7 @@ class Reading:
                 read()
         return self.findings
 
-    # What the experiments have in common.
+    # ---- Shared by the experiments
 
     def _found(self, finding: Finding) -> Finding:
         self.findings.append(finding)
@@ -201,14 +201,14 @@ class Reading:
         return self._found(decide(key, list(hypotheses), tolerance or self.tolerance, experiment, preferred))
 
     def _out(self, probe: str) -> Array | None:
-        """The output of a probe, [n, D], without what the layer adds of the tokens themselves."""
+        """The output of a probe, [n, D], minus the tokens that the layer adds (a residual path)."""
         answer = self.answers.get(probe)
         if answer is None or answer.out is None or probe in self.broken:
             return None
         return answer.out - self.residual_path * self.probes.x_nD.astype(np.float64)
 
     def _table(self, probe: str, at: str) -> Array | None:
-        """Of an experiment's tokens, what each expert put into its coordinate, [n, E]."""
+        """What each expert put into its coordinate, for an experiment's tokens, [n, E]."""
         passes = [self._out(f"{probe}-{i}") for i in range(self.probes.passes)]
         if any(out is None for out in passes):
             return None
@@ -216,7 +216,7 @@ class Reading:
         return whole[self.probes.tokens.at[at]][:, self.numbers_E]
 
     def _value(self, gate: Array | float, up: Array | float, bias: tuple[float, float] = (0.0, 0.0)) -> Array:
-        """What a hidden unit makes of these, as far as it is known."""
+        """The output of a hidden unit for this gate and up, as far as it is known."""
         a, b = np.atleast_1d(np.asarray(gate, float)), np.atleast_1d(np.asarray(up, float))
         a, b = np.broadcast_arrays(a, b)
         if self.case.gated and "exchanged" in self.layout.what:
@@ -229,11 +229,11 @@ class Reading:
         return self.act(a) * (b + self.offset)
 
     def usual(self) -> float:
-        """What the expert makes of a token of which the scores are read."""
+        """The output of an expert, before its score, in experiments that read scores."""
         return float(self._value(V0, U0 if self.case.gated else U0_ALONE)[0])
 
     def _weights(self, probe: str, at: str) -> Array | None:
-        """Of an experiment's tokens, the weight of each expert, [n, E]; 0 for those that were not chosen."""
+        """The weight of each expert for an experiment's tokens, [n, E]; 0 for experts that were not chosen."""
         table = self._table(probe, at)
         if table is None:
             return None
@@ -246,14 +246,14 @@ class Reading:
         return a.astype(numpy_dtype(self.case.dtype)).astype(np.float64)
 
     def _said_case(self, **fields: Any) -> Case:
-        """The asked case with what was found, in float64."""
+        """The asked case, changed to what was found so far, in float64."""
         known = {name: value for name, value in self.fields.items() if name != "top_k"}
         exact: dict[str, Any] = {"dtype": "float64", "router_dtype": "wide", "cast_scores": False, "scale": 1.0}
         exact |= {"expert_bias": False} if self.fields.get("score_on") == "input" else {}  # no case has both
         return replace(self.case, **(known | exact | fields))
 
     def _scores(self, case: Case, logits_nE: Array, w: Parameters | None = None) -> Array:
-        """The weights of a case, [n, E], 0 for those that are not chosen; without the scale."""
+        """Weights by a case, without the scale, [n, E]; 0 for experts that are not chosen."""
         w = w or Parameters(np.zeros(0))
         logits = logits_nE[None]
         at = replace(case, ranks=1, tokens=len(logits_nE))
@@ -265,7 +265,7 @@ class Reading:
         return self._put(weight * self.kept_K if case.top_k == self.case.top_k else weight, ids[0])
 
     def _of(self, case: Case, logits_nE: Array, ids_nK: Array) -> Array:
-        """The weights [n, K] of these experts."""
+        """Weights by a case, [n, K], of these experts."""
         at = replace(case, ranks=1, tokens=len(logits_nE), top_k=ids_nK.shape[1])
         score = reference.scores(at, logits_nE[None], Exact())
         return reference.chosen_scores(at, score, ids_nK[None], Parameters(np.zeros(0)), Exact()).weight[0]
@@ -275,7 +275,7 @@ class Reading:
         np.put_along_axis(weights, ids_nK, weight_nK, 1)
         return weights
 
-    # The experiments.
+    # ---- The experiments
 
     def _repeatable(self) -> None:
         odd = [name for name, answer in self.answers.items() if answer.trace and not answer.repeats]
@@ -367,7 +367,7 @@ class Reading:
     def _fit(
         self, h_F: Array, name: str, f: Function, layout: Layout, gate: Array, up: Array, shown: int
     ) -> tuple[Hypothesis, Layout, float]:
-        """How well an activation explains hidden units, with what is added to up."""
+        """How well an activation explains hidden units, and the offset of up that fits best with it."""
         odd = name in ODD_ACTIVATIONS
         fields = {} if odd else {"activation": name}
         if not self.case.gated:
@@ -379,7 +379,7 @@ class Reading:
         if size[0] == 0:
             return Hypothesis(name, math.inf, fields, odd), layout, 0.0
         fitted = float(size[1] / size[0])
-        # Beside an up of -1 the least error in an offset of 1 shows: the number that was meant is tried too.
+        # With an offset of 1, an up near -1 magnifies any error in the offset: also try the nearest round number.
         offsets = dict.fromkeys((fitted, _nice(fitted, self.case.up_offset, MARGIN * self.tolerance)))
         off = {}
         for offset in offsets:
@@ -426,7 +426,7 @@ class Reading:
         guess = [value for value in (limit, top, -bottom) if value < largest * (1 - close)]
         own = self.case.clamp
         c = _nice(float(np.median(guess)), own, close) if guess else math.inf
-        # A gate below zero makes little: in 16 bits, more of what it makes is needed to tell whether it is clamped.
+        # Negative gates give small outputs: in 16 bits, a smaller floor is needed to tell whether they are clamped.
         floor = 1e-4 if self.case.dtype in ("float32", "float64") else 1e-5
         options = {"none": FREE} | (dict(clamps(c)) if guess else {})
         hypotheses = []
@@ -496,7 +496,7 @@ class Reading:
             return float(wrong.mean())
 
         by = replace(self._said_case(), groups=1, top_groups=1)
-        # Experts that score 0, as in float64 nothing does, would look as if they were not chosen.
+        # Experts whose score is 0 would look as if they were not chosen; in float64 no score is 0.
         by = replace(by, score_function="softmax_of_chosen", renormalize=False)
         hypotheses = [
             Hypothesis("those with the largest logits", off(by), {"groups": 1, "top_groups": 1}),
@@ -513,7 +513,7 @@ class Reading:
         return vectorised.select(at, reference.scores(at, logits[None], Exact()), Parameters(np.zeros(0)))[0]
 
     def _lost(self, on: Array, logits: Array) -> str:
-        """Which of the choices are not there, the same ones of each token; an empty string where that is not so."""
+        """Words for the choices that are lost in every token alike; an empty string if there are none."""
         there = np.take_along_axis(on, self._largest(logits), 1)
         if not there.any() or (there != there[0]).any() or (there.sum(1) != on.sum(1)).any():
             return ""
@@ -534,7 +534,7 @@ class Reading:
             for best in range(1, groups)
             if best * (E // groups) >= K
             for by in BEST_OF
-            if E // groups > {"max": 0, "top2": 1, "all": 2}[by]  # of fewer, another says the same
+            if E // groups > {"max": 0, "top2": 1, "all": 2}[by]  # smaller groups: another rule agrees
             for outside in ("minus_inf", "zero")
         ]
         for function in SCORES:
@@ -543,11 +543,11 @@ class Reading:
             of = "logits" if function == "softmax_of_chosen" else SCORE_WORDS[function]
             for groups, best, by, outside in options:
                 if outside == "zero" and function != "softmax_of_chosen":
-                    continue  # zero is less than all scores that are not logits
+                    continue  # all scores but logits are positive, so zero and minus infinity agree
                 if by == "max" and outside == "minus_inf" and function != SCORES[0]:
-                    continue  # each function has the same largest
+                    continue  # all score functions have the same largest expert
                 fields: dict[str, Any] = {"groups": groups, "top_groups": best, "group_score": by}
-                if function == "softmax_of_chosen":  # elsewhere the asked case's, as no score is below zero
+                if function == "softmax_of_chosen":  # other scores are positive: keep the asked case's value
                     fields["outside_groups"] = outside
                 what = f"within the best {best} of {groups} groups, by {BEST_OF[by]}"
                 what += "" if by == "max" and outside == "minus_inf" else f" of {of}"
@@ -557,7 +557,7 @@ class Reading:
                 yield Hypothesis(what, off, {} if by == "all" else fields, by == "all")
 
     def _ids(self, on: Array, logits: Array) -> tuple[Array, Array]:
-        """Rows of tokens that have K experts, and these, best first: [n], [n, K]."""
+        """Indices [n] of tokens that have K experts, and their expert ids [n, K], best first."""
         if not self.kept_K.all():
             return np.arange(len(on)), self._largest(logits)
         rows = np.flatnonzero(on.sum(1) == self.case.top_k)
@@ -581,7 +581,7 @@ class Reading:
             if (function, renormalize) in SAME_SOFTMAX:
                 what = "softmax over the chosen, or over all experts and renormalised, which is the same"
             if function == "softmax_of_chosen" and renormalize:
-                continue  # which sums to 1 already
+                continue  # softmax over the chosen sums to 1 already
             expected = self._of(case, logits, ids)
             every = reference.scores(replace(case, ranks=1, tokens=len(logits)), logits[None], Exact())[0].sum(1)
             fields = {"score_function": function, "renormalize": renormalize}
@@ -593,9 +593,9 @@ class Reading:
                 (f"{what}, over the sum of all experts", True, expected / every[:, None]),
             ):
                 if K == 2 and other.endswith("of the next choice"):
-                    continue  # which is the worst first
+                    continue  # for K = 2 this is the order of the worst first
                 if other.endswith("sum of all experts") and (renormalize or function.startswith("softmax")):
-                    continue  # whose sum is 1 already
+                    continue  # these scores sum to 1 already
                 a = a[:, self.kept_K]
                 factor[other] = times(got, a)
                 hypotheses.append(Hypothesis(other, residual(got, factor[other] * a), {} if odd else fields, odd))
@@ -702,7 +702,7 @@ class Reading:
         experiment = "equal logits"
         lower = np.arange(K)[self.kept_K].tolist()
         higher = sorted(np.arange(E)[::-1][:K][self.kept_K].tolist())
-        every = sorted({g for ids in chosen for g in ids})  # a layer that drops may lack some
+        every = sorted({g for ids in chosen for g in ids})  # if the layer drops rows, some experts may be missing
         if every and set(every) <= set(lower):
             self._said("of equal scores", "the lower expert id is chosen", experiment=experiment)
         elif every and set(every) <= set(higher):
@@ -772,13 +772,13 @@ class Reading:
         )
 
     def _rounded(self) -> None:
-        """Numbers of a layer that computes in fewer bits than its tokens have are known as well as these say."""
+        """Widen the tolerance if the layer computes in fewer bits than its tokens have."""
         bits = self._bits_of_experts()
         if self.case.dtype == "float32" and bits and bits < BITS_OF_FLOAT32:
             self.tolerance = tolerance("float16" if bits > 9 else "bfloat16")
 
     def _bits_of_experts(self) -> int:
-        """Bits of what an expert makes; 0 where that is not asked, or not to be seen."""
+        """Number of bits in an expert's output; 0 if not asked or not visible."""
         table = self._table("readout", "precision") if self.case.dtype in ("float32", "float64") else None
         if table is None:
             return 0
@@ -812,7 +812,7 @@ class Reading:
         sums = _Sums(numpy_dtype(self.case.dtype), accum_dtype, self.case.experts // self.case.ranks, ids)
         hypotheses, cast = [], {False: 1.0, True: 1.0}
         for rounded in (False, True) if narrow else (False,):
-            # As it is read where nothing is rounded besides: it may have been computed in few bits, too.
+            # Use the scores as read, if nothing else is rounded: they may have been computed in few bits.
             read = np.take_along_axis(weights[rows], ids, 1) if exact else self._narrow(s_nK)
             s = read.astype(accum_dtype) if rounded else s_nK
             for what, total, odd in sums.each(s, y_nKD):
@@ -821,7 +821,7 @@ class Reading:
                 cast[rounded] = min(cast[rounded], off)
         experiment = f"{got.size} sums, bit for bit; residual: part of them that differs"
         if narrow or exact:
-            # Where one way is right in every bit, a few bits tell the others.
+            # If one order of summation is right in every bit, a few differing bits exclude the others.
             few = 1e-9 if min(one.residual for one in hypotheses) == 0 else 0.01
             self._decide("sum over the chosen", hypotheses, experiment, few)
         else:
@@ -835,16 +835,15 @@ class Reading:
             self._score_dtype(cast, experiment)
 
     def _score_dtype(self, cast: dict[bool, float], experiment: str) -> None:
-        """Whether scores are rounded before they weigh anything, or what they have weighed is, which may be either side
-        of w_down.
+        """Whether scores are rounded before they multiply anything, or only their product, before or after w_down.
 
-        By sums of what experts return, where hidden units are a power of two, so that both are the same; and by the
-        hidden units themselves, where they are none.
+        Sums of expert outputs tell this where hidden units are powers of two, so that both sides of w_down agree;
+        hidden units themselves tell it where they are not.
         """
         accum_dtype, dtype = self.case.score_dtype, self.case.dtype
         off = self._rounded_scores()
         if min(off.values()) > 0.05:
-            off = {True: 0.0, False: 0.0}  # hidden units are not known bit for bit
+            off = {True: 0.0, False: 0.0}  # the formula does not reproduce hidden units bit for bit
         words = (
             (accum_dtype, max(cast[False], off[False]), False),
             (f"{accum_dtype}, and rounded with the hidden units that they weigh", max(cast[True], off[False]), False),
@@ -854,7 +853,7 @@ class Reading:
         self._decide("dtype of scores", hypotheses, f"{experiment}; and hidden units of several sizes", 0.02)
 
     def _rounded_scores(self) -> dict[bool, float]:
-        """Which part of weighed hidden units is not explained by rounded scores, and by scores that are not rounded."""
+        """Share of weighted hidden units that rounded scores, and scores that are not rounded, fail to explain."""
         ups = self._narrow(np.array([1 + 2.0**-b for b in BITS]))
         made = {"gate scan": self._value(BOTH, 1.0 if self.case.gated else BOTH), "precision": self._value(V0, ups)}
         wrong, total = {True: 0, False: 0}, 0
@@ -866,7 +865,7 @@ class Reading:
             s_nE = self.scale * self.score(self.probes.logits(name))
             size = np.abs(h_n1[:, 0])
             power = np.frexp(size)[0] == 0.5
-            # All these tokens have the same scores: they are read where they weigh a power of two.
+            # All these tokens have the same scores, which are read where they multiply a power of two.
             read = self._narrow(s_nE)
             if power.any():
                 first = int(np.argmax(power & (size > 1e-3)))
@@ -882,7 +881,7 @@ class Reading:
         return parameters_in_float64(self.probes.problems[f"{name}-0"].parameters)
 
     def _asked_for(self, name: str) -> Array | None:
-        """The weights of routing tokens where this is not neutral; None where the layer does not take it."""
+        """Weights of the routing tokens when this parameter is not neutral; None if the layer does not take it."""
         there = any(one.name == name for one in parameters_of(self.case))
         return self._weights(name, "routing") if there and self.score is not None else None
 
@@ -896,7 +895,7 @@ class Reading:
             self._parameters("router_bias").router_bias,
         )
         ordered = -np.sort(-(logits + bias), 1)
-        if case.top_k < case.experts:  # of equal sums, which is chosen is another question
+        if case.top_k < case.experts:  # another experiment asks which of equal sums is chosen
             told = ordered[:, case.top_k - 1] > ordered[:, case.top_k]
             got, logits = got[told], logits[told]
         biased, plain = self._scores(case, logits + bias), self._scores(case, logits)
@@ -937,13 +936,13 @@ class Reading:
         self._decide("selection bias", hypotheses, "a bias for each expert")
 
     def _selection_biases(self, got: Array, case: Case) -> Iterable[Hypothesis]:
-        """What a selection bias may do to the scores of a case."""
+        """Explanations of what a selection bias does to the scores of a case."""
         logits, bias = self.probes.logits("routing"), self._parameters("selection_bias").selection_bias
         none, only = Parameters(np.zeros(0)), Parameters(np.zeros(0), selection_bias=bias)
         at = replace(case, ranks=1, tokens=len(logits))
         score = reference.scores(at, logits[None], Exact())
         largest = -np.sort(-np.pad(score[0] + bias, ((0, 0), (0, 1)), constant_values=-np.inf), 1)
-        told = largest[:, case.top_k - 1] - largest[:, case.top_k] > self.tolerance  # where others round, they agree
+        told = largest[:, case.top_k - 1] - largest[:, case.top_k] > self.tolerance  # the choice is clear of rounding
         chosen = vectorised.select(at, score, only)[0]
         weighed = reference.chosen_scores(at, score + bias, chosen[None], none, Exact()).weight[0]
         by_logits = vectorised.select(at, reference.scores(at, (logits + bias)[None], Exact()), none)[0]
@@ -954,7 +953,7 @@ class Reading:
             ("added to the logits for the choice only", self._put(self._of(case, logits, by_logits), by_logits), True),
             ("added to the scores, and in the weights too", self._put(weighed, chosen), True),
         ):
-            # Of scores that are logits, two of these are the same.
+            # If scores are logits, two of these explanations are the same.
             if case.score_function != "softmax_of_chosen" or "logits" not in what:
                 of_case = {} if odd else {"selection_bias": True}
                 yield Hypothesis(what, residual(got[told], self.scale * weight[told]), of_case, odd)
@@ -1137,7 +1136,7 @@ class Reading:
 
 
 class _Sums(NamedTuple):
-    """The ways to add up what the chosen experts return."""
+    """The ways to sum the outputs of the chosen experts."""
 
     dtype: np.dtype
     accum_dtype: np.dtype
@@ -1145,7 +1144,7 @@ class _Sums(NamedTuple):
     ids_nK: Array
 
     def each(self, s_nK: Array, y_nKD: Array) -> Iterable[tuple[str, Array, bool]]:
-        """In words, the sum in the case's dtype, and whether it is not what this project does."""
+        """Each way: its words, the sum in the case's dtype, and whether it differs from this project's way."""
         n, K = self.ids_nK.shape
         by_k = np.tile(np.arange(K), (n, 1))
         by_id = np.argsort(self.ids_nK, 1, kind="stable")
@@ -1160,13 +1159,13 @@ class _Sums(NamedTuple):
             for how, total in self._ways(s, y):
                 if K > 2 or how.endswith(("not rounded", f"of products in {self.accum_dtype}")):
                     yield f"{words}, {how}", total.astype(self.dtype), False
-                elif order is by_k:  # of two that are rounded alike it changes nothing
+                elif order is by_k:  # order does not change a sum of two that are rounded alike
                     yield how, total.astype(self.dtype), False
         if K > 2 and (self.ids_nK // self.per_rank).any():
             yield from self._by_rank(s_nK, y_nKD, {"in order of k": by_k, "in order of expert": by_id})
 
     def _by_rank(self, s_nK: Array, y_nKD: Array, orders: Mapping[str, Array]) -> Iterable[tuple[str, Array, bool]]:
-        """Each rank adds up what its own experts return, and then these sums are added up."""
+        """Each rank sums the outputs of its own experts, and then these sums are added."""
         accum_dtype, dtype = self.accum_dtype, self.dtype
         part_nK = self.ids_nK // self.per_rank
         ranks = int(part_nK.max(initial=0)) + 1
@@ -1177,7 +1176,7 @@ class _Sums(NamedTuple):
                 each = f"each {words}, {ways[0][0]}"
                 for rounded, outer in dict.fromkeys([(accum_dtype, accum_dtype), (dtype, accum_dtype), (dtype, dtype)]):
                     if ranks == 2 and outer != accum_dtype:
-                        continue  # of two sums it is the same
+                        continue  # the order of two sums makes no difference
                     sums = [own.astype(rounded).astype(accum_dtype) for _, own in ways]
                     total = np.zeros_like(sums[0])
                     for own in sums:
@@ -1209,14 +1208,14 @@ class _Sums(NamedTuple):
 
 
 def _off(got: Array, expected: Array) -> float:
-    """The residual; of nothing, where there is something, without end."""
+    """The residual; infinite if zero is expected and something is there."""
     if not expected.any():
         return math.inf if got.any() else 0.0
     return residual(got, expected)
 
 
 def _nice(value: float, asked: float | None, tolerance: float) -> float:
-    """The number that was meant: the asked case's, 0 or 1 where it is near; or with as many digits as are known."""
+    """The intended number: the asked case's, 0 or 1 if near; otherwise rounded to the digits that are known."""
     for wanted in (asked, 0.0, 1.0):
         if wanted is not None and abs(value - wanted) <= tolerance * max(abs(wanted), 1.0):
             return float(wanted)
@@ -1225,13 +1224,13 @@ def _nice(value: float, asked: float | None, tolerance: float) -> float:
 
 
 def _meant(value: float, asked: float | None, tolerance: float) -> float:
-    """The asked case's number, where it is this near; or else the one of the fewest digits that is."""
+    """The asked case's number if it is within the tolerance; otherwise the number of fewest digits that is."""
     near = (float(f"{value:.{digits}g}") for digits in range(1, 17))
     return next(one for one in (asked, *near, value) if one is not None and abs(value - one) <= tolerance * abs(value))
 
 
 def _inverse(f: Function, value: float) -> float:
-    """Where a function that rises above zero has this value; infinity where it does not up to the end of the scan."""
+    """Where a function, rising above zero, has this value; infinity if not before the end of the scan."""
     low, high = 0.0, 2 * SCAN[-1]
     if value >= float(f(np.array(high))):
         return math.inf

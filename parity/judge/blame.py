@@ -1,4 +1,4 @@
-"""Who is wrong, where first, and what to look at."""
+"""Which backend is wrong, at which stage first, and which source to look at."""
 
 from collections.abc import Mapping
 
@@ -30,9 +30,8 @@ def blame(checks: list[Check], backends: Mapping[str, Backend]) -> Blame | None:
     """The first divergence of one case, or None when all match.
 
     A stage fed the oracle's input is judged alone, so the first such stage to fail, in order, is where the
-    fault is. Only when all of them match does the whole layer speak: its values in forward order, then its
-    gradients from the output back, then likewise a second step beside the first, then what two runs of it did not have
-    in common.
+    fault is. Only when all of them match is the whole layer judged: its values in forward order, then its
+    gradients from the output back, then the same for a second step beside the first, then differences between two runs.
     """
     bad = [check for check in checks if not check.ok]
     if not bad:
@@ -55,5 +54,5 @@ def blame(checks: list[Check], backends: Mapping[str, Backend]) -> Blame | None:
 
 
 def _place(backend: Backend, check: Check) -> str:
-    """What to look at: where the stage is written; where the stage alone is right, what passes things on to it."""
+    """The source to look at: the stage's own, or, when the stage alone is right, the layer's, which feeds the stage."""
     return backend.written("layer" if backend.alone(check.stage) and check.mode != "isolated" else check.stage)

@@ -1,4 +1,4 @@
-"""As many random cases as fit in a time, of more and more tokens."""
+"""Run as many random cases, of more and more tokens, as fit in a given time."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,12 +9,12 @@ from parity.cases.random_cases import SHARED, random_cases
 from parity.judge.engine import make_report
 from parity.judge.records import Report
 
-TOKENS, CASES = 16, 5  # on a rank, and how many cases, at first
-TIMES = 4  # as many at each next size
+TOKENS, CASES = 16, 5  # tokens per rank and number of cases at the first size
+TIMES = 4  # factor by which tokens grow from size to size
 
 
 class Reached(NamedTuple):
-    """A size, and what was found there."""
+    """One size, and the report of the cases run at it."""
 
     tokens: int  # on each rank
     report: Report
@@ -29,7 +29,7 @@ def growing(seconds: float, seed: int, fixed: dict[str, Any], run: Callable[[lis
     """Run random cases, four times as many tokens each time, for as long as another one is likely to end in time.
 
     A case of four times as many tokens is taken to need four times as long, which is too much where compiling takes
-    most of it. The first size is run whatever the time.
+    most of it. The first size always runs.
 
     Raises ValueError when no case exists with what is fixed.
     """
@@ -44,7 +44,7 @@ def growing(seconds: float, seed: int, fixed: dict[str, Any], run: Callable[[lis
 
 
 def together(reached: list[Reached]) -> Report:
-    """One report of all sizes."""
+    """Merge the reports of all sizes into one."""
     reports = [one.report for one in reached]
     judged = {name: (record, r.checks[name]) for r in reports for name, record in r.cases.items()}
     seconds: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What was found of a layer: a card, a finding a line."""
+"""The card of a layer: what was found about it, one finding per line."""
 
 from typing import Any, Literal
 
@@ -6,11 +6,11 @@ import msgspec
 
 from parity.cases.case import Case, flag
 
-# found: one explanation holds, and no other comes near. odd: likewise, and no case can say it. cannot tell: several
-# explanations hold. unknown: none does; those that were tried are excluded.
+# found: one explanation holds, and no other comes near. odd: as found, but no case can express it. cannot tell:
+# several explanations hold. unknown: no explanation that was tried holds.
 State = Literal["found", "odd", "cannot tell", "unknown"]
 
-# The stage that a finding is of.
+# The stage that each finding is about.
 STAGE = {
     "scores": "route", "scale": "route", "choice": "route", "experts of a token": "route", "added to the sum": "route",
     "one expert a token": "route", "of equal scores": "route", "precision of logits": "route", "router bias": "route",
@@ -31,33 +31,33 @@ class Finding(msgspec.Struct, omit_defaults=True):
     key: str
     what: str  # in words
     state: State = "found"
-    residual: float | None = None  # of the best explanation: its largest error, as a part of what is explained
-    rival: str = ""  # the next best
+    residual: float | None = None  # largest relative error of the best explanation
+    rival: str = ""  # the next best explanation
     rival_residual: float | None = None
-    experiment: str = ""  # that shows it
-    fields: dict[str, Any] = {}  # of a case that says so
-    numbers: dict[str, Any] = {}  # what was measured, where that is more than the words
+    experiment: str = ""  # the experiment that shows it
+    fields: dict[str, Any] = {}  # fields of a case that express the finding
+    numbers: dict[str, Any] = {}  # measured numbers that `what` does not give
 
     @property
     def stage(self) -> str:
-        """The stage that it is of; an empty string where it is of the layer as a whole."""
+        """The stage that the finding is about; an empty string if it is about the whole layer."""
         return STAGE.get(self.key, "")
 
     def otherwise(self, case: Case) -> list[str]:
-        """Fields that it says other values of than a case does; that a layer takes more than the case has is none."""
+        """Fields in which the finding differs from `case`. An extra input that a layer can take is no difference."""
         return [name for name, value in self.fields.items() if _other(case, name, value)]
 
 
 class Card(msgspec.Struct, tag_field="kind", tag="card"):
-    """A layer, as its outputs show it."""
+    """A layer, as its outputs describe it."""
 
     backend: str
-    asked: Case  # the case that it was asked in
+    asked: Case  # the case whose sizes and options it was asked with
     findings: list[Finding]
-    case: Case  # the case that says what was found
+    case: Case  # the case that expresses what was found
     proof: str  # what `check` says of the layer in that case
     proved: bool  # whether output and gradients match there
-    command: str  # that proves it again
+    command: str  # the command that repeats the proof
     seconds: float
 
     def get(self, key: str) -> Finding | None:
@@ -67,8 +67,8 @@ class Card(msgspec.Struct, tag_field="kind", tag="card"):
     def reasons(self) -> list[tuple[str, str]]:
         """Why the layer is not what the asked case says, as (stage, sentence).
 
-        What the case says otherwise; and, unless that is shown to be all, what no case can say. Where there is nothing
-        of that, what was excluded.
+        These are findings that contradict the case and, unless the proof shows those to be all, findings that no case
+        can express. If there are none of either, the reason lists what was excluded.
         """
         differs, odd = [], []
         for finding in self.findings:
@@ -85,18 +85,18 @@ class Card(msgspec.Struct, tag_field="kind", tag="card"):
 
     @property
     def matching(self) -> str:
-        """The command of a case in which the layer matches, where that is another one; or an empty string."""
+        """The command of another case, in which the layer matches; an empty string if there is none."""
         fields = {name for finding in self.findings for name in finding.fields} | TAKEN
         other = any(_other(self.asked, name, getattr(self.case, name)) for name in fields)
         return self.command if self.proved and other else ""
 
 
-# Fields that say what a layer is given. In a case without it, a layer that can take it is the same.
+# Fields for optional inputs of a layer. In a case without such an input, being able to take it makes no difference.
 TAKEN = {"router_bias", "selection_bias", "expert_scale", "expert_bias", "shared_hidden", "shared_score"}
 
 
 def _other(case: Case, name: str, value: Any) -> bool:
-    """Whether a field's value is another than the case's, and that makes a difference there."""
+    """Whether a field's value differs from the case's, and the difference matters in that case."""
     own = getattr(case, name)
     return value != own and name not in case.idle and not (name in TAKEN and not own)
 

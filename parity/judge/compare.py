@@ -65,8 +65,8 @@ class Check(msgspec.Struct, omit_defaults=True, tag_field="kind", tag="compariso
     expected: float | None = None
     where: Where | None = None
     common: list[str] = []  # what the failing rows, and not all rows, have in common
-    worst_rows: list[Row] = []  # of those that fail, worst first
-    scale: bool = False  # what is compared is by how much the numbers of a rank or an expert are too large
+    worst_rows: list[Row] = []  # the failing rows, worst first
+    scale: bool = False  # whether this compares the common factor by which all numbers of a rank or an expert are off
     note: str = ""
 
 
@@ -78,14 +78,14 @@ LISTED = 20
 class Canonical:
     """An array in the form of its `Expected`, and which of its rows the trace has."""
 
-    held: Array  # as ranks hold it; rows of all ranks on top of each other
-    at: Array | None  # of rows: where each lies there
-    present: Array  # over the leading axis
-    slots: Array | None = None  # of rows: where each lay on the rank that held it
-    holders: Array | None = None  # on which rank
+    held: Array  # the array as ranks hold it, rows of all ranks concatenated
+    at: Array | None  # position of each row in `held`
+    present: Array  # mask over the leading axis
+    slots: Array | None = None  # slot of each row on the rank that held it
+    holders: Array | None = None  # rank that held each row
 
     def rows(self, some: Array) -> Array:
-        """Of the leading axis, these."""
+        """The rows at these positions of the leading axis."""
         return self.held[some] if self.at is None else lay_out(self.held, [self.at[some]], 0)[0]
 
 
@@ -97,9 +97,9 @@ def canonical(
     P: int, per_rank: list[Array] | None, expected: Expected, table: Table, numbers: list[Array] | None = None,
     inside: bool = False,
 ) -> Canonical:  # fmt: skip
-    """Strip padding and layout from a trace's array; `numbers` are its rows', where the layout does not say.
+    """Strip padding and layout from a trace's array; `numbers` are the ids of its rows, if the layout does not say.
 
-    What a layer gives from its inside may be in any float: it is held against the same allowance.
+    Values recorded inside a layer may have any float dtype: the allowance is the same.
 
     Raises MismatchError when it is missing, has a shape or dtype of its own, or its padding is not what is promised.
     """
@@ -154,7 +154,7 @@ def _canonical_rows(
         real = np.flatnonzero(rows != PADDING)
         seen_before = (at[rows[real]] >= 0).any()
         at[rows[real]], slots[rows[real]], holders[rows[real]] = first[rank] + real, real, rank
-        if seen_before or (slots[rows[real]] != real).any():  # of two in one array, the slot is the last one's
+        if seen_before or (slots[rows[real]] != real).any():  # a repeated row keeps only its last slot
             raise MismatchError(f"a row is there twice, on rank {rank}")
         promised = quantity.padding(expected.mode, expected.case, rows.size) if numbers is None else None
         if promised is None or real.size == rows.size:
@@ -171,7 +171,7 @@ def _canonical_rows(
 
 
 def _all_there(problem: Problem, have: Canonical) -> None:
-    """Raises MismatchError where a row that is not dropped is not there."""
+    """Raise MismatchError if a row that is not dropped is missing."""
     if have.slots is None:
         return
     missing = np.flatnonzero(~have.present & problem.keep.reshape(-1) & (problem.expert_id.reshape(-1) >= 0))
@@ -183,10 +183,10 @@ def _all_there(problem: Problem, have: Canonical) -> None:
 def compare(
     problem: Problem, traces: list[Trace], picture: Picture | None = None, oracle: Oracle | None = None
 ) -> Iterator[Check]:
-    """Every array that a backend declares against the oracle, and of every two traces what both have.
+    """Compare every array that a backend declares with the oracle, and every array that two traces share.
 
-    One array after the other, so that no more of them is in memory. Fills in `picture` on the way. `oracle` is one of
-    this problem that has drawn already.
+    Arrays are compared one at a time, to save memory. Fills in `picture`. `oracle` is an oracle of this problem that
+    has made its draws already.
     """
     oracle = oracle or Oracle(problem)
     oracle.measure({name for trace in traces for name in trace.backend.provides})
@@ -200,7 +200,7 @@ def compare(
     against: dict[tuple[str, str], list[Check]] = {(a.name, b.name): [] for a, b in combinations(sides, 2)}
 
     def of(name: str) -> tuple[dict[str, list[Check]], dict[tuple[str, str], Check]]:
-        """Checks of each side, and of each two."""
+        """Checks of each side against the oracle, and of each pair of sides."""
         found: dict[str, Canonical] = {}
         checks: dict[str, list[Check]] = {}
         for side in sides:
@@ -222,7 +222,7 @@ def compare(
             against[pair].append(check)
     for side in sides:
         yield from (against_the_oracle[side.name][name] for name in side.expected)
-        if side.trace.backend.layout != "opaque":  # whose arrays may be in different dtypes
+        if side.trace.backend.layout != "opaque":  # arrays of opaque layers may differ in dtype
             yield from _moves_its_own_rows(problem, side)
         yield from scales[side.name]
     for checks in against.values():
@@ -242,7 +242,7 @@ class _Side:
         return self.trace.backend.name
 
     def canonical(self, problem: Problem, name: str) -> Canonical:
-        """An array of it. Raises MismatchError where it cannot be compared."""
+        """One array of the trace in canonical form. Raises MismatchError if it cannot be compared."""
         want, arrays = self.expected[name], self.trace.arrays
         inside = self.trace.backend.layout == "opaque" and name not in OUTSIDE
         numbers = arrays.get(f"rows/{want.quantity.name}")
@@ -254,7 +254,7 @@ class _Side:
 def _of_side(
     problem: Problem, side: _Side, name: str, found: dict[str, Canonical], picture: Picture | None
 ) -> list[Check]:
-    """An array against the oracle, and where its rows are right, its scale. Puts it among those `found`."""
+    """Compare an array with the oracle, and, if its rows are right, its scale. Adds the array to `found`."""
     want = side.expected[name]
     try:
         have = side.canonical(problem, name)
@@ -264,7 +264,7 @@ def _of_side(
         return [choice_of_experts(problem, want, side.name, have.held)]
     found[side.name] = have
     checks = [_judge(problem, want, side.name, "oracle", have, have.present, picture=picture)]
-    if checks[-1].ok and want.slope is not None:  # where rows show it, they say it better
+    if checks[-1].ok and want.slope is not None:  # failing rows describe the error better than its scale
         values = put_beside(have.held, want.values)
         checks.append(_scale(problem, want, side.name, values))
         if checks[-1].ok and want.choices is not None:
@@ -273,9 +273,9 @@ def _of_side(
 
 
 def _of_two(problem: Problem, name: str, a: _Side, b: _Side, found: dict[str, Canonical]) -> Check | None:
-    """What both have, row by row. Each may be off by its own allowance, so they may differ by two.
+    """Compare the rows that both sides have. Each may be off by one allowance, so they may differ by two.
 
-    None where layouts differ, or one side dropped rows: each was held against the oracle's word for it.
+    Returns None if layouts differ or one side dropped rows: each was compared with what the oracle expects of it.
     """
     want, left, right = a.expected[name], found[a.name], found[b.name]
     if want.yardstick is None:
@@ -286,22 +286,22 @@ def _of_two(problem: Problem, name: str, a: _Side, b: _Side, found: dict[str, Ca
 
 
 def _moves_its_own_rows(problem: Problem, side: _Side) -> Iterator[Check]:
-    """Stages 7 and 8 move the very bits that stage 6 of the same run made."""
+    """Check that stages 7 and 8 move exactly the bits that stage 6 of the same run made."""
     for before, after in (("apply_experts", "to_rank_major"), ("to_rank_major", "return_tokens")):
         if f"e2e/{before}/y" not in side.expected or f"e2e/{after}/y" not in side.expected:
             continue
         try:
             a, b = (side.canonical(problem, f"e2e/{stage}/y") for stage in (before, after))
-        except MismatchError:  # which is said already
+        except MismatchError:  # another check reports this already
             continue
         want = side.expected[f"e2e/{after}/y"]
         yield _judge(problem, want, side.name, f"its own {before}", b, a.present & b.present, other=a, bitwise=True)
 
 
 def _scale(problem: Problem, want: Expected, backend: str, values: Array) -> Check:
-    """By how much all numbers, each rank's or each expert's are too large; every one may be within its allowance.
+    """Compare the common factor of all numbers, of each rank and of each expert with 1; every row may be allowed.
 
-    Where only some ranks' or experts' are, the worst is named.
+    If only some ranks or experts are off, the check names the worst.
     """
     assert want.slope is not None
     with np.errstate(invalid="ignore"):
@@ -318,7 +318,7 @@ def _scale(problem: Problem, want: Expected, backend: str, values: Array) -> Che
 
 
 def _share_of_choices(problem: Problem, want: Expected, backend: str, values: Array) -> Check:
-    """By how much what one of the K choices adds to the output is too large, over all tokens."""
+    """Compare with 1 the factor of what each of the K choices adds to the output, over all tokens."""
     assert want.choices is not None
     assert want.share is not None
     off = to_numpy(want.choices @ (values - want.values).reshape(-1))
@@ -327,14 +327,14 @@ def _share_of_choices(problem: Problem, want: Expected, backend: str, values: Ar
 
 
 def _over(off: Array, allowed: Array) -> Array:
-    """How far factors are off 1, over what they may be."""
+    """How far factors are from 1, over what is allowed."""
     return np.where(np.isfinite(off), np.abs(off) / allowed, np.inf)
 
 
 def _factor(
     problem: Problem, want: Expected, backend: str, off: Array, allowed: Array, worst: int, where: Where
 ) -> Check:
-    """The comparison of factors with 1; `worst` is the one that it shows, of the numbers at `where`."""
+    """The comparison of factors with 1. It shows the factor at index `worst`, of the numbers at `where`."""
     ratio = _over(off, allowed)
     check = _check(problem, want, backend, "oracle", ok=not (ratio > 1).any(), bitwise=False)
     check.scale, check.failing, check.worst, check.where = True, int((ratio > 1).sum()), float(ratio[worst]), where
@@ -346,8 +346,8 @@ def _factor(
 def choice_of_experts(problem: Problem, want: Expected, backend: str, ids: Array) -> Check:
     """The router's own choice against the oracle's.
 
-    A choice between scores closer than float32 can tell apart counts as right, and is counted. Where the logits are
-    exact in float32 (small integers), equal ones have equal scores, and must go to the lower id.
+    A choice between scores that float32 cannot tell apart counts as right, and is counted. If the logits are exact in
+    float32 (small integers), equal logits have equal scores, and the lower expert id must be chosen.
     """
     case = problem.case
     on_gpu, oracle = vectorised.on_gpu(case), vectorised.oracle_for(case)
@@ -366,7 +366,7 @@ def choice_of_experts(problem: Problem, want: Expected, backend: str, ids: Array
     expected = oracle.select(case, by, parameters)
     keys = reference.stored_keys(case, by, parameters)
     wrong, near = [], 0
-    expected[problem.expert_id < 0] = -1  # of padding no choice is asked
+    expected[problem.expert_id < 0] = -1  # padding makes no choice
     for p, t in np.argwhere((ids != expected).any(axis=-1)):
         in_order = not exact or _lower_first(logits[p, t], ids[p, t])
         if in_order and _defensible(case, keys[p, t], ids[p, t], close[p, t]):
@@ -385,7 +385,7 @@ def choice_of_experts(problem: Problem, want: Expected, backend: str, ids: Array
 
 
 def _defensible(case: Case, score_E: Array, id_K: Array, close: float) -> bool:
-    """Whether each choice, in turn, was as good as any left, but for `close`; and so were the groups chosen in."""
+    """Whether each choice in turn was the best of those left, within `close`, and so was each choice of groups."""
     if not 0 <= id_K.min(initial=0) <= id_K.max(initial=0) < case.experts:
         return False
     if case.groups > 1:
@@ -406,7 +406,7 @@ def _defensible(case: Case, score_E: Array, id_K: Array, close: float) -> bool:
 
 
 def _lower_first(logits_E: Array, id_K: Array) -> bool:
-    """Whether no expert was chosen before, or without, a lower one with the same logit."""
+    """Whether, of experts with equal logits, the lower id was always chosen, and first."""
     before: set[int] = set()
     for g in id_K.tolist():
         if any(logits_E[h] == logits_E[g] and h not in before for h in range(g)):
@@ -426,7 +426,7 @@ def _failed(problem: Problem, want: Expected, left: str, right: str, note: str) 
     return check
 
 
-# Numbers that are compared at a time, so that what is made on the way fits a core's cache; and on a GPU, its memory.
+# How many numbers are compared at a time: their temporaries fit a core's cache, or, on a GPU, its memory.
 AT_ONCE, AT_ONCE_ON_GPU = 2**17, 2**26
 
 
@@ -434,14 +434,14 @@ def _judge(
     problem: Problem, want: Expected, left: str, right: str, have: Canonical, present: Array, *,
     other: Canonical | None = None, bitwise: bool = False, picture: Picture | None = None,
 ) -> Check:  # fmt: skip
-    """The rows that are present against the oracle's, or another array's, within the allowance for both; or bitwise."""
+    """Compare the rows that are present with the oracle's or another array's, within both allowances or bitwise."""
     problem = problem.second if want.mode == "second" and problem.second else problem
     values, yardstick = want.values, None if bitwise else want.yardstick
     limit, rows = 0 if yardstick is None else 1, np.flatnonzero(present)
     xp = space_of(values)
 
     def compared(some: Array) -> tuple[Array, Array, Array, Array, Array]:
-        """Of rows by number: got, expected, error, allowed, and error over allowed."""
+        """For rows by number: got, expected, error, allowed, and error over allowed."""
         got, exact = put_beside(have.rows(some), values), values[some]
         expected = exact if other is None else put_beside(other.rows(some), values)
         error = xp.abs(got - expected)
@@ -451,7 +451,7 @@ def _judge(
         of_rows = yardstick[some] if values.ndim > 1 else yardstick
         margin = allowed(exact, of_rows, want.dtype) * (1 if other is None else 2)
         ratio = error / xp.maximum(margin, 1e-300)
-        # What is off by more than allowed is over it, however small that is; and so is what is not a number.
+        # An error above the allowance has a ratio above 1, however small the excess; NaN has an infinite ratio.
         ratio = xp.where(error <= margin, ratio, xp.maximum(ratio, 1.0 + 2**-52))
         return got, expected, error, margin, xp.where(xp.isnan(error), np.inf, ratio)
 
@@ -534,7 +534,7 @@ def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array
 
 
 def _tied(problem: Problem) -> Array:
-    """[P, T], tokens whose last choice is as good as one that was left out."""
+    """[P, T] mask of tokens whose last choice scored the same as an expert that was not chosen."""
     case, (x, parameters, _) = problem.case, exact_inputs(problem)
     logits, _ = vectorised.route(case, x, parameters, Exact())
     by = reference.scores_to_choose_by(case, logits)
@@ -545,7 +545,7 @@ def _tied(problem: Problem) -> Array:
 
 
 def _where(problem: Problem, want: Expected, have: Canonical, first: int, at: tuple[int, ...]) -> Where:
-    """The place of an element: what each letter of its axes says of it."""
+    """The place of an element, from the letters of its array's axes."""
     case, e = problem.case, problem.case.experts // problem.case.ranks
     if want.axes.startswith("A"):
         p, t, k = identity(case, first)

@@ -58,10 +58,10 @@ def run_cases(
 ) -> Report | None:
     """Draw every case, run the backends at once in processes of their own, compare as their traces come in.
 
-    `join` is a framework whose group this process is in, as torchrun or a cluster started it: backends in it run in
-    that group. `between`: backends are judged by each other, and the oracle's verdict stands beside.
+    `join` is a framework whose process group, started by torchrun or a cluster, this process is in: backends of that
+    framework run in the group. `between`: backends are judged by each other, and the oracle's verdict stands beside.
 
-    None on every process of such a group but the first, which then has nothing left to do.
+    Returns None on every process of such a group except the first.
 
     Raises BackendError when a package is missing or a backend cannot run, DiedError when it did not survive a case.
     """
@@ -131,7 +131,7 @@ def run_cases(
 
 @contextmanager
 def _ahead(problems: Iterable[Problem], backends: Sequence[Backend]) -> Iterator[dict[str, Future[Oracle]]]:
-    """Oracles of large cases, by name, which draw while backends run: those wait for each other, so a core is free."""
+    """Oracles of large cases, by name. They draw while backends run, which wait for each other and leave a core."""
     names = {name for backend in backends for name in backend.provides}
     large = [Oracle(problem) for problem in problems if not small(problem.case) and not on_gpu(problem.case)]
     with ThreadPoolExecutor(1) as thread:
@@ -150,7 +150,7 @@ def _ahead(problems: Iterable[Problem], backends: Sequence[Backend]) -> Iterator
 
 
 def _join(framework: str, folder: Path, problems: list[Problem], setting: Setting, backends: list[Backend]) -> int:
-    """Run problems in the group that this process is in; its number there. Raises BackendError where that fails."""
+    """Run problems in this process's group and return its rank there. Raises BackendError if that fails."""
     try:
         return resolve(f"parity.run.{framework}_ranks:join")(folder, problems, setting, backends)
     except (ValueError, BackendError):
@@ -167,9 +167,9 @@ def judge(
     between: bool = False,
     oracle: Oracle | None = None,
 ) -> tuple[CaseRecord, list[Check]]:
-    """Every comparison of one case, and what it looked like; `flags` are those that repeating it needs besides.
+    """Make every comparison of one case, and its record. `flags` are added to the command that repeats the case.
 
-    `between`: those with the oracle do not count, but for what two runs of one backend do not have in common.
+    `between`: comparisons with the oracle do not count, except that two runs of one backend must agree.
     """
     case, picture = problem.case, blank(problem)
     traces = [result for result in results if isinstance(result, Trace) and not result.not_supported]
@@ -189,7 +189,7 @@ def judge(
 
 
 def noted(problem: Problem) -> list[str]:
-    """What is odd about a case's inputs, though every layer is given the same."""
+    """Remarks on unusual inputs of a case. Every layer is given the same inputs."""
     n, case = problem.chosen_otherwise, problem.case
     if not n:
         return []
@@ -200,7 +200,7 @@ def noted(problem: Problem) -> list[str]:
 
 
 def raised(failure: Failure) -> Check:
-    """A comparison that fails, as the backend raised an exception or died: in a stage on its own, or in the layer."""
+    """A failed comparison that stands for an exception or a crash, in a stage on its own or in the layer."""
     alone = failure.stage in STAGES
     stage = failure.stage if alone else STAGES[-1]
     rank = f"rank {failure.rank} " if failure.ranks > 1 else ""
@@ -215,7 +215,7 @@ def raised(failure: Failure) -> Check:
 def make_report(
     head: Header, names: list[str], judged: dict[str, tuple[CaseRecord, list[Check]]], seconds: dict[str, float]
 ) -> Report:
-    """The report of cases in the order asked for; those that were never judged are missed in the footer."""
+    """The report of cases in the order asked for. Its footer counts the cases that were never judged."""
     order = [name for name in names if name in judged]
     records = {name: judged[name][0] for name in order}
     checks = {name: judged[name][1] for name in order}
@@ -223,7 +223,7 @@ def make_report(
 
 
 def progress(show: bool = True) -> Progress:
-    """Bars on standard error, where that is a terminal; gone when done."""
+    """Progress bars on standard error, if that is a terminal. They vanish when done."""
     columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal))

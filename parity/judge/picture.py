@@ -28,13 +28,13 @@ class Picture(msgspec.Struct):
     kept: list[list[int]]  # [P, E], assignments of each source rank for each expert
     dropped: list[list[int]]  # [P, E]
     padding: list[int]  # rows of padding that each rank sends on the static side
-    # By backend, [P, E]: the largest error over its allowance in any row of (source rank, expert); null without rows.
+    # By backend, [P, E]: the largest ratio of error to allowance of any row of (source rank, expert); null if no rows.
     worst: dict[str, list[list[float | None]]] = {}
     # By "backend mode/stage/value", for arrays that are judged within an allowance.
     magnitudes: dict[str, list[Magnitude]] = {}
 
     def add_rows(self, backend: str, rank: Array, expert: Array, ratio: Array) -> None:
-        """Error over allowance, [n], of rows with these source ranks and experts."""
+        """Add ratios of error to allowance, [n], of rows with these source ranks and experts."""
         P, E = len(self.kept), len(self.kept[0])
         worst_PE = np.full((P, E), -np.inf)
         np.maximum.at(worst_PE, (rank, expert), ratio)
@@ -45,7 +45,7 @@ class Picture(msgspec.Struct):
 
 
 class Magnitudes:
-    """Errors and allowances against the size of what was expected, of numbers that come in pieces."""
+    """Errors and allowances by the size of the expected number, collected from arrays that come in pieces."""
 
     def __init__(self) -> None:
         self.by_exponent: dict[int, Magnitude] = {}
@@ -69,12 +69,12 @@ class Magnitudes:
             one.allowed = max(one.allowed, most[i])
 
     def found(self) -> list[Magnitude]:
-        """Of all numbers so far, small ones first."""
+        """Magnitudes of all numbers so far, small ones first."""
         return [one for _, one in sorted(self.by_exponent.items()) if one.numbers]
 
 
 def blank(problem: Problem) -> Picture:
-    """Where rows went, before any trace is looked at."""
+    """The picture of a case before any trace is read: where rows went, without errors."""
     case = problem.case
     everything, kept = (reference.sent(case, problem.expert_id, problem.keep, s) for s in ("dynamic", "static"))
     padding = case.bins * case.capacity - kept.sum(axis=1)

@@ -1,4 +1,4 @@
-"""How small an error is caught: what the allowances leave room for, array by array."""
+"""The smallest error that the allowances catch, array by array."""
 
 import msgspec
 import numpy as np

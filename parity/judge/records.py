@@ -1,6 +1,6 @@
 """A report as JSON Lines: a header, for each case what it looked like and every comparison, and a footer.
 
-A report without its footer is of a run that did not end, and is refused.
+A report without a footer comes from a run that did not end, and is refused.
 """
 
 import lzma
@@ -48,9 +48,9 @@ class CaseRecord(msgspec.Struct, tag_field="kind", tag="case"):
     environment: dict[str, dict[str, str]]
     picture: Picture
     not_supported: dict[str, str] = {}  # by backend: why a layer does not compute the case
-    unreached: list[str] = []  # sides of a clamp on which no expert's gate or up is
-    noted: list[str] = []  # of its inputs
-    beside: dict[str, Blame | None] = {}  # by backend, judged by each other: the first divergence from the oracle
+    unreached: list[str] = []  # sides of a clamp that no expert's gate or up reaches
+    noted: list[str] = []  # remarks on its inputs
+    beside: dict[str, Blame | None] = {}  # by backend, with --between: the first divergence from the oracle
 
 
 class Footer(msgspec.Struct, tag_field="kind", tag="footer"):
@@ -64,11 +64,11 @@ class Footer(msgspec.Struct, tag_field="kind", tag="footer"):
     bitwise: int
     failing: int
     seconds: dict[str, float]
-    pairs: int = 0  # of values that two fields can have together, those that some case has
-    pairs_missing: list[str] = []  # and those that none has, where there are many cases
+    pairs: int = 0  # how many pairs of values that two fields can have together occur in some case
+    pairs_missing: list[str] = []  # the pairs that occur in no case, if there are many cases
 
 
-MANY = 10  # cases, from which on the report says what pairs of values they have
+MANY = 10  # with this many cases or more, the report counts the pairs of values that they have
 
 Record = Header | CaseRecord | Check | Blame | Card | Footer
 
@@ -80,11 +80,11 @@ class Report(msgspec.Struct):
     cases: dict[str, CaseRecord]
     checks: dict[str, list[Check]]
     footer: Footer
-    cards: dict[str, list[Card]] = {}  # by case: of layers that fail there and give no stages, what they are
+    cards: dict[str, list[Card]] = {}  # by case: cards of layers that fail in it and give no stages
 
     @property
     def backends(self) -> dict[str, Backend]:
-        """Those that ran, by name."""
+        """The backends that ran, by name."""
         return {backend.name: backend for backend in self.header.backends}
 
     def blamed(self, case: str) -> Blame | None:
@@ -93,7 +93,7 @@ class Report(msgspec.Struct):
 
 
 def header(backends: Iterable[Backend], planted: str = "") -> Header:
-    """Of a run that begins now."""
+    """The header of a run that begins now."""
     packages = ("moe-parity", "torch", "jax", "jaxlib", "numpy")
     installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
     machine = {name: installed[name] for name in packages if name in installed}
@@ -107,7 +107,7 @@ def footer(
 ) -> Footer:
     """The verdict over all comparisons; a case in which nothing was compared is no match.
 
-    One that a backend does not support is neither, but some case each must support.
+    A case that a backend does not support is skipped, but each backend must support some case.
     """
     everything = [c for found in checks.values() for c in found]
     compared = len(checks) == cases and all(
@@ -124,7 +124,7 @@ def footer(
 
 
 def encode(record: Record) -> str:
-    """One line. JSON has no infinity and no NaN: they become the strings "inf", "-inf" and "nan"."""
+    """Encode a record as one line. JSON has no infinity and no NaN: they become the strings "inf", "-inf" and "nan"."""
     return msgspec.json.encode(_with_strings(msgspec.to_builtins(record))).decode()
 
 
@@ -137,7 +137,7 @@ def _with_strings(value: Any) -> Any:
 
 
 def lines(report: Report) -> list[str]:
-    """The whole report, a record a line."""
+    """The lines of the whole report, one record each."""
     return [
         encode(report.header),
         *(
@@ -157,7 +157,7 @@ def lines(report: Report) -> list[str]:
 def read(path: Path) -> Report:
     """A report from its file, which may be compressed (.xz).
 
-    Raises ValueError when the file is none, was written in another schema, or is not whole.
+    Raises ValueError when the file is no report, has another schema, or is incomplete.
     """
     try:
         with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
@@ -193,9 +193,9 @@ def read(path: Path) -> Report:
 
 
 def upgraded(line: Any) -> Any:
-    """A line of an earlier schema as one of this: 1 knew only our own backends, and called a recording a trace."""
+    """Convert a line of schema 1, which knew only our own backends and called a recording a trace, to this schema."""
     if not isinstance(line, dict):
-        return line  # which is no record, and is refused as that
+        return line  # not a record: decoding it raises the error
     if line.get("kind") == "header" and line.get("schema") == 1:
         line |= {"schema": SCHEMA, "backends": msgspec.to_builtins(list(BACKENDS.values()))}
     if line.get("kind") == "case" and isinstance(line.get("case"), dict) and "trace" in line["case"]:

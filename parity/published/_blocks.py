@@ -7,17 +7,17 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-# A class that makes experts, and is neither the experts, nor their router, nor a layer or model around them.
+# A class that creates experts, and is not itself the experts, their router, or a layer or model around them.
 AROUND = re.compile(
     r"(Layer|Attention|Router|Gate|Gating|Experts|Expert|MoA|Model|GLU|NaiveMoe)$|ForCausalLM|ForConditional"
 )
 MAKES_EXPERTS = re.compile(r"self\.\w*experts\b|Experts\(")
-EXPERTS_LAYER = {"AriaTextMoELayer"}  # called a layer, and is the block
+EXPERTS_LAYER = {"AriaTextMoELayer"}  # named a layer, but is the block
 
 
 @cache
 def blocks() -> dict[str, tuple[str, str]]:
-    """By name, the module and the class of each block: mixtral, or dots3_note.Dots3NoteVisionMoE of several."""
+    """Module and class of each block by name: mixtral, or dots3_note.Dots3NoteVisionMoE if a module has several."""
     found: dict[str, list[tuple[str, str, str]]] = {}
     for path in _sources():
         package = path.parent.name

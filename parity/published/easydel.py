@@ -7,9 +7,9 @@ from flax import nnx  # pyright: ignore[reportMissingImports]
 
 from parity import Unsupported, backend, only
 
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 1}  # of a model that is never made
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 1}  # of a model that is never built
 
-# How the layer keeps what we give it: by its own name, ours and its axes.
+# Parameters of the layer: its own name, our name, and its axes.
 STORED = {
     "gate.kernel": "router: D E", "experts.gate_proj.kernel": "w_gate: E D F", "experts.up_proj.kernel": "w_up: E D F",
     "experts.down_proj.kernel": "w_down: E F D",

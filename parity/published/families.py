@@ -1,8 +1,8 @@
 """Every MoE block of Hugging Face's transformers, as its own configuration has it, behind one function.
 
 `--backend families:mixtral` is the block of Mixtral with its defaults: of a case it takes the sizes and weights, and no
-option. `families:qwen3_moe,norm_topk_prob=True` has another setting than the default. What the parameters of a block
-are is known by their names and their shapes; a block with one of which nothing is known is refused.
+option. `families:qwen3_moe,norm_topk_prob=True` has another setting than the default. The parameters of a block are
+identified by their names and shapes; a block with an unknown parameter is refused.
 `python -m parity.published.families` says, a JSON line each, what every block keeps and states.
 """
 
@@ -25,10 +25,10 @@ from einops import rearrange  # pyright: ignore[reportMissingImports]
 from parity import Unsupported, backend
 from parity.published._blocks import blocks
 
-# Sizes at which no two axes of a block are alike, so that shapes say what they are.
+# Sizes that differ on all axes of a block, so that shapes identify the axes.
 APART = SimpleNamespace(width=56, hidden=20, experts=16, top_k=3, shared_hidden=20)
 
-# By every name that configurations have for them. A list is what some have a list of.
+# These sizes, by every name that configurations use. A list is for configurations that hold a list.
 SIZES = {
     "width": ("hidden_size", "d_model"),
     "hidden": ("intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size"),
@@ -46,7 +46,7 @@ ONE = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")  # as
 NONE = ("zero_expert_num", "num_zero_experts", "first_k_dense_replace")
 GROUPS = ("n_group", "num_expert_groups", "moe_n_group")
 
-# What a configuration states, by the field of a case that says so.
+# Names of a configuration's settings, by the case field that they correspond to.
 STATES = {
     "activation": ("hidden_act", "hidden_activation", "mlp_hidden_act"),
     "renormalize": ("norm_topk_prob", "moe_renormalize", "route_norm"),
@@ -60,7 +60,7 @@ WORDS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "sqrtsoftplu
 
 
 class Place(NamedTuple):
-    """Where a parameter of a block comes from: ours, and the axes that it has there; F stands for H as well."""
+    """Which of our parameters a block's parameter comes from, and its axes there; F stands for H as well."""
 
     ours: tuple[str, ...]
     axes: str
@@ -76,7 +76,7 @@ OF_OURS = {
 }  # fmt: skip
 BOTH = ("w_gate", "w_up")
 
-# By a name's end, what it is; `shared` before it makes it the shared expert's. The first that fits.
+# Our parameter by the end of a block's parameter name, first match. With `shared` before it: the shared expert's.
 NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(e_score_correction_bias|expert_bias)$", ("selection_bias",)),
     (r"per_expert_scale$", ("expert_scale",)),
@@ -100,7 +100,7 @@ NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
 def configured(name: str) -> tuple[Any, Any]:
     """The class of a block, and its configuration with its own defaults in place of sizes.
 
-    Raises Unsupported where no configuration makes the block.
+    Raises Unsupported if no configuration makes the block.
     """
     name, *settings = name.split(",")
     if name not in blocks():
@@ -135,7 +135,7 @@ def _value(text: str) -> Any:
 
 
 def _configurations(module: Any, block: Any) -> Iterable[Any]:
-    """Those in a block's module: the one that its constructor names, and then those of text, the shortest first."""
+    """The configurations in a block's module: first the one its constructor names, then text ones, shortest first."""
     of = inspect.signature(block.__init__).parameters.get("config")
     named = re.findall(r"\w+Config\b", str(of.annotation)) if of else []
     others = [name for name in vars(module) if name.endswith("Config") and name.lower() != "pretrainedconfig"]
@@ -146,14 +146,14 @@ def _configurations(module: Any, block: Any) -> Iterable[Any]:
 
 
 def build(block: Any, config: Any, sizes: Any) -> torch.nn.Module:
-    """A block of these sizes, without numbers."""
+    """A block of these sizes, without weights (on the meta device)."""
     for size, names in SIZES.items():
         for name in names:
             put(config, name, getattr(sizes, size) or 1)
     for names, value in ((ONE, 1), (NONE, 0)):
         for name in names:
             put(config, name, value)
-    for name in GROUPS:  # that the experts do not divide into
+    for name in GROUPS:  # no groups that the experts do not divide into
         groups = getattr(config, name, None)
         if groups and (sizes.experts % groups or sizes.experts // groups < 2):
             put(config, name, 1)
@@ -168,7 +168,7 @@ def build(block: Any, config: Any, sizes: Any) -> torch.nn.Module:
 
 
 def put(config: Any, name: str, value: Any) -> None:
-    """Set what a configuration has; where it has a list, a list."""
+    """Set the attributes that a configuration has, as a list where it holds a list."""
     if not hasattr(config, name):
         return
     setattr(config, name, [value] * 2 if isinstance(getattr(config, name), list) else value)
@@ -176,9 +176,9 @@ def put(config: Any, name: str, value: Any) -> None:
 
 @cache
 def places(name: str) -> dict[str, Place]:
-    """By the name of each parameter of a block, where it comes from.
+    """The `Place` of each parameter of a block, by name.
 
-    Raises Unsupported where that is not known of one, or where gate and up cannot be told apart.
+    Raises Unsupported if a parameter is unknown, or gate and up cannot be told apart.
     """
     block = build(*configured(name), APART)
     found = {own: _place(own, tuple(a.shape)) for own, a in block.state_dict().items()}
@@ -208,7 +208,7 @@ def _place(own: str, of: tuple[int, ...]) -> Place:
 
 
 def _arranged(found: Mapping[str, Place], backwards: bool, by_turns: bool) -> dict[str, Place]:
-    """Experts' gate and up, and their biases: up first, or by turns."""
+    """Places of experts' gate and up and their biases, in other orders: up first, or interleaved."""
     return {
         own: Place(ours[::-1] if backwards else ours, axes.replace("(2 F)", "(F 2)") if by_turns else axes)
         for own, (ours, axes) in found.items()
@@ -217,7 +217,7 @@ def _arranged(found: Mapping[str, Place], backwards: bool, by_turns: bool) -> di
 
 
 def _left(name: str, found: Mapping[str, Place]) -> float:
-    """What a block returns where every gate is far below zero: nothing, if gates are where `found` says."""
+    """The output of a block whose gates are all far below zero: zero, if gates are where `found` says."""
     D, E, F = APART.width, APART.experts, APART.hidden
     w_gate, w_up = torch.zeros(2, E, D, F)
     w_gate[:, 0], w_up[:, 0] = -40.0, torch.linspace(1, 2, F)
@@ -228,7 +228,7 @@ def _left(name: str, found: Mapping[str, Place]) -> float:
 
 
 def called(name: str, found: Mapping[str, Place], sizes: Any, x_TD: torch.Tensor, w: Mapping[str, Any]) -> torch.Tensor:
-    """The output of a block with our weights in place of its own; what is none of ours is zero, and scales are one."""
+    """The output of a block with our weights in place of its own. Its other parameters are zero, and scales are one."""
     module = build(*configured(name), sizes)
     its_own = {own: stored(found[own], w, tuple(a.shape), x_TD) for own, a in module.state_dict().items()}
     out = torch.func.functional_call(module, its_own, (x_TD[None],))
@@ -236,7 +236,7 @@ def called(name: str, found: Mapping[str, Place], sizes: Any, x_TD: torch.Tensor
 
 
 def stored(place: Place, w: Mapping[str, Any], of: tuple[int, ...], x_TD: torch.Tensor) -> torch.Tensor:
-    """What a block keeps there, of ours: as wide as the tokens, or as what is given."""
+    """Our parameter in a block's layout, in the wider of its own dtype and that of the tokens."""
     ours = [a for one in place.ours if (a := w.get(one)) is not None]
     if len(ours) < len(place.ours):
         return torch.full(of, float(place.ours == ("expert_scale",)), dtype=x_TD.dtype)
@@ -248,7 +248,7 @@ def stored(place: Place, w: Mapping[str, Any], of: tuple[int, ...], x_TD: torch.
 
 
 def states(name: str) -> dict[str, Any]:
-    """By field of a case, what a block's configuration says of it."""
+    """What a block's configuration says, by field of a case."""
     _, config = configured(name)
     found = {}
     for field, names in STATES.items():
@@ -263,7 +263,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
     if name.startswith("_"):
         raise AttributeError(name)
 
-    try:  # once, before ranks are forked
+    try:  # look this up once, before ranks are forked
         found, refused = places(name), ""
     except Unsupported as why:
         found, refused = {}, str(why)
@@ -286,7 +286,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
 
 def said(name: str) -> dict[str, Any]:
-    """What a block keeps and what its configuration states, or why it is refused."""
+    """What a block keeps and its configuration states, or the reason why it is refused."""
     try:
         return {"stored": {own: str(place) for own, place in places(name).items()}, "states": states(name)}
     except Unsupported as why:

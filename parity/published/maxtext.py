@@ -14,7 +14,7 @@ from maxtext.utils import maxtext_utils  # pyright: ignore[reportMissingImports]
 
 from parity import Unsupported, backend, only
 
-# How the layer keeps what we give it: by its own name, ours and its axes.
+# Parameters of the layer: its own name, our name, and its axes.
 STORED = {
     "gate.kernel": "router: D E", "gate.bias": "router_bias or selection_bias: E", "wi_0": "w_gate: E D F",
     "wi_1": "w_up: E D F", "wo": "w_down: E F D", "wi_0_bias": "b_gate: E F", "wi_1_bias": "b_up: E F",
@@ -23,8 +23,8 @@ STORED = {
 
 
 def run(x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, **options):
-    """The output of a layer that is configured so, with our weights, which are laid out as its own."""
-    of_chosen = case.score_function == "softmax_of_chosen"  # which is to renormalise
+    """The output of a layer with this configuration and our weights, laid out as its own."""
+    of_chosen = case.score_function == "softmax_of_chosen"  # equals softmax, renormalised
     only(case, score_function=("softmax_of_chosen", "softmax"), renormalize=not of_chosen, epsilon=(0.0, 1e-20),
          router_dtype="activations", cast_scores=True)  # fmt: skip
     return run_model("mixtral-8x7b", x_PTD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, {}, **options)

@@ -12,7 +12,7 @@ from torch.nn.functional import gelu, silu
 
 from parity import Unsupported, backend, only
 
-# How the layer keeps what we give it: by its own name (N is an expert), ours and its axes.
+# Parameters of the layer: its own name (N is an expert), our name, and its axes.
 STORED = {
     "router.weight": "router: E D", "router.expert_bias": "selection_bias: E",
     "experts.local_experts.N.linear_fc1.weight": "w_gate and w_up: (2 F) D",
@@ -21,16 +21,16 @@ STORED = {
 
 
 def gelu_tanh(x):
-    """As it calls it: gelu by its tanh approximation."""
+    """Gelu by its tanh approximation, with the signature that Megatron-Core calls."""
     return gelu(x, approximate="tanh")
 
 
 @cache
 def join(ranks):
-    """Its own groups, once in each process."""
-    if not dist.is_initialized():  # one rank: it asks for a group all the same
+    """Create Megatron-Core's own process groups, once in each process."""
+    if not dist.is_initialized():  # Megatron-Core needs a process group even for one rank
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    if not torch.cuda.is_available():  # its router asks for the GPU whatever there is
+    if not torch.cuda.is_available():  # its router asks for the current GPU even on a CPU
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
 

@@ -6,14 +6,14 @@ from tokamax import ragged_dot  # pyright: ignore[reportMissingImports, reportAt
 
 from parity import backend, only, record
 
-# How the layer keeps what we give it: by its own name, ours and its axes.
+# Parameters of the layer: its own name, our name, and its axes.
 STORED = {"rhs of gate": "w_gate: E D F", "rhs of up": "w_up: E D F", "rhs of down": "w_down: E F D"}
 
 
 @backend(framework="jax")
 def layer(x_PTD, score_PTK, expert_id_PTK, w_gate_EDF, w_up_EDF, w_down_EFD, case):
     """Each expert on its own tokens, by tokamax.ragged_dot."""
-    only(case, *{*case.router._fields} - {"score_on"})  # scores are given
+    only(case, *{*case.router._fields} - {"score_on"})  # scores are an input
 
     def product(x_ND, w_EDF):
         options = {"precision": "highest", "preferred_element_type": x_ND.dtype}

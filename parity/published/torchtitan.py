@@ -12,7 +12,7 @@ from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher  # py
 
 from parity import Unsupported, backend, only
 
-# How the layer keeps what we give it: by its own name, ours and its axes.
+# Parameters of the layer: its own name, our name, and its axes.
 STORED = {
     "router.gate.weight": "router: E D", "w1_EFD": "w_gate: E F D", "w3_EFD": "w_up: E F D", "w2_EDF": "w_down: E D F",
     "expert_bias_E": "selection_bias: E",

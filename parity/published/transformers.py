@@ -1,7 +1,7 @@
 """Blocks of Hugging Face's transformers: one function runs them all, as their parameters have the usual names.
 
-They know no ranks: each is given all experts and runs on a rank's tokens. What a block has and a case has not is
-switched off: selection biases, biases and shared experts are zero, scales of experts are one.
+The blocks know no ranks: each gets all experts and runs on one rank's tokens. Options that a case lacks are switched
+off: selection biases, biases and shared experts are zero, scales of experts are one.
 """
 
 import math
@@ -21,20 +21,20 @@ ACTIVATIONS = {
 def run(path, case, x_TD, w, layout="E (2 F) D", /, **config):
     """The output of a block, which `mixtral:Mixtral:SparseMoeBlock` names, with our weights in place of its own.
 
-    `layout` is how it keeps gate and up: E (2 F) D and E D (2 F) one after the other, E D (F 2) by turns.
+    `layout` is how the block keeps gate and up: E (2 F) D and E D (2 F) concatenated, E D (F 2) interleaved.
     """
     package, model, suffix = path.split(":")
     its = import_module(f"transformers.models.{package}.modeling_{package}")
     made = getattr(its, f"{model}Config")(**configuration(case), **config)
     made._experts_implementation = "eager"
-    with torch.device("meta"):  # its own weights are never made
+    with torch.device("meta"):  # its own weights are never allocated
         block = (getattr(its, model + suffix) if suffix else Gemma4)(made).eval()
     ours = {}
     for name, its_own in block.state_dict().items():
         a = stored(name, w, layout)
         if a is None:
             a = torch.full(its_own.shape, float(name.endswith("scale")), dtype=x_TD.dtype)
-        elif name.startswith(("gate.", "router.")):  # as it is given, or as wide as the tokens
+        elif name.startswith(("gate.", "router.")):  # in the wider of its own dtype and that of the tokens
             a = a.to(torch.promote_types(a.dtype, x_TD.dtype))
         ours[name] = a
     out = torch.func.functional_call(block, ours, (x_TD[None],))
@@ -42,7 +42,7 @@ def run(path, case, x_TD, w, layout="E (2 F) D", /, **config):
 
 
 def configuration(case):
-    """What a case says, by every name that a configuration has for it."""
+    """The settings of a case, by every name that a configuration uses for them."""
     experts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), case.experts)
     hidden = dict.fromkeys(("intermediate_size", "moe_intermediate_size"), case.hidden)
     chosen = dict.fromkeys(("num_experts_per_tok", "top_k_experts"), case.top_k)
@@ -53,12 +53,12 @@ def configuration(case):
 
 
 def weights(router, w_gate, w_up, w_down, **more):
-    """Ours, by name."""
+    """Our weights, by name."""
     return {"router": router, "w_gate": w_gate, "w_up": w_up, "w_down": w_down, **more}
 
 
 def stored(name, w, layout):
-    """What a block keeps under this name, of ours; None where the case has none."""
+    """Our weight that a block keeps under this name; None if the case has none."""
 
     def turned(a):
         return a if a is None or layout.startswith("E D") else a.mT
@@ -114,40 +114,40 @@ class Gemma4(nn.Module):
         return self.experts(x_1TD[0], expert_id_TK, score_TK)
 
 
-# What sums of scores are guarded by where nothing guards them: of a softmax, 1e-20 changes no sum.
+# Epsilon of layers that add none to the sum of scores: 1e-20 changes no sum of softmax scores.
 NOTHING = (0.0, 1e-20)
 
 
 def as_tokens(case):
-    """Of a router with logits in the dtype of the tokens, and scores from float32 logits."""
+    """`router_dtype` of a router with logits in the dtype of the tokens, and scores computed from them in float32."""
     return "float32" if case.dtype == "float64" else "activations"
 
 
 def all_as_tokens(case):
-    """Of a router with logits in the dtype of the tokens, and scores too."""
+    """`router_dtype` of a router with logits and scores in the dtype of the tokens."""
     return ("wide", "activations") if case.dtype == "float64" else "activations"
 
 
 def in_float32(case):
-    """Of a router in float32 whatever the tokens are."""
+    """`router_dtype` of a router in float32, whatever the dtype of the tokens."""
     return "float32" if case.dtype == "float64" else ("wide", "float32")
 
 
 def only_softmax(case, **has):
-    """Raises Unsupported in a case that has other scores than these: of a softmax in float32."""
+    """Raise Unsupported unless the case scores by a softmax in float32."""
     only(case, "activation", epsilon=NOTHING, router_dtype=as_tokens(case), **has)
 
 
 def only_deepseek(case):
-    """Raises Unsupported in a case that has other scores than DeepSeek-V3."""
+    """Raise Unsupported unless the case scores as DeepSeek-V3 does."""
     only(case, "activation", "scale", "groups", "top_groups",
          score_function="sigmoid", renormalize=(False, True), router_dtype=in_float32(case))  # fmt: skip
 
 
 def shared_experts(case):
-    """The shared expert, as a configuration says it that counts shared experts of the size of the others.
+    """Settings of the shared expert for a configuration that counts shared experts of the size of the others.
 
-    Raises Unsupported where they are no whole number.
+    Raises Unsupported if the count is not a whole number.
     """
     if case.shared_hidden % case.hidden:
         raise Unsupported("its shared expert is a multiple of the others in width")
@@ -155,7 +155,7 @@ def shared_experts(case):
 
 
 def weighed_shared_expert(case):
-    """The shared expert, as a configuration says it of one that has a score. Raises Unsupported where it has none."""
+    """Settings of a shared expert with a score. Raises Unsupported if the case has a shared expert without one."""
     if case.shared_hidden and not case.shared_score:
         raise Unsupported("its shared expert has a score")
     return {"shared_expert_intermediate_size": case.shared_hidden or 1}

@@ -1,4 +1,4 @@
-"""Cards for people."""
+"""Print cards as tables."""
 
 from rich.console import Console
 from rich.table import Table

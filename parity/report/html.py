@@ -1,4 +1,4 @@
-"""A report as one page that needs nothing else: no server, no network."""
+"""A report as one HTML page that needs no server and no network."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,21 +16,21 @@ from parity.report.terminal import SHORT, SURE, backends, describe, drops, few, 
 from parity.run.backend import Backend
 from parity.run.faults import FAULTS
 
-DRAWN = 40  # cases with charts, those that fail first: one takes some 80 kB, and a browser has to hold them all
+DRAWN = 40  # most cases with charts, failing ones first: each adds about 80 kB to the page
 MODES = {"isolated": "alone", "e2e": "in the layer", "second": "in a second step", "repeat": "run twice"}
-COLOURS = "abcd"  # of backends in a chart, in the order in which they ran
-SHADES = 5  # of the heat map, from no error to the whole allowance
+COLOURS = "abcd"  # colours of backends in a chart, in the order in which they ran
+SHADES = 5  # shades of the heat map, from no error to the whole allowance
 
 
 class Line(NamedTuple):
-    """What one side's comparisons at one stage came to."""
+    """The result of one side's comparisons at one stage."""
 
     side: str
     ok: bool | None  # None: nothing was compared
     text: str
-    ratio: float | None = None  # worst error over its allowance, of what is judged within one
+    ratio: float | None = None  # worst ratio of error to allowance
     detail: str = ""  # that error and that allowance
-    seen: bool = True  # or the backend shows nothing there
+    seen: bool = True  # False: the backend shows nothing at this stage
 
 
 class Tile(NamedTuple):
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 
     @property
     def ok(self) -> bool | None:
-        """Whether all match; None when some side has nothing compared that it should show."""
+        """Whether all match; None if some side should show something and nothing was compared."""
         results = [line.ok for line in self.lines if line.seen]
         return False if False in results else None if None in results or not results else True
 
@@ -52,7 +52,7 @@ class Tile(NamedTuple):
 
 
 class FailingRow(NamedTuple):
-    """A row that fails, and the comparison it is of."""
+    """A failing row and its comparison."""
 
     check: Check
     row: Row
@@ -64,7 +64,7 @@ class Series(NamedTuple):
     backend: str
     points: str
     colour: str
-    over: str  # of the points, those above the line
+    over: str  # the points above the line
     allowance: str
 
 
@@ -118,7 +118,7 @@ class View(NamedTuple):
     tiles: list[Tile]
     largest: float
     missing: list[str]
-    cards: list[Card]  # of layers that fail in it and give no stages
+    cards: list[Card]  # cards of layers that fail in this case and give no stages
 
 
 def page(report: Report) -> str:
@@ -247,7 +247,7 @@ def chart(view: View) -> Chart | None:
         nth = list(view.record.seconds).index(backend)
         beside = 3.0 * nth
         spots = [(x(m.exponent + 0.5) + beside, y(m.error), m.error > m.allowed) for m in found]
-        points = "".join(f"M{a:.1f} {b}h.01" for a, b, _ in spots)  # of no length at all, they are lost in print
+        points = "".join(f"M{a:.1f} {b}h.01" for a, b, _ in spots)  # a path of zero length is lost in print
         over = "".join(f"M{a - 5:.1f} {b - 5:.1f}l10 10m-10 0l10 -10" for a, b, above in spots if above)
         line = "".join(f"M{x(m.exponent)} {y(m.allowed)}H{x(m.exponent + 1)}" for m in found)
         return Series(backend, points, COLOURS[nth % len(COLOURS)], over, line)
@@ -287,7 +287,7 @@ BARS_BOTTOM, BARS_TOP = 150.0, 14.0
 def _counts(record: CaseRecord) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int | None]]]:
     """Rows kept, dropped and padded, of each source rank and of each expert.
 
-    Padding fills bins, so it is an expert's only where a bin is for one: C rows from every rank, less those kept.
+    Padding fills bins, so experts have padding only with one bin per expert: C rows from every rank, less those kept.
     """
     case, picture = record.case, record.picture
     by_rank = zip(map(sum, picture.kept), map(sum, picture.dropped), picture.padding, strict=True)
@@ -326,7 +326,7 @@ def _round_step(most: int) -> int:
 
 
 def totals(record: CaseRecord) -> list[tuple[str, int, int, int | None, list[float | None]]]:
-    """The charts in numbers, a source rank or an expert a line: kept, dropped, padding, worst ratio of each side."""
+    """The charts in numbers, one line per source rank or expert: kept, dropped, padding, worst ratio of each side."""
 
     def worst(cells: Iterable[float | None]) -> float | None:
         return max((cell for cell in cells if cell is not None), default=None)
@@ -359,12 +359,12 @@ def _only_row(check: Check) -> Row:
 
 
 def not_by_row(view: View) -> list[Check]:
-    """What fails as a whole: arrays that could not be laid against the oracle's, and runs that did not repeat."""
+    """Failures without rows: arrays that could not be compared with the oracle's, and runs that did not repeat."""
     return [c for c in view.checks if not c.ok and (c.where is None or c.mode == "repeat")]
 
 
 def _missing(record: CaseRecord, checks: list[Check], ran: Sequence[Backend]) -> list[str]:
-    """What of this case was not compared, and why."""
+    """What was not compared in this case, and why."""
     result, sides = [], list(record.seconds)
     if len(sides) == 1:
         result.append(f"Only {sides[0]} ran: it was held against the oracle, not against another backend.")
@@ -396,7 +396,7 @@ def _array(check: Check) -> str:
 
 
 def _environment(report: Report) -> list[tuple[str, str, list[tuple[str, int]]]]:
-    """Who, what, and each value with how many cases had it."""
+    """Backend, property, and each value with the number of cases that had it."""
     found: dict[tuple[str, str], dict[str, int]] = {}
     for record in report.cases.values():
         for side, about in record.environment.items():
@@ -411,14 +411,14 @@ def _environment(report: Report) -> list[tuple[str, str, list[tuple[str, int]]]]
 
 
 def num(value: float | None) -> str:
-    """Four digits."""
+    """A number with four digits."""
     if value is None:
         return "\N{EN DASH}"
     return "\N{INFINITY}" if value == math.inf else f"{value:.4g}"
 
 
 def exact(row: Row) -> tuple[str, str]:
-    """What a row has and should have, in nine digits, which tell float32 numbers apart, or as many as it takes."""
+    """Actual and expected number, with nine digits, which tell float32 numbers apart, or as many as are needed."""
     got, expected = f"{row.got:.9g}", f"{row.expected:.9g}"
     return (repr(row.got), repr(row.expected)) if got == expected else (got, expected)
 

@@ -1,4 +1,4 @@
-"""A table for people."""
+"""A report as tables and lines for the terminal."""
 
 import math
 from collections import Counter
@@ -32,8 +32,8 @@ SHORT = {
     "combine": "9 combine",
 }
 ERROR = "error/\nallowed"  # the largest error over its own allowance
-SHOWN = 3  # pairs of values that no case has; a report in JSON has all
-MOST = 60  # cases in the table; of more, those that fail. Those by pairs are listed where there are no others
+SHOWN = 3  # pairs of values without a case that are printed; the JSON report lists all
+MOST = 60  # cases in the table. Of more, only failing ones are listed; cases pairs-* only if there are no others
 VERDICT_STYLE = {"match": "bold green", "mismatch": "bold red", "nothing compared": "bold red"}
 
 
@@ -76,18 +76,18 @@ def drops(report: Report, record: CaseRecord) -> bool:
 
 
 def backends(report: Report, record: CaseRecord) -> list[Backend]:
-    """The records of those that ran a case."""
+    """The backends that ran a case."""
     return [report.backends[name] for name in record.seconds]
 
 
 def unseen(report: Report) -> list[str]:
-    """Of each backend that ran and of which something is not seen: what is compared, and what not."""
+    """For each backend that ran and does not show everything: what is compared, and what is not."""
     ran = {name for record in report.cases.values() for name in record.seconds}
     return [f"{name}: {backend.seen()}" for name, backend in report.backends.items() if name in ran and backend.unseen]
 
 
 def not_supported(report: Report) -> list[str]:
-    """Of each backend, how many cases it does not compute, and why."""
+    """For each backend, how many cases it does not support, and why."""
     said = []
     for name in report.backends:
         why = Counter(record.not_supported[name] for record in report.cases.values() if name in record.not_supported)
@@ -97,7 +97,7 @@ def not_supported(report: Report) -> list[str]:
 
 
 def beside(report: Report) -> list[str]:
-    """Of each backend, where they are judged by each other, what the oracle says of it."""
+    """With --between, the oracle's verdict on each backend."""
     said = []
     for name in report.backends:
         found = [record.beside[name] for record in report.cases.values() if name in record.beside]
@@ -109,13 +109,13 @@ def beside(report: Report) -> list[str]:
 
 
 def notes(report: Report) -> list[str]:
-    """What a report says of backends besides its verdict."""
+    """All remarks of a report besides its verdict."""
     said = [*unseen(report), *not_supported(report), *unreached(report), *inputs(report), *beside(report)]
     return [*said, *filter(None, [agree(report)])]
 
 
 def unreached(report: Report) -> list[str]:
-    """Of cases with a clamp, what no number reaches."""
+    """For cases with a clamp, the sides of it that no number reaches."""
     return [
         f"{name}: not checked, as no expert's number is there: {', '.join(record.unreached)}"
         for name, record in report.cases.items()
@@ -124,12 +124,12 @@ def unreached(report: Report) -> list[str]:
 
 
 def inputs(report: Report) -> list[str]:
-    """Of cases whose inputs are odd, how."""
+    """Remarks on cases with unusual inputs."""
     return [f"{name}: {said}" for name, record in report.cases.items() for said in record.noted]
 
 
 def agree(report: Report) -> str:
-    """That backends which the oracle faults agree with each other, or an empty string."""
+    """A sentence, if backends that fail against the oracle agree with each other; otherwise an empty string."""
     failing = [name for name in report.checks if _failed(report, name)]
     pairs = [c for name in failing for c in report.checks[name] if c.right in report.backends]
     ours = all(backend.layout == "opaque" for backend in report.backends.values())
@@ -171,7 +171,7 @@ def few(value: float | None) -> str:
     return "" if value is None else f"{value:.0e}" if value else "0"
 
 
-# In words, how sure a finding is.
+# How sure a finding is, in words.
 SURE = {
     "found": "found: nothing else explains it", "odd": "found, and no case can say it",
     "cannot tell": "several explanations hold", "unknown": "no explanation holds",
@@ -179,17 +179,17 @@ SURE = {
 
 
 def explanation(card: Card) -> list[str]:
-    """Why a layer is not what the case says that it was asked in, in sentences; what would match; what was excluded."""
+    """Sentences that say how a layer differs from its case, what would match, and what was excluded."""
     said = [f"stage {SHORT[stage]}: {sentence}" if stage else sentence for stage, sentence in card.reasons()]
     lines = [f"{'why:' if i == 0 else '':9} {sentence}" for i, sentence in enumerate(said)]
     return [*lines, f"matches:  {card.matching}"] if card.matching else lines
 
 
 def headline(verdict: Blame, backends: Mapping[str, Backend]) -> str:
-    """Who is wrong, at which stage first, and how that was seen; of a layer that shows no stages, in which array."""
+    """Which backend is wrong, at which stage first, and how that was seen; in which array where no stage is seen."""
     names = " and ".join(verdict.backends)
     who = f"{names} is wrong" if len(verdict.backends) == 1 else f"{names} differ from the oracle"
-    if verdict.check.right in verdict.backends:  # and each is near enough to the oracle
+    if verdict.check.right in verdict.backends:  # each backend matches the oracle within its allowance
         who = f"{names} differ from each other"
     seen = {"isolated": "fed the oracle's input", "second": "in a second step beside the first"}
     how = seen.get(verdict.check.mode, "in the whole layer")
@@ -306,7 +306,7 @@ def summary(reports: Mapping[str, Report]) -> Table:
 
 
 class Found(NamedTuple):
-    """What came of planting a fault."""
+    """The result of planting a fault."""
 
     caught: bool
     backend: str
@@ -336,7 +336,7 @@ def fault_table(faults: Sequence[tuple[Fault, Found | None]]) -> Table:
     return result
 
 
-WIDE = 150  # columns from which on a line has all that is said of a fault
+WIDE = 150  # console columns that a fault needs to fit on one line
 
 
 def print_faults(console: Console, faults: Sequence[tuple[Fault, Found | None]]) -> None:
@@ -356,7 +356,7 @@ def print_faults(console: Console, faults: Sequence[tuple[Fault, Found | None]])
 
 
 def power_table(of_case: Sequence[Sequence[Power]]) -> Table:
-    """An array a line: the smallest relative error that is caught, in each of some cases with the same arrays."""
+    """One row per array: the smallest relative error that is caught, for several cases with the same arrays."""
     result = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     result.add_column("array", overflow="fold")
     for powers in of_case:

@@ -1,7 +1,7 @@
-"""One small dispatch, run by both implementations: which row lies where at each stage, read off what the runs made.
+"""One small dispatch, run by both implementations: where each row lies at each stage, read from their arrays.
 
-Every token's hidden state is different, so a row says whose it is, and the runs' own counts per expert say for which of
-its experts. PyTorch runs dynamically as P processes over gloo, JAX with a static capacity under vmap.
+Every token's hidden state is different, so a row identifies its token, and the runs' own counts per expert say for
+which of its experts it is. PyTorch runs dynamically as P processes over gloo, JAX with a static capacity under vmap.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ Rows = list[list[Row]]
 
 
 class Positions(msgspec.Struct):
-    """Of each rank, every row in order."""
+    """Every row of each rank, in order."""
 
     grouped: Rows
     received: Rows
@@ -39,7 +39,7 @@ class Positions(msgspec.Struct):
 
 
 class Dispatch(msgspec.Struct, tag_field="kind", tag="dispatch"):
-    """One routing, dispatched dynamically, and with a static capacity. The way back is the way there, backwards."""
+    """One routing, dispatched dynamically and with a static capacity. The way back reverses the way there."""
 
     routing: str
     experts: int
@@ -62,7 +62,7 @@ def weights(case: Case) -> list[Array]:
 
 
 def in_torch(rank: int, store: Path, routings: Sequence[Routing]) -> list[dict[str, Array]]:
-    """What one rank's rows are at each stage, of every routing."""
+    """The rows of one rank at each stage, for every routing."""
     import torch
     import torch.distributed as dist
 
@@ -98,7 +98,7 @@ def in_torch(rank: int, store: Path, routings: Sequence[Routing]) -> list[dict[s
 
 
 def in_jax(factor: str, priority: str, routings: Sequence[Routing]) -> list[dict[str, Array]]:
-    """What all ranks' rows are at each stage, and what they dropped, of every routing, with this capacity."""
+    """The rows of all ranks at each stage, and what they dropped, for every routing, with this capacity."""
     import jax
     import jax.numpy as jnp
 
@@ -141,9 +141,9 @@ def in_jax(factor: str, priority: str, routings: Sequence[Routing]) -> list[dict
 
 
 def positions(routing: Routing, arrays: Sequence[dict[str, Array]], capacity: int | None) -> Positions:
-    """Whose row lies where on every rank. `capacity`: rows per bin, one per rank, or none where rows follow on.
+    """Which row lies where on every rank. `capacity`: rows per bin, one bin per rank; None if rows are contiguous.
 
-    Raises ValueError when a row is nobody's, or the counts do not fit the rows.
+    Raises ValueError if a row belongs to no token, or the counts do not fit the rows.
     """
     case, P = routing.case, routing.case.ranks
     e = case.experts // P
@@ -151,7 +151,7 @@ def positions(routing: Routing, arrays: Sequence[dict[str, Array]], capacity: in
     whose = {x.tobytes(): (p, t) for p, x_TD in enumerate(tokens(case)) for t, x in enumerate(x_TD)}
 
     def identify(rows: Array, expert: list[int]) -> list[Row]:
-        """The rows' tokens by their bits, and k by which of the token's choices the expert is."""
+        """Identify the token of each row by its bits, and k by which choice of the token the expert is."""
         found: list[Row] = []
         for x, g in zip(rows.reshape(-1, case.width), expert, strict=True):
             if g < 0:
@@ -180,7 +180,7 @@ def positions(routing: Routing, arrays: Sequence[dict[str, Array]], capacity: in
 
 
 def check_way_back(routing: Routing, arrays: Sequence[dict[str, Array]], there: Positions) -> None:
-    """Raises ValueError unless results go back as tokens came, bit for bit, and are summed by score."""
+    """Raise ValueError unless results return the way tokens came, bit for bit, and are summed by score."""
     D, result = routing.case.width, {}
     for rows, a in zip(there.expert_major, arrays, strict=True):
         result |= {row: y for row, y in zip(rows, a["y"].reshape(-1, D), strict=True) if row is not None}
@@ -204,21 +204,21 @@ def drawn(skews: Sequence[float] = SKEWS) -> list[Routing]:
 
 
 def recorded(recording: str) -> list[Routing]:
-    """The first tokens of a recording: as many as can be looked at, or none where it has fewer than two."""
+    """The first tokens of a recording, as many as the page can show; none if there are fewer than two."""
     whole = case_of_recording(Case(ranks=1, tokens=0, recording=recording))
     T = min(max(1, 16 // whole.top_k), CASE.tokens, whole.tokens // CASE.ranks)
     if not T:
         return []
     routing = recorded_routing(replace(whole, tokens=T * CASE.ranks), 1)
     ids, score = (a.reshape(1, CASE.ranks, T, -1) for a in (routing.expert_id, routing.score))
-    # An expert more, which nobody chose, where they cannot be shared out evenly.
+    # One more expert, which no token chose, if the experts do not divide evenly among ranks.
     experts = whole.experts + whole.experts % CASE.ranks
     case = Case("dispatch", ranks=CASE.ranks, tokens=T, experts=experts, top_k=whole.top_k, width=8, hidden=8)
     return [Routing(routing.name, case, ids, score)]
 
 
 def run(routings: Sequence[Routing], factors: Sequence[str] = FACTORS) -> Iterator[Dispatch]:
-    """Every routing dispatched dynamically by PyTorch, and statically by JAX with every factor and priority."""
+    """Dispatch every routing dynamically in PyTorch, and statically in JAX with every factor and priority."""
     P, ways = CASE.ranks, [(factor, priority) for factor in factors for priority in PRIORITIES]
     with temporary_folder() as folder, pool(P) as executor:
         jobs = [executor.submit(in_torch, rank, folder / "store", routings) for rank in range(P)]
@@ -232,7 +232,7 @@ def run(routings: Sequence[Routing], factors: Sequence[str] = FACTORS) -> Iterat
             by_rank = [{key: a[rank] for key, a in found[i].items()} for rank in range(P)]
             static[name] = positions(routing, by_rank, case.capacity)
             dropped[name] = [tuple(row) for row in np.argwhere(found[i]["dropped"]).tolist()]
-        score = np.round(routing.score[0].astype(np.float64), 4).tolist()  # as many digits as are alike everywhere
+        score = np.round(routing.score[0].astype(np.float64), 4).tolist()  # digits that agree on all machines
         yield Dispatch(
             routing.name, routing.case.experts, routing.expert_id[0].tolist(), score,
             positions(routing, [of_rank[i] for of_rank in of_torch], None), static, dropped,
@@ -240,7 +240,7 @@ def run(routings: Sequence[Routing], factors: Sequence[str] = FACTORS) -> Iterat
 
 
 def jobs(asked: Asked) -> list[Callable[[], list[Dispatch]]]:
-    """One, which starts both frameworks; of the reader's own recordings, where there are any."""
+    """One job, which starts both frameworks; it uses the reader's own recordings, if any."""
     if not asked.dispatch:
         return []
     own = [routing for recording in asked.recordings for routing in recorded(recording)]
@@ -248,14 +248,14 @@ def jobs(asked: Asked) -> list[Callable[[], list[Dispatch]]]:
 
 
 def section(study: Study) -> str:
-    """The dispatch to step through."""
+    """The page's section in which to step through the dispatch."""
     if not (dispatches := study.of(Dispatch)):
         return ""
     return PAGES.get_template("dispatch.html.j2").render(data=script_data(dispatches), alone=False)
 
 
 def page(dispatches: Sequence[Dispatch]) -> str:
-    """The same alone on a page, for a projector: of the same runs the same bytes."""
+    """The dispatch alone on a page, for a projector. The same runs give the same bytes."""
     return PAGES.get_template("projector.html.j2").render(data=script_data(dispatches), alone=True)
 
 

@@ -1,4 +1,4 @@
-"""Everything that `study` measures, in processes of their own, as it is done."""
+"""Run everything that `study` measures, in processes of their own."""
 
 import os
 from concurrent.futures import as_completed
@@ -10,12 +10,12 @@ from parity.run.supervisor import pool
 from parity.study import dispatch, learning, simulate, sweep
 from parity.study.part import Asked, Part, Study
 
-# In the order of the page. A new part is a file with its record, and a word here.
+# Parts in the order of the page. To add one, write a file with its record and list it here.
 PARTS: tuple[Part, ...] = (sweep.PART, dispatch.PART, simulate.PART, learning.PART)
 
 
 def run_study(asked: Asked, bar: Progress) -> Study:
-    """Run every job of every part. Whatever happens, no process is left."""
+    """Run every job of every part. No process is left running, even after an error."""
     study = Study(header([]))
     jobs = [(part, job) for part in PARTS for job in part.jobs(asked)]
     parts = [part for part, _ in jobs]

@@ -1,7 +1,7 @@
 """A whole layer on every backend, timed: one step forward and backward, beside what it drops.
 
-Those of static layout run at the capacity factor at which this routing drops nothing, so that all do the same work, and
-at those asked for; all of them drop the same rows.
+Backends of static layout run at the capacity factor at which this routing drops nothing, so that all do the same work,
+and at the factors asked for, at which all of them drop the same rows.
 """
 
 import os
@@ -21,8 +21,8 @@ from parity.run.supervisor import Process
 from parity.study.routing import Routing, counts, zipf_routing
 from parity.study.sweep import measure
 
-# XLA's for its exchanges on GPUs (jaxlib 0.10.2 and 0.11.2), each against none of them. Of a flag that the jaxlib at
-# hand does not know, the table says so. By layout.
+# XLA's flags for its exchanges on GPUs (jaxlib 0.10.2 and 0.11.2), by layout. Each is compared with no flag; the
+# table says if the installed jaxlib does not know a flag.
 REGISTERED = "--xla_gpu_enable_nccl_user_buffers_in_default_space=true"
 FLAGS = {
     "static": (REGISTERED,),
@@ -51,23 +51,23 @@ class Plan(msgspec.Struct, frozen=True):
     skew: float
     seconds: float
     layout: str = ""  # of the backend that runs it
-    factor: str | None = None  # of a static one
+    factor: str | None = None  # capacity factor of a static layout
 
 
 def routing_of(plan: Plan) -> Routing:
-    """One step, the same for all."""
+    """The routing of one step, the same for all backends."""
     return zipf_routing(plan.case, plan.skew, 1)
 
 
 def no_drop_factor(routing: Routing) -> str:
-    """The least capacity factor at which this routing drops nothing, a bin per rank, as a fraction."""
+    """The least capacity factor at which this routing drops nothing, with one bin per rank, as a fraction."""
     P, N = routing.case.ranks, routing.case.tokens * routing.case.top_k
     fullest = counts(routing).reshape(P, P, -1).sum(axis=-1).max()
     return str(Fraction(int(fullest) * P, N))
 
 
 def run(backend: Backend, plan: Plan, flags: str = "", cpu: bool = True) -> Figure:
-    """One backend in a process of its own; where it fails, a figure with the error."""
+    """Run one backend in a process of its own; if it fails, return a figure with the error."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
     if cpu:
@@ -84,7 +84,7 @@ def run(backend: Backend, plan: Plan, flags: str = "", cpu: bool = True) -> Figu
 
 
 def layers(plan: Plan, factors: Sequence[str], flags: bool, cpu: bool) -> Iterator[tuple[Figure, float]]:
-    """Each backend's figures, and the rate of assignments that it drops."""
+    """Yield each backend's figures and the rate of assignments that it drops."""
     routing = routing_of(plan)
     for backend in BACKENDS.values():
         static = backend.layout == "static"
@@ -101,7 +101,7 @@ def layers(plan: Plan, factors: Sequence[str], flags: bool, cpu: bool) -> Iterat
 
 
 def layer_table(case: Case, found: Sequence[tuple[Figure, float]]) -> Table:
-    """A line for each, or why there is no figure."""
+    """One row per figure, or the reason why there is none."""
     table = Table(title=f"{case.name}, {case.ranks} ranks of {case.tokens} tokens, forward and backward", box=None,
                   title_justify="left", header_style="bold", padding=(0, 2, 0, 0))  # fmt: skip
     for column in ("backend", "ms a step", "dropped", "peak MB", "host waits", "launches", "device"):

@@ -1,9 +1,10 @@
 """Does dropping matter for learning? The byte-level model of `pydoc`, trained with each layer from the same start.
 
-Same initial weights, same batches in the same order; only the MoE layers differ. On one rank, so bins are experts'.
-The losses of PyTorch without drops and of JAX with the capacity at which nothing drops have to track each other: by no
-more than FACTOR times what rounding does to PyTorch's own run, whose weights are each off by up to the unit roundoff of
-float32 before every step, DRAWS times over. Of that the largest difference so far counts.
+Runs share initial weights and batches in the same order; only the MoE layers differ. On one rank, each bin is an
+expert's.
+The losses of PyTorch without drops and of JAX with the capacity at which nothing drops have to track each other. They
+may differ by FACTOR times what rounding does to PyTorch's own run: DRAWS more runs perturb each weight by up to the
+unit roundoff of float32 before every step, and the largest difference so far counts.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ Array = np.ndarray
 
 DRAWS = 4
 FACTORS = ("1", "1.25", "2")
-WINDOWS = 4  # of 128 bytes in a batch
+WINDOWS = 4  # windows of 128 bytes in a batch
 
 
 class Run(msgspec.Struct, tag_field="kind", tag="training"):
@@ -92,14 +93,14 @@ def train(layer: str, factor: str, seed: int, draw: int, steps: int, windows: in
 class Tracking(msgspec.Struct, tag_field="kind", tag="tracking"):
     """How far JAX's losses are from PyTorch's, in the allowance: up to 1 they track each other."""
 
-    steps: int  # that they track each other from the first
-    worst: float  # of all steps: difference over allowance
-    difference: float  # the largest, in nats per byte
-    allowed: float  # there
+    steps: int  # number of steps, from the first, in which they track each other
+    worst: float  # largest ratio of difference to allowance
+    difference: float  # largest difference, in nats per byte
+    allowed: float  # the allowance at that step
 
 
 def tracking(runs: list[Run]) -> Tracking:
-    """Of seed 0, which has the draws."""
+    """Tracking of seed 0, the seed with draws of rounding errors."""
     at_zero = [run for run in runs if run.seed == 0]
     (torch,) = (np.array(r.loss) for r in at_zero if r.layer == "torch" and not r.draw)
     (jax,) = (np.array(r.loss) for r in at_zero if r.layer == "jax")
@@ -113,11 +114,11 @@ def tracking(runs: list[Run]) -> Tracking:
     )
 
 
-# ---- What is shown of it
+# ---- Tables and plots
 
 
 def curves(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs by what differs but the seed; without draws of rounding errors."""
+    """Runs grouped by everything except the seed, without draws of rounding errors."""
     groups: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda r: (r.factor != "none", r.factor, r.layer, r.seed)):
         name = {"torch": "PyTorch, dropless", "jax": "JAX, dropless by capacity"}.get(run.layer)
@@ -137,7 +138,7 @@ def learning_table(study: Study) -> Rows | None:
 
 
 def learning_section(study: Study) -> str:
-    """The same for the page."""
+    """The section of the page with the final losses."""
     if not (runs := study.of(Run)):
         return ""
     return section("learning", "Does dropping matter for learning?", _said(study), COLUMNS, _rows(runs))
@@ -195,7 +196,7 @@ def _losses(groups: dict[str, list[Run]], factor: str) -> Plot:
 
 
 def jobs(asked: Asked) -> list[Callable[[], list[Run]]]:
-    """A training run each, where any is asked for."""
+    """One job per training run, if any is asked for."""
     return [partial(train, *run, asked.learn_steps, WINDOWS) for run in (plan(asked.learn) if asked.learn else ())]
 
 

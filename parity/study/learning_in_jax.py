@@ -35,7 +35,7 @@ def rms_norm(h: Array) -> Array:
 
 
 def losses(p: dict[str, Array], byte_BS: Array, next_BS: Array) -> tuple[Array, tuple[Array, Array]]:
-    """What is descended; the mean cross entropy in nats per byte; assignments dropped."""
+    """The training objective, the mean cross entropy in nats per byte, and the assignments dropped."""
     logits_BSV, moe = forward(p, byte_BS)
     log_BSV = jax.nn.log_softmax(logits_BSV)
     loss = -jnp.take_along_axis(log_BSV, next_BS[..., None], axis=-1).mean()

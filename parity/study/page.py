@@ -13,7 +13,7 @@ from parity.study.part import PAGES, Plot, Study, tables
 
 
 def answers(study: Study) -> list[str]:
-    """What the reader came for, in sentences of what was measured."""
+    """The answers of all parts, in sentences."""
     return [sentence for part in PARTS for sentence in part.answer(study)]
 
 
@@ -31,7 +31,7 @@ def print_study(console: Console, study: Study) -> None:
 
 
 def plots(study: Study) -> dict[str, Plot]:
-    """By file name."""
+    """All plots, by file name."""
     return {name: plot for part in PARTS for name, plot in part.plots(study).items()}
 
 

@@ -1,4 +1,4 @@
-"""What a part of the study is, and what parts draw with. `engine.PARTS` lists them; each has a file of its own."""
+"""The type of a part of the study, and drawing helpers. `engine.PARTS` lists the parts; each has a file of its own."""
 
 import io
 import re
@@ -18,7 +18,7 @@ from parity.judge.records import Header, encode
 
 R = TypeVar("R")
 
-# Of sections as well as of the page around them.
+# The Jinja environment of sections and of the page around them.
 PAGES = Environment(
     loader=PackageLoader("parity", "study"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
     lstrip_blocks=True,
@@ -30,20 +30,20 @@ class Asked:
     """What to measure."""
 
     presets: Sequence[Case] = ()  # sweep these instead of the plan
-    recordings: Sequence[str] = ()  # the reader's own: shown in place of the routing that comes with the project
+    recordings: Sequence[str] = ()  # the reader's own recordings, shown in place of the one that comes with the project
     models: Sequence[str] = tuple(MODELS)
-    ranks: int | None = None  # none: 4 in the sweep, and several sizes in the simulation
-    tokens: int | None = None  # on a rank; none: 128 in the sweep, 4096 in the simulation
-    steps: int | None = None  # of the simulation; none: up to 1000, fewer for large groups
+    ranks: int | None = None  # None: 4 in the sweep, and several sizes in the simulation
+    tokens: int | None = None  # per rank; None: 128 in the sweep, 4096 in the simulation
+    steps: int | None = None  # steps of the simulation; None: up to 1000, fewer for large groups
     quick: bool = False  # fewer shapes, skews and steps
-    learn: int = 0  # seeds
+    learn: int = 0  # number of seeds to train from
     learn_steps: int = 200
     dispatch: bool = True
-    capacity: Case | None = None  # of which the capacity is looked at, too
+    capacity: Case | None = None  # a case whose capacity is tried too
 
 
 class Study(msgspec.Struct):
-    """What was found."""
+    """Everything that the study found."""
 
     header: Header
     records: list[Any] = []
@@ -53,7 +53,7 @@ class Study(msgspec.Struct):
         return [record for record in self.records if isinstance(record, kind)]
 
     def lines(self) -> list[str]:
-        """A JSON object a line."""
+        """All records as JSON lines."""
         return [encode(record) for record in (self.header, *self.records)]
 
 
@@ -74,14 +74,14 @@ class Rows(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One thing that the study measures. Of what shows it, anything can be left out, and shows nothing found as ""."""
+    """One thing that the study measures. Each way to show it is optional, and returns "" if nothing was found."""
 
-    name: str  # of its progress
+    name: str  # name in the progress bar
     jobs: Callable[[Asked], Sequence[Callable[[], list[Any]]]]  # each runs in a process; it returns tagged structs
     weight: int = 1  # how long a job takes beside others': the heaviest start first
-    alone: bool = False  # a job starts processes itself: it runs here, when all others are done
-    summary: Callable[[Study], list[Any]] = lambda _: []  # more records, of all that it found
-    answer: Callable[[Study], list[str]] = lambda _: []  # sentences that stand on top
+    alone: bool = False  # its jobs start processes themselves: they run in this process, after all others
+    summary: Callable[[Study], list[Any]] = lambda _: []  # more records, derived from all it found
+    answer: Callable[[Study], list[str]] = lambda _: []  # sentences at the top of the output
     table: Callable[[Study], Rows | None] = lambda _: None  # for the terminal
     section: Callable[[Study], str] = lambda _: ""  # of the page; its plots follow
     plots: Callable[[Study], dict[str, Plot]] = lambda _: {}  # by name of file
@@ -118,7 +118,7 @@ MOST = 20  # characters of a column of names; longer ones are folded
 
 
 def tables(found: Rows, width: int) -> list[Table]:
-    """The columns that fit beside each other, and below them those that do not, beside the first ones again."""
+    """Split columns that do not fit side by side into further tables, which repeat the first columns."""
     sizes = [
         max(cell_len(text) for text in (*column.split(), *(row[i] for row in found.rows)))
         for i, column in enumerate(found.columns)
@@ -141,7 +141,7 @@ def tables(found: Rows, width: int) -> list[Table]:
     return made
 
 
-# What is drawn in these is shown in the colours of the page, light or dark, also where the picture stands alone.
+# These colours are replaced by those of the page, light or dark, also when the picture stands alone.
 PAPER, INK, FAINT = "#fefdfe", "#010203", "#807f81"
 COLOURS = ("#2f7fd1", "#e07b00", "#1f9d6b", "#c44fb0", "#d9483b", "#1897ad", "#8b6fe0", "#9a8400")
 STYLE = (
@@ -151,10 +151,10 @@ STYLE = (
 
 
 def axes():
-    """A figure and its axes, as large as a phone is wide, in letters that can be read there."""
+    """A figure and its axes, as wide as a phone, with letters that are legible there."""
     from cycler import cycler
     from matplotlib import rc_context
-    from matplotlib.figure import Figure  # takes a second
+    from matplotlib.figure import Figure  # importing takes a second
 
     look: Any = {
         "font.size": 12, "axes.titlesize": 12, "axes.facecolor": PAPER, "figure.facecolor": PAPER, "text.color": INK,
@@ -169,7 +169,7 @@ def axes():
 
 
 def plain(axis, values: Iterable[float]) -> None:
-    """Ticks where something was measured, in plain numbers: 1, 8, 64."""
+    """Put ticks at measured values, as plain numbers: 1, 8, 64."""
     from matplotlib.ticker import NullFormatter
 
     at = sorted(set(values))
@@ -178,7 +178,7 @@ def plain(axis, values: Iterable[float]) -> None:
 
 
 def svg(figure) -> str:
-    """The same bytes for the same figure. Its legend, if it has one, stands below."""
+    """The figure as SVG, with any legend below it. The same figure gives the same bytes."""
     import matplotlib
 
     (ax,), out = figure.axes, io.StringIO()

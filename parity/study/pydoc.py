@@ -2,7 +2,7 @@
 
 Random inputs load experts evenly; trained routers do not. This trains two blocks of causal attention and
 `torch_impl.moe_layer` (two minutes on two cores), then saves what enters the last block's MoE layer on held-out text.
-`python -m parity.study.pydoc` makes the recording that comes with the presets again; `--help` says with what.
+`python -m parity.study.pydoc` remakes the recording that comes with the presets; `--help` lists its options.
 `init`, `batches` and `learning_rate` are NumPy and plain Python, so that any framework can start from the same weights
 and see the same batches in the same order.
 
@@ -40,7 +40,7 @@ BALANCE = 0.001  # weight of the auxiliary loss: enough that no expert dies, too
 MIN_GAP = 1e-4  # a choice closer than this could fall differently in another framework's float32
 
 
-# ---- NumPy and plain Python: where every framework starts
+# ---- NumPy and plain Python: the same start for every framework
 
 
 def text(held_out: float = 0.1) -> tuple[UInt8[np.ndarray, " n"], UInt8[np.ndarray, " m"]]:
@@ -134,7 +134,7 @@ def training_step(
     rate: float,
     layer: Callable[..., Any] = moe_layer,
 ) -> tuple[Tensor, list[Any]]:
-    """One step down the loss and BALANCE times the auxiliary one: the loss before it, and each block's `Stages`."""
+    """Take one step on the loss plus BALANCE times the auxiliary loss; return the loss before it and all `Stages`."""
     byte_BS = torch.from_numpy(batch)
     logits_BSV, moe = forward(p, byte_BS[:, :-1], layer)
     loss = next_byte_loss(logits_BSV, byte_BS[:, 1:])
@@ -147,7 +147,7 @@ def training_step(
 
 
 def train(seed: int, steps: int, text_n: UInt8[np.ndarray, " n"]) -> dict[str, Tensor]:
-    """Adam on `batches` from `init`. Progress goes to stderr."""
+    """Train with Adam on `batches` from `init`. Prints progress on stderr."""
     p = {name: torch.from_numpy(w).requires_grad_() for name, w in init(seed).items()}
     adam = optimizer(p)
     with Progress(console=Console(stderr=True)) as progress:
@@ -181,7 +181,7 @@ def record(p: dict[str, Tensor], text_n: UInt8[np.ndarray, " n"]) -> tuple[dict[
         x_MD, stages = forward(p, byte_BS)[1][last]
         expert_id_MK = stages.routing.expert_id_TK
         logit_ME = (x_MD @ router_DE).sort(descending=True).values
-        gap = float((logit_ME[:, :K] - logit_ME[:, 1 : K + 1]).min())  # order counts as well as membership
+        gap = float((logit_ME[:, :K] - logit_ME[:, 1 : K + 1]).min())  # the order of choices must be clear too
         if gap >= MIN_GAP:
             break
     else:
@@ -208,8 +208,8 @@ def main(steps: int = 1000, seed: int = 0, out: Path = Path("parity/cases/record
 
     Args:
         steps: training steps, of B*S = 4096 bytes each.
-        seed: of the initial weights and of the batches.
-        out: where the recording goes (safetensors).
+        seed: seed of the initial weights and of the batches.
+        out: file to write the recording to (safetensors).
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}: an untrained router is not what this records, take at least 1")
@@ -227,7 +227,7 @@ def main(steps: int = 1000, seed: int = 0, out: Path = Path("parity/cases/record
         "train_text_sha256": hashlib.sha256(train_n.tobytes()).hexdigest(),
         "steps": str(steps),
         "seed": str(seed),
-        # as much of the training text as was held out, so that the two compare
+        # use as much training text as held-out text, so that the two figures compare
         "train_bits_per_byte": f"{bits_per_byte(p, train_n[: len(held_out_n)]):.3f}",
         "held_out_bits_per_byte": f"{bits_per_byte(p, held_out_n):.3f}",
     }

@@ -1,4 +1,4 @@
-"""Routings to study, and who is dropped from them: nothing else decides that.
+"""Routings to study, and which of their assignments a capacity drops: nothing else decides that.
 
 Letters besides the layer's own: n steps. A routing is expert ids and scores [n, P, T, K].
 """
@@ -20,7 +20,7 @@ Array = np.ndarray
 
 PER = ("rank", "expert")
 PRIORITIES = ("token", "choice", "score")
-MOST_ASSIGNMENTS = 2**18  # of one routing in a sweep: steps are cut to fit, or memory and time run away
+MOST_ASSIGNMENTS = 2**18  # most assignments of one routing in a sweep: steps are cut to fit, to bound memory and time
 
 
 class Routing(NamedTuple):
@@ -35,7 +35,7 @@ class Routing(NamedTuple):
 def zipf_routing(case: Case, skew: float, steps: int, seed: int = 0) -> Routing:
     """Logits are -skew * log(popularity rank) plus Gumbel noise, so first choices follow Zipf's law with that exponent.
 
-    Which expert is how popular is drawn once for all steps. Scores are the softmax of the logits.
+    The popularity of each expert is drawn once for all steps. Scores are the softmax of the logits.
     """
     rng = np.random.default_rng([seed, 3])
     E, shape = case.experts, (steps, case.ranks, case.tokens)
@@ -48,7 +48,7 @@ def zipf_routing(case: Case, skew: float, steps: int, seed: int = 0) -> Routing:
 
 
 def recording_name(recording: str) -> str:
-    """How a recording is called where it is shown: without its folder."""
+    """The displayed name of a recording: its path without the folder."""
     return Path(recording).stem
 
 
@@ -86,7 +86,7 @@ def preset_routing(case: Case, steps: int) -> Routing:
 
 
 def steps_that_fit(case: Case, steps: int) -> int:
-    """At most `steps`, so that a routing keeps to MOST_ASSIGNMENTS; at least one."""
+    """The number of steps, 1 to `steps`, that keeps a routing within MOST_ASSIGNMENTS."""
     return max(1, min(steps, MOST_ASSIGNMENTS // max(1, case.ranks * case.tokens * case.top_k)))
 
 

@@ -50,15 +50,15 @@ LINKS = Links(32768 * 7168 * 2 / 2 / 0.81e-3, 50e9, 20e-6, 853e12, 3.0e12)
 
 @dataclass(frozen=True)
 class Popularity:
-    """How likely tokens are to choose each expert, and how much that differs from rank to rank and step to step."""
+    """The probability that tokens choose each expert, and how much it varies between ranks and steps."""
 
     name: str
     pi_E: Array  # sums to K
-    concentration: float  # of a Dirichlet around pi / K that each rank draws anew in each step; infinite: always pi
+    concentration: float  # of a Dirichlet around pi / K that each rank draws in each step; infinite: always pi
 
 
 class StaticTime(msgspec.Struct):
-    """Static bins at one capacity factor: speed, and beside it what that drops."""
+    """Static bins at one capacity factor: their time, and what they drop."""
 
     factor: float
     per: str
@@ -67,7 +67,7 @@ class StaticTime(msgspec.Struct):
 
 
 class Simulated(msgspec.Struct, tag_field="kind", tag="simulated"):
-    """One model on so many ranks. Loads are over the mean rank's; seconds are of one forward pass, modelled."""
+    """One model on `ranks` ranks. Loads are relative to the mean rank; seconds are modelled, for one forward pass."""
 
     model: str
     popularity: str
@@ -78,11 +78,11 @@ class Simulated(msgspec.Struct, tag_field="kind", tag="simulated"):
     width: int
     hidden: int
     steps: int
-    busiest: Spread  # rows that the busiest rank receives over T*K
+    busiest: Spread  # rows that the busiest rank receives, relative to T*K
     needed_rank: Spread  # capacity factor at which nothing drops, a bin per rank
-    needed_expert: Spread  # and per expert
+    needed_expert: Spread  # the same with a bin per expert
     nvlink_bytes: float  # sent by the busiest sender to others of its node, forward, mean over steps
-    network_bytes: float  # and to other nodes
+    network_bytes: float  # the same to other nodes
     dynamic_seconds: Spread
     static: list[StaticTime]
 
@@ -95,19 +95,19 @@ def inclusion(weight_E: Array, top_k: int, draws: int = 20_000, seed: int = 0) -
 
 
 def zipf(experts: int, top_k: int, skew: float, concentration: float = np.inf, seed: int = 0) -> Popularity:
-    """First choices by Zipf's law with this exponent; which expert is how popular is drawn once."""
+    """First choices by Zipf's law with this exponent; the popularity of each expert is drawn once."""
     weight_E = np.random.default_rng([seed, 6]).permutation(np.arange(1.0, experts + 1) ** -skew)
     varying = "" if np.isinf(concentration) else ", varying"
     return Popularity(f"zipf {skew:g}{varying}", inclusion(weight_E, top_k, seed=seed), concentration)
 
 
-# Counts drawn for one line, unless steps are asked for: larger groups get fewer steps.
+# Number of counts drawn for one row, unless --steps is given: larger groups get fewer steps.
 MOST_COUNTS = 2**24
-STRETCH = 64  # tokens in a row that have something in common
+STRETCH = 64  # consecutive tokens whose routing is correlated
 
 
 class Fitted(NamedTuple):
-    """What a recording says of its router: how uneven, and how much that changes from one stretch to the next."""
+    """The fit to a recording's router: how uneven its loads are, and how much they vary between stretches."""
 
     skew: float
     concentration: float  # of one stretch
@@ -115,10 +115,11 @@ class Fitted(NamedTuple):
     top_k: int
 
     def popularity(self, case: Case, skew: float | None = None) -> Popularity:
-        """For a layer of another size.
+        """The popularity for a layer of another size.
 
-        A rank's tokens are T / STRETCH stretches, whose shares vary by so much less on average. An expert's share keeps
-        the relative spread that it has in the recording, whose experts are fewer: both scale the concentration.
+        A rank's tokens are T / STRETCH stretches, so the variance of their mean is smaller by that factor. An expert's
+        share keeps the relative spread that it has in the recording, whose experts are fewer: both scale the
+        concentration.
         """
         scale = max(case.tokens / STRETCH, 1) * case.experts / self.experts
         concentration = (self.concentration + 1) * scale - 1
@@ -166,7 +167,7 @@ def draw_counts(popularity: Popularity, ranks: int, tokens: int, top_k: int, rng
 
 
 def recorded_counts(recording: str, ranks: int, tokens: int, rng: np.random.Generator) -> Iterator[Array]:
-    """[P, E] without end: each rank's tokens are stretches from random places of a recording: a block bootstrap."""
+    """Endless [P, E] counts: each rank's tokens are stretches from random places of a recording (block bootstrap)."""
     case = case_of_recording(Case(ranks=1, tokens=0, recording=recording))
     ids, E, K = load_recording(case)["expert_id"][0], case.experts, case.top_k
     size = min(STRETCH, len(ids))
@@ -183,7 +184,7 @@ def recorded_counts(recording: str, ranks: int, tokens: int, rng: np.random.Gene
 
 
 def seconds_of(links: Links, case: Case, out_PP: Array, multiplied: float) -> float:
-    """One forward pass by the formula above. out_PP[p, q]: rows from rank p to rank q; `multiplied`: the busiest's."""
+    """One forward pass by the formula above. out_PP[p, q]: rows from rank p to rank q; `multiplied`: most on a rank."""
     row = case.width * numpy_dtype(case.dtype).itemsize
     near, far = by_link(out_PP, links.node)
     most_near, most_far = (max(rows.sum(axis=1).max(), rows.sum(axis=0).max()) for rows in (near, far))
@@ -251,7 +252,7 @@ def simulate(
     )  # fmt: skip
 
 
-# A shape with as many experts as the largest group has ranks: no published model's.
+# A shape with as many experts as the largest group has ranks. It is no published model.
 LARGEST = Case("512-experts", ranks=512, tokens=4096, width=4096, hidden=1024, experts=512, top_k=8, dtype="bfloat16")
 
 
@@ -269,7 +270,7 @@ def cases(tokens: int = 4096, ranks: int | None = None) -> list[Case]:
 
 
 def simulated_cases(asked: Asked) -> list[Case]:
-    """The models asked for, and the largest shape where all are; quickly, those of few ranks."""
+    """Cases of the models asked for, and the largest shape if all are; with --quick, only those of few ranks."""
     wanted = cases(asked.tokens or 4096, asked.ranks)
     if asked.quick and not asked.ranks:
         wanted = [case for case in wanted if case.ranks <= 64]
@@ -294,7 +295,7 @@ def popularities(case: Case, recordings: Sequence[str], steps: int | None) -> li
 
 
 def spread_out(recording: str, tokens: int, ranks: int | None, steps: int) -> list[Simulated]:
-    """A recording's own layer on 2, 4, 8 ... ranks, or on so many, whose tokens are stretches of the recording."""
+    """A recording's own layer on 2, 4, 8 ... or `ranks` ranks, whose tokens are stretches of the recording."""
     case = replace(case_of_recording(Case(ranks=1, tokens=0, recording=recording)), recording=None, tokens=tokens)
     sizes = [ranks] if ranks else [2**i for i in range(1, 10)]
     return [
@@ -314,11 +315,11 @@ def jobs(asked: Asked) -> list[Callable[[], list[Simulated]]]:
     return own + [partial(popularities, case, recordings, steps) for case in simulated_cases(asked)]
 
 
-# ---- What is shown of it
+# ---- Tables and plots
 
 
 def scale_table(study: Study) -> Rows | None:
-    """A line for each model, size and popularity, with times at a factor of 1.25 beside what that drops."""
+    """One row per model, size and popularity, with times at a factor of 1.25 beside what that drops."""
     if not (found := study.of(Simulated)):
         return None
     title = (
@@ -348,7 +349,7 @@ def _table(found: Sequence[Simulated], factors: Sequence[float]) -> tuple[list[s
 
 
 def scale_section(study: Study) -> str:
-    """The same for the page, at more factors."""
+    """The section of the page with this table, at more factors."""
     if not (found := study.of(Simulated)):
         return ""
     return section(

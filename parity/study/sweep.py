@@ -45,21 +45,21 @@ from parity.study.routing import (
 Array = np.ndarray
 
 FACTORS = ("0.5", "0.75", "1", "1.25", "1.5", "2", "3", "4")
-SHOWN = ("1", "1.25", "2")  # in tables
+SHOWN = ("1", "1.25", "2")  # capacity factors in tables
 BROUGHT = "pydoc"  # the recording that comes with the project
-TENTHS = 10  # parts of the sequence by which drops are counted
+TENTHS = 10  # equal parts of the sequence in which drops are counted
 
 
 class Spread(msgspec.Struct):
-    """Over steps."""
+    """Statistics of a number over steps."""
 
     median: float
-    p99: float  # the least that is enough in 99% of steps
+    p99: float  # the least value that is enough in 99% of steps
     worst: float
 
 
 def spread(values: Array) -> Spread:
-    """Of one number a step."""
+    """The spread of one number per step."""
     p99 = np.quantile(values, 0.99, method="inverted_cdf")
     return Spread(float(np.median(values)), float(p99), float(values.max()))
 
@@ -78,26 +78,26 @@ class Figures(msgspec.Struct, tag_field="kind", tag="figures"):
     priority: str
     capacity: int  # rows per bin
     steps: int
-    dropped: float  # rate
-    dropped_by_rank: list[float]  # of each source rank's assignments
-    dropped_by_expert: list[float]  # of the assignments that chose each expert; 0 where none did
-    dropped_by_position: list[float]  # of each tenth of a rank's tokens in order; 0 where there are none
+    dropped: float  # rate of dropped assignments
+    dropped_by_rank: list[float]  # rate, for each source rank's assignments
+    dropped_by_expert: list[float]  # rate, for the assignments of each expert; 0 if it has none
+    dropped_by_position: list[float]  # rate, for each tenth of a rank's tokens in order; 0 if it is empty
     padded: float  # share of the rows sent that are padding
-    useful_bytes: float  # to other ranks and back, forward, all ranks
-    wasted_bytes: float  # the same of padding
-    dynamic_bytes: float  # the same of a dynamic exchange, which sends every row and no padding
+    useful_bytes: float  # bytes to other ranks and back, forward, summed over ranks
+    wasted_bytes: float  # the same for padding
+    dynamic_bytes: float  # the same for a dynamic exchange, which sends every row and no padding
     memory: int  # bytes of rows that the busiest rank holds in stages 2 to 8, forward
-    dynamic_memory: float  # the same of a dynamic exchange, whose busiest rank differs by step
+    dynamic_memory: float  # the same for a dynamic exchange, whose busiest rank differs by step
     needed: Spread  # capacity factor at which nothing drops
     out_error: float | None = None  # relative error in L2 of the layer's output against dropless, of the first step
     dx_error: float | None = None  # of the tokens' gradient
-    dw_error: float | None = None  # of all expert weights' gradients
-    own: bool = False  # of the capacity that was asked for
-    brought: bool = False  # the reader's own routing, or a recording: not drawn for the plan
+    dw_error: float | None = None  # the same for the gradients of all expert weights
+    own: bool = False  # whether this is the capacity that was asked for
+    brought: bool = False  # whether the routing is the reader's own or a recording, not drawn for the plan
 
 
 def measure(routing: Routing, factor: str | None, per: str, priority: str, place: Array | None = None) -> Figures:
-    """Everything but the errors. `place` is what `places` gives, where it is known."""
+    """Measure all figures except errors. `place` is the result of `places`, if already computed."""
     case = replace(routing.case, capacity_factor=factor, capacity_per=per, priority=priority)
     n, P, T, K = routing.expert_id.shape
     E, B, C, D = case.experts, case.bins, case.capacity, case.width
@@ -107,7 +107,7 @@ def measure(routing: Routing, factor: str | None, per: str, priority: str, place
     row = D * numpy_dtype(case.dtype).itemsize
     to_others = 1 - np.eye(P)
     useful, dynamic = ((c.reshape(n, P, P, -1).sum(-1) * to_others).sum(axis=(1, 2)).mean() for c in (kept, everything))
-    received = everything.sum(axis=1).reshape(n, P, -1).sum(axis=-1).max(axis=1)  # [n], by the busiest rank
+    received = everything.sum(axis=1).reshape(n, P, -1).sum(axis=-1).max(axis=1)  # [n], rows of the busiest receiver
     slots = P * B * C
     tenth = np.arange(T) * TENTHS // max(T, 1)
     needed = needed_factor(everything, K, T, per)
@@ -138,7 +138,7 @@ def _rate(part: float, whole: float) -> float:
 
 
 class Inputs(NamedTuple):
-    """One step's tokens, router, weights and cotangent, in float64, that choose as a routing says."""
+    """One step's tokens, router, weights and cotangent, in float64, whose router chooses as a routing says."""
 
     x: Array
     parameters: Parameters
@@ -147,7 +147,7 @@ class Inputs(NamedTuple):
 
 
 def inputs_of(routing: Routing) -> Inputs:
-    """The first step as inputs of the oracle: recorded where the recording has them, else drawn to choose alike."""
+    """The first step as inputs of the oracle: recorded ones if there are any, otherwise drawn to choose alike."""
     case, rng = routing.case, np.random.default_rng([routing.case.seed, 4])
     D, F, E, ids = case.width, case.hidden, case.experts, routing.expert_id[0]
     recorded = load_recording(case) if case.recording else {}
@@ -161,7 +161,7 @@ def inputs_of(routing: Routing) -> Inputs:
 
 
 def evaluate(case: Case, inputs: Inputs, keep: Array) -> Layer:
-    """The oracle's layer, forward and backward, with only what is kept."""
+    """Run the oracle's layer, forward and backward, with only the kept assignments."""
     x, parameters, dout, ids = inputs
     return vectorised.layer(case, x, parameters, dout, ids, keep, Exact())
 
@@ -189,7 +189,7 @@ def sweep(
     inputs, dropless = inputs_of(routing) if with_errors else None, None
     if inputs:
         dropless = evaluate(case, inputs, np.ones(inputs.expert_id.shape, bool))
-        score = dropless.score[None].astype(np.float32)  # what priority goes by is what these inputs score
+        score = dropless.score[None].astype(np.float32)  # priority uses the scores of these inputs
         routing = routing._replace(score=np.concatenate([score, routing.score[1:]]))
     for per in pers:
         for priority in priorities:
@@ -212,7 +212,7 @@ class Plan:
     base: Case = Case(tokens=128, experts=16, top_k=2, width=32, hidden=32)
     skews: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0)
     steps: int = 200
-    # One at a time from the base, at the skew in the middle.
+    # Vary one field at a time from the base, at the middle skew.
     shapes: tuple[dict[str, int], ...] = (
         {"ranks": 2}, {"ranks": 8}, {"ranks": 16}, {"tokens": 32}, {"tokens": 512},
         {"experts": 8}, {"experts": 64}, {"top_k": 1}, {"top_k": 4}, {"top_k": 8},
@@ -223,7 +223,7 @@ QUICK = Plan(skews=(0.0, 1.0), steps=100, shapes=())
 
 
 def planned(asked: Asked) -> Plan:
-    """The plan for what was asked: its ranks and tokens, with as many experts as can be shared out evenly."""
+    """The plan for the ranks and tokens asked for, with a number of experts that divides evenly among ranks."""
     plan = QUICK if asked.quick else Plan()
     base, shapes = plan.base, plan.shapes
     if asked.ranks:
@@ -236,9 +236,9 @@ def planned(asked: Asked) -> Plan:
 
 
 def recorded_case(recording: str, ranks: int | None, tokens: int | None) -> Case:
-    """A recording laid out over ranks: as asked, or over 4, in about eight steps.
+    """A recording laid out over the ranks asked for, by default 4, in about eight steps.
 
-    Raises ValueError where its experts cannot be shared out evenly, or its tokens are too few for one step.
+    Raises ValueError if its experts do not divide evenly among ranks, or its tokens are too few for one step.
     """
     whole = case_of_recording(Case(ranks=1, tokens=0, recording=recording))
     P = ranks or next(P for P in (4, 2, 1) if whole.experts % P == 0 and whole.tokens >= P)
@@ -255,7 +255,7 @@ def recorded_case(recording: str, ranks: int | None, tokens: int | None) -> Case
 
 
 def routings(asked: Asked) -> list[Callable[[], Routing]]:
-    """The reader's own recordings; where there are none, the one that comes with the project, and the plan's.
+    """The routings of the reader's recordings; without any, of the project's own recording and of the plan.
 
     Raises ValueError as `recorded_case` does.
     """
@@ -265,7 +265,7 @@ def routings(asked: Asked) -> list[Callable[[], Routing]]:
         return [partial(recorded_routing, case, plan.steps) for case in cases]
     base, middle = plan.base, plan.skews[len(plan.skews) // 2]
     made: list[Callable[[], Routing]] = []
-    with suppress(ValueError):  # it is small: ranks and tokens may be more than it has
+    with suppress(ValueError):  # the recording is small: it may have too few tokens for these ranks
         made.append(partial(recorded_routing, recorded_case(BROUGHT, asked.ranks, asked.tokens), plan.steps))
     shaped = [(base, skew) for skew in plan.skews] + [(replace(base, **shape), middle) for shape in plan.shapes]
     for case, skew in shaped:
@@ -273,7 +273,7 @@ def routings(asked: Asked) -> list[Callable[[], Routing]]:
     return made
 
 
-# ---- What is shown of it
+# ---- Tables and plots
 
 
 def by_routing(figures: Sequence[Figures]) -> dict[tuple, list[Figures]]:
@@ -285,7 +285,7 @@ def by_routing(figures: Sequence[Figures]) -> dict[tuple, list[Figures]]:
 
 
 def find(figures: Sequence[Figures], factor: str, per: str, priority: str = "token") -> Figures:
-    """The one of a group with these."""
+    """The figures in a group with this capacity factor, kind of bin and priority."""
     return next(f for f in figures if (f.factor, f.per, f.priority) == (factor, per, priority))
 
 
@@ -301,12 +301,12 @@ def _shape(f: Figures) -> str:
 
 
 def percent(rate: float) -> str:
-    """With one digit after the point; what is less than that shows is not shown as nothing."""
+    """A percentage with one decimal; small values other than zero are not shown as zero."""
     return "0%" if rate == 0 else "<0.1%" if rate < 0.0005 else f"{100 * rate:.1f}%"
 
 
 def enough(f: Figures) -> tuple[str, str]:
-    """The factor at which nothing drops, rounded up, and in how many of the steps."""
+    """The factor at which nothing drops, rounded up, and the share of steps in which that holds."""
     few = f.steps < 100
     factor = f"{np.ceil(100 * (f.needed.worst if few else f.needed.p99) - 1e-9) / 100:.2f}"
     if f.steps == 1:
@@ -335,7 +335,7 @@ def sentence(group: Sequence[Figures]) -> str:
 
 
 def answer(study: Study) -> list[str]:
-    """Of the reader's own routings; without any, of a recorded one and of even routing."""
+    """Sentences on the reader's own routings; without any, on a recorded and an even routing."""
     groups = list(by_routing(study.of(Figures)).values())
     leading = [group for group in groups if group[0].brought]
     if all(group[0].routing == BROUGHT for group in leading):
@@ -353,7 +353,7 @@ NOTE = "Priority token; what drops is a share of all assignments, what is paddin
 
 
 def drop_table(study: Study) -> Rows | None:
-    """A line for each routing and kind of bin: capacity needed, and at some factors what drops and what is padding."""
+    """One row per routing and kind of bin: capacity needed and, at some factors, what drops and what is padding."""
     if not (figures := study.of(Figures)):
         return None
     asked = [f for f in figures if f.own]
@@ -380,7 +380,7 @@ def _two(f: Figures) -> tuple[str, str]:
 
 
 def as_asked(figures: Sequence[Figures]) -> list[str]:
-    """The heading of the column of the capacity that was asked for; none where none was."""
+    """The heading of the column for the capacity that was asked for, if one was."""
     return [f"at {f.factor} a {f.per}, {f.priority}" for f in figures[:1]]
 
 
@@ -407,7 +407,7 @@ def drop_section(study: Study) -> str:
 
 
 def plots(study: Study) -> dict[str, Plot]:
-    """Of routings whose errors are known."""
+    """Plots of the routings whose errors are known."""
     figures = study.of(Figures)
     groups = [g for g in by_routing(figures).values() if find(g, "1", "rank").out_error is not None]
     if not groups:
@@ -453,7 +453,7 @@ def _errors(figures: Sequence[Figures], name: str, what: str) -> Plot:
 
 
 def jobs(asked: Asked) -> list[Callable[[], list[Figures]]]:
-    """A routing each: those of the presets asked for, or the plan's and the recordings'."""
+    """One job per routing: those of the presets asked for, or those of the plan and the recordings."""
     made = [partial(preset_routing, case, 8) for case in asked.presets]
     if asked.recordings or not made:
         made += routings(asked)
