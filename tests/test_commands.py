@@ -24,6 +24,7 @@ PLACEHOLDERS = {
     "--tokens T": "--tokens 64",
     "faults NAME": "faults torch-off-by-one-group",
     "docs/results/*": f"{ROOT}/docs/results/*",
+    "new mine.py --framework jax": "new mine_in_jax.py --framework jax",
     "`": "",
 }  # fmt: skip
 
