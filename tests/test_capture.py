@@ -41,16 +41,16 @@ def test_the_product_that_a_compiler_is_given_has_either_gradient_alone(frozen):
     assert bits(got) == bits(plain)
 
 
-LIST_SUM = "    sent, total = map(sum, splits_2P.tolist())\n"
-SUM_ON_THE_DEVICE = "    sent, total = splits_2P[0].sum().item(), counts_Pe.sum().item()\n"
+LIST_SUM = "    n_sent, n_received = map(sum, splits_2P.tolist())\n"
+SUM_ON_THE_DEVICE = "    n_sent, n_received = splits_2P[0].sum().item(), counts_Pe.sum().item()\n"
 # What is planted, in what it is seen, and what is then wrong.
 STEPS_BACK = {
     "list-sum": (
-        "exchange", "    sent, total = splits_2P.sum(dim=1).tolist()\n", LIST_SUM, "step",
+        "exchange", "    n_sent, n_received = splits_2P.sum(dim=1).tolist()\n", LIST_SUM, "step",
         {"terms", "permute_terms", "permute_terms_backward"},
     ),
     "sum-on-the-device": (
-        "exchange", "    sent, total = splits_2P.sum(dim=1).tolist()\n", SUM_ON_THE_DEVICE, "step", {"syncs"},
+        "exchange", "    n_sent, n_received = splits_2P.sum(dim=1).tolist()\n", SUM_ON_THE_DEVICE, "step", {"syncs"},
     ),
     "no-output-size": ("rows", ", output_size=output_size)", ")", "step", {"syncs", "symbols"}),
     "no-bound": ("layer", "    check_received(", "    (", "bfloat16", {"range"}),
