@@ -179,6 +179,9 @@ def test_lines_of_json_fit_the_schema(report, capsys):
     code, schema, _ = in_process(capsys, "report", "--schema")
     assert code == 0
     kinds = json.loads(schema)["$defs"]
+    described = [about.get("description") for kind in kinds.values() for about in kind["properties"].values()]
+    assert len(described) > 120
+    assert all(described)
     lines = [json.loads(line) for line in report.splitlines()]
     assert [line["kind"] for line in (lines[0], lines[1], lines[-1])] == ["header", "case", "footer"]
     assert {line["kind"] for line in lines[2:-1]} == {"comparison"}

@@ -13,12 +13,19 @@ class Blame(msgspec.Struct, omit_defaults=True, tag_field="kind", tag="blame"):
     """One case's verdict: backend(s) and stage that differ first, and the check that shows it."""
 
     case: str
+    """The case's name."""
     backends: list[str]
+    """The backends that are wrong."""
     stage: str
-    direction: str  # forward or backward
+    """The first stage that differs."""
+    direction: str
+    """forward or backward."""
     function: str
+    """Where that stage is written: file and function."""
     check: Check
-    arrays: int  # how many arrays differ in all
+    """The comparison that shows it."""
+    arrays: int
+    """How many arrays differ in all."""
 
 
 def is_backward(check: Check) -> bool:

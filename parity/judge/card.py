@@ -29,14 +29,23 @@ class Finding(msgspec.Struct, omit_defaults=True):
     """One property of a layer."""
 
     key: str
-    what: str  # in words
+    """The property, such as `scores` or `clamp`."""
+    what: str
+    """What it is, in words."""
     state: State = "found"
-    residual: float | None = None  # largest relative error of the best explanation
-    rival: str = ""  # the next best explanation
+    """How sure that is: found, odd (found, and no case can express it), cannot tell, unknown."""
+    residual: float | None = None
+    """The largest relative error of the best explanation."""
+    rival: str = ""
+    """The next best explanation."""
     rival_residual: float | None = None
-    experiment: str = ""  # the experiment that shows it
-    fields: dict[str, Any] = {}  # fields of a case that express the finding
-    numbers: dict[str, Any] = {}  # measured numbers that `what` does not give
+    """The largest relative error of the next best explanation."""
+    experiment: str = ""
+    """The experiment that shows it."""
+    fields: dict[str, Any] = {}
+    """Fields of a case that express the finding."""
+    numbers: dict[str, Any] = {}
+    """Measured numbers that `what` does not give."""
 
     @property
     def stage(self) -> str:
@@ -52,13 +61,21 @@ class Card(msgspec.Struct, tag_field="kind", tag="card"):
     """A layer, as its outputs describe it."""
 
     backend: str
-    asked: Case  # the case whose sizes and options it was asked with
+    """The layer's name."""
+    asked: Case
+    """The case whose sizes and options it was asked with."""
     findings: list[Finding]
-    case: Case  # the case that expresses what was found
-    proof: str  # what `check` says of the layer in that case
-    proved: bool  # whether output and gradients match there
-    command: str  # the command that repeats the proof
+    """Its properties, one entry each."""
+    case: Case
+    """The case that expresses what was found."""
+    proof: str
+    """What `check` says of the layer in that case."""
+    proved: bool
+    """Whether output and gradients match there."""
+    command: str
+    """The command that repeats the proof."""
     seconds: float
+    """Seconds that it took."""
 
     def get(self, key: str) -> Finding | None:
         """The finding of that key."""

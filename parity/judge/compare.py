@@ -27,47 +27,80 @@ class Where(msgspec.Struct, omit_defaults=True):
     """The worst element: rank that holds it, row identity, expert, slot in that rank's array, and place in the row."""
 
     rank: int | None = None
+    """The rank that holds the row."""
     source_rank: int | None = None
+    """The rank that holds the row's token."""
     token: int | None = None
+    """The token's number on its source rank."""
     k: int | None = None
+    """Which of the token's experts it is, from 0."""
     expert: int | None = None
+    """The expert's number among all experts."""
     slot: int | None = None
+    """The row's place in its rank's array."""
     index: list[int] = []
+    """The place of the number within the row."""
 
 
 class Row(msgspec.Struct, omit_defaults=True):
     """A failing row, by its worst number."""
 
     where: Where
+    """Which row, and which of its numbers."""
     got: float
+    """The number that the backend has."""
     expected: float
+    """The number that it should be."""
     error: float
+    """Their distance."""
     allowed: float
+    """How large that may be."""
 
 
 class Check(msgspec.Struct, omit_defaults=True, tag_field="kind", tag="comparison"):
     """One array of one case, compared with one other."""
 
     case: str
+    """The case's name."""
     mode: str
+    """How the array came about: isolated (a stage fed the oracle's values), e2e (the whole layer), second (a second
+    step beside the first), repeat (numbers that differ between two runs)."""
     stage: str
+    """The stage that makes the array."""
     value: str
+    """The array's name within its stage."""
     left: str
+    """The backend that is judged."""
     right: str
+    """What it is compared with: the oracle, or another backend."""
     ok: bool
+    """Whether every row is within its allowance."""
     bitwise: bool
+    """Whether rows must be equal bit for bit."""
     rows: int
+    """Number of rows compared."""
     failing: int = 0
-    worst: float = 0.0  # error over allowance; for bitwise ones, 0 or infinity
+    """Number of rows that fail."""
+    worst: float = 0.0
+    """The largest error over its allowance; for bitwise arrays 0 or infinity."""
     error: float = 0.0
+    """The error of the worst number."""
     allowed: float = 0.0
+    """The allowance of the worst number."""
     got: float | None = None
+    """The worst number as the backend has it."""
     expected: float | None = None
+    """The worst number as it should be."""
     where: Where | None = None
-    common: list[str] = []  # what the failing rows, and not all rows, have in common
-    worst_rows: list[Row] = []  # the failing rows, worst first
-    scale: bool = False  # whether this compares the common factor by which all numbers of a rank or an expert are off
+    """Which row and number is worst; null where the array as a whole fails."""
+    common: list[str] = []
+    """What the failing rows, and not all rows, have in common."""
+    worst_rows: list[Row] = []
+    """The failing rows, worst first, 20 at most."""
+    scale: bool = False
+    """Whether this compares the common factor by which all numbers of a rank or an expert are off."""
     note: str = ""
+    """Why an array could not be compared row by row, such as an exception or a wrong shape."""
 
 
 # How many failing rows of one array a report lists.

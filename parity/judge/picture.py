@@ -17,21 +17,28 @@ class Magnitude(msgspec.Struct):
     """Of all numbers with 2**exponent <= |expected| < 2**(exponent + 1): how many, largest error, largest allowance."""
 
     exponent: int
+    """Power of two below the numbers' absolute values."""
     numbers: int
+    """How many numbers there are."""
     error: float
+    """The largest error among them."""
     allowed: float
+    """The largest allowance among them."""
 
 
 class Picture(msgspec.Struct):
     """One case, small enough to draw."""
 
-    kept: list[list[int]]  # [P, E], assignments of each source rank for each expert
-    dropped: list[list[int]]  # [P, E]
-    padding: list[int]  # rows of padding that each rank sends on the static side
-    # By backend, [P, E]: the largest ratio of error to allowance of any row of (source rank, expert); null if no rows.
+    kept: list[list[int]]
+    """[P, E], assignments that each source rank keeps for each expert."""
+    dropped: list[list[int]]
+    """[P, E], assignments that each source rank drops for each expert."""
+    padding: list[int]
+    """[P], rows of padding that each rank sends in the static layout."""
     worst: dict[str, list[list[float | None]]] = {}
-    # By "backend mode/stage/value", for arrays that are judged within an allowance.
+    """[P, E], by backend: the largest error over its allowance in rows of (source rank, expert); null without rows."""
     magnitudes: dict[str, list[Magnitude]] = {}
+    """Errors by size of the expected number, by "backend mode/stage/value", for arrays judged within an allowance."""
 
     def add_rows(self, backend: str, rank: Array, expert: Array, ratio: Array) -> None:
         """Add ratios of error to allowance, [n], of rows with these source ranks and experts."""

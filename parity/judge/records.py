@@ -8,20 +8,22 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterable
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import docstring_parser
 import msgspec
 
 from parity.cases.case import Case
 from parity.cases.pairs import covered
 from parity.cases.presets import PRESETS
 from parity.judge.blame import Blame, blame
-from parity.judge.card import Card
-from parity.judge.compare import Check
-from parity.judge.picture import Picture
+from parity.judge.card import Card, Finding
+from parity.judge.compare import Check, Row, Where
+from parity.judge.picture import Magnitude, Picture
 from parity.run.backend import Backend
 from parity.run.ours import BACKENDS
 
@@ -32,44 +34,73 @@ class Header(msgspec.Struct, tag_field="kind", tag="header"):
     """What was run, and where."""
 
     schema: int
+    """Version of this format, 2."""
     command: str
+    """The command that wrote the report."""
     began: str
+    """When the run began, in UTC, ISO 8601."""
     machine: dict[str, str]
-    planted: str = ""  # the fault, if one was planted
+    """Versions of packages and of Python, and the platform."""
+    planted: str = ""
+    """The planted fault's name; empty without one."""
     backends: list[Backend] = []
+    """What was compared, one entry per backend."""
 
 
 class CaseRecord(msgspec.Struct, tag_field="kind", tag="case"):
     """One case: what it is, the command that repeats it, who ran it, and what it looked like."""
 
     case: Case
+    """Sizes, options and seed, from which all inputs are drawn."""
     command: str
-    seconds: dict[str, float]  # by backend
+    """The command that repeats this case alone."""
+    seconds: dict[str, float]
+    """Seconds that each backend took, by backend."""
     environment: dict[str, dict[str, str]]
+    """What each backend says of its devices, versions and settings, by backend."""
     picture: Picture
-    not_supported: dict[str, str] = {}  # by backend: why a layer does not compute the case
-    unreached: list[str] = []  # sides of a clamp that no expert's gate or up reaches
-    noted: list[str] = []  # remarks on its inputs
-    beside: dict[str, Blame | None] = {}  # by backend, with --between: the first divergence from the oracle
+    """Counts and errors in a form small enough to draw."""
+    not_supported: dict[str, str] = {}
+    """Why a backend does not compute the case, by backend."""
+    unreached: list[str] = []
+    """Sides of a clamp that no expert's gate or up reaches."""
+    noted: list[str] = []
+    """Remarks on the case's inputs."""
+    beside: dict[str, Blame | None] = {}
+    """The first divergence of each backend from the oracle, by backend, under `--between`; null where it matches."""
 
 
 class Footer(msgspec.Struct, tag_field="kind", tag="footer"):
     """The verdict, and how much it rests on."""
 
     verdict: Literal["match", "mismatch", "nothing compared"]
+    """Whether everything compared was within its allowance."""
     exit_code: int
+    """The exit code of the run: 0, 1 or 5."""
     cases: int
+    """Number of cases."""
     comparisons: int
+    """Number of arrays compared."""
     rows: int
+    """Number of rows compared."""
     bitwise: int
+    """Number of those rows that had to be equal bit for bit."""
     failing: int
+    """Number of comparisons that fail."""
     seconds: dict[str, float]
-    pairs: int = 0  # how many pairs of values that two fields can have together occur in some case
-    pairs_missing: list[str] = []  # the pairs that occur in no case, if there are many cases
+    """Seconds by part of the run; parts overlap, `in all` is wall time."""
+    pairs: int = 0
+    """Number of pairs of values of two fields that occur in some case."""
+    pairs_missing: list[str] = []
+    """Pairs of values that occur in no case, if there are many cases."""
 
 
 MANY = 10  # with this many cases or more, the report counts the pairs of values that they have
 
+_KINDS = {
+    kind.__name__: kind
+    for kind in (Header, CaseRecord, Check, Where, Row, Picture, Magnitude, Blame, Card, Finding, Backend, Footer)
+}
 Record = Header | CaseRecord | Check | Blame | Card | Footer
 
 
@@ -204,10 +235,20 @@ def upgraded(line: Any) -> Any:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema of one line."""
+    """The JSON Schema of one line, with what each field means."""
     result = msgspec.json.schema(Record)
-    for definition in result["$defs"].values():
-        for about in definition.get("properties", {}).values():
+    for kind, definition in result["$defs"].items():
+        meant = _meant(kind)
+        for name, about in definition.get("properties", {}).items():
+            about["description"] = meant[name]
             if about.get("type") == "number":
                 about["type"] = ["number", "string"]
     return {"title": "One line of a parity report", "$comment": 'numbers may be "inf", "-inf" or "nan"'} | result
+
+
+def _meant(kind: str) -> dict[str, str]:
+    """What each field of a record means, by name: the string below it, or a case's help."""
+    if kind == "Case":
+        return {field.name: field.metadata["help"] for field in fields(Case)}
+    texts = docstring_parser.parse_from_object(_KINDS[kind]).params
+    return {"kind": "What the line is."} | {text.arg_name: " ".join((text.description or "").split()) for text in texts}

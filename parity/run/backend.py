@@ -34,19 +34,30 @@ class Backend(msgspec.Struct, frozen=True):
     """
 
     name: str
+    """Its name in tables and files."""
     framework: str
+    """torch, jax, or another."""
     layout: Layout
-    provides: tuple[str, ...]  # quantities, mode/stage/value: each must be in a run, and nothing else is looked at
-    files: dict[str, str] = {}  # where each stage is written, by stage; "" for all that are not named
-    needs: tuple[str, ...] = ()  # packages to import
-    run: str = (
-        ""  # function (Backend, folder, Setting): runs the problems in the folder, saves traces, says which is done
-    )
-    stages: str = ""  # for `run`: the stages of this backend
-    refuses: str = ""  # function (Case, Setting): why it cannot run a case, or ""
-    python: str = ""  # the interpreter that runs it, where that is not this one
-    asked: str = ""  # what `--backend` calls it, where that is not its name
-    takes: tuple[str, ...] = ()  # what a layer of one's own is given; empty for one that is given all there is
+    """How it lays out rows: dynamic, static, ragged, or opaque where only output and gradients are seen."""
+    provides: tuple[str, ...]
+    """Quantities, as mode/stage/value, that a run of it must hold; nothing else is compared."""
+    files: dict[str, str] = {}
+    """File and function of each stage, by stage; "" stands for all others."""
+    needs: tuple[str, ...] = ()
+    """Packages that it imports."""
+    run: str = ""
+    """Function (Backend, folder, Setting), as package.module:name, that runs the problems in the folder, saves traces and
+    says which is done."""
+    stages: str = ""
+    """The module of its stages, for `run`."""
+    refuses: str = ""
+    """Function (Case, Setting) that says why it cannot run a case, or an empty string."""
+    python: str = ""
+    """The interpreter that runs it, where that is another one."""
+    asked: str = ""
+    """What `--backend` calls it, where that is not its name."""
+    takes: tuple[str, ...] = ()
+    """Arguments that a layer in a file is given; empty for one that is given everything."""
 
     def __post_init__(self) -> None:
         """Raises ValueError on a name that cannot be, and on a quantity, a layout or a stage that there is not."""
