@@ -46,8 +46,8 @@ class Backend(msgspec.Struct, frozen=True):
     needs: tuple[str, ...] = ()
     """Packages that it imports."""
     run: str = ""
-    """Function (Backend, folder, Setting), as package.module:name, that runs the problems in the folder, saves traces and
-    says which is done."""
+    """Function (Backend, folder, Setting), as package.module:name, that runs the problems in the folder, saves traces
+    and says which is done."""
     stages: str = ""
     """The module of its stages, for `run`."""
     refuses: str = ""
