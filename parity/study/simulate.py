@@ -26,7 +26,7 @@ from parity.cases.recording import case_of_recording, load_recording
 from parity.oracle.tolerances import numpy_dtype
 from parity.study.part import Asked, Part, Plot, Rows, Study, axes, plain, section, svg
 from parity.study.routing import PER, recording_name
-from parity.study.sweep import BROUGHT, Spread, percent, spread
+from parity.study.sweep import BROUGHT, Spread, percent, rounded_up, spread
 
 Array = np.ndarray
 
@@ -323,9 +323,9 @@ def scale_table(study: Study) -> Rows | None:
     if not (found := study.of(Simulated)):
         return None
     title = (
-        "Simulated: the capacity factor needed to drop nothing in 99% of steps; modelled ms of a forward pass, dynamic,"
-        " and static beside what that drops; rows of the busiest rank over the mean rank's; MB that the busiest sender"
-        " sends."
+        "Simulated: the capacity factor needed to drop nothing in 99% of steps, of few steps in nearly all; modelled"
+        " ms of a forward pass, dynamic, and static beside what that drops; rows of the busiest rank over the mean"
+        " rank's; MB that the busiest sender sends."
     )
     return Rows(title, *_table(found, (1.25,)), 3)
 
@@ -334,12 +334,13 @@ def _table(found: Sequence[Simulated], factors: Sequence[float]) -> tuple[list[s
     def static(s: Simulated) -> list[StaticTime]:
         return [t for t in s.static if t.factor in factors]
 
-    columns = ["model", "popularity", "ranks", "needed, rank bins", "needed, expert bins", "dynamic ms",
-               *(f"{t.factor:g} per {t.per} ms (drops)" for t in static(found[0])), "busiest, median",
+    columns = ["model", "popularity", "ranks", "tokens a rank", "needed, rank bins", "needed, expert bins",
+               "dynamic ms", *(f"{t.factor:g} per {t.per} ms (drops)" for t in static(found[0])), "busiest, median",
                "busiest, worst", "NVLink MB", "network MB", "steps"]  # fmt: skip
     return columns, [
         [
-            s.model, s.popularity, str(s.ranks), f"{s.needed_rank.p99:.2f}", f"{s.needed_expert.p99:.2f}",
+            s.model, s.popularity, str(s.ranks), str(s.tokens), rounded_up(s.needed_rank.p99),
+            rounded_up(s.needed_expert.p99),
             f"{1e3 * s.dynamic_seconds.median:.2f}",
             *(f"{1e3 * t.seconds:.2f} ({percent(t.dropped)})" for t in static(s)), f"{s.busiest.median:.2f}",
             f"{s.busiest.worst:.2f}", f"{s.nvlink_bytes / 1e6:.0f}", f"{s.network_bytes / 1e6:.0f}", str(s.steps),

@@ -305,10 +305,15 @@ def percent(rate: float) -> str:
     return "0%" if rate == 0 else "<0.1%" if rate < 0.0005 else f"{100 * rate:.1f}%"
 
 
+def rounded_up(factor: float) -> str:
+    """A factor with two decimals that is still enough."""
+    return f"{np.ceil(100 * factor - 1e-9) / 100:.2f}"
+
+
 def enough(f: Figures) -> tuple[str, str]:
     """The factor at which nothing drops, rounded up, and the share of steps in which that holds."""
     few = f.steps < 100
-    factor = f"{np.ceil(100 * (f.needed.worst if few else f.needed.p99) - 1e-9) / 100:.2f}"
+    factor = rounded_up(f.needed.worst if few else f.needed.p99)
     if f.steps == 1:
         return factor, "in its one step (one step: no percentile)"
     return factor, f"in any of its {f.steps} steps" if few else "in 99% of steps"
@@ -368,7 +373,7 @@ def drop_table(study: Study) -> Rows | None:
             own = [" / ".join(_two(f)) if f.per == per else "" for f in group if f.own]
             rows.append([
                 first.routing, per, enough(first)[0], *(percent(f.dropped) for f in shown), *own,
-                _shape(first), _needed(first), f"{first.needed.median:.2f}", f"{first.needed.worst:.2f}",
+                _shape(first), _needed(first), rounded_up(first.needed.median), rounded_up(first.needed.worst),
                 *(f"{100 * f.padded:.0f}%" for f in shown),
                 "" if first.out_error is None else percent(first.out_error),
             ])  # fmt: skip
