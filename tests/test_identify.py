@@ -17,6 +17,7 @@ from parity.explain.identify import identify
 from parity.judge import records
 from parity.judge.card import Card, Finding, differences
 from parity.report.html import page
+from parity.report.terminal import explanation
 from parity.run import ours
 from parity.run.backend import Setting
 
@@ -131,6 +132,8 @@ def test_check_says_why_and_what_would_match(layers, tmp_path, capsys):
     assert "stage 1 route: scale: 2.5; the case says --scale 1.0" in said
     assert "which is the same; the case says --renormalize False" in said
     assert len(said.splitlines()) == 4  # and no reason more
+    of_two = explanation(report.cards["zipf"][0], named=True)
+    assert any("other, stage 6 experts: activation: gelu" in line for line in of_two)
     again = next(line for line in out.splitlines() if "matches:" in line).split("-m parity ")[1].split()
     assert in_process(capsys, *again)[0] == 0
     html = (tmp_path / "page.html").read_text()

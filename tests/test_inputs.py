@@ -344,6 +344,7 @@ def test_experts_that_nobody_chose(record):
         ({"x": np.zeros((4, 6)), "router": np.zeros((6, 4))}, r"x has shape \(4, 6\), but M is 5"),
         ({"x": np.zeros((5, 6)), "router": np.zeros((7, 4))}, r"router has shape \(7, 4\), but D is 6"),
         ({"w_gate": np.zeros((4, 6, 3)), "w_down": np.zeros((4, 6, 3))}, r"w_down has shape .*, but F is 3"),
+        ({"score": np.ones((5, 2))}, "scores are not recorded, as they follow from x and router"),
         ({"expert_id": IDS + 1}, "--experts 5 do not divide over --ranks 2: use a multiple"),
     ],
 )

@@ -51,6 +51,11 @@ def read_recording(recording: str, with_checkpoint: bool = False) -> tuple[dict[
             f"--recording {recording}: {path.name} has tensors as {next(filter(LAYER.fullmatch, tensors))}: it is of a "
             f"checkpoint. A layer of it is --checkpoint {shlex.quote(str(path.parent))}, a folder with config.json"
         )
+    if {"score", "scores"} & tensors.keys():
+        raise ValueError(
+            f"--recording {recording}: scores are not recorded, as they follow from x and router: save those in their "
+            "place, or leave scores out; they are then drawn"
+        )
     if unknown := tensors.keys() - FORM.keys():
         meant = [f"{name} (meant: {near[0]}?)" if (near := get_close_matches(name, FORM)) else name for name in unknown]
         raise ValueError(

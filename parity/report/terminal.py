@@ -162,7 +162,8 @@ def failures(report: Report) -> Group:
         lines.append(Text(f"  look at:  {verdict.function}"))
         lines.append(Text(f"  in all:   {verdict.arrays} comparisons differ"))
         lines.append(Text(f"  repeat:   {repeat(report, record, verdict)}", "cyan"))
-        lines += [Text(f"  {line}") for card in report.cards.get(name, ()) for line in explanation(card)]
+        cards = report.cards.get(name, ())
+        lines += [Text(f"  {line}") for card in cards for line in explanation(card, named=len(cards) > 1)]
     return Group(*lines)
 
 
@@ -178,9 +179,11 @@ SURE = {
 }  # fmt: skip
 
 
-def explanation(card: Card) -> list[str]:
+def explanation(card: Card, named: bool) -> list[str]:
     """Sentences that say how a layer differs from its case, what would match, and what was excluded."""
-    said = [f"stage {SHORT[stage]}: {sentence}" if stage else sentence for stage, sentence in card.reasons()]
+    whose = f"{card.backend}, " * named
+    said = [f"{whose}stage {SHORT[stage]}: {sentence}" if stage else f"{whose}{sentence}"
+            for stage, sentence in card.reasons()]  # fmt: skip
     lines = [f"{'why:' if i == 0 else '':9} {sentence}" for i, sentence in enumerate(said)]
     return [*lines, f"matches:  {card.matching}"] if card.matching else lines
 
