@@ -38,7 +38,7 @@ NOT_RUN = {
     "package.module:": "any package of the reader's own",
     "--coordinator": "any cluster of the reader's own",
     "check --random 1000": "minutes: ten of them in docs/tolerances.md",
-    "faults --run": "a quarter of an hour: tests/test_faults.py plants them",
+    "faults --run": "minutes: tests/test_faults.py plants them",
     "study --learn": "hours",
     "parity.study.pydoc": "it trains a model",
     "parity capture": "minutes: tests/test_capture.py",
