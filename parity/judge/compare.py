@@ -1,7 +1,7 @@
 """Trace against oracle, and trace against trace: bitwise where data moves, within an allowance per row elsewhere."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -101,6 +101,11 @@ class Check(msgspec.Struct, omit_defaults=True, tag_field="kind", tag="compariso
     """Whether this compares the common factor by which all numbers of a rank or an expert are off."""
     note: str = ""
     """Why an array could not be compared row by row, such as an exception or a wrong shape."""
+
+
+def largest_error(checks: Iterable[Check]) -> float:
+    """The largest error over its allowance of arrays that are not compared bit for bit; NaN where there are none."""
+    return max((check.worst for check in checks if not check.bitwise), default=math.nan)
 
 
 # How many failing rows of one array a report lists.

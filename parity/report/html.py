@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from parity.judge.blame import Blame
 from parity.judge.card import Card
-from parity.judge.compare import LISTED, Check, Row, Where
+from parity.judge.compare import LISTED, Check, Row, Where, largest_error
 from parity.judge.picture import Magnitude
 from parity.judge.records import CaseRecord, Report
 from parity.oracle.quantities import STAGES
@@ -158,7 +158,7 @@ def _view(report: Report, id: str, name: str) -> View:
         headline(verdict, report.backends) if verdict else "",
         repeat(report, record, verdict) if verdict else record.command,
         _tiles(record, checks, backends(report, record)),
-        max((check.worst for check in checks if not check.bitwise), default=math.nan),
+        largest_error(checks),
         _missing(record, checks, backends(report, record)),
         report.cards.get(name, []),
     )  # fmt: skip

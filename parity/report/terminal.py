@@ -12,7 +12,7 @@ from rich.text import Text
 
 from parity.judge.blame import Blame, is_backward
 from parity.judge.card import Card
-from parity.judge.compare import Check, Where
+from parity.judge.compare import Check, Where, largest_error
 from parity.judge.power import Power
 from parity.judge.records import CaseRecord, Report
 from parity.oracle.quantities import STAGES
@@ -51,7 +51,7 @@ def table(report: Report) -> Table:
         strip = Text.assemble(*(_mark(*of_stage(found, backends(report, record), stage)) for stage in STAGES))
         end_to_end = _mark([c for c in found if c.mode != "isolated"], declared=bool(record.seconds))
         dropped = sum(map(sum, record.picture.dropped)) if drops(report, record) else "-"
-        largest = max((c.worst for c in found if not c.bitwise), default=math.nan)
+        largest = largest_error(found)
         shown = "-" if math.isnan(largest) else f"{largest:.2f}" if largest < 1000 else ">999"
         result.add_row(
             name, str(case.ranks), str(case.tokens), str(case.experts), str(case.top_k), case.dtype, str(case.capacity),
@@ -294,7 +294,7 @@ def summary(reports: Mapping[str, Report]) -> Table:
         )
     for name, report in reports.items():
         foot, about = report.footer, [record.environment for record in report.cases.values()]
-        largest = max((c.worst for found in report.checks.values() for c in found if not c.bitwise), default=math.nan)
+        largest = largest_error(c for found in report.checks.values() for c in found)
 
         def stated(what: str, about: list = about, names: list = [*report.backends]) -> str:  # noqa: B006
             found = [one.get(backend, {}).get(what, "") for backend in names for one in about]
