@@ -46,7 +46,7 @@ def only(case: Any, *free: str, **has: Any) -> None:
         wanted = has.get(name, defaults.get(name, value))
         if name not in {*free, *case.idle} and value not in (wanted if isinstance(wanted, tuple) else (wanted,)):
             wanted = " or ".join(map(str, wanted)) if isinstance(wanted, tuple) else wanted
-            raise Unsupported(f"{name.replace('_', ' ')} {wanted} only")
+            raise Unsupported(f"it computes --{name.replace('_', '-')} {wanted} only")
 
 
 class Recorded(NamedTuple):

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from parity.cases import presets
-from parity.cases.case import Case
-from parity.cases.presets import PRESETS
+from parity.cases.case import Case, changed
+from parity.cases.presets import MODELS, PRESETS
 from parity.cli import check, identify, main, study
 from parity.cli.main import COMMANDS, parse
 from parity.cli.new import TEMPLATES
@@ -300,6 +300,7 @@ def test_wrong_usage(capsys, arguments, message):
         (["study", "--trace"], "--trace is given nothing: name one or more, or leave it out"),
         (["study", "--recording", "--no-dispatch"], "--recording is given nothing"),
         (["check", "--model"], "--model is given nothing"),
+        (["check", "zipf", "--renormalize", "--ranks", "2"], "say --renormalize True or --renormalize False"),
         (["check", "zipf", "--model", "olmoe-1b-7b"], "--model names cases of its own: leave out zipf"),
         (["bench", "--framework", "--seconds", "1"], "--framework is given nothing"),
         (["survey", "--dtype"], "--dtype is given nothing"),
@@ -554,7 +555,7 @@ def test_a_study_without_what_needs_frameworks(tmp_path, monkeypatch):
 def test_a_changed_preset_says_how_to_repeat_it():
     command = check.Command(presets=("zipf",), case=check.Flags(dtype="bfloat16"))
     (case,) = check.chosen_cases(command)
-    assert presets.command(case) == "python -m parity check --name zipf-changed --dtype bfloat16 --pattern zipf"
+    assert presets.command(case) == "python -m parity check zipf --dtype bfloat16"
     assert presets.command(PRESETS["zipf"]) == "python -m parity check zipf"
 
 
@@ -575,6 +576,9 @@ def test_random_cases_repeat_and_differ():
 def test_the_command_of_any_case_gives_that_case():
     """Parsed as a shell would."""
     cases = [*PRESETS.values(), *check.chosen_cases(check.Command(random=50, case=check.Flags(seed=5)))]
+    cases += [changed(PRESETS[name], {"top_k": 1, "dtype": "bfloat16"}) for name in ("zipf", "drop-expert-token")]
+    cases += [changed(MODELS["mixtral-8x7b"], {"width": 32}), changed(PRESETS["like-gpt-oss"], {"clamp": None})]
+    cases += [changed(PRESETS["drop-rank-score"], {"capacity_factor": None})]
     for case in cases:
         assert check.chosen_cases(parse(shlex.split(presets.command(case))[3:])) == [case]
     assert {case.renormalize for case in cases} == {True, False}

@@ -169,6 +169,7 @@ def test_two_layers_side_by_side_show_what_differs_first(layers, capsys):
     for key in ("activation", "scores", "scale", "one expert a token"):
         assert key in differing
     assert "gate and up" not in differing
+    assert "\nthey differ in: activation, scores, " in out
 
 
 def test_what_a_layer_drops_is_found_with_its_formula(layers):

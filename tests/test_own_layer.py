@@ -1,6 +1,8 @@
 """A layer of the user's own: what it is given, what is compared, and what is said of one that is wrong."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +52,45 @@ def test_weights_whose_gradients_share_memory(tmp_path):
     joined = "    w_gate_EDF, w_up_EDF = torch.cat([w_gate_EDF, w_up_EDF], 2).split(case.hidden, 2)\n    score_TE ="
     run = check(tmp_path, "zipf", "--backend", written(tmp_path, "torch", ("    score_TE =", joined)), "--json")
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_number_of_experts_that_is_not_taken_from_the_case(tmp_path):
+    """It is found in a case that asks for another, with the case in which the layer matches."""
+    always = written(tmp_path, "torch", ("topk(case.top_k)", "topk(2)"))
+    run = check(tmp_path, "bfloat16", "--backend", always, "--no-json")
+    assert run.returncode == 1, run.stdout + run.stderr
+    why = run.stdout[run.stdout.index("  why:") :].splitlines()
+    assert why[0].endswith("experts of a token: 2, whatever case.top_k is; the case says --top-k 3")
+    assert why[1] == "  matches:  python -m parity check bfloat16 --top-k 2 --backend mine.py"
+    again = check(tmp_path, *shlex.split(why[1])[5:], "--no-json")
+    assert again.returncode == 0, again.stdout + again.stderr
+
+
+def test_what_matches_is_said_in_the_words_of_the_preset(tmp_path):
+    """With its routing, where the layer matches there, too."""
+    always = written(tmp_path, "torch", ("    if case.renormalize:", "    if True:"))
+    run = check(tmp_path, "zipf", "--ranks", "2", "--backend", always, "--no-json")
+    assert "  repeat:   python -m parity check zipf --ranks 2 --backend mine.py\n" in run.stdout
+    assert "  matches:  python -m parity check zipf --ranks 2 --renormalize True --backend mine.py\n" in run.stdout
+
+
+def test_two_layers_of_which_one_is_wrong_and_refuses_what_it_computes(tmp_path):
+    right = written(tmp_path, "torch", name="right.py")
+    gelu = ("silu((x_TD", "torch.nn.functional.gelu((x_TD")
+    run = check(tmp_path, "zipf", "--backend", right, "--backend", written(tmp_path, "torch", gelu), "--no-json")
+    assert "comparisons differ; right and mine differ in 6 of 12\n" in run.stdout
+    assert "activation: gelu; the case says --activation silu\n" in run.stdout
+    assert "not tried, as the layer refuses the case that says so: it computes --activation silu only\n" in run.stdout
+
+
+def test_the_module_in_the_documentation_matches(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "own-layer.md").read_text()
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "functional_call" in code]
+    (tmp_path / "mine.py").write_text(example)
+    record = ("--record", "gate=route/score", "--record", "gate[1]=route/expert_id")
+    run = check(tmp_path, "zipf", "--renormalize", "True", "--backend", "mine.py", *record, "--no-json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "mine: compared: output, 5 gradients, stage 1; not seen: stages 2-8\n" in run.stdout
 
 
 # What is planted in the template, and what is then said of it.
@@ -191,7 +232,7 @@ def test_a_module_of_a_package_imports_from_it(tmp_path):
 def test_what_jax_traces_may_say_that_it_does_not_support_it(tmp_path):
     run = check(tmp_path, "p1", "--activation", "gelu_tanh", "--backend", written(tmp_path, "jax"), "--no-json")
     assert run.returncode == 5, run.stdout + run.stderr
-    assert "mine: 1 of 1 cases not supported: activation silu only (1)" in run.stdout
+    assert "mine: 1 of 1 cases not supported: it computes --activation silu only (1)" in run.stdout
 
 
 def test_one_choice_too_large_shows_in_bfloat16(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 from parity.cases.case import Case, flag
 from parity.cases.from_checkpoint import case_of_checkpoint
 from parity.cases.pairs import pair_cases
+from parity.cases.recording import recording_name
 
 
 def _presets() -> dict[str, Case]:
@@ -194,13 +195,24 @@ def command(case: Case) -> str:
         return f"python -m parity check --model {case.name}"
     if case == PRESETS.get(case.name):
         return f"python -m parity check {case.name}"
-    alone = case_of_checkpoint({"checkpoint": case.checkpoint, "layer": case.layer}) if case.checkpoint else Case()
-    given = {"checkpoint", "layer"} if case.checkpoint else {}
-    changed = [
-        (f.name, getattr(case, f.name))
-        for f in fields(case)
-        if f.name in given or getattr(case, f.name) != getattr(alone, f.name)
-    ]
-    return " ".join(
-        ["python -m parity check", *(f"--{flag(name)} {shlex.quote(str(value))}" for name, value in changed)]
-    )
+    stem = case.name.removesuffix("-changed")
+    known = {"": PRESETS, "--model ": MODELS} if stem != case.name else {}
+    for before, cases in known.items():
+        changed = _differing(case, replace(cases[stem], name=case.name)) if stem in cases else {"": None}
+        if None not in changed.values():  # most flags cannot say None
+            return _written(f" {before}{stem}", changed)
+    if not case.checkpoint:
+        return _written("", _differing(case, Case(name=recording_name(case.recording)) if case.recording else Case()))
+    given = {"checkpoint": case.checkpoint, "layer": case.layer}
+    return _written("", given | _differing(case, case_of_checkpoint(given)))
+
+
+def _differing(case: Case, base: Case) -> dict[str, Any]:
+    """The fields in which a case differs from another."""
+    values = {f.name: getattr(case, f.name) for f in fields(case)}
+    return {name: value for name, value in values.items() if value != getattr(base, name)}
+
+
+def _written(what: str, changed: dict[str, Any]) -> str:
+    flags = (f"--{flag(name)} {shlex.quote(str(value))}" for name, value in changed.items())
+    return " ".join([f"python -m parity check{what}", *flags])

@@ -28,6 +28,11 @@ def recording_path(recording: str) -> Path:
     return brought.get(recording, Path(recording))
 
 
+def recording_name(recording: str) -> str:
+    """The name of a recording in reports and files: its path without the folder."""
+    return re.sub(r"[^\w.+-]", "-", Path(recording).stem)
+
+
 def read_recording(recording: str, with_checkpoint: bool = False) -> tuple[dict[str, Array], dict[str, str]]:
     """The tensors of a recording and its metadata; beside a checkpoint, hidden states are enough.
 

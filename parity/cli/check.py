@@ -13,7 +13,7 @@ from parity.cases.case import PATTERN_RECORDED, Case, changed, flag
 from parity.cases.from_checkpoint import case_of_checkpoint
 from parity.cases.presets import MODELS, PLAIN, PRESETS, USUAL
 from parity.cases.random_cases import SHARED, random_cases
-from parity.cases.recording import case_of_recording
+from parity.cases.recording import case_of_recording, recording_name
 from parity.cli.report import publish
 from parity.cli.shared import MATCH, case_of_file, check_writable, not_a_terminal, say, working
 from parity.explain.identify import explained
@@ -331,7 +331,8 @@ def _recorded(changes: dict[str, Any]) -> Case:
     alone = case_of_recording(Case(ranks=1, tokens=0, recording=changes["recording"]))
     ranks = changes.get("ranks", Case().ranks)
     try:
-        case = replace(alone, **({"ranks": ranks, "tokens": alone.tokens // max(ranks, 1)} | changes))
+        fixed = {"name": recording_name(changes["recording"]), "ranks": ranks, "tokens": alone.tokens // max(ranks, 1)}
+        case = replace(alone, **(fixed | changes))
     except ValueError as error:
         raise ValueError(f"--recording {alone.recording}: {error}") from error
     held = case_of_recording(case)

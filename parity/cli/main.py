@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from dataclasses import fields
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Annotated, Any, Union, get_origin, get_type_hints
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Union, get_origin, get_type_hints
 import tyro
 from rich.text import Text
 
+from parity.cases.case import Case
 from parity.cli import (
     backends,
     bench,
@@ -118,12 +120,20 @@ def _starts_with_a_command(argv: list[str]) -> None:
 
 # Flags that may be given no value. `layer` measures at its own capacity factor even without --factors.
 MAY_BE_EMPTY = {"factors"}
+TRUE_OR_FALSE = {f.name for f in fields(Case) if f.type is bool}
 
 
 def _something_given(kind: type, argv: list[str]) -> None:
-    """Raise ValueError when a flag that takes several values is given none: tyro would treat it as absent."""
+    """Raise ValueError when a flag of a case that is True or False, or one that takes several values, is given none.
+
+    Tyro would not say which values there are, and would treat several values as absent.
+    """
     several = {name for name, hint in get_type_hints(kind).items() if get_origin(hint) is tuple} - MAY_BE_EMPTY
     for word, after in pairwise([*argv, "--"]):
         name = {"--trace": "recording"}.get(word, word.removeprefix("--").replace("-", "_"))
-        if word.startswith("--") and name in several and after.startswith("--"):
+        if not word.startswith("--") or not after.startswith("--"):
+            continue
+        if name in several:
             raise ValueError(f"{word} is given nothing: name one or more, or leave it out")
+        if name in TRUE_OR_FALSE:
+            raise ValueError(f"{word} is given nothing: say {word} True or {word} False")

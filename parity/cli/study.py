@@ -8,7 +8,7 @@ import tyro
 
 from parity.cases.case import Case
 from parity.cases.presets import MODELS, PRESETS
-from parity.cases.recording import case_of_recording, load_recording
+from parity.cases.recording import case_of_recording, load_recording, recording_name
 from parity.cli.shared import MATCH, Page, case_of_file, not_a_terminal, say
 from parity.judge.engine import progress
 from parity.run.ours import FRAMEWORKS
@@ -16,7 +16,6 @@ from parity.run.supervisor import require
 from parity.study.engine import run_study
 from parity.study.page import print_study, write
 from parity.study.part import Asked
-from parity.study.routing import recording_name
 from parity.study.sweep import recorded_case
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from parity.explain import capacity, probes
 from parity.explain.ask import Answer, ask
 from parity.explain.hypotheses import Hypothesis, decide, residual, tolerance
 from parity.explain.reading import Reading
-from parity.judge.card import Card, Finding
+from parity.judge.card import NOT_RUN, Card, Finding
 from parity.judge.compare import Check
 from parity.judge.engine import judge
 from parity.oracle import reference
@@ -69,11 +70,20 @@ def card_of(kept: Kept, bases: Sequence[Case], tell: Callable[[str], None] = lam
     found, answers = _asked(kept, base)
     reading = Reading(found, answers)
     findings = _of_its_own(backend, reading.all())
+    if reading.always not in (0, base.top_k):
+        top_k = Finding(
+            "experts of a token", f"{reading.always}, whatever case.top_k is", fields={"top_k": reading.always},
+            experiment=f"random logits, {base.top_k} and 1 asked for",
+        )  # fmt: skip
+        found, answers = _asked(kept, replace(base, top_k=reading.always))
+        reading = Reading(found, answers)
+        findings = [top_k if f.key == top_k.key else f for f in _of_its_own(backend, reading.all())]
     findings += capacity.read(reading, answers, base.capacity_factor)
     tell(f"{backend.name}: proving what was found")
     case = _found(base, found.case, reading)
     proof, proved, more = _proved(kept, case)
     findings += more
+    case = _as_drawn(kept, base, case) if proved else case
     again = f"{command(case)} {backend.flag}"
     return Card(backend.name, base, findings, case, proof, proved, again, time.perf_counter() - begin)
 
@@ -177,10 +187,19 @@ def _found(base: Case, asked: Case, reading: Reading) -> Case:
         for finding in reading.findings
         if finding.key in UNUSED and finding.what.startswith("ignored")
     }
-    own = {"name": f"{base.name}-found", "capacity_factor": base.capacity_factor}
+    own = {"name": f"{base.name.removesuffix('-changed')}-changed", "capacity_factor": base.capacity_factor}
     if reading.fields.get("score_on") == "input":
         unused["expert_bias"] = False  # no case has both
     return replace(asked, tokens=base.tokens, seed=base.seed, **(own | reading.fields | unused))
+
+
+def _as_drawn(kept: Kept, base: Case, found: Case) -> Case:
+    """The found case with the asked one's routing and tokens, if the layer matches there too; else as it is."""
+    with suppress(ValueError):
+        case = replace(found, **{name: getattr(base, name) for name in probes.DRAWN})
+        if case != found and _proved(kept, case)[1]:
+            return case
+    return found
 
 
 def _proved(kept: Kept, case: Case) -> tuple[str, bool, list[Finding]]:
@@ -189,7 +208,7 @@ def _proved(kept: Kept, case: Case) -> tuple[str, bool, list[Finding]]:
     given = problem if "keep" in kept.backend.takes else replace(problem, keep=np.ones_like(problem.keep))
     answer = ask(kept, {"proof": given})["proof"]
     if answer.trace is None:
-        return f"not run: {answer.why}", False, []
+        return f"{NOT_RUN}{answer.why}", False, []
     _, checks = judge(problem, [answer.trace])
     bad = [check for check in checks if not check.ok]
     gradients = [name for name in OUTSIDE[1:] if name in answer.trace.arrays]

@@ -122,6 +122,12 @@ class Probes:
         return self.x_nD[self.tokens.at[name]].astype(np.float64) @ self.router_DE
 
 
+# Fields that say how the inputs of a case are drawn and how it is run, and nothing of the layer.
+DRAWN = (
+    "pattern", "logit_scale", "logit_offset", "outlier", "recording", "checkpoint", "layer", "uneven", "way",
+)  # fmt: skip
+
+
 def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
     """The case to ask in: sizes, dtype, ranks and options of `base`, with all inputs that the layer takes.
 
@@ -134,19 +140,7 @@ def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
             f"{base.name} is of real size: ask in a smaller --hidden, which changes nothing in the answers"
         )
     plain = Case()
-    drawn = (
-        "pattern",
-        "logit_scale",
-        "logit_offset",
-        "outlier",
-        "recording",
-        "checkpoint",
-        "layer",
-        "uneven",
-        "way",
-        "seed",
-    )
-    case = replace(base, name="probe", **{name: getattr(plain, name) for name in drawn})
+    case = replace(base, name="probe", **{name: getattr(plain, name) for name in (*DRAWN, "seed")})
     if base.capacity_factor is not None:  # a capacity at which nothing drops: other probes show what is dropped
         case = replace(case, capacity_factor=str(base.experts))
     if not takes:

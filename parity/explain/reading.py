@@ -148,6 +148,7 @@ class Reading:
         self.clamp = FREE
         self.broken: set[str] = set()  # probes whose outputs are NaN or infinite
         self.kept_K = np.ones(self.case.top_k, bool)  # which of the K choices the layer keeps
+        self.always = 0  # how many experts a token has, if that is the same whatever the case asks for
         self.on_input = False
         self.residual_path = 0.0
         self.numbers_E = np.arange(self.case.experts)
@@ -475,11 +476,13 @@ class Reading:
         counts = sorted(set(on.sum(1).tolist()))
         largest = self._put(np.ones((len(logits), K)), self._largest(logits)) != 0
         lost = "" if counts == [K] else self._lost(on, logits)
+        one = self._weights("one_choice", "routing")
+        if K > 1 and one is not None and counts == [int(self.kept_K.sum())] and self.kept_K[: counts[0]].all():
+            self.always = counts[0] * bool(((one != 0).sum(1) == counts[0]).all())
         if counts == [K]:
             self._said("experts of a token", f"{K}", experiment="random logits")
         elif lost:
             self._said("experts of a token", f"{counts[0]} of {K}: {lost}", "odd", experiment="random logits")
-            on = largest
         elif counts[-1] == K and not (on & ~largest).any():
             fewer = int((on.sum(1) < K).sum())
             said = f"cannot tell: {K}, or fewer: of {fewer} of {len(on)} tokens some are not there, as if dropped"
@@ -492,7 +495,7 @@ class Reading:
 
         def off(case: Case, sign: float = 1.0) -> float:
             chosen = self._scores(case, sign * logits) != 0
-            wrong = (on & ~chosen).any(1) | ((on.sum(1) == K) & (on != chosen).any(1))
+            wrong = (on & ~chosen).any(1) | ((on.sum(1) == self.kept_K.sum()) & (on != chosen).any(1))
             return float(wrong.mean())
 
         by = replace(self._said_case(), groups=1, top_groups=1)
@@ -552,7 +555,9 @@ class Reading:
                 what = f"within the best {best} of {groups} groups, by {BEST_OF[by]}"
                 what += "" if by == "max" and outside == "minus_inf" else f" of {of}"
                 what += "; the others count as zero" * (outside == "zero")
-                chosen = self._put(np.ones((len(logits), K)), within_groups(score, groups, best, by, outside)[:, :K])
+                chosen = self._put(
+                    np.tile(self.kept_K, (len(logits), 1)), within_groups(score, groups, best, by, outside)[:, :K]
+                )
                 off = float((on != (chosen != 0)).any(1).mean())
                 yield Hypothesis(what, off, {} if by == "all" else fields, by == "all")
 
@@ -666,6 +671,14 @@ class Reading:
                 "one expert a token", f"not asked: {self.answers['one_choice-0'].why}", "unknown", experiment=experiment
             )
             return
+        if self.always > 1:
+            self._said(
+                "one expert a token",
+                f"{self.always} all the same: how many is not taken from case.top_k",
+                "odd",
+                experiment=experiment,
+            )
+            return
         if self.score is None:
             return
         logits = self.probes.logits("routing")
@@ -712,7 +725,7 @@ class Reading:
         else:
             self._said(
                 "of equal scores",
-                f"neither the lower nor the higher id is chosen, but {chosen[0]}",
+                f"neither the lower nor the higher ids are chosen, but {chosen[0]} of {E} equal experts",
                 "odd",
                 experiment=experiment,
             )
@@ -802,7 +815,7 @@ class Reading:
         narrow = self.case.dtype in ("bfloat16", "float16")
         accum_dtype = np.dtype(self.case.accum_dtype)
         if narrow:
-            s_nK = (self._of(self._said_case(), logits[rows], ids) * self.scale).astype(accum_dtype)
+            s_nK = (self._of(self._said_case(), logits[rows], ids) * self.kept_K * self.scale).astype(accum_dtype)
         else:
             s_nK = np.take_along_axis(weights[rows], ids, 1).astype(accum_dtype)
         value = self._narrow(np.array(self.usual()))

@@ -10,6 +10,8 @@ from parity.cases.case import Case, flag
 # several explanations hold. unknown: no explanation that was tried holds.
 State = Literal["found", "odd", "cannot tell", "unknown"]
 
+NOT_RUN = "not run: "  # how a proof begins that the layer refused
+
 # The stage that each finding is about.
 STAGE = {
     "scores": "route", "scale": "route", "choice": "route", "experts of a token": "route", "added to the sum": "route",
@@ -106,6 +108,11 @@ class Card(msgspec.Struct, tag_field="kind", tag="card"):
         fields = {name for finding in self.findings for name in finding.fields} | TAKEN
         other = any(_other(self.asked, name, getattr(self.case, name)) for name in fields)
         return self.command if self.proved and other else ""
+
+    @property
+    def untried(self) -> str:
+        """Why the layer could not be tried in the case that was found; an empty string if it was."""
+        return self.proof.removeprefix(NOT_RUN) if self.proof.startswith(NOT_RUN) else ""
 
 
 # Fields for optional inputs of a layer. In a case without such an input, being able to take it makes no difference.

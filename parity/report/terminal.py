@@ -160,7 +160,7 @@ def failures(report: Report) -> Group:
         lines.append(Text(f"  {describe(check)}"))
         lines += [Text(f"  failing rows: {shared}") for shared in check.common]
         lines.append(Text(f"  look at:  {verdict.function}"))
-        lines.append(Text(f"  in all:   {verdict.arrays} comparisons differ"))
+        lines.append(Text(f"  in all:   {verdict.arrays} comparisons differ{between(report, name)}"))
         lines.append(Text(f"  repeat:   {repeat(report, record, verdict)}", "cyan"))
         cards = report.cards.get(name, ())
         lines += [Text(f"  {line}") for card in cards for line in explanation(card, named=len(cards) > 1)]
@@ -185,7 +185,23 @@ def explanation(card: Card, named: bool) -> list[str]:
     said = [f"{whose}stage {SHORT[stage]}: {sentence}" if stage else f"{whose}{sentence}"
             for stage, sentence in card.reasons()]  # fmt: skip
     lines = [f"{'why:' if i == 0 else '':9} {sentence}" for i, sentence in enumerate(said)]
+    if card.untried:
+        return [*lines, f"matches:  not tried, as the layer refuses the case that says so: {card.untried}"]
     return [*lines, f"matches:  {card.matching}"] if card.matching else lines
+
+
+def between(report: Report, name: str) -> str:
+    """How layers of one's own compare with the other backends in a case: "; mine and theirs differ in 6 of 9"."""
+    pairs: dict[tuple[str, str], list[Check]] = {}
+    for check in report.checks[name]:
+        if check.right in report.backends:
+            pairs.setdefault((check.left, check.right), []).append(check)
+    said = ""
+    for (left, right), found in pairs.items():
+        if "opaque" in (report.backends[left].layout, report.backends[right].layout):
+            bad = sum(not check.ok for check in found)
+            said += f"; {left} and {right} " + (f"differ in {bad} of {len(found)}" if bad else "agree with each other")
+    return said
 
 
 def headline(verdict: Blame, backends: Mapping[str, Backend]) -> str:
@@ -197,6 +213,8 @@ def headline(verdict: Blame, backends: Mapping[str, Backend]) -> str:
     seen = {"isolated": "fed the oracle's input", "second": "in a second step beside the first"}
     how = seen.get(verdict.check.mode, "in the whole layer")
     if any(backends[name].shows(stage) for name in verdict.backends for stage in STAGES[:-1]):
+        if verdict.check.mode != "isolated" and all(backends[name].alone(verdict.stage) for name in verdict.backends):
+            how += "; fed the oracle's input, the stage matches"
         return f"{who} at stage {SHORT[verdict.stage]}, {verdict.direction}, {how}"
     what = f"gradient {verdict.check.value}" if is_backward(verdict.check) else "output"
     return f"{who} in its {what}, {how}; its stages are not seen"

@@ -4,14 +4,13 @@ Letters besides the layer's own: n steps. A routing is expert ids and scores [n,
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from parity.cases.case import Case
 from parity.cases.parameters import BY_NAME, Parameters
-from parity.cases.recording import case_of_recording, load_recording
+from parity.cases.recording import case_of_recording, load_recording, recording_name
 from parity.oracle import vectorised
 from parity.oracle.problem import draw
 from parity.oracle.reference import Exact, chosen_scores
@@ -45,11 +44,6 @@ def zipf_routing(case: Case, skew: float, steps: int, seed: int = 0) -> Routing:
     power = np.exp(logits - logits.max(axis=-1, keepdims=True))
     score = np.take_along_axis(power / power.sum(axis=-1, keepdims=True), ids, axis=-1)
     return Routing(f"zipf {skew:g}", case, ids.astype(np.int32), score.astype(np.float32))
-
-
-def recording_name(recording: str) -> str:
-    """The displayed name of a recording: its path without the folder."""
-    return Path(recording).stem
 
 
 def recorded_routing(case: Case, steps: int) -> Routing:

@@ -22,10 +22,10 @@ import numpy as np
 
 from parity.cases.case import Case
 from parity.cases.presets import MODELS
-from parity.cases.recording import case_of_recording, load_recording
+from parity.cases.recording import case_of_recording, load_recording, recording_name
 from parity.oracle.tolerances import numpy_dtype
 from parity.study.part import Asked, Part, Plot, Rows, Study, axes, plain, section, svg
-from parity.study.routing import PER, recording_name
+from parity.study.routing import PER
 from parity.study.sweep import BROUGHT, Spread, percent, rounded_up, spread
 
 Array = np.ndarray
