@@ -221,7 +221,7 @@ def torch_ties(case: Case) -> str:
         return "the lower expert id is chosen"
     if ids == list(range(case.experts - case.top_k, case.experts)):
         return "the higher expert id is chosen"
-    return f"neither the lower nor the higher id is chosen, but {ids}"
+    return f"neither the lower nor the higher ids are chosen, but {ids} of {case.experts} equal experts"
 
 
 def verdict(finding: Finding | None, words: Words) -> str:

@@ -242,7 +242,7 @@ def test_what_cannot_be_told_is_no_difference(key, mine, its, sure, level):
 
 def test_who_wins_a_tie_goes_by_how_many_there_are():
     """Which of equal scores a library takes is another in a case of other sizes, unless it is the lower ones."""
-    key, higher, neither = "of equal scores", "the higher expert id is chosen", "neither the lower nor the higher id"
+    key, higher, neither = "of equal scores", "the higher expert id is chosen", "neither the lower nor the higher ids"
     few = surveyed("few", said={key: Finding(key, neither, "odd")}, top_k=2)
     for of, sure in ((surveyed("many", said={key: higher}), False), (surveyed("lower"), True),
                      (surveyed("few, too", said={key: higher}, top_k=2), True)):  # fmt: skip

@@ -104,6 +104,8 @@ WRONG = {
                "drouter: the output does not depend on router"),
     "raises": ("torch", ("    out_TD = torch", "    assert False, 'no more'\n    out_TD = torch"), 1,
                "raised AssertionError: no more (mine.py:31)"),
+    "no output": ("torch", ("    out_TD = torch", "    assert False\n    out_TD = torch"), 1,
+                  "zipf: mine gave no output"),
     "scale": ("torch", ("return out_TD", "return 1.01 * out_TD"), 1, "mine is wrong in its output"),
     "scale in jax": ("jax", ("return einsum(", "return 1.01 * einsum("), 1, "mine is wrong in its output"),
     "shape in jax": ("jax", (".astype(x_PTD.dtype)\n", ".astype(x_PTD.dtype)[0]\n"), 1,

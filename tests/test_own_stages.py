@@ -181,6 +181,20 @@ def test_hooks_on_modules(tmp_path, names):
     assert f"--record {flags[1]}" in done.stdout
 
 
+def test_a_gradient_that_is_wrong_marks_its_stage(tmp_path):
+    """The values of the stage match; half of a gradient arrives, and that is said."""
+    begins = "w_down_EFD, case):\n"
+    halved = HOOKED.replace(begins, begins + "    w_up_EDF = (w_up_EDF + w_up_EDF.detach()) / 2\n")
+    assert halved != HOOKED
+    (tmp_path / "mine.py").write_text(halved)
+    flags = ("--record", "experts.*=apply_experts/y:grouped", "--backend", "mine.py", "--no-json")
+    done = check(tmp_path, "zipf", "--renormalize", "False", *flags)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "\u00b7\u00b7\u00b7\u00b7\u00b7\u2717\u00b7\u00b7\u00b7" in done.stdout
+    assert "mine is wrong at stage 6 experts, backward, in the whole layer\n" in done.stdout
+    assert "gradient dw_up: 0.5 times it\n" in done.stdout
+
+
 @pytest.mark.parametrize(("text", "code", "said"), [
     ("gate=route", 2, "write MODULE=STAGE/VALUE"), ("gate=route/weights", 2, "nothing is called route/weights"),
     ("router=route/score", 1, "calls no module router, which --record names: it calls Block"),

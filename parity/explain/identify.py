@@ -14,7 +14,7 @@ from parity.cases.parameters import BY_NAME
 from parity.cases.presets import MODELS, PRESETS, command
 from parity.explain import capacity, probes
 from parity.explain.ask import Answer, ask
-from parity.explain.hypotheses import Hypothesis, decide, residual, tolerance
+from parity.explain.hypotheses import Hypothesis, decide, residual, times, tolerance
 from parity.explain.reading import Reading
 from parity.judge.card import NOT_RUN, Card, Finding
 from parity.judge.compare import Check
@@ -187,7 +187,9 @@ def _found(base: Case, asked: Case, reading: Reading) -> Case:
         for finding in reading.findings
         if finding.key in UNUSED and finding.what.startswith("ignored")
     }
-    own = {"name": f"{base.name.removesuffix('-changed')}-changed", "capacity_factor": base.capacity_factor}
+    stem = base.name.removesuffix("-changed")
+    name = f"{stem}-changed" if stem in PRESETS or stem in MODELS else Case().name
+    own = {"name": name, "capacity_factor": base.capacity_factor}
     if reading.fields.get("score_on") == "input":
         unused["expert_bias"] = False  # no case has both
     return replace(asked, tokens=base.tokens, seed=base.seed, **(own | reading.fields | unused))
@@ -245,6 +247,9 @@ def _gradients(problem: Problem, answer: Answer, bad: list[Check]) -> list[Findi
             if name in of and what != "the derivative":
                 hypotheses.append(Hypothesis(what, residual(got, _as_many(of[name], got), 1e-2), odd=True))
         close = 100 * tolerance(case.dtype)
+        if min(one.residual for one in hypotheses) > close:
+            factor = times(got, want)
+            hypotheses.append(Hypothesis(f"{factor:.3g} times it", residual(got, factor * want, 1e-2), odd=True))
         finding = decide(f"gradient {name.rpartition('/')[2]}", hypotheses, close, "the found case")
         found.append(finding)
     return found

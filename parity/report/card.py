@@ -17,7 +17,7 @@ def print_cards(console: Console, cards: list[Card]) -> None:
     """One card with how sure each line is, or several side by side; then the proof of each."""
     console.print(_alone(cards[0]) if len(cards) == 1 else _beside(cards))
     if len(cards) > 1:
-        keys_that_differ = ", ".join(differences(cards))
+        keys_that_differ = ", ".join(key for key in differences(cards) if all(card.get(key) for card in cards))
         said = f"they differ in: {keys_that_differ}" if keys_that_differ else "nothing that was asked tells them apart"
         console.print(Text(f"\n{said}", "bold"), soft_wrap=True)
     for card in cards:

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from parity.judge.blame import Blame, is_backward
+from parity.judge.blame import Blame, blame, is_backward
 from parity.judge.card import Card
 from parity.judge.compare import Check, Where, largest_error
 from parity.judge.power import Power
@@ -61,11 +61,18 @@ def table(report: Report) -> Table:
 
 
 def of_stage(checks: Iterable[Check], ran: Iterable[Backend], stage: str) -> tuple[list[Check], bool]:
-    """The comparisons that judge a stage, and whether there must be some."""
+    """The comparisons that judge a stage, and whether there must be some.
+
+    A gradient within the whole layer depends on several stages. It counts here if it is the first that differs.
+    """
+    checks, ran = [*checks], [*ran]
+    first = blame(checks, {backend.name: backend for backend in ran})
     modes = {backend.name: mode for backend in ran if (mode := backend.judged(stage))}
     found = [
         c for c in checks
-        if c.stage == stage and c.mode == modes.get(c.left) and (c.mode == "isolated" or not is_backward(c))
+        if c.stage == stage
+        and c.mode == modes.get(c.left)
+        and (c.mode == "isolated" or not is_backward(c) or (first and c is first.check))
     ]  # fmt: skip
     return found, bool(modes)
 
@@ -217,6 +224,8 @@ def headline(verdict: Blame, backends: Mapping[str, Backend]) -> str:
             how += "; fed the oracle's input, the stage matches"
         return f"{who} at stage {SHORT[verdict.stage]}, {verdict.direction}, {how}"
     what = f"gradient {verdict.check.value}" if is_backward(verdict.check) else "output"
+    if what == "output" and not verdict.check.rows:
+        return f"{names} gave no output"
     return f"{who} in its {what}, {how}; its stages are not seen"
 
 
