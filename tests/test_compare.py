@@ -2,6 +2,7 @@
 
 from collections import namedtuple
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from itertools import pairwise
 
@@ -19,7 +20,7 @@ import torch_impl.exchange
 import torch_impl.layer
 import torch_impl.static.layer
 from parity.cases.case import Case
-from parity.cases.presets import command
+from parity.cases.presets import PRESETS, command
 from parity.judge.blame import Blame, blame
 from parity.judge.compare import Check, MismatchError, Where, canonical, choice_of_experts, compare
 from parity.judge.picture import blank
@@ -51,6 +52,15 @@ def expectations(problem: Problem) -> Wanted:
     """What each side's arrays should hold."""
     oracle = Oracle(problem)
     return {layout: oracle.expected(names(layout), layout) for layout in SIDES.values()}
+
+
+def test_draws_that_nobody_waits_for_are_given_up():
+    """Those of a second step, too, which has an oracle of its own."""
+    for way, mode in (("eager", "e2e"), ("in_flight", "second")):
+        oracle = Oracle(draw(replace(PRESETS["p1"], way=way)))
+        oracle.stop()
+        with pytest.raises(CancelledError):
+            oracle.expected([f"{mode}/combine/out"], "dynamic")
 
 
 WANTED, EXACT = expectations(PROBLEM), Evaluation(PROBLEM)

@@ -90,6 +90,14 @@ def test_it_is_what_is_available_that_counts(monkeypatch):
         problem.draw(case)
 
 
+@pytest.mark.parametrize(("text", "limited"), [("1000000\n", True), ("max\n", False), ("9223372036854771712\n", False)])
+def test_the_limit_of_a_container_counts(monkeypatch, tmp_path, text, limited):
+    (tmp_path / "memory.max").write_text(text)
+    monkeypatch.setattr(size, "LIMITS", (tmp_path / "memory.max", tmp_path / "not there"))
+    monkeypatch.setattr(size, "of_system", lambda: 2e9)
+    assert size.available() == (1e6 if limited else 2e9)
+
+
 def test_memory_that_runs_out_all_the_same(monkeypatch, capsys):
     monkeypatch.setattr("parity.judge.records.read", _too_much)
     with pytest.raises(SystemExit) as end:

@@ -145,7 +145,7 @@ def _ahead(problems: Iterable[Problem], backends: Sequence[Backend]) -> Iterator
         except BaseException:
             thread.shutdown(wait=False, cancel_futures=True)
             for oracle in large:
-                oracle.stopped = True
+                oracle.stop()
             raise
 
 

@@ -129,6 +129,12 @@ class Oracle:
         self.alike = max(alike(problem.x), alike(rows[rows.any(axis=-1)]))
         self.stopped = False  # set when nobody waits for the draws any more
 
+    def stop(self) -> None:
+        """Give up the draws that have not begun, those of a second step too."""
+        self.stopped = True
+        if self.second:
+            self.second.stop()
+
     def expected(self, names: Iterable[str], layout: Layout) -> dict[str, Expected]:
         """What the arrays of these names should hold, without those that have nothing to compare in this case.
 

@@ -1,5 +1,6 @@
 """How much memory a case takes at least. A case that cannot fit is refused before hours are spent on it."""
 
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -44,14 +45,27 @@ def _held(case: Case) -> int:
     return 1 if case.real_size else 2
 
 
+# Where Linux says how much memory a container may use, in the two versions of control groups.
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
 def available() -> float:
-    """Bytes that the system says programs can still get; swap is not subtracted."""
+    """Bytes that programs can still get by the system, swap included, or that the container may use in all."""
+    limits = [math.inf]
+    for path in LIMITS:
+        with suppress(OSError, ValueError):  # "max" is no number: no limit
+            limits.append(float(int(path.read_text())))
+    return min(of_system(), *limits)
+
+
+def of_system() -> float:
+    """Bytes that the system says programs can still get, swap included."""
     with suppress(OSError, ValueError, IndexError):
         found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return 1024.0 * sum(int(found[name].split()[0]) for name in ("MemAvailable", "SwapFree"))
     with suppress(OSError, ValueError, AttributeError):
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return float("inf")
+    return math.inf
 
 
 def check_size(case: Case, layouts: tuple[Layout, ...] = ()) -> None:
