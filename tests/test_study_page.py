@@ -354,6 +354,9 @@ def test_in_a_browser(study, tmp_path: Path, width, alone):
         if key == "received" or key == "grouped":
             assert len(seen["bins"]) == 4
             assert all(("bin" in bin) == (seen["way"] == "static") for bin in seen["bins"])
+            words = {1: "for", 2: "from", 5: "back to", 6: "back from"}[seen["step"]]
+            room = "" if seen["way"] == "dynamic" else f", room {len(lanes[0]) // 2}"
+            assert [bin.removeprefix("bin ") for bin in seen["bins"]] == [f"{words} {q}{room}" for q in "ABAB"]
         if seen["step"] in (2, 6):
             across = [[row for row in d_rows if row] for d_rows in positions.received]
             there = [sum(row[0] != rank for row in rows) for rank, rows in enumerate(across)]

@@ -329,9 +329,9 @@ def jobs(asked: Asked) -> list[Callable[[], list[Simulated]]]:
 # ---- Tables and plots
 
 
-def recorded_themselves(found: Sequence[Simulated]) -> set[str]:
-    """The recordings whose own layer is simulated, on stretches of themselves."""
-    return {s.model for s in found if s.model == s.popularity}
+def widths(found: Sequence[Simulated]) -> dict[str, int | None]:
+    """The recordings whose own layer is simulated, on stretches of themselves, and its width as far as they fix it."""
+    return {s.model: s.width for s in found if s.model == s.popularity}
 
 
 def _note(found: Sequence[Simulated], columns: Sequence[str]) -> str:
@@ -342,12 +342,13 @@ def _note(found: Sequence[Simulated], columns: Sequence[str]) -> str:
     said.append("rows of the busiest rank over the mean rank's")
     if any(column.endswith("MB") for column in columns):
         said.append("MB that the busiest sender sends")
-    own = recorded_themselves(found)
-    at = {"models have": "bfloat16"} if {s.model for s in found} - own else {}
-    at |= {f"{', '.join(sorted(own))} has": "float32"} if any(s.width for s in found if s.model in own) else {}
-    numbers = f" Each at its own width; {', '.join(f'{who} numbers in {dtype}' for who, dtype in at.items())}."
-    unknown = " '-': the recording does not say how wide its layer is." if any(s.hidden is None for s in found) else ""
-    return "; ".join(said) + "." + (numbers + unknown) * ("width" in columns)
+    own = widths(found)
+    numbers = ["models at their own width, in bfloat16"] if {s.model for s in found} - own.keys() else []
+    numbers += [f"{name} at its width of {width}, in float32" for name, width in own.items() if width]
+    unknown = [name for name, width in own.items() if not width]
+    numbers += [f"'-' for {', '.join(unknown)}, which does not say its width"] if unknown else []
+    sized = {"dynamic ms", "NVLink MB"} & {*columns}
+    return "; ".join(said) + "." + f" Times and bytes: {'; '.join(numbers)}." * bool(sized)
 
 
 def scale_table(study: Study) -> Rows | None:
@@ -386,7 +387,7 @@ def _table(found: Sequence[Simulated], factors: Sequence[float]) -> tuple[list[s
             "dynamic ms": f"{1e3 * s.dynamic_seconds.median:.2f}" if s.dynamic_seconds else "-", **static(s),
             "busiest, median": f"{s.busiest.median:.2f}", "busiest, worst": f"{s.busiest.worst:.2f}",
             "NVLink MB": _megabytes(s.nvlink_bytes), "network MB": _megabytes(s.network_bytes),
-            "width": str(s.width or "-"), "hidden": str(s.hidden or "-"), "steps": str(s.steps),
+            "steps": str(s.steps),
         }
         for s in found
     ]  # fmt: skip
@@ -399,7 +400,7 @@ def scale_section(study: Study) -> str:
     if not (found := study.of(Simulated)):
         return ""
     columns, rows = _table(found, (1.0, 1.25, 2.0))
-    title = "On more ranks" if {s.model for s in found} <= recorded_themselves(found) else "Real models"
+    title = "On more ranks" if {s.model for s in found} <= widths(found).keys() else "Real models"
     note = "Routing alone: no token was moved."
     if "dynamic ms" in columns:
         note += (
@@ -412,7 +413,7 @@ def scale_section(study: Study) -> str:
 def plots(study: Study) -> dict[str, Plot]:
     """The capacity that models need as they are spread over more ranks; the reader's own recording beside them."""
     models = [s for s in study.of(Simulated) if "," not in s.model]
-    own = recorded_themselves(models)
+    own = widths(models)
     found = {}
     for name, even in (("even", True), ("fitted", False)):
         if (
@@ -427,7 +428,7 @@ def plots(study: Study) -> dict[str, Plot]:
             words = f"{label[0]}, itself" if label[0] in own else label[0]
             ax.plot([s.ranks for s in line], [s.needed_rank.p99 for s in line], marker="o", label=words)
         title = "even popularity" if even else "popularity fitted to a recording"
-        title = title if {s.model for s in of} - own else "stretches of the recording"
+        title = title if {s.model for s in of} - own.keys() else "stretches of the recording"
         ax.set(title=title, xlabel="ranks", ylabel="capacity factor needed", xscale="log", yscale="log")
         plain(ax.xaxis, [s.ranks for s in of] if len({s.ranks for s in of}) < 6 else [8, 32, 128, 512])
         low, high = ax.get_ylim()
