@@ -166,6 +166,4 @@ def test_times_and_bytes_are_said_to_be_of_a_width_or_left_out(tmp_path):
     assert [cell == "-" for cell in together["NVLink MB"]] == [True, False, False]
     table = simulate.scale_table(Study(header([]), [none, width, both]))
     assert table
-    assert (
-        "routed at its width of 24, in float32; pydoc at its width of 64, in float32; ids has no width" in table.title
-    )
+    assert "routed at its width of 24, in float32; pydoc at its width of 64, in float32; '-' for ids," in table.title
