@@ -172,11 +172,13 @@ def test_the_answer_stands_on_top(steps, needed, words):
 
 
 def test_the_answer_says_how_many_tokens_were_assumed():
-    (sentence,) = answers(Study(header([]), measured(100, 1.3, {}, tokens_by_default=True)))
+    found = Study(header([]), measured(100, 1.3, {}, tokens_by_default=True))
+    (sentence,) = answers(found)
     assert sentence.endswith(
         "Fewer tokens on a rank need a larger factor, and 16 were assumed: pass --tokens with the number your training "
         "step has on a rank."
     )
+    assert "pass <code>--tokens</code> with" in page(found)  # in one piece
 
 
 def test_errors_stand_beside_what_was_drawn_for_them():
@@ -326,7 +328,7 @@ HELD = (None, "grouped", "received", "expert_major", "expert_major", "received",
 
 
 @pytest.mark.slow  # not for its time: not every machine has a browser
-@pytest.mark.parametrize(("width", "alone"), [(390, False), (1110, False), (1250, False), (390, True), (1920, True)])
+@pytest.mark.parametrize(("width", "alone"), [(390, False), (1280, False), (1350, False), (390, True), (1920, True)])
 def test_in_a_browser(study, tmp_path: Path, width, alone):
     """At every setting and step, there and back, the chips stand in the run's order, dropped ones struck out."""
     dispatches = study.of(Dispatch)
@@ -452,13 +454,10 @@ def test_a_recording_that_holds_expert_ids_only(tmp_path):
 def test_models_are_simulated_where_they_are_asked_for(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(cli, "run_study", lambda wanted, _: asked.append(wanted) or Study(header([])))
-    for given in (
-        {},
-        {"presets": ("zipf",)},
-        {"recording": ("pydoc",)},
-        {"recording": ("pydoc",), "model": ("glm-4.5",)},
-    ):
-        assert cli.run(cli.Command(out=tmp_path / "study", json=True, quick=True, **given)) == 0
+    command = cli.Command(out=tmp_path / "study", json=True, quick=True)
+    recorded = replace(command, recording=("pydoc",))
+    for given in (command, replace(command, presets=("zipf",)), recorded, replace(recorded, model=("glm-4.5",))):
+        assert cli.run(given) == 0
     assert [wanted.models for wanted in asked] == [tuple(MODELS), (), (), ("glm-4.5",)]
 
 
