@@ -328,7 +328,7 @@ HELD = (None, "grouped", "received", "expert_major", "expert_major", "received",
 
 
 @pytest.mark.slow  # not for its time: not every machine has a browser
-@pytest.mark.parametrize(("width", "alone"), [(390, False), (1280, False), (1350, False), (390, True), (1920, True)])
+@pytest.mark.parametrize(("width", "alone"), [(390, False), (1110, False), (1270, False), (390, True), (1920, True)])
 def test_in_a_browser(study, tmp_path: Path, width, alone):
     """At every setting and step, there and back, the chips stand in the run's order, dropped ones struck out."""
     dispatches = study.of(Dispatch)
