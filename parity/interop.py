@@ -23,7 +23,7 @@ from jax.core import Tracer
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# JAX reads it when it first looks for a GPU. Otherwise it takes three quarters of the card, whatever PyTorch needs.
+# JAX reads it when it first looks for a GPU. Otherwise it takes three quarters of its memory, whatever PyTorch needs.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 # What both frameworks have, by the same name.

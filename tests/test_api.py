@@ -59,7 +59,7 @@ def test_a_layer_that_is_no_module_of_its_own():
     with pytest.raises(AssertionError, match="layer is wrong at stage 9 combine") as found:
         parity.assert_match(layer, in_torch, "p1")
     assert "test_api.py:" in str(found.value)
-    assert "rank 0, source rank 0, token " in str(found.value)
+    assert "on rank 0, token " in str(found.value)
 
 
 def test_two_of_one_name_are_told_apart():

@@ -319,7 +319,7 @@ def test_and_found_wrong(parity, theirs):
     code, out, _ = parity("compare", *theirs(change=1e-3))
     assert code == 1, out
     assert "zipf: mine is wrong in its output, in the whole layer; its stages are not seen\n" in out
-    assert "out against oracle: 16 of 64 rows; worst: rank 2, source rank 2, token " in out
+    assert "out against oracle: 16 of 64 rows; worst: on rank 2, token " in out
     assert "look at:  mine\n" in out
 
 

@@ -155,7 +155,7 @@ def test_a_wrong_number_in_a_saved_trace_is_a_mismatch(saved, tmp_path, capsys):
     code, out, _ = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"), "--no-json")
     assert code == 1
     assert "torch is wrong at stage 9 combine, forward" in out
-    assert "source rank 1, token 2, index [5]" in out
+    assert "worst: on rank 1, token 2 from rank 1, index [5]" in out
     assert "torch_impl/grouping.py: combine" in out
     assert "MISMATCH in 1 of 1 cases: custom" in out
 

@@ -94,6 +94,10 @@ def test_they_run_as_written(page, tmp_path):
             subprocess.run(
                 [sys.executable, "-m", "parity", "new", name, "--framework", framework], cwd=tmp_path, check=True
             )
+    if any("parity compare" in command for command in commands(page)):  # of traces that two machines saved
+        for name, framework in (("A", "torch"), ("B", "jax")):
+            saving = [sys.executable, "-m", "parity", "check", "zipf", "--backend", framework, "--save", name]
+            subprocess.run(saving, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
     for command in filter(runs, commands(page)):
         for word, meant in PLACEHOLDERS.items():
             command = command.replace(word, meant)

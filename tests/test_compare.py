@@ -648,6 +648,12 @@ def test_tokens_that_lost_an_assignment(torch_and_jax):
     assert check.common == ["all have assignments dropped 2 and no others", "all have token 3 and no others"][::-1]
 
 
+def test_tokens_of_one_rank(torch_and_jax):
+    torch_and_jax["torch"].arrays["isolated/combine/out"][1] += 1
+    (check,) = [check for check in failures(torch_and_jax) if check.right == "oracle"]
+    assert "all have a token from rank 1 and no others" in check.common
+
+
 # ---- The router's choice
 
 

@@ -8,7 +8,9 @@ from problems import gamma
 from safetensors.numpy import save_file
 
 from parity.cases.case import Case
+from parity.judge.records import header
 from parity.study import simulate
+from parity.study.part import Study
 from parity.study.routing import counts, needed_factor, recorded_routing, zipf_routing
 from parity.study.simulate import (
     LINKS,
@@ -115,4 +117,53 @@ def test_more_variation_needs_more_capacity():
     skewed = simulate.simulate(CASE, zipf(16, 2, 1.0), 50)
     assert even.needed_rank.median < varying.needed_rank.median
     assert even.busiest.median < skewed.busiest.median
+    assert even.dynamic_seconds
+    assert skewed.dynamic_seconds
     assert even.dynamic_seconds.median < skewed.dynamic_seconds.median
+
+
+def shown(*found: simulate.Simulated) -> dict[str, list[str]]:
+    """The table in columns."""
+    table = simulate.scale_table(Study(header([]), [*found]))
+    assert table
+    return dict(zip(table.columns, map(list, zip(*table.rows, strict=True)), strict=True))
+
+
+def test_a_column_that_is_zero_in_every_row_is_left_out():
+    """Up to eight ranks share a node, so that nothing goes over the network; a single rank sends nothing at all."""
+    one, four, sixteen = (
+        simulate.simulate(replace(CASE, ranks=ranks, width=4096), zipf(16, 2, 0.0), 2) for ranks in (1, 4, 16)
+    )
+    assert not {"NVLink MB", "network MB"} & shown(one).keys()
+    assert "network MB" not in shown(one, four)
+    assert float(shown(one, four)["NVLink MB"][1]) > 0
+    assert shown(four, sixteen)["network MB"][0] == "0"
+    assert float(shown(four, sixteen)["network MB"][1]) > 0
+
+
+def test_few_bytes_are_not_shown_as_none():
+    small = simulate.simulate(replace(CASE, tokens=8), zipf(16, 2, 0.0), 2)
+    assert float(shown(small)["NVLink MB"][0]) > 0
+
+
+def test_times_and_bytes_are_said_to_be_of_a_width_or_left_out(tmp_path):
+    """A recording of expert ids has no width, one with x and router no hidden width, and the project's has both."""
+    rng = np.random.default_rng(0)
+    x, router = (rng.standard_normal(shape).astype(np.float32) for shape in ((64, 24), (24, 8)))
+    ids = np.argsort(-x @ router, axis=1)[:, :2].astype(np.int32).copy()
+    save_file({"expert_id": ids}, tmp_path / "ids.safetensors", {"n_experts": "8"})
+    save_file({"expert_id": ids, "x": x, "router": router}, tmp_path / "routed.safetensors")
+    none, width, both = (
+        simulate.spread_out(recording, 64, 4, 2)[0]
+        for recording in (str(tmp_path / "ids.safetensors"), str(tmp_path / "routed.safetensors"), "pydoc")
+    )
+    assert not {"dynamic ms", "NVLink MB"} & shown(none).keys()
+    assert "1.25 per rank drops" in shown(none)
+    assert "NVLink MB" in shown(width)
+    assert "dynamic ms" not in shown(width)
+    together = shown(none, width, both)
+    assert [cell == "-" for cell in together["dynamic ms"]] == [True, True, False]
+    assert [cell == "-" for cell in together["NVLink MB"]] == [True, False, False]
+    table = simulate.scale_table(Study(header([]), [none, width, both]))
+    assert table
+    assert "routed at its width of 24, in float32; pydoc at its width of 64, in float32; '-' for ids," in table.title

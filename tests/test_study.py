@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import gamma
+from safetensors.numpy import save_file
 
 from parity.cases.case import Case
 from parity.cases.presets import PRESETS
@@ -202,3 +203,20 @@ def test_a_sweep_has_every_combination_once_and_more_capacity_never_drops_more()
             assert half.dropped > one.dropped > all_of_it.dropped == 0
             assert (half.out_error or 0) > (one.out_error or 0) > 0 == all_of_it.out_error
             assert half.padded < one.padded < all_of_it.padded
+
+
+def test_figures_say_which_of_their_inputs_were_drawn(tmp_path):
+    """None of a recording that has all of them; and a recording of expert ids alone has no errors."""
+    rng = np.random.default_rng(0)
+    x, router = (rng.standard_normal(shape).astype(np.float32) for shape in ((32, 24), (24, 8)))
+    ids = np.argsort(-x @ router, axis=1)[:, :2].astype(np.int32).copy()
+    save_file({"expert_id": ids, "x": x, "router": router}, tmp_path / "routed.safetensors")
+    save_file({"expert_id": ids}, tmp_path / "ids.safetensors", {"n_experts": "8"})
+
+    def first(recording: str):
+        case = study.recorded_case(str(tmp_path / recording) if "." in recording else recording, 2, 16)
+        return next(sweep(recorded_routing(case, 1), ("1/2",)))
+
+    assert [first(name).drawn for name in ("pydoc", "routed.safetensors")] == ["", "expert weights"]
+    assert next(sweep(zipf_routing(Case(width=8, hidden=8), 0.0, 1), ("1/2",))).drawn == "tokens and weights"
+    assert [first(name).out_error is None for name in ("routed.safetensors", "ids.safetensors")] == [False, True]

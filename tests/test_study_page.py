@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from parity.cases.case import Case
+from parity.cases.presets import MODELS
 from parity.cli import study as cli
 from parity.judge.records import header
 from parity.run import supervisor
@@ -31,7 +32,7 @@ from parity.study.page import answers, page, plots, print_study
 from parity.study.part import Asked, Study
 from parity.study.routing import PER, PRIORITIES, places, zipf_routing
 from parity.study.simulate import Simulated, cases, popularities
-from parity.study.sweep import FACTORS, Figures, Spread, jobs, spread, sweep
+from parity.study.sweep import FACTORS, NO_SCORES, Figures, Spread, drop_table, inputs_note, jobs, spread, sweep
 
 pytestmark = pytest.mark.usefixtures("warm")
 
@@ -158,6 +159,9 @@ def test_the_answer_stands_on_top(steps, needed, words):
     found = Study(header([]), measured(steps, needed, dropped))
     (sentence,) = answers(found)
     assert words in sentence
+    assert ("Both are the worst of 8 steps and no safety margin." in sentence) == (steps == 8)
+    assert ("Both are of one step and no safety margin." in sentence) == (steps == 1)
+    assert "--tokens" not in sentence
     assert sentence in page(found)
     for width in (80, 120):
         console = Console(width=width, file=io.StringIO())
@@ -165,6 +169,29 @@ def test_the_answer_stands_on_top(steps, needed, words):
         said = console.file.getvalue()  # type: ignore[attr-defined]
         assert " ".join(said.split()).startswith(sentence)
         assert ("one step: no percentile" in said.split("The capacity")[1]) == (steps == 1)
+
+
+def test_the_answer_says_how_many_tokens_were_assumed():
+    found = Study(header([]), measured(100, 1.3, {}, tokens_by_default=True))
+    (sentence,) = answers(found)
+    assert sentence.endswith(
+        "Fewer tokens on a rank need a larger factor, and 16 were assumed: pass --tokens with the number your training "
+        "step has on a rank."
+    )
+    assert "pass <code>--tokens</code> with" in page(found)  # in one piece
+
+
+def test_errors_stand_beside_what_was_drawn_for_them():
+    found = Study(header([]), measured(8, 1.6, {}, brought=True, drawn="expert weights"))
+    said = "Errors are of the first step: mine has expert weights drawn at random."
+    assert (table := drop_table(found))
+    assert said in table.title
+    assert script(page(found), "costs-data")["groups"][0]["note"] == said
+    assert [said in caption for _, caption in plots(found).values()] == [False, False, False, True, True]
+    own = measured(8, 1.6, {}, brought=True, drawn="")
+    assert inputs_note([own]) == "Errors are of the first step: mine has its own tokens and weights."
+    drawn = measured(8, 1.6, {}, drawn="tokens and weights")
+    assert inputs_note([own, drawn]).endswith("own tokens and weights; zipf has tokens and weights drawn at random.")
 
 
 def test_what_is_enough_is_enough_in_that_share_of_steps():
@@ -301,7 +328,7 @@ HELD = (None, "grouped", "received", "expert_major", "expert_major", "received",
 
 
 @pytest.mark.slow  # not for its time: not every machine has a browser
-@pytest.mark.parametrize(("width", "alone"), [(390, False), (1110, False), (1250, False), (390, True), (1920, True)])
+@pytest.mark.parametrize(("width", "alone"), [(390, False), (1110, False), (1270, False), (390, True), (1920, True)])
 def test_in_a_browser(study, tmp_path: Path, width, alone):
     """At every setting and step, there and back, the chips stand in the run's order, dropped ones struck out."""
     dispatches = study.of(Dispatch)
@@ -329,6 +356,9 @@ def test_in_a_browser(study, tmp_path: Path, width, alone):
         if key == "received" or key == "grouped":
             assert len(seen["bins"]) == 4
             assert all(("bin" in bin) == (seen["way"] == "static") for bin in seen["bins"])
+            words = {1: "for", 2: "from", 5: "back to", 6: "back from"}[seen["step"]]
+            room = "" if seen["way"] == "dynamic" else f", room {len(lanes[0]) // 2}"
+            assert [bin.removeprefix("bin ") for bin in seen["bins"]] == [f"{words} {q}{room}" for q in "ABAB"]
         if seen["step"] in (2, 6):
             across = [[row for row in d_rows if row] for d_rows in positions.received]
             there = [sum(row[0] != rank for row in rows) for rank, rows in enumerate(across)]
@@ -399,6 +429,36 @@ def test_ones_own_recording_is_in_place_of_drawn_routing(tmp_path):
     for name in ("drops-rank", "drops-expert", "positions", "scale-fitted"):
         assert "mine" in (tmp_path / f"study/{name}.svg").read_text()
     assert not (tmp_path / "study/scale-even.svg").exists()
+
+
+def test_a_recording_that_holds_expert_ids_only(tmp_path):
+    """No model that was not asked for, and no figure that would come from a width or scores that nobody recorded."""
+    recorded_file(tmp_path / "mine.safetensors", 6, 2, 64)
+    run = study_command("--recording", "mine.safetensors", "--no-dispatch", "--no-json", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    said = " ".join(run.stdout.split())
+    assert "For mine (2 ranks of 16 tokens" in said
+    assert "and 16 were assumed: pass --tokens with the number your training step has on a rank." in said
+    for word in ("zipf", " ms", " MB", "width", "output off", "drawn"):
+        assert word not in said
+    lines = [json.loads(line) for line in (tmp_path / "study/study.jsonl").read_text().splitlines()]
+    simulated = [line for line in lines if line["kind"] == "simulated"]
+    assert [line["model"] for line in simulated] == ["mine"]
+    for name in ("width", "hidden", "nvlink_bytes", "network_bytes", "dynamic_seconds"):
+        assert simulated[0][name] is None
+    assert all(line["out_error"] is None for line in lines if line["kind"] == "figures")
+    assert script((tmp_path / "study/index.html").read_text(), "costs-data")["groups"][0]["note"] == NO_SCORES
+    assert not list((tmp_path / "study").glob("error-of-*"))
+
+
+def test_models_are_simulated_where_they_are_asked_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "run_study", lambda wanted, _: asked.append(wanted) or Study(header([])))
+    command = cli.Command(out=tmp_path / "study", json=True, quick=True)
+    recorded = replace(command, recording=("pydoc",))
+    for given in (command, replace(command, presets=("zipf",)), recorded, replace(recorded, model=("glm-4.5",))):
+        assert cli.run(given) == 0
+    assert [wanted.models for wanted in asked] == [tuple(MODELS), (), (), ("glm-4.5",)]
 
 
 def test_a_framework_that_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch):

@@ -134,7 +134,8 @@ class Case:
     )
     score_on: Literal["output", "input"] = _field(
         "output",
-        "What the score of an expert multiplies: what it returns, or what it is given (Llama 4, with --top-k 1).",
+        "What the score of an expert multiplies. output: what the expert returns. input: what it is given (Llama 4, "
+        "with --top-k 1).",
     )
     router_dtype: Literal["wide", "float32", "activations"] = _field(
         "wide",
@@ -207,7 +208,8 @@ class Case:
     )
     capacity_factor: str | None = _field(
         None,
-        "JAX rows per bin over the mean load: a decimal or a fraction. None: the bound at which nothing drops.",
+        "Rows of a bin over the mean load: a decimal or a fraction. A bin is the rows that the static layout reserves "
+        "for one rank or for one expert. None: the bound at which nothing drops.",
     )
     capacity_per: Literal["rank", "expert"] = _field(
         "rank",
@@ -230,8 +232,8 @@ class Case:
         "usual",
         "How the layer is run. usual: PyTorch eagerly and JAX under jit. eager: JAX too runs one operation at a "
         "time. compiled: PyTorch by torch.compile, whose backend is aot_eager. recomputed: forward again in "
-        "backward. in_flight: two steps, both forwards before both backwards. two_groups: two groups of --ranks beside "
-        "each other, each with tokens of its own.",
+        "backward. in_flight: two steps, both forwards before both backwards. two_groups: two groups of --ranks side "
+        "by side, each with tokens of its own.",
     )
     seed: int = _field(
         0,

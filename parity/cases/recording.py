@@ -98,6 +98,12 @@ def read_recording(recording: str, with_checkpoint: bool = False) -> tuple[dict[
     return tensors, metadata
 
 
+def sizes_of_recording(recording: str) -> set[str]:
+    """The letters whose sizes a recording fixes: without a D and an F, it does not say how wide its layer is."""
+    tensors, _ = read_recording(recording)
+    return {letter for name in tensors for letter in FORM[name].split()}
+
+
 LAYER = re.compile(r"(.*\.)?layers\.\d+\..*")  # what tensors are called in a checkpoint
 
 

@@ -25,8 +25,9 @@ class Command:
 
     Finds the score function, renormalisation, scale, groups, activation, layout of gate and up, clamps, biases, shared
     expert, ties, precision, order of sums, dropped rows and gradients, and says how sure each finding is and which
-    experiment shows it. Ends with a case that states all findings, in which output and gradients are checked. For two
-    backends, prints two cards side by side, differences first.
+    experiment shows it. All findings of a layer are its card. Ends with a case that states them, in which output and
+    gradients are checked: if they match, the card is proved. For two backends, prints two cards side by side,
+    differences first.
 
     Exit code: 0 every card is proved, 1 one is not, 2 wrong usage, 3 a framework is missing, or the layer does not run.
     Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.

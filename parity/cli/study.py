@@ -23,8 +23,9 @@ from parity.study.sweep import recorded_case
 class Command:
     """What does a static capacity drop, pad and save, for your shapes and routing?
 
-    Sweeps capacity factor, kind of bin, priority, skew and shapes; simulates real models on up to 512 ranks; runs one
-    small dispatch in both frameworks for the page. Writes tables, plots and an HTML page. Needs no GPU.
+    A bin is the rows that the static layout reserves for one rank, or for one expert. The study sweeps capacity factor,
+    kind of bin, priority, skew and shapes. It simulates real models on up to 512 ranks, and runs one small dispatch in
+    both frameworks for the page. It writes tables, plots and an HTML page, and needs no GPU.
 
     Exit code: 0 measured, 2 wrong usage, 3 a framework is missing.
     Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
@@ -34,6 +35,7 @@ class Command:
         python -m parity study --quick                     a few seconds: fewer shapes and steps, no small dispatch
         python -m parity study --recording recording.safetensors --ranks 8 --tokens 1024
         python -m parity study zipf p8                     the routing of these presets, not the plan's
+        python -m parity study --recording recording.safetensors --model deepseek-v3    and simulate that model
         python -m parity study --model deepseek-v3 --steps 5000
         python -m parity study --case case.json            the capacity of a layer, as `identify --write` found it
         python -m parity study --learn 3                   and train with every kind of capacity, three seeds
@@ -49,11 +51,11 @@ class Command:
     """Number of ranks. Default: 4 in the sweep; 8, 64 and one rank per expert in the simulation."""
     tokens: int | None = None
     """Tokens on each rank. Default: 128 in the sweep, 4096 in the simulation.
-    For a recording, the default leaves eight steps."""
+    For a recording, the default leaves eight steps: give the number that your training step has on a rank."""
     quick: bool = False
     """Run fewer shapes and steps, and no small dispatch: takes about 15 s on two cores."""
-    model: tuple[str, ...] = tuple(MODELS)
-    """Models to simulate."""
+    model: tuple[str, ...] = ()
+    """Models to simulate. Default: all of them; none where presets or a recording are given."""
     steps: int | None = None
     """Steps of the simulation. Default: up to 1000, and fewer for large groups."""
     learn: int = 0
@@ -96,8 +98,9 @@ def run(command: Command) -> int:
     if dispatch or command.learn:
         without = ["--no-dispatch"] * dispatch + ["no --learn"] * bool(command.learn)
         require(FRAMEWORKS, f"or say {' and '.join(without)}: the rest needs no framework", trying=True)
+    models = command.model or (() if command.presets or command.recording else tuple(MODELS))
     wanted = Asked(
-        [PRESETS[name] for name in command.presets], command.recording, command.model, command.ranks, command.tokens,
+        [PRESETS[name] for name in command.presets], command.recording, models, command.ranks, command.tokens,
         command.steps, command.quick, command.learn, command.learn_steps, dispatch, capacity,
     )  # fmt: skip
     check(wanted)

@@ -535,6 +535,9 @@ def _judge(
     return check
 
 
+FROM = "a token from rank"
+
+
 def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array, bad: Array) -> list[str]:
     """Properties that all failing rows share and some other row lacks: "all have expert 5"."""
     case, axes = problem.case, want.axes
@@ -544,7 +547,7 @@ def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array
         assert have.holders is not None
         source, token, k = np.unravel_index(present, (case.ranks, max(case.tokens, 1), case.top_k))
         expert = problem.expert_id[source, token, k]
-        properties = {"source rank": source, "token": token, "k": k, "expert": expert}
+        properties = {FROM: source, "token": token, "k": k, "expert": expert}
         properties |= {"rank": have.holders[present], "slot": have.slots[present]}
         properties["local expert"] = expert % (case.experts // case.ranks)
         properties["slot in its bin"] = have.slots[present] % case.capacity
@@ -555,7 +558,7 @@ def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array
         of_experts = (-1, *[1] * (bad.ndim - 1))
         properties = {name: np.broadcast_to(a.reshape(of_experts), bad.shape) for name, a in properties.items()}
     elif axes.startswith("P T"):
-        properties = {"source rank": present[:, None], "token": np.arange(bad.shape[-1])[None, :]}
+        properties = {FROM: present[:, None], "token": np.arange(bad.shape[-1])[None, :]}
         dropped = (~problem.keep & (problem.expert_id >= 0)).sum(axis=-1)
         if dropped.any() and dropped.shape == bad.shape:
             properties["assignments dropped"] = dropped

@@ -12,7 +12,20 @@ from parity.judge.compare import LISTED, Check, Row, Where, largest_error
 from parity.judge.picture import Magnitude
 from parity.judge.records import CaseRecord, Report
 from parity.oracle.quantities import STAGES
-from parity.report.terminal import SHORT, SURE, backends, describe, drops, few, headline, notes, of_stage, place, repeat
+from parity.report.terminal import (
+    SHORT,
+    SURE,
+    backends,
+    capacity,
+    describe,
+    drops,
+    few,
+    headline,
+    notes,
+    of_stage,
+    place,
+    repeat,
+)
 from parity.run.backend import Backend
 from parity.run.faults import FAULTS
 
@@ -446,7 +459,7 @@ _ENVIRONMENT = Environment(
 )  # fmt: skip
 _ENVIRONMENT.filters.update(num=num, ratio=ratio_text, shade=shade)
 _ENVIRONMENT.globals.update(
-    bars=bars, chart=chart, colours=COLOURS, describe=describe, drops=drops, exact=exact, failing_rows=failing_rows,
-    few=few, listed=LISTED, modes=MODES, not_by_row=not_by_row, place=place, short=SHORT, stages=STAGES, sure=SURE,
-    totals=totals,
+    bars=bars, capacity=capacity, chart=chart, colours=COLOURS, describe=describe, drops=drops, exact=exact,
+    failing_rows=failing_rows, few=few, listed=LISTED, modes=MODES, not_by_row=not_by_row, place=place, short=SHORT,
+    stages=STAGES, sure=SURE, totals=totals,
 )  # fmt: skip

@@ -54,8 +54,9 @@ def table(report: Report) -> Table:
         largest = largest_error(found)
         shown = "-" if math.isnan(largest) else f"{largest:.2f}" if largest < 1000 else ">999"
         result.add_row(
-            name, str(case.ranks), str(case.tokens), str(case.experts), str(case.top_k), case.dtype, str(case.capacity),
-            str(dropped), strip, Text.assemble(end_to_end), shown, f"{sum(record.seconds.values()):.1f}",
+            name, str(case.ranks), str(case.tokens), str(case.experts), str(case.top_k), case.dtype,
+            capacity(report, record), str(dropped), strip, Text.assemble(end_to_end), shown,
+            f"{sum(record.seconds.values()):.1f}",
         )  # fmt: skip
     return result
 
@@ -80,6 +81,12 @@ def of_stage(checks: Iterable[Check], ran: Iterable[Backend], stage: str) -> tup
 def drops(report: Report, record: CaseRecord) -> bool:
     """Whether some backend of the case has a capacity, so that rows could be dropped."""
     return any(backend.layout == "static" for backend in backends(report, record))
+
+
+def capacity(report: Report, record: CaseRecord) -> str:
+    """The rows of a bin; "-" where no backend has bins and nothing is to be dropped."""
+    has = drops(report, record) or record.case.capacity_factor is not None
+    return str(record.case.capacity) if has else "-"
 
 
 def backends(report: Report, record: CaseRecord) -> list[Backend]:
@@ -261,9 +268,12 @@ def describe(check: Check) -> str:
 
 
 def place(where: Where) -> str:
-    """A row's identity in words."""
-    names = ("rank", "source_rank", "token", "k", "expert", "slot")
-    parts = [f"{n.replace('_', ' ')} {v}" for n in names if (v := getattr(where, n)) is not None]
+    """A row's identity in words: the rank that computes it, its token and the rank that this comes from, and more."""
+    of_token, source = where.token is not None, where.source_rank
+    parts = [] if where.rank is None else ["on " * of_token + f"rank {where.rank}"]
+    if of_token or source not in (None, where.rank):
+        parts.append(f"token {where.token} " * of_token + f"from rank {source}")
+    parts += [f"{n} {v}" for n in ("k", "expert", "slot") if (v := getattr(where, n)) is not None]
     return ", ".join([*parts, *([f"index {where.index}"] if where.index else [])])
 
 

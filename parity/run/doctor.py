@@ -99,7 +99,8 @@ def _jax() -> Iterator[Finding]:
     if gpu:
         preallocates = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true") == "true"
         wrong = (
-            "JAX takes 75% of the card at its start, which leaves PyTorch the rest: XLA_PYTHON_CLIENT_PREALLOCATE=false"
+            "JAX takes 75% of a GPU's memory at its start, which leaves PyTorch the rest: "
+            "XLA_PYTHON_CLIENT_PREALLOCATE=false"
         )
         yield Finding("jax", "memory", "preallocated" if preallocates else "as needed", wrong if preallocates else "")
         flags = os.environ.get("XLA_FLAGS", "")

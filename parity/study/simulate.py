@@ -22,7 +22,7 @@ import numpy as np
 
 from parity.cases.case import Case
 from parity.cases.presets import MODELS
-from parity.cases.recording import case_of_recording, load_recording, recording_name
+from parity.cases.recording import case_of_recording, load_recording, recording_name, sizes_of_recording
 from parity.oracle.tolerances import numpy_dtype
 from parity.study.part import Asked, Part, Plot, Rows, Study, axes, plain, section, svg
 from parity.study.routing import PER
@@ -62,12 +62,15 @@ class StaticTime(msgspec.Struct):
 
     factor: float
     per: str
-    seconds: float
+    seconds: float | None
     dropped: float
 
 
 class Simulated(msgspec.Struct, tag_field="kind", tag="simulated"):
-    """One model on `ranks` ranks. Loads are relative to the mean rank; seconds are modelled, for one forward pass."""
+    """One model on `ranks` ranks. Loads are relative to the mean rank; seconds are modelled, for one forward pass.
+
+    A recording may not say how wide its layer is: what follows from the width is None then.
+    """
 
     model: str
     popularity: str
@@ -75,15 +78,15 @@ class Simulated(msgspec.Struct, tag_field="kind", tag="simulated"):
     tokens: int
     experts: int
     top_k: int
-    width: int
-    hidden: int
+    width: int | None
+    hidden: int | None
     steps: int
     busiest: Spread  # rows that the busiest rank receives, relative to T*K
     needed_rank: Spread  # capacity factor at which nothing drops, a bin per rank
     needed_expert: Spread  # the same with a bin per expert
-    nvlink_bytes: float  # sent by the busiest sender to others of its node, forward, mean over steps
-    network_bytes: float  # the same to other nodes
-    dynamic_seconds: Spread
+    nvlink_bytes: float | None  # sent by the busiest sender to others of its node, forward, mean over steps
+    network_bytes: float | None  # the same to other nodes
+    dynamic_seconds: Spread | None
     static: list[StaticTime]
 
 
@@ -298,10 +301,18 @@ def spread_out(recording: str, tokens: int, ranks: int | None, steps: int) -> li
     """A recording's own layer on 2, 4, 8 ... or `ranks` ranks, whose tokens are stretches of the recording."""
     case = replace(case_of_recording(Case(ranks=1, tokens=0, recording=recording)), recording=None, tokens=tokens)
     sizes = [ranks] if ranks else [2**i for i in range(1, 10)]
-    return [
+    found = [
         simulate(replace(case, ranks=P, name=recording_name(recording)), recording, steps)
         for P in sizes if case.experts % P == 0
     ]  # fmt: skip
+    fixed = sizes_of_recording(recording)
+    for one in found:
+        if "D" not in fixed:
+            one.width = one.nvlink_bytes = one.network_bytes = None
+        if not {"D", "F"} <= fixed:
+            one.hidden = one.dynamic_seconds = None
+            one.static = [StaticTime(t.factor, t.per, None, t.dropped) for t in one.static]
+    return found
 
 
 def jobs(asked: Asked) -> list[Callable[[], list[Simulated]]]:
@@ -318,58 +329,98 @@ def jobs(asked: Asked) -> list[Callable[[], list[Simulated]]]:
 # ---- Tables and plots
 
 
+def widths(found: Sequence[Simulated]) -> dict[str, int | None]:
+    """The recordings whose own layer is simulated, on stretches of themselves, and its width as far as they fix it."""
+    return {s.model: s.width for s in found if s.model == s.popularity}
+
+
+def _note(found: Sequence[Simulated], columns: Sequence[str]) -> str:
+    """What the columns hold, as far as they are there, and at which width."""
+    said = ["The capacity factor needed to drop nothing in 99% of steps, of fewer than 100 steps in all"]
+    if "dynamic ms" in columns:
+        said.append("modelled ms of a forward pass, dynamic, and static beside what that drops")
+    said.append("rows of the busiest rank over the mean rank's")
+    if any(column.endswith("MB") for column in columns):
+        said.append("MB that the busiest sender sends")
+    own = widths(found)
+    numbers = ["models at their own width, in bfloat16"] if {s.model for s in found} - own.keys() else []
+    numbers += [f"{name} at its width of {width}, in float32" for name, width in own.items() if width]
+    unknown = [name for name, width in own.items() if not width]
+    numbers += [f"'-' for {', '.join(unknown)}, which does not say its width"] if unknown else []
+    sized = {"dynamic ms", "NVLink MB"} & {*columns}
+    return "; ".join(said) + "." + f" Times and bytes: {'; '.join(numbers)}." * bool(sized)
+
+
 def scale_table(study: Study) -> Rows | None:
     """One row per model, size and popularity, with times at a factor of 1.25 beside what that drops."""
     if not (found := study.of(Simulated)):
         return None
-    title = (
-        "Simulated: the capacity factor needed to drop nothing in 99% of steps, of few steps in nearly all; modelled"
-        " ms of a forward pass, dynamic, and static beside what that drops; rows of the busiest rank over the mean"
-        " rank's; MB that the busiest sender sends."
-    )
-    return Rows(title, *_table(found, (1.25,)), 3)
+    columns, rows = _table(found, (1.25,))
+    return Rows(f"Simulated. {_note(found, columns)}", columns, rows, 3)
+
+
+def _megabytes(sent: float | None) -> str:
+    if sent is None:
+        return "-"
+    return f"{sent / 1e6:.0f}" if sent >= 1e7 or not sent else f"{sent / 1e6:.2g}"
 
 
 def _table(found: Sequence[Simulated], factors: Sequence[float]) -> tuple[list[str], list[list[str]]]:
-    def static(s: Simulated) -> list[StaticTime]:
-        return [t for t in s.static if t.factor in factors]
+    """Columns that would say nothing are left out: of bytes where none are sent, and of what nobody knows."""
+    timed = any(s.dynamic_seconds for s in found)
 
-    columns = ["model", "popularity", "ranks", "tokens a rank", "needed, rank bins", "needed, expert bins",
-               "dynamic ms", *(f"{t.factor:g} per {t.per} ms (drops)" for t in static(found[0])), "busiest, median",
-               "busiest, worst", "NVLink MB", "network MB", "steps"]  # fmt: skip
-    return columns, [
-        [
-            s.model, s.popularity, str(s.ranks), str(s.tokens), rounded_up(s.needed_rank.p99),
-            rounded_up(s.needed_expert.p99),
-            f"{1e3 * s.dynamic_seconds.median:.2f}",
-            *(f"{1e3 * t.seconds:.2f} ({percent(t.dropped)})" for t in static(s)), f"{s.busiest.median:.2f}",
-            f"{s.busiest.worst:.2f}", f"{s.nvlink_bytes / 1e6:.0f}", f"{s.network_bytes / 1e6:.0f}", str(s.steps),
-        ]
+    def static(s: Simulated) -> dict[str, str]:
+        said = {}
+        for t in s.static:
+            if t.factor in factors:
+                ms = "-" if t.seconds is None else f"{1e3 * t.seconds:.2f}"
+                drops = percent(t.dropped)
+                said[f"{t.factor:g} per {t.per} {'ms (drops)' if timed else 'drops'}"] = (
+                    f"{ms} ({drops})" if timed else drops
+                )
+        return said
+
+    rows = [
+        {
+            "model": s.model, "popularity": s.popularity, "ranks": str(s.ranks), "tokens a rank": str(s.tokens),
+            "needed, rank bins": rounded_up(s.needed_rank.p99), "needed, expert bins": rounded_up(s.needed_expert.p99),
+            "dynamic ms": f"{1e3 * s.dynamic_seconds.median:.2f}" if s.dynamic_seconds else "-", **static(s),
+            "busiest, median": f"{s.busiest.median:.2f}", "busiest, worst": f"{s.busiest.worst:.2f}",
+            "NVLink MB": _megabytes(s.nvlink_bytes), "network MB": _megabytes(s.network_bytes),
+            "steps": str(s.steps),
+        }
         for s in found
     ]  # fmt: skip
+    columns = [name for name in rows[0] if any(row[name] not in ("-", "0") for row in rows)]
+    return columns, [[row[name] for name in columns] for row in rows]
 
 
 def scale_section(study: Study) -> str:
     """The section of the page with this table, at more factors."""
     if not (found := study.of(Simulated)):
         return ""
-    return section(
-        "scale", "Real models, by simulation",
-        "The capacity factor needed to drop nothing in 99% of steps; modelled milliseconds; rows of the busiest rank "
-        "over the mean rank's.",
-        *_table(found, (1.0, 1.25, 2.0)),
-        note="Routing alone: no token was moved. Times are modelled, of one forward pass, from link speeds that were "
-        "measured on one host or are nominal; a time stands beside what it drops.",
-    )  # fmt: skip
+    columns, rows = _table(found, (1.0, 1.25, 2.0))
+    title = "On more ranks" if {s.model for s in found} <= widths(found).keys() else "Real models"
+    note = "Routing alone: no token was moved."
+    if "dynamic ms" in columns:
+        note += (
+            " Times are modelled, of one forward pass, from link speeds that were measured on one host or are nominal; "
+            "a time stands beside what it drops."
+        )
+    return section("scale", f"{title}, by simulation", _note(found, columns), columns, rows, note=note)
 
 
 def plots(study: Study) -> dict[str, Plot]:
     """The capacity that models need as they are spread over more ranks; the reader's own recording beside them."""
     models = [s for s in study.of(Simulated) if "," not in s.model]
-    own = {s.model for s in models if s.model == s.popularity}
+    own = widths(models)
     found = {}
     for name, even in (("even", True), ("fitted", False)):
-        if not (of := [s for s in models if (s.popularity == "zipf 0") == even]) or (even and own):
+        if (
+            not (of := [s for s in models if (s.popularity == "zipf 0") == even])
+            or (even and own)
+            or (own and len(of) < 2)
+        ):
             continue
         figure, ax = axes()
         for label in dict.fromkeys((s.model, s.popularity) for s in of):
@@ -377,6 +428,7 @@ def plots(study: Study) -> dict[str, Plot]:
             words = f"{label[0]}, itself" if label[0] in own else label[0]
             ax.plot([s.ranks for s in line], [s.needed_rank.p99 for s in line], marker="o", label=words)
         title = "even popularity" if even else "popularity fitted to a recording"
+        title = title if {s.model for s in of} - own.keys() else "stretches of the recording"
         ax.set(title=title, xlabel="ranks", ylabel="capacity factor needed", xscale="log", yscale="log")
         plain(ax.xaxis, [s.ranks for s in of] if len({s.ranks for s in of}) < 6 else [8, 32, 128, 512])
         low, high = ax.get_ylim()

@@ -94,6 +94,8 @@ class Figures(msgspec.Struct, tag_field="kind", tag="figures"):
     dw_error: float | None = None  # the same for the gradients of all expert weights
     own: bool = False  # whether this is the capacity that was asked for
     brought: bool = False  # whether the routing is the reader's own or a recording, not drawn for the plan
+    tokens_by_default: bool = False  # whether the reader, whose recording it is, left the tokens of a rank to the study
+    drawn: str = ""  # what of the inputs behind the errors was drawn at random, in words
 
 
 def measure(routing: Routing, factor: str | None, per: str, priority: str, place: Array | None = None) -> Figures:
@@ -146,6 +148,17 @@ class Inputs(NamedTuple):
     expert_id: Array
 
 
+ALL_DRAWN = "tokens and weights"
+
+
+def drawn_inputs(routing: Routing) -> str:
+    """What `inputs_of` draws, in words: nothing of a recording that has tokens, router and expert weights."""
+    recorded = load_recording(routing.case) if routing.case.recording else {}
+    if "x" not in recorded:
+        return ALL_DRAWN
+    return "" if {"w_up", "w_down"} <= recorded.keys() else "expert weights"
+
+
 def inputs_of(routing: Routing) -> Inputs:
     """The first step as inputs of the oracle: recorded ones if there are any, otherwise drawn to choose alike."""
     case, rng = routing.case, np.random.default_rng([routing.case.seed, 4])
@@ -181,12 +194,15 @@ def errors(dropless: Layer, with_drops: Layer) -> tuple[float, float, float]:
 
 def sweep(
     routing: Routing, factors: Sequence[str] = FACTORS, pers: Iterable[str] = PER,
-    priorities: Iterable[str] = PRIORITIES, *, with_errors: bool = True,
+    priorities: Iterable[str] = PRIORITIES,
 ) -> Iterator[Figures]:  # fmt: skip
-    """Every combination of capacity factor, kind of bin and priority."""
+    """Every combination of capacity factor, kind of bin and priority.
+
+    Errors are of no use for a recording without hidden states: its scores, which weigh what is dropped, are not known.
+    """
     case = routing.case
-    priorities = list(priorities)
-    inputs, dropless = inputs_of(routing) if with_errors else None, None
+    priorities, drawn = list(priorities), drawn_inputs(routing)
+    inputs, dropless = None if case.recording and drawn == ALL_DRAWN else inputs_of(routing), None
     if inputs:
         dropless = evaluate(case, inputs, np.ones(inputs.expert_id.shape, bool))
         score = dropless.score[None].astype(np.float32)  # priority uses the scores of these inputs
@@ -197,6 +213,7 @@ def sweep(
             for factor in factors:
                 found = measure(routing, factor, per, priority, place)
                 if inputs and dropless:
+                    found.drawn = drawn
                     if found.dropped == 0:
                         found.out_error = found.dx_error = found.dw_error = 0.0
                     else:
@@ -328,14 +345,24 @@ def sentence(group: Sequence[Figures]) -> str:
     shown = [f for f in less if f.factor == "1.25" or f is less[-1]]
     losses = " and ".join(f"{f.factor} drops {percent(f.dropped)}" for f in reversed(shown))
     name = "even routing" if rank.routing == "zipf 0" else rank.routing
+    loses = f"; {losses}" if losses else ""
     said = (
         f"For {name} ({rank.ranks} ranks of {rank.tokens} tokens, {rank.top_k} of {rank.experts} experts "
-        f"each), a capacity factor of {factor} with a bin per rank drops nothing {when}"
-        f"{f'; {losses}' if losses else ''}. With a bin per expert it takes {enough(expert)[0]}."
+        f"each), a capacity factor of {factor} with a bin per rank drops nothing {when}{loses}. "
+        f"With a bin per expert it takes {enough(expert)[0]}."
     )
+    if rank.steps < 100:
+        said += (
+            f" Both are {f'the worst of {rank.steps} steps' if rank.steps > 1 else 'of one step'} and no safety margin."
+        )
     for f in group:
         if f.own:
             said += f" Yours, {as_asked([f])[0][3:]}, drops {percent(f.dropped)}."
+    if rank.tokens_by_default:
+        said += (
+            f" Fewer tokens on a rank need a larger factor, and {rank.tokens} were assumed: pass --tokens with the "
+            "number your training step has on a rank."
+        )
     return said
 
 
@@ -354,19 +381,35 @@ def _needed(f: Figures) -> str:
     )
 
 
+def inputs_note(groups: Iterable[Sequence[Figures]]) -> str:
+    """A sentence on the inputs that errors were computed with, for all routings whose errors are known."""
+    names: dict[str, dict[str, None]] = {}
+    for f in (group[0] for group in groups):
+        if f.out_error is not None:
+            names.setdefault(f.drawn, {})[f.routing if f.brought else "zipf"] = None
+    said = [
+        f"{', '.join(of)} has {f'{drawn} drawn at random' if drawn else 'its own tokens and weights'}"
+        for drawn, of in names.items()
+    ]
+    return f"Errors are of the first step: {'; '.join(said)}." if said else ""
+
+
 NOTE = "Priority token; what drops is a share of all assignments, what is padding of the rows sent."
+NO_SCORES = (
+    "The recording has no hidden states: errors are not measured, and priority score keeps what priority token keeps."
+)
 
 
 def drop_table(study: Study) -> Rows | None:
     """One row per routing and kind of bin: capacity needed and, at some factors, what drops and what is padding."""
     if not (figures := study.of(Figures)):
         return None
-    asked = [f for f in figures if f.own]
+    asked, known = [f for f in figures if f.own], any(f.out_error is not None for f in figures)
     columns = ["routing", "bin per", "needed", *(f"{factor} drops" for factor in SHOWN), *as_asked(asked),
                "ranks x tokens, chosen", "needed in", "median", "worst", *(f"{factor} pads" for factor in SHOWN),
-               "output off at 1"]  # fmt: skip
-    rows = []
-    for group in by_routing(figures).values():
+               *(["output off at 1"] if known else [])]  # fmt: skip
+    rows, groups = [], by_routing(figures).values()
+    for group in groups:
         for per in PER:
             first = find(group, "1", per)
             shown = [find(group, factor, per) for factor in SHOWN]
@@ -375,9 +418,10 @@ def drop_table(study: Study) -> Rows | None:
                 first.routing, per, enough(first)[0], *(percent(f.dropped) for f in shown), *own,
                 _shape(first), _needed(first), rounded_up(first.needed.median), rounded_up(first.needed.worst),
                 *(f"{100 * f.padded:.0f}%" for f in shown),
-                "" if first.out_error is None else percent(first.out_error),
+                *(["-" if first.out_error is None else percent(first.out_error)] if known else []),
             ])  # fmt: skip
-    return Rows(f"The capacity factor needed to drop nothing, and what less of it costs. {NOTE}", columns, rows, 2)
+    title = f"The capacity factor needed to drop nothing, and what less of it costs. {NOTE} {inputs_note(groups)}"
+    return Rows(title.strip(), columns, rows, 2)
 
 
 def _two(f: Figures) -> tuple[str, str]:
@@ -399,6 +443,7 @@ def drop_section(study: Study) -> str:
             "name": f"{group[0].routing}: {_shape(group[0])}",
             "when": enough(group[0])[1],
             "needed": {per: enough(find(group, "1", per))[0] for per in PER},
+            "note": inputs_note([group]) or NO_SCORES,
             "figures": group,
         }
         for group in groups
@@ -406,22 +451,21 @@ def drop_section(study: Study) -> str:
     data = script_data({"groups": chosen, "factors": FACTORS})
     return PAGES.get_template("costs.html.j2").render(data=data) + section(
         "drops", "Capacity needed, and what drops below it",
-        NOTE,
+        f"{NOTE} {inputs_note(groups)}".strip(),
         found.columns, found.rows,
     )  # fmt: skip
 
 
 def plots(study: Study) -> dict[str, Plot]:
-    """Plots of the routings whose errors are known."""
-    figures = study.of(Figures)
-    groups = [g for g in by_routing(figures).values() if find(g, "1", "rank").out_error is not None]
-    if not groups:
+    """Plots of what drops, and of the errors where they are known."""
+    if not (figures := study.of(Figures)):
         return {}
-    shown = commonest(by_routing([f for g in groups for f in g]))
+    shown = commonest(by_routing(figures))
     found = {f"drops-{per}.svg": _drops(shown, per) for per in PER}
     found["positions.svg"] = _positions(shown[len(shown) // 2])
-    for name, what in (("out_error", "output"), ("dx_error", "gradient")):
-        found[f"error-of-{what}.svg"] = _errors(figures, name, what)
+    if known := [f for f in figures if f.out_error is not None]:
+        for name, what in (("out_error", "output"), ("dx_error", "gradient")):
+            found[f"error-of-{what}.svg"] = _errors(known, name, what)
     return found
 
 
@@ -437,7 +481,7 @@ def _drops(groups: Sequence[Sequence[Figures]], per: str) -> Plot:
 
 def _positions(group: Sequence[Figures]) -> Plot:
     figure, ax = axes()
-    for priority in PRIORITIES:
+    for priority in PRIORITIES if group[0].out_error is not None else PRIORITIES[:2]:  # without scores, not by score
         f = find(group, "1", "rank", priority)
         ax.plot(np.arange(5, 100, 10), [100 * r for r in f.dropped_by_position], "o-", label=f"priority {priority}")
     ax.set(
@@ -454,7 +498,8 @@ def _errors(figures: Sequence[Figures], name: str, what: str) -> Plot:
         ax.plot(*(100 * np.array(points, float).T), marker, alpha=0.6, label=f"priority {priority}")
     of = {"output": "output", "gradient": "tokens' gradient"}[what]
     ax.set(title=f"error of the {of}", xlabel="assignments dropped, %", ylabel="relative error in L2, %")
-    return Plot(svg(figure), f"Relative error of the {of} against the dropless layer, by the share that is dropped.")
+    said = f"Relative error of the {of} against the dropless layer, by the share that is dropped."
+    return Plot(svg(figure), f"{said} {inputs_note(by_routing(figures).values())}")
 
 
 def jobs(asked: Asked) -> list[Callable[[], list[Figures]]]:
@@ -462,17 +507,18 @@ def jobs(asked: Asked) -> list[Callable[[], list[Figures]]]:
     made = [partial(preset_routing, case, 8) for case in asked.presets]
     if asked.recordings or not made:
         made += routings(asked)
-    return [partial(_swept, asked.capacity, routing) for routing in made]
+    return [partial(_swept, asked, routing) for routing in made]
 
 
-def _swept(own: Case | None, routing: Callable[[], Routing]) -> list[Figures]:
-    made = routing()
+def _swept(asked: Asked, routing: Callable[[], Routing]) -> list[Figures]:
+    made, own = routing(), asked.capacity
     found = list(sweep(made))
     if own:
         as_asked = measure(made, own.capacity_factor, own.capacity_per, own.priority)
         found.append(msgspec.structs.replace(as_asked, own=True))
     for f in found:
         f.brought = not made.name.startswith("zipf ")
+        f.tokens_by_default = bool(asked.recordings) and not asked.tokens
     return found
 
 
