@@ -6,13 +6,14 @@ product is rounded. No kernel adds atomically, so all results repeat.
 M stands for any number of rows, and O for the number of output rows where it differs.
 """
 
+import math
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, no_type_check
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None  # CPU builds of PyTorch lack it, and use the plain versions
@@ -203,6 +204,44 @@ def _clear_padding(program, assignment, y, N, M, D, PADDING_ROWS: tl.constexpr):
             d = first + tl.arange(0, BLOCK)
             zero = tl.zeros([PADDING_ROWS, BLOCK], y.dtype.element_ty)
             tl.store(y + row[:, None] * D + d[None, :], zero, mask=padding[:, None] & (d < D)[None, :])
+
+
+def put_rows(
+    x_MD: Shaped[Tensor, "M D"], place_MK: Integer[Tensor, "M K"], pointers_P: Integer[Tensor, " P"], n_rows: int
+) -> None:
+    """Store row m of x, for every k, to row place[m, k] among all ranks' rows; a negative place is nowhere.
+
+    Rank p's `n_rows` rows begin at address pointers[p], which may be in another GPU's memory. Rows that follow each
+    other often go to the same rank. If all ranks sent to one rank at a time, its link would be full and the others
+    idle. So rows go out in steps of about 0.618 of their number, which spreads any stretch of them over all rows.
+    """
+    (M, K), D = place_MK.shape, x_MD.shape[1]
+    stride = next(n for n in range(max(1, round(0.618 * M)), M + 2) if math.gcd(n, M) == 1)
+    BLOCK, num_warps = _tile(D, 1)
+    _put_rows[(M,)](
+        x_MD.contiguous(), place_MK.contiguous(), pointers_P, M, D, n_rows, stride,
+        K=K, BLOCK=BLOCK, num_warps=num_warps,
+    )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def _put_rows(x, place, pointers, M, D, n_rows, stride, K: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row. It reads a chunk once and stores it K times. A row that goes nowhere is not read."""
+    m = tl.program_id(0).to(tl.int64) * stride % M
+    going = 0
+    for k in tl.static_range(K):
+        going += (tl.load(place + m * K + k) >= 0).to(tl.int32)
+    for first in range(0, tl.where(going > 0, D, 0), BLOCK):
+        d = first + tl.arange(0, BLOCK)
+        row = tl.load(x + m * D + d, mask=d < D)
+        for k in tl.static_range(K):
+            target = tl.load(place + m * K + k).to(tl.int64)
+            there = target >= 0
+            rank = tl.where(there, target // n_rows, 0)
+            # Allocations are aligned, which the compiler has to know to store 16 bytes at once.
+            base = tl.multiple_of(tl.load(pointers + rank).to(tl.pointer_type(x.dtype.element_ty)), 16)
+            tl.store(base + (target - rank * n_rows) * D + d, row, mask=d < tl.where(there, D, 0))
 
 
 def sum_rows(

@@ -11,7 +11,7 @@ from parity.oracle.rows import Layout
 from parity.run import own
 from parity.run.backend import Backend, Setting, resolve
 
-# Where each stage is written, the same in all four.
+# Where each stage is written, the same in all.
 FILES = {
     "route": "routing.py",
     "group_by_expert": "grouping.py",
@@ -36,7 +36,7 @@ def _ours(name: str, framework: str, layout: Layout, stages: str, folder: str = 
     return Backend(
         name, framework, layout, provides, files, needs=(framework,),
         run=f"{run}:run_all", stages=f"{run}:{stages}",
-        refuses="parity.run.ours:refuses_ragged" if layout == "ragged" else "",
+        refuses=f"parity.run.ours:refuses_{layout}" if layout in ("ragged", "direct") else "",
     )  # fmt: skip
 
 
@@ -51,6 +51,13 @@ def refuses_ragged(case: Case, setting: Setting) -> str:
     return ""
 
 
+def refuses_direct(case: Case, setting: Setting) -> str:  # noqa: ARG001
+    """Why rows cannot go straight to their places in a case: where a compiler would have to see them go."""
+    if case.way == "compiled":
+        return "a compiler does not see what is written to another rank's memory: use another way, or a CUDA graph"
+    return ""
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
@@ -58,6 +65,15 @@ BACKENDS = {
         _ours("jax", "jax", "static", "Static"),
         _ours("torch-static", "torch", "static", "Static", "torch_impl/static", route="torch_impl"),
         _ours("jax-dynamic", "jax", "ragged", "Ragged", "jax_impl/dynamic", route="jax_impl", apply_experts="jax_impl"),
+        _ours(
+            "torch-direct",
+            "torch",
+            "direct",
+            "Direct",
+            "torch_impl/direct",
+            route="torch_impl",
+            apply_experts="torch_impl/static",
+        ),
     )
 }
 FRAMEWORKS = tuple(dict.fromkeys(backend.framework for backend in BACKENDS.values()))
@@ -100,6 +116,7 @@ def everything() -> dict[str, tuple[str, Backend]]:
         "dynamic": "as many rows as there are",
         "static": "padded to a capacity",
         "ragged": "in the largest buffer",
+        "direct": "rows straight to their places",
     }
     found = {name: (f"this project's layer, {layouts[b.layout]}", b) for name, b in BACKENDS.items()}
     for file in PUBLISHED:
