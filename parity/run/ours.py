@@ -36,7 +36,7 @@ def _ours(name: str, framework: str, layout: Layout, stages: str, folder: str = 
     return Backend(
         name, framework, layout, provides, files, needs=(framework,),
         run=f"{run}:run_all", stages=f"{run}:{stages}",
-        refuses=f"parity.run.ours:refuses_{layout}" if layout in ("ragged", "direct") else "",
+        refuses="parity.run.ours:refuses_ragged" if layout == "ragged" else "",
     )  # fmt: skip
 
 
@@ -48,13 +48,6 @@ def refuses_ragged(case: Case, setting: Setting) -> str:
         return f"ragged_all_to_all has no vmap rule, so --ranks {case.ranks} need a GPU each: use fewer, or --ranks 1"
     if case.ranks > 1 and case.way == "eager":
         return "ragged_all_to_all has no vmap rule, and --way eager has ranks under vmap: use --ranks 1, or another way"
-    return ""
-
-
-def refuses_direct(case: Case, setting: Setting) -> str:  # noqa: ARG001
-    """Why rows cannot go straight to their places in a case: where a compiler would have to see them go."""
-    if case.way == "compiled":
-        return "a compiler does not see what is written to another rank's memory: use another way, or a CUDA graph"
     return ""
 
 

@@ -119,7 +119,7 @@ class _SendTokens(torch.autograd.Function):
         ctx.buffers = buffers
         place_TK = torch.nn.functional.pad(place_N, (0, 1), value=-1)[slot_TK]
         put_rows(x_TD, place_TK, buffers.placed_RD)
-        return buffers.placed_RD.own_OD.detach()
+        return buffers.placed_RD.own_OD.data  # not as a view, which autograd would guard against the next step's write
 
     @staticmethod
     @once_differentiable
@@ -143,14 +143,14 @@ class _ReturnTokens(torch.autograd.Function):
         ctx.buffers = buffers
         buffers.forwards.add_(1)
         put_rows(y_RD, origin_R[:, None], buffers.returned_ND)
-        return buffers.returned_ND.own_OD.detach()[: place_N.shape[0]]
+        return buffers.returned_ND.own_OD[: place_N.shape[0]].data
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dreturned_ND):  # type: ignore[override]
         (place_N,) = ctx.saved_tensors
         put_rows(dreturned_ND, place_N[:, None], ctx.buffers.dy_RD)
-        return ctx.buffers.dy_RD.own_OD.detach(), None, None, None
+        return ctx.buffers.dy_RD.own_OD.data, None, None, None
 
 
 def until_backward(out_TD: Float[Tensor, "T D"], buffers: Buffers) -> Float[Tensor, "T D"]:
