@@ -205,6 +205,8 @@ def triton_programs(D: int, K: int) -> dict:
                    {"BLOCK": one[0]}, one[1]),
         "expand": ("_expand_rows", of_expand, {"BLOCK": one[0], "K": K, "PADDED": False} | padding_rows, one[1]),
         "padded expand": ("_expand_rows", of_expand, {"BLOCK": one[0], "K": K, "PADDED": True} | padding_rows, one[1]),
+        "put": ("_put_rows", {"x": x, "place": index, "pointers": index, "n_rows": number, "stride": number} | rows,
+                {"BLOCK": one[0], "K": K}, one[1]),
         "sum": ("_sum_rows", of_sum | {"score": index}, tile | {"WEIGHTED": False}, many[1]),
         "weighted sum": ("_sum_rows", of_sum | {"score": score}, tile | {"WEIGHTED": True}, many[1]),
         "backward": ("_weighted_sum_backward", backward, tile | padding | {"PADDED": False}, max(many[1], 4)),
@@ -236,7 +238,7 @@ def ptx_of(name: str, types: dict, constants: dict, warps: int, aligned) -> str:
 @pytest.mark.parametrize("kernel", triton_programs(128, 1))
 def test_rows_move_16_bytes_at_a_time(D, K, kernel):
     name, types, constants, warps = triton_programs(D, K)[kernel]
-    ptx = ptx_of(name, types, constants, warps, aligned=types.keys() - {"chunks"})
+    ptx = ptx_of(name, types, constants, warps, aligned=types.keys() - {"chunks", "n_rows", "stride"})
     rows = [instruction for instruction in re.findall(r"(?:ld|st)\.global[\w.:]*", ptx) if "b64" not in instruction]
     assert rows.count("ld.global.v4.b32") >= 1
     assert rows.count("st.global.v4.b32") >= 1

@@ -211,17 +211,23 @@ def put_rows(
 ) -> None:
     """Store row m of x, for every k, to row place[m, k] among all ranks' rows; a negative place is nowhere.
 
-    Rank p's `n_rows` rows begin at address pointers[p], which may be in another GPU's memory. Rows that follow each
-    other often go to the same rank. If all ranks sent to one rank at a time, its link would be full and the others
-    idle. So rows go out in steps of about 0.618 of their number, which spreads any stretch of them over all rows.
+    Rank p's `n_rows` rows begin at address pointers[p], which may be in another GPU's memory.
     """
     (M, K), D = place_MK.shape, x_MD.shape[1]
-    stride = next(n for n in range(max(1, round(0.618 * M)), M + 2) if math.gcd(n, M) == 1)
     BLOCK, num_warps = _tile(D, 1)
     _put_rows[(M,)](
-        x_MD.contiguous(), place_MK.contiguous(), pointers_P, M, D, n_rows, stride,
+        x_MD.contiguous(), place_MK.contiguous(), pointers_P, M, D, n_rows, put_stride(M),
         K=K, BLOCK=BLOCK, num_warps=num_warps,
     )  # fmt: skip
+
+
+def put_stride(n_rows: int) -> int:
+    """From one row that goes out to the next: about 0.618 of their number, and without a divisor in common with it.
+
+    Rows that follow each other often go to the same rank. If all ranks sent to one rank at a time, its link would be
+    full and the others idle. In such steps any few that go out together are spread evenly over all rows, so over ranks.
+    """
+    return next(n for n in range(max(1, round(0.618 * n_rows)), n_rows + 2) if math.gcd(n, n_rows) == 1)
 
 
 @triton.jit
