@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -41,6 +42,15 @@ def check_buffers(x_TD: Tensor, expert_id_TK: Tensor, counts_E: Tensor, buffers:
         raise ValueError(
             f"the buffers are {own_RD.dtype} on {own_RD.device} and x is {x_TD.dtype} on {x_TD.device}: make buffers "
             "like x"
+        )
+
+
+def check_first_gradient() -> None:
+    """Raises RuntimeError where a gradient is to be differentiated again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True: rows that are written to another rank's memory leave no graph, so this gradient cannot "
+            "be differentiated again. Use torch_impl.moe_layer for that"
         )
 
 

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from torch_impl import kernels
 from torch_impl.checks import check_experts_per_rank
-from torch_impl.direct.checks import check_not_reused, check_same_sizes
+from torch_impl.direct.checks import check_first_gradient, check_not_reused, check_same_sizes
 from torch_impl.direct.rows import Buffer, put_rows, sum_rows
 from torch_impl.exchange import n_ranks
 
@@ -154,7 +154,10 @@ class _ReturnTokens(torch.autograd.Function):
 
 
 def until_backward(out_TD: Float[Tensor, "T D"], buffers: Buffers) -> Float[Tensor, "T D"]:
-    """The same. Its backward raises RuntimeError if another forward pass has used the buffers since."""
+    """The same. Its backward raises RuntimeError if it cannot give the gradient.
+
+    That is where another forward pass has used the buffers since, or the gradient is to be differentiated again.
+    """
     return _UntilBackward.apply(out_TD, buffers)  # type: ignore[no-any-return]
 
 
@@ -168,5 +171,6 @@ class _UntilBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout_TD):  # type: ignore[override]
         (forwards,) = ctx.saved_tensors
+        check_first_gradient()
         check_not_reused(forwards, ctx.buffers.forwards)
         return dout_TD, None

@@ -29,13 +29,14 @@ def group_by_expert(expert_id_TK: Integer[Tensor, "T K"], counts_E: Integer[Tens
     """
     (T, K), (E,) = expert_id_TK.shape, counts_E.shape
     again_TK = (expert_id_TK[:, :, None] == expert_id_TK[:, None, :]).tril(-1).any(dim=2)
-    valid_N = ((expert_id_TK >= 0) & (expert_id_TK < E) & ~again_TK).reshape(-1)
-    expert_N = torch.where(valid_N, expert_id_TK.reshape(-1), E)
-    kept_E = count_per_expert(expert_N, E)
+    valid_TK = (expert_id_TK >= 0) & (expert_id_TK < E) & ~again_TK
+    expert_TK = torch.where(valid_TK, expert_id_TK, E)
+    kept_E = count_per_expert(expert_TK, E)
 
-    order_N, place_N = sort_by_key(expert_N, E)
-    assignment_N = torch.where(torch.arange(T * K, device=expert_N.device) < kept_E.sum(), order_N, T * K)
-    slot_TK = torch.where(valid_N, place_N, T * K).reshape(T, K)
+    order_N, place_N = sort_by_key(expert_TK.reshape(-1), E)
+    row_N = torch.arange(T * K, device=order_N.device)
+    assignment_N = torch.where(row_N < kept_E.sum(), order_N, T * K)
+    slot_TK = torch.where(valid_TK, place_N.reshape(T, K), T * K)
     return Grouped(slot_TK, assignment_N, kept_E)
 
 
