@@ -19,7 +19,7 @@ from parity.run.backend import Setting
 from parity.run.ours import BACKENDS
 from torch_impl import Router, Routing, checks, direct
 from torch_impl.direct.grouping import group_by_expert
-from torch_impl.direct.rows import expert_major_rows, put_here
+from torch_impl.direct.rows import expert_major_rows, put_here, sum_rows
 from torch_impl.routing import count_per_expert
 
 NAN = float("nan")
@@ -55,7 +55,6 @@ def test_the_readable_corner_s_bits(torch_ranks: TorchRanks, P, what, dtype):
 def test_a_sum_in_another_order_would_be_seen(monkeypatch):
     (inputs,) = inputs_of(draw(P=1, T=24, D=32, F=32, E=12, K=3), torch.float32)
     monkeypatch.setattr("torch_impl.direct.exchange.sum_rows", lambda rows, slot: sum_rows(rows, slot.flip(1)))
-    sum_rows = direct.rows.sum_rows
     readable, found = both_corners(inputs, 1, None)
     same = [a == b for a, b in zip(bits(readable), bits(found), strict=True)]
     assert same == [True, False, *[True] * 5]  # of out and six gradients, that of x alone
@@ -235,19 +234,19 @@ def test_ranks_that_ask_for_different_buffers_are_told(torch_ranks: TorchRanks):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "dtype", "said"),
     [
-        ((5, 2, 4, 8, torch.bfloat16), "room for 5 tokens of width 8, 2 of 4 experts each"),
-        ((6, 1, 4, 8, torch.bfloat16), "room for 3 tokens"),
-        ((6, 2, 8, 8, torch.bfloat16), "2 of 8 experts each, .* here are 6 tokens of width 8, 2 of 4 experts"),
-        ((6, 2, 4, 16, torch.bfloat16), "of width 16"),
-        ((6, 2, 4, 8, torch.float32), "the buffers are torch.float32 on cpu and x is torch.bfloat16 on cpu"),
+        ((5, 2, 4, 8), "bfloat16", "room for 5 tokens of width 8, 2 of 4 experts each"),
+        ((6, 1, 4, 8), "bfloat16", "room for 3 tokens"),
+        ((6, 2, 8, 8), "bfloat16", "2 of 8 experts each, .* here are 6 tokens of width 8, 2 of 4 experts"),
+        ((6, 2, 4, 16), "bfloat16", "of width 16"),
+        ((6, 2, 4, 8), "float32", "the buffers are torch.float32 on cpu and x is torch.bfloat16 on cpu"),
     ],
 )
-def test_buffers_that_do_not_fit_are_refused(sizes, said):
+def test_buffers_that_do_not_fit_are_refused(sizes, dtype, said):
     (inputs,) = inputs_of(draw(P=1, T=6, D=8, F=8, E=4, K=2))
     with pytest.raises(ValueError, match=said):
-        step(direct.moe_layer, inputs, buffers=direct.make_buffers(*sizes, CPU))
+        step(direct.moe_layer, inputs, buffers=direct.make_buffers(*sizes, getattr(torch, dtype), CPU))  # type: ignore[call-arg]
 
 
 def test_more_room_than_a_step_takes_is_no_matter():
@@ -260,7 +259,7 @@ def test_more_room_than_a_step_takes_is_no_matter():
 @pytest.mark.parametrize("sizes", [(-1, 2, 4, 8), (6, 0, 4, 8), (6, 2, 4, 0)])
 def test_buffers_of_no_size_are_refused(sizes):
     with pytest.raises(ValueError, match="every size must be at least 1, and tokens at least 0"):
-        direct.make_buffers(*sizes, torch.float32, CPU)
+        direct.make_buffers(*sizes, torch.float32, CPU)  # type: ignore[call-arg]
 
 
 # ---- no sync at all

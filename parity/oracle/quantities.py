@@ -39,6 +39,7 @@ INDICES_ONLY = ("group_by_expert", "to_expert_major", "to_rank_major")  # or not
 SEEN: tuple[Layout, ...] = tuple(layout for layout in get_args(Layout) if layout != "opaque")
 # Where rows are copied for each choice, sent, and permuted, one after the other; in the direct layout it is one move.
 IN_STEPS: tuple[Layout, ...] = tuple(layout for layout in SEEN if layout != "direct")
+STRAIGHT: tuple[Layout, ...] = ("direct",)
 ON_THE_DEVICE: tuple[Layout, ...] = ("static", "ragged", "direct")  # which cannot refuse an id, and count it
 
 
@@ -191,7 +192,7 @@ _TABLE = [
     Quantity("group_by_expert/kept", "P E", "int", "bits", _sent, _sent, layouts=ON_THE_DEVICE),
     *(  # of a token, which rows share: in the direct layout, where they are sent
         field
-        for name, layouts in (("group_by_expert/dx", IN_STEPS), ("send_tokens/dtokens", ("direct",)))
+        for name, layouts in (("group_by_expert/dx", IN_STEPS), ("send_tokens/dtokens", STRAIGHT))
         for field in (
             Quantity(
                 name, "P T D", "case", "allowance", lambda o, _: o.dx_of_group, backward=True, layouts=layouts
@@ -213,7 +214,7 @@ _TABLE = [
         layouts=ON_THE_DEVICE,
     ),
     Quantity("exchange_counts/counts", "P P e", "int", "bits", _counts, _counts, layouts=IN_STEPS),
-    Quantity("exchange_counts/counts_of_all", "P P E", "int", "bits", _of_all, _of_all, layouts=("direct",)),
+    Quantity("exchange_counts/counts_of_all", "P P E", "int", "bits", _of_all, _of_all, layouts=STRAIGHT),
     *(
         Quantity(f"exchange_counts/{name}", axes, "int", "bits", value, value, layouts=("dynamic", "ragged"))
         for name, axes, value in (
@@ -236,7 +237,7 @@ _TABLE = [
     Quantity("send_tokens/dx", "A D", "case", "bits", _dx, order="grouped", backward=True, layouts=IN_STEPS),
     Quantity(
         "send_tokens/rows", "A D", "case", "bits", _x, _given,
-        order="expert_major", computed_e2e=_scores_on_input, layouts=("direct",),
+        order="expert_major", computed_e2e=_scores_on_input, layouts=STRAIGHT,
     ),
     Quantity(
         "to_expert_major/x", "A D", "case", "bits", _x, _given,
@@ -259,7 +260,7 @@ _TABLE = [
     *(
         Quantity(
             f"to_expert_major/{name}", "A", "int", "bits", value, value,
-            order=order, past_the_end=lambda *_: PADDING, layouts=("direct",),
+            order=order, past_the_end=lambda *_: PADDING, layouts=STRAIGHT,
         )
         for name, order, value in (
             ("place", "grouped", lambda o, layout: straight(o.case, o.table(layout))["place"][:-1]),
@@ -296,7 +297,7 @@ _TABLE = [
     ),
     Quantity("return_tokens/dy", "A D", "case", "bits", _dy, order="received", backward=True, layouts=IN_STEPS),
     Quantity(
-        "return_tokens/drows", "A D", "case", "bits", _dy, order="expert_major", backward=True, layouts=("direct",)
+        "return_tokens/drows", "A D", "case", "bits", _dy, order="expert_major", backward=True, layouts=STRAIGHT
     ),
     Quantity("combine/out", "P T D", "case", "allowance", lambda o, _: o.out_of_combine, _layer("out")),
     Quantity(

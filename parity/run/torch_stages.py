@@ -65,7 +65,7 @@ def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at:
     rank_in_group, group = torch_ranks.my_group(case.processes // case.ranks, rank)
     own = problem if rank % (case.processes // case.ranks) == 0 else problem.second
     assert own is not None
-    if case.way == "compiled" and stages_of is Direct:
+    if case.way == "compiled" and stages_of.layout == "direct":
         why = "a compiler does not see rows that are written to another rank's memory: a CUDA graph can hold them"
         return None if rank else Trace(case, backend, environment(device) | {"not supported": why})
     with poisoned_memory():
