@@ -247,6 +247,20 @@ def test_rows_move_16_bytes_at_a_time(D, K, kernel):
     assert ".local" not in ptx  # registers spilled
 
 
+@pytest.mark.parametrize("one", ["", "P", "e", "rank", "E", "n_rows", "stride", "M", "D"])
+def test_places_and_puts_compile_whatever_is_one(one):
+    """Triton compiles a kernel anew for an argument that is 1. The counts are put too, as 64-bit integers."""
+    places = dict.fromkeys(("counts", "place", "origin"), "*i64")
+    places |= dict.fromkeys(("P", "E", "e", "rank", "n_own_slots", "n_slots", "n_rows"), "i32")
+    puts = dict.fromkeys(("x", "place", "pointers"), "*i64") | dict.fromkeys(("M", "D", "n_rows", "stride"), "i32")
+    for name, types, constants in (
+        ("_place_rows", places, {"TILE": 1024}), ("_put_rows", puts, {"K": 4, "BLOCK": 256}),
+    ):  # fmt: skip
+        constants |= {one: 1} if one in types else {}
+        ptx = ptx_of(name, {n: t for n, t in types.items() if n != one}, constants, 4, aligned=())
+        assert ".local" not in ptx
+
+
 def test_no_thread_waits_for_another_in_a_comparison_of_keys():
     """Summed along the other axis, each is a sum over threads, which took 30 to 100 us on an H200."""
     types = dict.fromkeys(("key", "order", "place"), "*i64") | {"end": "*i32"}

@@ -14,6 +14,7 @@ import torch
 from problems import gamma
 
 from torch_impl import kernels, static
+from torch_impl.direct.rows import expert_major_rows as places
 from torch_impl.direct.rows import put_here
 from torch_impl.experts import Experts
 from torch_impl.glu import glu
@@ -321,6 +322,22 @@ def test_put_rows(device, shape, dtype, ranks):
     for part, rows in zip(parts, expected.chunk(ranks), strict=True):
         same(part[:-1], rows)
         assert (part[-1] == 7).all()
+
+
+@cases
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_place_rows(device, shape, ranks, plain):
+    """Uneven counts, more of one segment than a program takes at once, and room past the last."""
+    T, _, E, K = shape
+    counts_PE = (torch.rand(ranks, ranks * E, device=device) ** 4 * T * K / E).long()
+    counts_PE[0, 0] = 1030
+    n_slots = int(counts_PE.sum(dim=1).max()) + 3
+    n_rows = int(counts_PE.reshape(ranks, ranks, E).sum(dim=(0, 2)).max()) + 5
+    for rank in range(ranks):
+        n_own_slots = n_slots - rank
+        ours = kernels.place_rows(counts_PE, rank, n_own_slots, n_slots, n_rows)
+        for found, expected in zip(ours, plain(places, counts_PE, rank, n_own_slots, n_slots, n_rows), strict=True):
+            same(found, expected)
 
 
 def test_rows_next_to_each_other_go_out_far_apart():

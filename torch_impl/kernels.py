@@ -250,6 +250,55 @@ def _put_rows(x, place, pointers, M, D, n_rows, stride, K: tl.constexpr, BLOCK: 
             tl.store(base + (target - rank * n_rows) * D + d, row, mask=d < tl.where(there, D, 0))
 
 
+def place_rows(
+    counts_PE: Integer[Tensor, "P E"], rank: int, n_own_slots: int, n_slots: int, n_rows: int
+) -> tuple[Integer[Tensor, " N"], Integer[Tensor, " R"]]:
+    """For each of this rank's slots the row, among all ranks' rows, that its row becomes; and for each row, its slot.
+
+    Both are -1 past the last. Otherwise that would be some 30 small launches, which hold the host for longer than the
+    rows take.
+
+    Shapes: place_N, origin_R.
+    """
+    P, E = counts_PE.shape
+    place_N = torch.full((n_own_slots,), -1, dtype=torch.int64, device=counts_PE.device)
+    origin_R = torch.full((n_rows,), -1, dtype=torch.int64, device=counts_PE.device)
+    _place_rows[(2 * E,)](
+        counts_PE.contiguous(), place_N, origin_R, P, E, E // P, rank, n_own_slots, n_slots, n_rows,
+        TILE=1024, num_warps=4,
+    )  # fmt: skip
+    return place_N, origin_R
+
+
+@triton.jit
+@no_type_check
+def _place_rows(counts, place, origin, P, E, e, rank, n_own_slots, n_slots, n_rows, TILE: tl.constexpr):
+    """One program per segment, the rows of one expert g from one rank p: the first E leave, the other P*e arrive."""
+    arrives = tl.program_id(0) >= E
+    i = tl.program_id(0) - E
+    p = tl.where(arrives, i // e, rank)
+    g = tl.where(arrives, rank * e + i % e, tl.program_id(0))
+    slots = tl.zeros([TILE], tl.int64)
+    owned = tl.zeros([TILE], tl.int64)
+    for first in range(0, P * E, TILE):
+        segment = first + tl.arange(0, TILE)
+        count = tl.load(counts + segment, mask=segment < P * E, other=0)
+        sender = segment // E
+        expert = segment % E
+        slots += tl.where((sender == p) & (expert < g), count, 0)
+        before = (expert < g) | ((expert == g) & (sender < p))
+        owned += tl.where((expert // e == g // e) & before, count, 0)
+    slot = tl.sum(slots, 0)  # where the segment starts in its sender's slots
+    row = tl.sum(owned, 0)  # and in its owner's rows
+    rows = tl.load(counts + p * E + g)
+    for first in range(0, rows, TILE):
+        r = first + tl.arange(0, TILE)
+        goes = (g // e).to(tl.int64) * n_rows + row + r
+        came = p.to(tl.int64) * n_slots + slot + r
+        tl.store(place + slot + r, goes, mask=(r < tl.where(arrives, 0, rows)) & (slot + r < n_own_slots))
+        tl.store(origin + row + r, came, mask=(r < tl.where(arrives, rows, 0)) & (row + r < n_rows))
+
+
 def sum_rows(
     y_MD: Float[Tensor, "M D"], slot_TK: Integer[Tensor, "T K"], score_TK: Float[Tensor, "T K"] | None = None
 ) -> Float[Tensor, "T D"]:

@@ -448,6 +448,8 @@ _TORCH_DIRECT = [
      "put_rows(dreturned_ND, place_N[:, None], ctx.buffers.placed_RD)"),
     ("barrier-left-out", "exchange_counts", "Nobody waits for what the others write.", "rows.py",
      "buffer.handle.barrier(channel=0)", "pass", "zipf", NO_KERNELS),
+    ("kernel-places-by-last-sender", "to_expert_major", "An expert's rows come from the last rank first.",
+     "../torch_impl/kernels.py", "((expert == g) & (sender < p))", "((expert == g) & (sender > p))", "zipf", NO_KERNELS),
     ("kernel-puts-to-first-place-only", "exchange_counts", "A row goes to the first of its places alone.",
      "../torch_impl/kernels.py", "for k in tl.static_range(K):\n            target", "for k in tl.static_range(1):\n            target",
      "zipf", NO_KERNELS),

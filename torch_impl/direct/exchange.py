@@ -93,8 +93,8 @@ def exchange_counts(counts_E: Integer[Tensor, " E"], buffers: Buffers) -> Intege
     """
     own_PE = buffers.counts_PE.own_OD
     P = own_PE.shape[0]
-    place_1P = (torch.arange(P, device=counts_E.device) * P + buffers.rank)[None]
-    put_rows(counts_E.to(own_PE.dtype)[None], place_1P, buffers.counts_PE)
+    row_of_rank_P = torch.arange(buffers.rank, P * P, P, device=counts_E.device)
+    put_rows(counts_E.to(own_PE.dtype)[None], row_of_rank_P[None], buffers.counts_PE)
     return own_PE.clone()
 
 

@@ -92,6 +92,8 @@ def expert_major_rows(
 
     Shapes: place_N, origin_R.
     """
+    if kernels.use_kernels(counts_PE):
+        return kernels.place_rows(counts_PE, rank, n_own_slots, n_slots, n_rows)
     P, E = counts_PE.shape
     e = E // P
     start_PE = counts_PE.cumsum(dim=1) - counts_PE
