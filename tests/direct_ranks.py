@@ -16,6 +16,7 @@ import torch_impl.matmul
 import torch_impl.static.matmul
 from torch_impl import Router, Routing, checks, direct, kernels, route
 from torch_impl.direct import Buffers
+from torch_impl.direct.checks import check_same_offsets
 from torch_impl.direct.rows import Buffer, put_rows
 from torch_impl.exchange import n_ranks
 
@@ -107,6 +108,14 @@ def different_sizes(tokens: int, group: Group) -> str:
     try:
         direct.make_buffers(tokens, 2, 8, 4, torch.float32, torch.device("cpu"), group)
     except ValueError as error:
+        return str(error)
+    return ""
+
+
+def different_offsets(offset: int, group: Group) -> str:
+    try:
+        check_same_offsets([offset], n_ranks(group), group)
+    except RuntimeError as error:
         return str(error)
     return ""
 

@@ -5,7 +5,17 @@ import re
 import numpy as np
 import pytest
 import torch
-from direct_ranks import Inputs, both_corners, buffers_for, different_sizes, put, routing_of, step, with_any_ids
+from direct_ranks import (
+    Inputs,
+    both_corners,
+    buffers_for,
+    different_offsets,
+    different_sizes,
+    put,
+    routing_of,
+    step,
+    with_any_ids,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import WEIGHTS, bits, close, dense, draw
@@ -231,6 +241,12 @@ def test_ranks_that_ask_for_different_buffers_are_told(torch_ranks: TorchRanks):
         assert re.search(
             "'tokens': 5.* on rank 0 and for .*'tokens': 6.* on rank 1: .* the most that any rank has", said
         )
+
+
+def test_buffers_that_lie_elsewhere_on_another_rank_are_told(torch_ranks: TorchRanks):
+    for said in torch_ranks(different_offsets, [0, 512]):
+        assert "buffers lie at [[0], [512]] in the memory of each rank" in said
+    assert torch_ranks(different_offsets, [512, 512]) == ["", ""]
 
 
 @pytest.mark.parametrize(

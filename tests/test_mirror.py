@@ -122,6 +122,8 @@ DIRECT = Pair(
         "rows.expert_major_rows": {"rank", "n_own_slots", "n_slots", "n_rows"},
         "rows.shift_segments": "what repeat_interleave does, for sizes on the device",
         "checks.check_same_sizes": "a rank writes where another has room",
+        "checks.check_same_offsets": "the same",
+        "checks.of_all_ranks": "what these compare",
         "checks.check_buffers": "of this layer",
         "checks.check_first_gradient": "what is written to another rank leaves no graph",
         "checks.check_not_reused": "buffers hold one step at a time",

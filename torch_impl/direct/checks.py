@@ -1,6 +1,6 @@
 """Buffers that do not fit, or are in use, are refused here. All other checks are in `torch_impl.checks`."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,16 +14,32 @@ def check_same_sizes(sizes: dict[str, int], n_ranks: int, group: dist.ProcessGro
     """Raises ValueError unless all sizes are positive, tokens zero at least, and the same on every rank."""
     if sizes["tokens"] < 0 or min(sizes["top_k"], sizes["experts"], sizes["width"]) < 1:
         raise ValueError(f"buffers for {sizes}: every size must be at least 1, and tokens at least 0")
-    if n_ranks == 1:
-        return
-    of_ranks: list[dict[str, int]] = [{}] * n_ranks
-    dist.all_gather_object(of_ranks, sizes, group=group)
+    of_ranks = of_all_ranks(sizes, n_ranks, group)
     for rank, others in enumerate(of_ranks):
         if others != of_ranks[0]:
             raise ValueError(
                 f"buffers for {of_ranks[0]} on rank 0 and for {others} on rank {rank}: all ranks must ask for the "
                 "same, as tokens the most that any rank has"
             )
+
+
+def check_same_offsets(offsets: list[int], n_ranks: int, group: dist.ProcessGroup | None) -> None:
+    """Raises RuntimeError unless buffers lie at the same offsets in all ranks' blocks, where others write to them."""
+    of_ranks = of_all_ranks(offsets, n_ranks, group)
+    if any(others != of_ranks[0] for others in of_ranks):
+        raise RuntimeError(
+            f"buffers lie at {of_ranks} in the memory of each rank, and others would write elsewhere: make symmetric "
+            "memory in the same order on all ranks, buffers for this layer first"
+        )
+
+
+def of_all_ranks(what: Any, n_ranks: int, group: dist.ProcessGroup | None) -> list[Any]:
+    """What each rank has, on every rank."""
+    if n_ranks == 1:
+        return [what]
+    found: list[Any] = [None] * n_ranks
+    dist.all_gather_object(found, what, group=group)
+    return found
 
 
 def check_buffers(x_TD: Tensor, expert_id_TK: Tensor, counts_E: Tensor, buffers: "Buffers") -> None:
