@@ -29,7 +29,7 @@ from parity.run.backend import Setting
 from parity.run.ours import BACKENDS
 from torch_impl import Router, Routing, checks, direct
 from torch_impl.direct.grouping import group_by_expert
-from torch_impl.direct.rows import expert_major_rows, put_here, sum_rows
+from torch_impl.direct.rows import expert_major_rows, put_here, put_rows, sum_rows
 from torch_impl.routing import count_per_expert
 
 NAN = float("nan")
@@ -263,6 +263,13 @@ def test_buffers_that_do_not_fit_are_refused(sizes, dtype, said):
     (inputs,) = inputs_of(draw(P=1, T=6, D=8, F=8, E=4, K=2))
     with pytest.raises(ValueError, match=said):
         step(direct.moe_layer, inputs, buffers=direct.make_buffers(*sizes, getattr(torch, dtype), CPU))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(2, 4, dtype=torch.bfloat16), torch.zeros(2, 5)])
+def test_rows_unlike_the_buffer_s_are_refused(rows):
+    buffers = direct.make_buffers(6, 2, 4, 4, torch.float32, CPU)
+    with pytest.raises(ValueError, match="the buffer.s torch.float32 of width 4 on cpu: what experts return must be"):
+        put_rows(rows, torch.zeros(2, 1, dtype=torch.int64), buffers.placed_RD)
 
 
 def test_more_room_than_a_step_takes_is_no_matter():

@@ -125,6 +125,7 @@ DIRECT = Pair(
         "checks.check_same_offsets": "the same",
         "checks.of_all_ranks": "what these compare",
         "checks.check_buffers": "of this layer",
+        "checks.check_rows": "a kernel would write to the wrong addresses",
         "checks.check_first_gradient": "what is written to another rank leaves no graph",
         "checks.check_not_reused": "buffers hold one step at a time",
     },

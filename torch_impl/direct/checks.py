@@ -61,6 +61,15 @@ def check_buffers(x_TD: Tensor, expert_id_TK: Tensor, counts_E: Tensor, buffers:
         )
 
 
+def check_rows(x_MD: Tensor, own_OD: Tensor) -> None:
+    """Raises ValueError unless rows have the buffer's width, dtype and device: a kernel writes to addresses."""
+    if (x_MD.shape[1], x_MD.dtype, x_MD.device) != (own_OD.shape[1], own_OD.dtype, own_OD.device):
+        raise ValueError(
+            f"rows are {x_MD.dtype} of width {x_MD.shape[1]} on {x_MD.device}, the buffer's {own_OD.dtype} of width "
+            f"{own_OD.shape[1]} on {own_OD.device}: what experts return must be like what they are given"
+        )
+
+
 def check_first_gradient() -> None:
     """Raises RuntimeError where a gradient is to be differentiated again."""
     if torch.is_grad_enabled():

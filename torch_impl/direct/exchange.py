@@ -4,10 +4,10 @@ There is one barrier after each write, and none before it, because a buffer's la
 rank passes before it writes there again:
 
     counts    read before tokens are sent, written in the next step
-    received  read before rows return, written in the next step after its counts
-    returned  read before the next step's tokens are sent, and in backward before its first write
+    placed    read before rows return, written in the next step
+    returned  read before the next step's tokens are sent, in backward before dy is written; written after those
     dy        read before dx is written, written in the next backward
-    dx        read before the next step's counts, or the next backward's dy, are there
+    dx        read before the next step's counts, or the next backward's dy, are written; written after those
 
 So all ranks must do the same steps, forward and backward, in the same order.
 """

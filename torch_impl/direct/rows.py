@@ -12,6 +12,7 @@ from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 from torch_impl import kernels
+from torch_impl.direct.checks import check_rows
 from torch_impl.exchange import n_ranks
 from torch_impl.static.rows import take_or_zero
 
@@ -31,7 +32,10 @@ def put_rows(x_MD: Shaped[Tensor, "M D"], place_MK: Integer[Tensor, "M K"], buff
         O = 2    place 1 3 -1        rank 0: __ x0 | rank 1: __ x1        x2 goes nowhere
 
     Once it is done, the rows that any rank has put into this rank's part are there. Other rows stay as they are.
+
+    Raises ValueError unless x's rows are like the buffer's.
     """
+    check_rows(x_MD, buffer.own_OD)
     if buffer.pointers_P is not None and kernels.use_kernels(x_MD):
         kernels.put_rows(x_MD, place_MK, buffer.pointers_P, buffer.own_OD.shape[0])
         if buffer.handle is not None:
