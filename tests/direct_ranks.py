@@ -16,7 +16,7 @@ import torch_impl.matmul
 import torch_impl.static.matmul
 from torch_impl import Router, Routing, checks, direct, kernels, route
 from torch_impl.direct import Buffers
-from torch_impl.direct.checks import check_same_offsets
+from torch_impl.direct.checks import check_same_offset
 from torch_impl.direct.rows import Buffer, put_rows
 from torch_impl.exchange import n_ranks
 
@@ -114,7 +114,7 @@ def different_sizes(tokens: int, group: Group) -> str:
 
 def different_offsets(offset: int, group: Group) -> str:
     try:
-        check_same_offsets([offset], n_ranks(group), group)
+        check_same_offset(offset, n_ranks(group), group)
     except RuntimeError as error:
         return str(error)
     return ""

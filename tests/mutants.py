@@ -56,6 +56,7 @@ from parity.run.ours import BACKENDS
 LEFT_OUT = {
     "kernels.py": "needs a GPU: on a CPU the plain versions run",
     "if kernels.use_...: the question, and calls of kernels": "the same",
+    "_on_gpus": "the same: memory that kernels of other ranks write to",
     "_SwiGLU": "the same: the autograd function of such a kernel",
     "fits_grouped_mm": "chooses between two products that are equal on a CPU; where it is wrong, a GPU's raises",
     "strict=": "of zip: raises where lengths differ, which they never do",

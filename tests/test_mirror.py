@@ -122,7 +122,7 @@ DIRECT = Pair(
         "rows.expert_major_rows": {"rank", "n_own_slots", "n_slots", "n_rows"},
         "rows.shift_segments": "what repeat_interleave does, for sizes on the device",
         "checks.check_same_sizes": "a rank writes where another has room",
-        "checks.check_same_offsets": "the same",
+        "checks.check_same_offset": "the same",
         "checks.of_all_ranks": "what these compare",
         "checks.check_buffers": "of this layer",
         "checks.check_rows": "a kernel would write to the wrong addresses",

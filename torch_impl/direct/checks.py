@@ -23,13 +23,13 @@ def check_same_sizes(sizes: dict[str, int], n_ranks: int, group: dist.ProcessGro
             )
 
 
-def check_same_offsets(offsets: list[int], n_ranks: int, group: dist.ProcessGroup | None) -> None:
-    """Raises RuntimeError unless buffers lie at the same offsets in all ranks' blocks, where others write to them."""
-    of_ranks = of_all_ranks(offsets, n_ranks, group)
-    if any(others != of_ranks[0] for others in of_ranks):
+def check_same_offset(offset: int, n_ranks: int, group: dist.ProcessGroup | None) -> None:
+    """Raises RuntimeError unless a buffer lies at the same offset in each rank's block, where others write to it."""
+    of_ranks = of_all_ranks(offset, n_ranks, group)
+    if len(set(of_ranks)) > 1:
         raise RuntimeError(
-            f"buffers lie at {of_ranks} in the memory of each rank, and others would write elsewhere: make symmetric "
-            "memory in the same order on all ranks, buffers for this layer first"
+            f"a buffer lies at offsets {of_ranks} in the memory of the ranks, and others would write elsewhere: make "
+            "symmetric memory in the same order on all ranks, buffers for this layer first"
         )
 
 

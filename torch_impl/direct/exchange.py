@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from torch_impl import kernels
 from torch_impl.checks import check_experts_per_rank
-from torch_impl.direct.checks import check_first_gradient, check_not_reused, check_same_offsets, check_same_sizes
+from torch_impl.direct.checks import check_first_gradient, check_not_reused, check_same_offset, check_same_sizes
 from torch_impl.direct.rows import Buffer, put_rows, sum_rows
 from torch_impl.exchange import n_ranks
 
@@ -62,30 +62,34 @@ def make_buffers(
     check_experts_per_rank(experts, P)
     check_same_sizes({"tokens": tokens, "top_k": top_k, "experts": experts, "width": width}, P, group)
     n_slots, n_rows = tokens * top_k, P * tokens * min(top_k, experts // P)
-    offsets: list[int] = []
 
     def make(rows: int, columns: int, dtype: torch.dtype) -> Buffer:
-        if device.type != "cuda" or not kernels.HAS_TRITON:
-            return Buffer(torch.empty(rows, columns, dtype=dtype, device=device), None, None, group)
-        if P == 1:
-            own_OD, handle = torch.empty(rows, columns, dtype=dtype, device=device), None
-            pointers = [own_OD.data_ptr()]
-        else:
-            from torch.distributed import _symmetric_memory as symmetric  # a second to import
+        if device.type == "cuda" and kernels.HAS_TRITON:
+            return _on_gpus(rows, columns, dtype, device, group)
+        return Buffer(torch.empty(rows, columns, dtype=dtype, device=device), None, None, group)
 
-            own_OD = symmetric.empty(max(rows, 1), columns, dtype=dtype, device=device)
-            handle = symmetric.rendezvous(own_OD, group or dist.group.WORLD)  # type: ignore[arg-type]
-            offsets.append(own_OD.data_ptr() - handle.buffer_ptrs[handle.rank])  # PyTorch allocates larger blocks
-            own_OD, pointers = own_OD[:rows], [block + offsets[-1] for block in handle.buffer_ptrs]
-        return Buffer(own_OD, torch.tensor(pointers, dtype=torch.int64, device=device), handle, group)
-
-    buffers = Buffers(
+    return Buffers(
         make(P, experts, torch.int64), make(n_rows, width, dtype), make(n_slots, width, dtype),
         make(n_rows, width, dtype), make(n_slots, width, dtype),
         dist.get_rank(group) if P > 1 else 0, torch.zeros((), dtype=torch.int64, device="cpu"),
     )  # fmt: skip
-    check_same_offsets(offsets, P, group)
-    return buffers
+
+
+def _on_gpus(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None
+) -> Buffer:
+    """Memory of this GPU that every rank of the group can write to. Multicast is not used."""
+    if n_ranks(group) == 1:
+        own_OD = torch.empty(rows, columns, dtype=dtype, device=device)
+        return Buffer(own_OD, torch.tensor([own_OD.data_ptr()], device=device), None, group)
+    from torch.distributed import _symmetric_memory as symmetric  # a second to import
+
+    own_OD = symmetric.empty(max(rows, 1), columns, dtype=dtype, device=device)
+    handle = symmetric.rendezvous(own_OD, group or dist.group.WORLD)  # type: ignore[arg-type]
+    # A block of PyTorch's may hold several buffers, and its addresses are those of blocks.
+    offset = own_OD.data_ptr() - handle.buffer_ptrs[handle.rank]
+    check_same_offset(offset, handle.world_size, group)
+    return Buffer(own_OD[:rows], torch.tensor(handle.buffer_ptrs, device=device) + offset, handle, group)
 
 
 def exchange_counts(counts_E: Integer[Tensor, " E"], buffers: Buffers) -> Integer[Tensor, "P E"]:
