@@ -149,7 +149,7 @@ OWN_FILES = {
     "jax_impl": {*FILES, "kernels"},
     "torch_impl.static": set(FILES) - {"routing", "glu"},
     "jax_impl.dynamic": set(FILES) - {"routing", "glu", "experts", "matmul"},
-    "torch_impl.direct": set(FILES) - {"routing", "glu", "experts", "matmul"},
+    "torch_impl.direct": set(FILES) - {"routing", "glu", "matmul"},
 }
 SAME_NAME = {"axis_name": "group"}
 

@@ -64,6 +64,7 @@ class Quantity:
     order: str = ""  # of rows: the table in `rows` that says where each lies
     zero_padding: tuple[Mode, ...] = ()  # modes in which the rows between are promised to be zero
     zero_where: Callable[[Case], bool] = lambda case: True  # noqa: ARG005  in these cases
+    zero_unless: tuple[Layout, ...] = ()  # but not in these layouts
     past_the_end: Callable[[Case, int], int] | None = None  # for an index: what padding holds, given the number of rows
     layouts: tuple[Layout, ...] = field(default=SEEN)
     # Cases in which a value that the stage only moves (bitwise on its own) was computed in the whole layer.
@@ -85,11 +86,11 @@ class Quantity:
         """Whether it must be equal bit for bit in this mode."""
         return self.judged != "allowance" and not (mode == "e2e" and self.computed_e2e(case))
 
-    def padding(self, mode: str, case: Case, rows: int) -> int | None:
+    def padding(self, mode: str, case: Case, rows: int, layout: Layout) -> int | None:
         """What stands between the rows of an array of so many, or None where nothing is promised."""
         if self.past_the_end:
             return self.past_the_end(case, rows)
-        return 0 if mode in self.zero_padding and self.zero_where(case) else None
+        return 0 if mode in self.zero_padding and self.zero_where(case) and layout not in self.zero_unless else None
 
     def names(self) -> list[str]:
         """mode/stage/value, for each mode that has it."""
@@ -269,7 +270,7 @@ _TABLE = [
     ),
     Quantity(
         "apply_experts/y", "A D", "case", "allowance", _layer("y"), _layer("y"),
-        order="expert_major", zero_padding=_BOTH, zero_where=_zero_of_zero,
+        order="expert_major", zero_padding=_BOTH, zero_where=_zero_of_zero, zero_unless=STRAIGHT,
     ),
     Quantity(
         "apply_experts/dx", "A D", "case", "allowance", lambda o, _: o.experts_backward[0],

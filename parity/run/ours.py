@@ -58,15 +58,7 @@ BACKENDS = {
         _ours("jax", "jax", "static", "Static"),
         _ours("torch-static", "torch", "static", "Static", "torch_impl/static", route="torch_impl"),
         _ours("jax-dynamic", "jax", "ragged", "Ragged", "jax_impl/dynamic", route="jax_impl", apply_experts="jax_impl"),
-        _ours(
-            "torch-direct",
-            "torch",
-            "direct",
-            "Direct",
-            "torch_impl/direct",
-            route="torch_impl",
-            apply_experts="torch_impl/static",
-        ),
+        _ours("torch-direct", "torch", "direct", "Direct", "torch_impl/direct", route="torch_impl"),
     )
 }
 FRAMEWORKS = tuple(dict.fromkeys(backend.framework for backend in BACKENDS.values()))

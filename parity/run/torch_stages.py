@@ -32,6 +32,7 @@ from parity.run.torch_ranks import At
 from parity.run.trace import Trace, differing_bits
 from torch_impl import direct, exchange, experts, grouping, layer, layout, routing, static
 from torch_impl.direct import exchange as direct_exchange
+from torch_impl.direct import experts as direct_experts
 from torch_impl.direct import grouping as direct_grouping
 from torch_impl.direct import layout as direct_layout
 from torch_impl.static import exchange as static_exchange
@@ -354,7 +355,7 @@ class Direct:
         return direct_exchange.send_tokens(x, slot, place, origin, self.buffers)
 
     def apply_experts(self, x: Tensor, counts_e: Tensor, learned: Tensors) -> Any:
-        return static_experts.apply_experts(x, counts_e, *weights_in(learned), experts=self.how, **biases_in(learned))
+        return direct_experts.apply_experts(x, counts_e, *weights_in(learned), experts=self.how, **biases_in(learned))
 
     def return_tokens(self, y: Tensor, place: Tensor, origin: Tensor) -> Any:
         return direct_exchange.return_tokens(y, place, origin, self.buffers)
@@ -651,8 +652,9 @@ def seen(stages: Any) -> dict[str, Any]:
     """Every array of the layer by name; of those in buffers a copy, without what stands past their rows."""
     found = named_stages(stages)
     if isinstance(stages, direct.Stages):
-        rows, there = found["send_tokens/rows"].detach(), stages.expert_major.origin_R >= 0
-        found["send_tokens/rows"] = torch.where(there[:, None], rows, 0)
+        there_R1 = (stages.expert_major.origin_R >= 0)[:, None]
+        for name in ("send_tokens/rows", "apply_experts/y"):
+            found[name] = torch.where(there_R1, found[name].detach(), 0)
         found["return_tokens/y"] = found["return_tokens/y"].detach().clone()
     return found
 

@@ -4,7 +4,7 @@ There is one barrier after each write, and none before it, because a buffer's la
 rank passes before it writes there again:
 
     counts    read before tokens are sent, written in the next step
-    placed    read before rows return, written in the next step
+    placed    read before rows return, in backward before dx is written; written in the next step, after its counts
     returned  read before the next step's tokens are sent, in backward before dy is written; written after those
     dy        read before dx is written, written in the next backward
     dx        read before the next step's counts, or the next backward's dy, are written; written after those

@@ -15,17 +15,17 @@ from torch import Tensor
 from torch_impl.checks import check_experts, check_routing
 from torch_impl.direct.checks import check_buffers
 from torch_impl.direct.exchange import Buffers, exchange_counts, return_tokens, send_tokens
+from torch_impl.direct.experts import Biases, Experts, Shared, apply_experts, shared_expert
 from torch_impl.direct.grouping import Grouped, combine, group_by_expert
 from torch_impl.direct.layout import ExpertMajor, to_expert_major
-from torch_impl.experts import Biases, Experts, Shared
 from torch_impl.routing import PerExpert, Router, Routing, route, weigh_input
-from torch_impl.static.experts import apply_experts, shared_expert
 
 
 class Stages(NamedTuple):
     """Every intermediate of one forward pass, in order. R is the most that a rank can receive, P*T*min(K, e).
 
-    `placed_RD` and `returned_ND` lie in the buffers: the next step with the same buffers overwrites them.
+    `placed_RD` and `returned_ND` lie in the buffers: the next step with the same buffers overwrites them. Rows past
+    those that arrive hold anything, in `y_RD` too.
     """
 
     routing: Routing
