@@ -56,6 +56,7 @@ from parity.run.ours import BACKENDS
 LEFT_OUT = {
     "kernels.py": "needs a GPU: on a CPU the plain versions run",
     "if kernels.use_...: the question, and calls of kernels": "the same",
+    "_on_gpus": "the same: memory that kernels of other ranks write to",
     "_SwiGLU": "the same: the autograd function of such a kernel",
     "fits_grouped_mm": "chooses between two products that are equal on a CPU; where it is wrong, a GPU's raises",
     "strict=": "of zip: raises where lengths differ, which they never do",
@@ -98,7 +99,7 @@ REACHED_BY: dict[str, Callable[[Case], bool]] = {
 ROUNDS_OF_CHECKS = 14  # valid input passes a check of arguments, whatever is asked of the layer
 TESTS = (
     "test_bad_input", "test_worked_examples", "test_mirror", "test_round_trips", "test_semantics", "test_activations",
-    "test_extremes", "test_one_sync", "test_corners", "test_ranks", "test_capture",
+    "test_extremes", "test_one_sync", "test_corners", "test_direct", "test_ranks", "test_capture",
 )  # fmt: skip
 
 HANGS = 10.0  # seconds asleep, of all ranks; ten times as many of CPU time
@@ -197,7 +198,8 @@ class Mutant:
 
     @property
     def backend(self) -> str:
-        corner = {"torch_impl/static": "torch-static", "jax_impl/dynamic": "jax-dynamic"}
+        corner = {"torch_impl/static": "torch-static", "torch_impl/direct": "torch-direct"}
+        corner |= {"jax_impl/dynamic": "jax-dynamic"}
         return corner.get(str(Path(self.file).parent)) or self.file.partition("_")[0]
 
     @property
@@ -434,7 +436,8 @@ def mutants() -> tuple[Mutant, ...]:
 
 def unchanged() -> list[Mutant]:
     """The code as it is, on each backend that `check` runs here: no round may kill it."""
-    files = [f"{package}/layer.py" for package in ("torch_impl", "jax_impl", "torch_impl/static", "jax_impl/dynamic")]
+    packages = ("torch_impl", "jax_impl", "torch_impl/static", "jax_impl/dynamic", "torch_impl/direct")
+    files = [f"{package}/layer.py" for package in packages]
     return [Mutant(file, "module", 0, "nothing", "itself", "itself", 1, 0, 0, b"") for file in files]
 
 
@@ -468,7 +471,10 @@ def reaching(pattern: str) -> list[str]:
 def refused(backend: str) -> set[str]:
     """Rounds that a backend cannot run, were there a GPU for each rank."""
     refusal, there = BACKENDS[backend].refusal, Setting("cuda")
-    return {name for name, cases in presets().items() if any(refusal(PRESETS[case], there) for case in cases)}
+    found = {name for name, cases in presets().items() if any(refusal(PRESETS[case], there) for case in cases)}
+    if backend == "torch-direct":  # which says so of each case by itself
+        found |= {name for name, cases in presets().items() if all(compiles(case) for case in cases)}
+    return found
 
 
 def rounds_of(mutant: Mutant, tests: bool) -> list[str]:

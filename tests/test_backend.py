@@ -231,7 +231,7 @@ def test_spans():
         ({"provides": ()}, "backend mine provides nothing to compare"),
         ({"provides": ("e2e/group_by_expert/dropped",)}, "dropped, which layout opaque does not have: it is of static"),
         ({"layout": "dynamic", "provides": ("e2e/group_by_expert/dropped",)}, "dynamic does not have: it is of static"),
-        ({"layout": "dense"}, "backend mine has layout 'dense': there are dynamic, static, ragged, opaque"),
+        ({"layout": "dense"}, "backend mine has layout 'dense': there are dynamic, static, ragged, direct, opaque"),
         ({"files": {"combined": "x.py"}}, "backend mine says where combined is written: stages are route, "),
         ({"name": "a/b"}, "a backend cannot be called 'a/b': it names files"),
         ({"name": "oracle"}, "a backend cannot be called 'oracle'"),
@@ -251,8 +251,8 @@ A_DOUBLE = Backend("jax", "none", "opaque", ALWAYS, run="numpy_backend:run")
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("nosuch", "no backend is called nosuch. There are: torch, jax, torch-static, jax-dynamic; or name a file of "
-                   "your own, as mine.py, or package.module:name"),
+        ("nosuch", "no backend is called nosuch. There are: torch, jax, torch-static, jax-dynamic, torch-direct; or "
+                   "name a file of your own, as mine.py, or package.module:name"),
         ("torch_impl", "no backend is called torch_impl. There are: torch, "),
         ("nosuch:BACKEND", "--backend nosuch:BACKEND: No module named 'nosuch'"),
         ("numpy_backend:NOSUCH", "--backend numpy_backend:NOSUCH: module 'numpy_backend' has no attribute 'NOSUCH'"),

@@ -207,12 +207,15 @@ def test_every_figure_across_ranks_comes_out_with_what_left_the_rank(tmp_path):
     plan = Plan(shapes=(TINY,), parts=("exchange", "whole"), seconds=0.001, ranks=2)
     figures = list(run_bench(plan))
     assert [f.error for f in figures if f.error] == []
-    found = [(f.framework, f.part, f.direction) for f in figures if f.shape]
-    assert found == [(s, p, d) for s in ("torch", "jax") for p in ("exchange", "whole") for d in DIRECTIONS]
+    found = [(f.framework, f.part, f.variant, f.direction) for f in figures if f.shape]
+    rows = [("torch", "exchange", "2 ranks"), ("torch", "whole", "2 ranks"), ("torch", "whole", "2 ranks, direct")]
+    assert [row for row in found if row[0] == "torch"] == [(*row, d) for row in rows for d in DIRECTIONS]
+    found = [(f.part, f.direction) for f in figures if f.shape and f.framework == "jax"]
+    assert found == [(p, d) for p in ("exchange", "whole") for d in DIRECTIONS]
     leaving = 16 * 2 // 2 * 8 * 2  # half of the rows, in bfloat16
-    assert [f.link_bytes for f in figures if f.shape] == [leaving * n for n in (1, 2, 2, 4)] * 2
+    assert [f.link_bytes for f in figures if f.shape] == [leaving * n for n in (1, 2, 2, 4, 2, 4, 1, 2, 2, 4)]
     moved = [f.bytes for f in figures if f.part == "whole" and f.framework == "torch"]
-    assert moved == [n * 8 * 2 for n in (6 * 32 + 2 * 16, 13 * 32 + 4 * 16)]  # N = 32, T = 16, D = 8
+    assert moved == [n * 8 * 2 for n in (6 * 32 + 2 * 16, 13 * 32 + 4 * 16)] * 2  # N = 32, T = 16, D = 8
     plot_bench(figures, tmp_path / "empty.png")
     drawn = [Figure("tiny", "torch", "ours", "whole", d, 1, 1, 1, 1, share=0.5) for d in DIRECTIONS]
     plot_bench([*figures, *drawn], tmp_path / "drawn.png")

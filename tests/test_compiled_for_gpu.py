@@ -205,6 +205,8 @@ def triton_programs(D: int, K: int) -> dict:
                    {"BLOCK": one[0]}, one[1]),
         "expand": ("_expand_rows", of_expand, {"BLOCK": one[0], "K": K, "PADDED": False} | padding_rows, one[1]),
         "padded expand": ("_expand_rows", of_expand, {"BLOCK": one[0], "K": K, "PADDED": True} | padding_rows, one[1]),
+        "put": ("_put_rows", {"x": x, "place": index, "pointers": index, "n_rows": number, "stride": number} | rows,
+                {"BLOCK": one[0], "K": K}, one[1]),
         "sum": ("_sum_rows", of_sum | {"score": index}, tile | {"WEIGHTED": False}, many[1]),
         "weighted sum": ("_sum_rows", of_sum | {"score": score}, tile | {"WEIGHTED": True}, many[1]),
         "backward": ("_weighted_sum_backward", backward, tile | padding | {"PADDED": False}, max(many[1], 4)),
@@ -236,13 +238,27 @@ def ptx_of(name: str, types: dict, constants: dict, warps: int, aligned) -> str:
 @pytest.mark.parametrize("kernel", triton_programs(128, 1))
 def test_rows_move_16_bytes_at_a_time(D, K, kernel):
     name, types, constants, warps = triton_programs(D, K)[kernel]
-    ptx = ptx_of(name, types, constants, warps, aligned=types.keys() - {"chunks"})
+    ptx = ptx_of(name, types, constants, warps, aligned=types.keys() - {"chunks", "n_rows", "stride"})
     rows = [instruction for instruction in re.findall(r"(?:ld|st)\.global[\w.:]*", ptx) if "b64" not in instruction]
     assert rows.count("ld.global.v4.b32") >= 1
     assert rows.count("st.global.v4.b32") >= 1
     # Besides rows there are only indices, of 64 bits, and scores: one for each k at most.
     assert sum(not instruction.endswith("v4.b32") for instruction in rows) <= K + 1
     assert ".local" not in ptx  # registers spilled
+
+
+@pytest.mark.parametrize("one", ["", "P", "e", "rank", "E", "n_rows", "stride", "M", "D"])
+def test_places_and_puts_compile_whatever_is_one(one):
+    """Triton compiles a kernel anew for an argument that is 1. The counts are put too, as 64-bit integers."""
+    places = dict.fromkeys(("counts", "place", "origin"), "*i64")
+    places |= dict.fromkeys(("P", "E", "e", "rank", "n_own_slots", "n_slots", "n_rows"), "i32")
+    puts = dict.fromkeys(("x", "place", "pointers"), "*i64") | dict.fromkeys(("M", "D", "n_rows", "stride"), "i32")
+    for name, types, constants in (
+        ("_place_rows", places, {"TILE": 1024}), ("_put_rows", puts, {"K": 4, "BLOCK": 256}),
+    ):  # fmt: skip
+        constants |= {one: 1} if one in types else {}
+        ptx = ptx_of(name, {n: t for n, t in types.items() if n != one}, constants, 4, aligned=())
+        assert ".local" not in ptx
 
 
 def test_no_thread_waits_for_another_in_a_comparison_of_keys():

@@ -23,7 +23,7 @@ QUICK = [
     "torch-router-gradient-wrong", "torch-counts-of-wrong-expert", "torch-stale-buffer", "torch-idle-rank-detached",
     "torch-stale-weight-gradient", "torch-inverse-applied-twice", "torch-backward-splits-swapped",
     "jax-drop-by-lowest-score", "jax-padding-in-last-group", "jax-score-gradient-missing",
-    "torch-static-padding-reaches-experts",
+    "torch-static-padding-reaches-experts", "torch-direct-gradient-in-another-buffer",
 ]  # fmt: skip
 
 

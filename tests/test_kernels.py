@@ -14,6 +14,8 @@ import torch
 from problems import gamma
 
 from torch_impl import kernels, static
+from torch_impl.direct.rows import expert_major_rows as places
+from torch_impl.direct.rows import put_here
 from torch_impl.experts import Experts
 from torch_impl.glu import glu
 from torch_impl.grouping import combine, group_by_expert
@@ -300,6 +302,53 @@ def gradients(run, x_TD, score_TK, ids_TK, counts_E):
     x_TD, score_TK = x_TD.detach().requires_grad_(), score_TK.detach().requires_grad_()
     out_TD = run(x_TD, score_TK, ids_TK, counts_E)
     return out_TD.detach(), *torch.autograd.grad(out_TD, (x_TD, score_TK), torch.ones_like(out_TD))
+
+
+@cases
+@pytest.mark.parametrize("dtype", [*DTYPES[INTERPRETED:], torch.int64], ids=str)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_put_rows(device, shape, dtype, ranks):
+    """Into parts that stand for other ranks' memory, each with a row behind it that stays as it is."""
+    T, D, _, K = shape
+    n_rows = T * K // ranks + 2  # more than are put
+    place_MK = torch.randperm(ranks * n_rows, device=device)[: T * K].reshape(T, K)
+    place_MK[torch.rand(T, K, device=device) < 0.2] = -1
+    x_MD = (100 * torch.randn(T, D, device=device)).to(dtype)
+    parts = [torch.full((n_rows + 1, D), 7, dtype=dtype, device=device) for _ in range(ranks)]
+    pointers_P = torch.tensor([part.data_ptr() for part in parts], device=device)
+    kernels.put_rows(x_MD, place_MK, pointers_P, n_rows)
+    expected = torch.full((ranks * n_rows, D), 7, dtype=dtype, device=device)
+    put_here(x_MD, place_MK, expected)
+    for part, rows in zip(parts, expected.chunk(ranks), strict=True):
+        same(part[:-1], rows)
+        assert (part[-1] == 7).all()
+
+
+@cases
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_place_rows(device, shape, ranks, plain):
+    """Uneven counts, more of one segment than a program takes at once, and room past the last."""
+    T, _, E, K = shape
+    counts_PE = (torch.rand(ranks, ranks * E, device=device) ** 4 * T * K / E).long()
+    counts_PE[0, 0] = 1030
+    n_slots = int(counts_PE.sum(dim=1).max()) + 3
+    n_rows = int(counts_PE.reshape(ranks, ranks, E).sum(dim=(0, 2)).max()) + 5
+    for rank in range(ranks):
+        n_own_slots = n_slots - rank
+        ours = kernels.place_rows(counts_PE, rank, n_own_slots, n_slots, n_rows)
+        for found, expected in zip(ours, plain(places, counts_PE, rank, n_own_slots, n_slots, n_rows), strict=True):
+            same(found, expected)
+
+
+def test_rows_next_to_each_other_go_out_far_apart():
+    """Of rows that lie by rank, any 64 that go out one after the other are for 8 ranks in nearly equal parts."""
+    for M in (4096, 32768, 50000):
+        order = [program * kernels.put_stride(M) % M for program in range(M)]
+        assert sorted(order) == list(range(M))
+        for first in range(0, M - 64, 999):
+            ranks = [row * 8 // M for row in order[first : first + 64]]
+            assert {ranks.count(rank) for rank in range(8)} <= {6, 7, 8, 9, 10}
+    assert [kernels.put_stride(M) for M in range(5)] == [1, 1, 1, 2, 3]
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The four layers say the same in the same order: files, names, parameters, fields, defaults, and where it is declared,
+"""The five layers say the same in the same order: files, names, parameters, fields, defaults, and where it is declared,
 lines. What differs is declared too, with a reason, and a declaration that no longer holds is an error.
 """
 
@@ -98,13 +98,58 @@ DYNAMIC = Pair(
         "layout.to_expert_major": {"output_size"},  # the buffer's
     },
 )
-PAIRS = [MAIN, STATIC, DYNAMIC]
+DIRECT = Pair(
+    "torch_impl.direct",
+    "torch_impl",
+    {
+        "layer.Stages": {"placed", "dropped"},  # rows arrive in their places; ids that are none, which nobody looks at
+        "layer.moe_layer": {"buffers"},
+        "grouping.Grouped": {"kept"},
+        "grouping.combine": {"buffers"},  # in which y lies until backward
+        "exchange.Buffers": "what other ranks write into",
+        "exchange.make_buffers": "makes them, once",
+        "exchange.exchange_counts": {"buffers"},
+        "exchange.send_tokens": {"slot", "place", "origin", "buffers"},
+        "exchange.return_tokens": {"place", "origin", "buffers"},
+        "exchange.until_backward": "buffers that are used again before they are free",
+        "layout.ExpertMajor": {"place", "origin"},
+        "layout.to_expert_major": {"slot", "buffers"},  # where rows go, and no rows
+        "rows.Buffer": "one of the buffers",
+        "rows.put_rows": "the one way that rows move",
+        "rows.exchange_places": "the plain version of it, to other ranks",
+        "rows.put_here": "the plain version of it, on one rank",
+        "rows.sum_rows": "a token's gradient, of rows that came back by themselves",
+        "rows.expert_major_rows": {"rank", "n_own_slots", "n_slots", "n_rows"},
+        "rows.shift_segments": "what repeat_interleave does, for sizes on the device",
+        "checks.check_same_sizes": "a rank writes where another has room",
+        "checks.check_same_offset": "the same",
+        "checks.of_all_ranks": "what these compare",
+        "checks.check_buffers": "of this layer",
+        "checks.check_rows": "a kernel would write to the wrong addresses",
+        "checks.check_first_gradient": "what is written to another rank leaves no graph",
+        "checks.check_not_reused": "buffers hold one step at a time",
+    },
+    {
+        "exchange.exchange_counts": {"group"},  # that of the buffers, as in all that follow
+        "exchange.send_tokens": {"splits", "group"},
+        "exchange.return_tokens": {"splits", "group"},
+        "grouping.Grouped": {"x"},  # no row moves before it is sent
+        "grouping.group_by_expert": {"x"},
+        "layer.Stages": {"splits", "received", "rank_major"},
+        "layer.moe_layer": {"max_tokens", "group"},
+        "layout.ExpertMajor": {"x", "source", "target"},
+        "layout.to_expert_major": {"x", "output_size"},
+        "rows.expert_major_rows": {"output_size"},
+    },
+)
+PAIRS = [MAIN, STATIC, DYNAMIC, DIRECT]
 # The files a layer has. What it has no file for, and names that its own file lacks, it takes from the package above it.
 OWN_FILES = {
     "torch_impl": {*FILES, "kernels", "operators"},  # kernels: what its plain versions need. operators: for a compiler
     "jax_impl": {*FILES, "kernels"},
     "torch_impl.static": set(FILES) - {"routing", "glu"},
     "jax_impl.dynamic": set(FILES) - {"routing", "glu", "experts", "matmul"},
+    "torch_impl.direct": set(FILES) - {"routing", "glu", "matmul"},
 }
 SAME_NAME = {"axis_name": "group"}
 
@@ -202,6 +247,7 @@ def test_what_a_package_offers():
     jax_, dynamic = (import_module(name).__all__ for name in ("jax_impl", "jax_impl.dynamic"))
     assert static == jax_
     assert dynamic == torch_
+    assert set(import_module("torch_impl.direct").__all__) == {*torch_, "Buffers", "make_buffers"}
     assert set(jax_) - set(torch_) == {"Capacity", "plan_capacity"}
     assert set(torch_) <= set(jax_)
 
@@ -225,7 +271,10 @@ def test_neither_imports_the_other(package, foreign):
 
 
 def test_the_layer_fits_on_a_screen():
-    """Nine stages, one assignment each, in order; the body without its signature and docstring."""
+    """Nine stages, one assignment each, in order; the body without its signature and docstring.
+
+    Where rows go straight to their places, places come first, and rows are never rank-major.
+    """
     order = [
         "group_by_expert", "exchange_counts", "send_tokens", "to_expert_major", "apply_experts", "to_rank_major",
         "return_tokens", "combine",
@@ -234,7 +283,9 @@ def test_the_layer_fits_on_a_screen():
         source = (ROOT / package.replace(".", "/") / "layer.py").read_text()
         assert len(source.splitlines()) <= 90
         calls = re.findall(r"^    \w+(?:, \w+)* = (\w+)\(", source.split('"""')[-1], re.MULTILINE)
-        assert [call for call in calls if call in order] == order
+        straight = package == "torch_impl.direct"
+        expected = [*order[:2], order[3], order[2], order[4], *order[6:]] if straight else order
+        assert [call for call in calls if call in order] == expected
 
 
 def legend(package: str) -> dict[str, str]:
@@ -408,6 +459,43 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
             ],
         ),
         "layout.to_rank_major": SAME,
+    },
+    DIRECT.left: {
+        "layer.moe_layer": (
+            [
+                "n_ranks = buffers.counts_PE.own_OD.shape[0]",
+                "check_experts(x_TD, counts_E.shape[0], n_ranks, w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases, "
+                "shared)",
+                "check_buffers(x_TD, expert_id_TK, counts_E, buffers)",
+                "grouped = group_by_expert(expert_id_TK, counts_E)",
+                "counts_PE = exchange_counts(grouped.kept_E, buffers)",
+                "expert_major = to_expert_major(grouped.slot_TK, counts_PE, buffers)",
+                "placed_RD = send_tokens(input_TD, grouped.slot_TK, *expert_major, buffers)",
+                "counts_e = counts_PE.sum(axis=0).chunk(n_ranks)[buffers.rank]",
+                "y_RD = apply_experts(placed_RD, counts_e, w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases)",
+                "returned_ND = return_tokens(y_RD, *expert_major, buffers)",
+                "out_TD = combine(returned_ND, weight_TK, grouped.slot_TK, grouped.assignment_N, buffers)",
+                "return Stages(routing, grouped, counts_PE, expert_major, placed_RD, y_RD, returned_ND, shared_TD, "
+                "out_TD, expert_id_TK.size - grouped.kept_E.sum())",
+            ],
+            [
+                "check_experts(x_TD, counts_E.shape[0], n_ranks(group), w_gate_eDF, w_up_eDF, w_down_eFD, experts, "
+                "biases, shared)",
+                "grouped = group_by_expert(input_TD, expert_id_TK, counts_E)",
+                "counts_Pe, splits = exchange_counts(counts_E, group)",
+                "(T, K), (P, e) = (expert_id_TK.shape, counts_Pe.shape)",
+                "check_received(splits.n_received, P * (T if max_tokens is None else max_tokens) * min(K, e))",
+                "received_RD = send_tokens(grouped.x_ND, splits, group)",
+                "expert_major = to_expert_major(received_RD, counts_Pe, splits.n_received)",
+                "y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(axis=0), w_gate_eDF, w_up_eDF, w_down_eFD, "
+                "experts, biases)",
+                "rank_major_RD = to_rank_major(y_RD, expert_major.source_R, expert_major.target_R)",
+                "returned_ND = return_tokens(rank_major_RD, splits, group)",
+                "out_TD = combine(returned_ND, weight_TK, grouped.slot_TK, grouped.assignment_N)",
+                "return Stages(routing, grouped, counts_Pe, splits, received_RD, expert_major, y_RD, rank_major_RD, "
+                "returned_ND, shared_TD, out_TD)",
+            ],
+        ),
     },
 }
 

@@ -95,7 +95,7 @@ def test_each_mutant_of_the_implementations_is_another_program():
         fault = mutant.fault
         assert fault.old == (ROOT / mutant.file).read_text() != fault.new
         compile(fault.new, mutant.file, "exec")
-    assert {m.backend for m in everything} == {"torch", "torch-static", "jax", "jax-dynamic"}
+    assert {m.backend for m in everything} == {"torch", "torch-static", "torch-direct", "jax", "jax-dynamic"}
 
 
 @pytest.mark.parametrize("pattern", [*mutants.EQUIVALENT, *mutants.REACHED_BY])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from parity.cases.case import Case
 from parity.oracle import reference
 from parity.oracle.quantities import SEEN
-from parity.oracle.rows import PADDING, Layout, identity, indices, lay_out, positions, row_tables
+from parity.oracle.rows import PADDING, Layout, identity, indices, lay_out, positions, row_tables, straight
 
 # Two ranks, two experts on each, two tokens that choose two: rows 0-3 come from rank 0, rows 4-7 from rank 1.
 #
@@ -36,12 +36,15 @@ def tables(case: Case, layout: Layout) -> dict[str, list[np.ndarray]]:
         (PER_RANK, "ragged",
             [[1, 3, 2, 0], [4, 7, 5, 6]], [[1, 3, 2, 4, _, _, _, _], [0, 7, 5, 6, _, _, _, _]],
             [[1, 3, 4, 2, _, _, _, _], [0, 7, 5, 6, _, _, _, _]]),
+        (PER_RANK, "direct",
+            [[1, 3, 2, 0], [4, 7, 5, 6]], [[1, 3, 2, 4], [0, 7, 5, 6]],
+            [[1, 3, 4, 2, _, _, _, _], [0, 7, 5, 6, _, _, _, _]]),
         (PER_RANK, "static",
             [[1, 2, 0, _], [4, _, 5, 6]], [[1, 2, 4, _], [0, _, 5, 6]], [[1, 4, 2, _], [0, 5, 6, _]]),
         (PER_EXPERT, "static",
             [[1, 2, 0, _], [4, _, 7, 5]], [[1, 2, 4, _], [0, _, 7, 5]], [[1, 4, 2, _], [0, 7, _, 5]]),
     ],
-    ids=["dynamic", "ragged", "rank-bins", "expert-bins"],
+    ids=["dynamic", "ragged", "direct", "rank-bins", "expert-bins"],
 )  # fmt: skip
 def test_tables_by_hand(case, layout, grouped, received, expert_major):
     got = {order: [rows.tolist() for rows in per_rank] for order, per_rank in tables(case, layout).items()}
@@ -75,6 +78,16 @@ def test_a_token_that_is_padding_is_sent_nowhere_and_ragged_buffers_stay_as_long
     got = row_tables(Case(ranks=2, tokens=1, experts=2, top_k=1), ids, ids >= 0, "ragged")
     tables = {order: [rows.tolist() for rows in per_rank] for order, per_rank in got.items()}
     assert tables == {"grouped": [[0], [_]], "received": [[_, _], [0, _]], "expert_major": [[_, _], [0, _]]}
+
+
+def test_where_rows_go_straight():
+    """Row 1 lies first on rank 0, row 0 first on rank 1, whose 8 rows come after; row 7 is in rank 1's second slot."""
+    found = straight(PER_RANK, tables(PER_RANK, "direct"))
+    assert found["place"].tolist() == [8, 0, 3, 1, 2, 10, 11, 9, _]
+    assert found["origin"].tolist() == [3, 0, 2, 1, 4, 6, 7, 5, _]
+    ids = np.array([[[1]], [[-1]]])
+    case = Case(ranks=2, tokens=1, experts=2, top_k=1)
+    assert straight(case, row_tables(case, ids, ids >= 0, "direct"))["place"].tolist() == [2, _, _]
 
 
 def test_positions():

@@ -6,13 +6,14 @@ product is rounded. No kernel adds atomically, so all results repeat.
 M stands for any number of rows, and O for the number of output rows where it differs.
 """
 
+import math
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, no_type_check
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None  # CPU builds of PyTorch lack it, and use the plain versions
@@ -203,6 +204,99 @@ def _clear_padding(program, assignment, y, N, M, D, PADDING_ROWS: tl.constexpr):
             d = first + tl.arange(0, BLOCK)
             zero = tl.zeros([PADDING_ROWS, BLOCK], y.dtype.element_ty)
             tl.store(y + row[:, None] * D + d[None, :], zero, mask=padding[:, None] & (d < D)[None, :])
+
+
+def put_rows(
+    x_MD: Shaped[Tensor, "M D"], place_MK: Integer[Tensor, "M K"], pointers_P: Integer[Tensor, " P"], n_rows: int
+) -> None:
+    """Store row m of x, for every k, to row place[m, k] among all ranks' rows; a negative place is nowhere.
+
+    Rank p's `n_rows` rows begin at address pointers[p], which may be in another GPU's memory.
+    """
+    (M, K), D = place_MK.shape, x_MD.shape[1]
+    BLOCK, num_warps = _tile(D, 1)
+    _put_rows[(M,)](
+        x_MD.contiguous(), place_MK.contiguous(), pointers_P, M, D, n_rows, put_stride(M),
+        K=K, BLOCK=BLOCK, num_warps=num_warps,
+    )  # fmt: skip
+
+
+def put_stride(n_rows: int) -> int:
+    """From one row that goes out to the next: about 0.618 of their number, and without a divisor in common with it.
+
+    Rows that follow each other often go to the same rank. If all ranks sent to one rank at a time, its link would be
+    full and the others idle. In such steps any few that go out together are spread evenly over all rows, so over ranks.
+    """
+    return next(n for n in range(max(1, round(0.618 * n_rows)), n_rows + 2) if math.gcd(n, n_rows) == 1)
+
+
+@triton.jit
+@no_type_check
+def _put_rows(x, place, pointers, M, D, n_rows, stride, K: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row. It reads a chunk once and stores it K times. A row that goes nowhere is not read."""
+    m = tl.program_id(0).to(tl.int64) * stride % M
+    going = 0
+    for k in tl.static_range(K):
+        going += (tl.load(place + m * K + k) >= 0).to(tl.int32)
+    for first in range(0, tl.where(going > 0, D, 0), BLOCK):
+        d = first + tl.arange(0, BLOCK)
+        row = tl.load(x + m * D + d, mask=d < D)
+        for k in tl.static_range(K):
+            target = tl.load(place + m * K + k).to(tl.int64)
+            there = target >= 0
+            rank = tl.where(there, target // n_rows, 0)
+            # Allocations are aligned, which the compiler has to know to store 16 bytes at once.
+            base = tl.multiple_of(tl.load(pointers + rank).to(tl.pointer_type(x.dtype.element_ty)), 16)
+            tl.store(base + (target - rank * n_rows) * D + d, row, mask=d < tl.where(there, D, 0))
+
+
+def place_rows(
+    counts_PE: Integer[Tensor, "P E"], rank: int, n_own_slots: int, n_slots: int, n_rows: int
+) -> tuple[Integer[Tensor, " N"], Integer[Tensor, " R"]]:
+    """For each of this rank's slots the row, among all ranks' rows, that its row becomes; and for each row, its slot.
+
+    Both are -1 past the last. Otherwise that would be some 30 small launches, which hold the host for longer than the
+    rows take.
+
+    Shapes: place_N, origin_R.
+    """
+    P, E = counts_PE.shape
+    place_N = torch.full((n_own_slots,), -1, dtype=torch.int64, device=counts_PE.device)
+    origin_R = torch.full((n_rows,), -1, dtype=torch.int64, device=counts_PE.device)
+    _place_rows[(2 * E,)](
+        counts_PE.contiguous(), place_N, origin_R, P, E, E // P, rank, n_own_slots, n_slots, n_rows,
+        TILE=1024, num_warps=4,
+    )  # fmt: skip
+    return place_N, origin_R
+
+
+@triton.jit
+@no_type_check
+def _place_rows(counts, place, origin, P, E, e, rank, n_own_slots, n_slots, n_rows, TILE: tl.constexpr):
+    """One program per segment, the rows of one expert g from one rank p: the first E leave, the other P*e arrive."""
+    arrives = tl.program_id(0) >= E
+    i = tl.program_id(0) - E
+    p = tl.where(arrives, i // e, rank)
+    g = tl.where(arrives, rank * e + i % e, tl.program_id(0))
+    slots = tl.zeros([TILE], tl.int64)
+    owned = tl.zeros([TILE], tl.int64)
+    for first in range(0, P * E, TILE):
+        segment = first + tl.arange(0, TILE)
+        count = tl.load(counts + segment, mask=segment < P * E, other=0)
+        sender = segment // E
+        expert = segment % E
+        slots += tl.where((sender == p) & (expert < g), count, 0)
+        before = (expert < g) | ((expert == g) & (sender < p))
+        owned += tl.where((expert // e == g // e) & before, count, 0)
+    slot = tl.sum(slots, 0)  # where the segment starts in its sender's slots
+    row = tl.sum(owned, 0)  # and in its owner's rows
+    rows = tl.load(counts + p * E + g)
+    for first in range(0, rows, TILE):
+        r = first + tl.arange(0, TILE)
+        goes = (g // e).to(tl.int64) * n_rows + row + r
+        came = p.to(tl.int64) * n_slots + slot + r
+        tl.store(place + slot + r, goes, mask=(r < tl.where(arrives, 0, rows)) & (slot + r < n_own_slots))
+        tl.store(origin + row + r, came, mask=(r < tl.where(arrives, rows, 0)) & (row + r < n_rows))
 
 
 def sum_rows(

@@ -1,6 +1,7 @@
 """PyTorch's part of `bench`: ours, the straightforward version, and that under torch.compile."""
 
 import math
+import os
 import sys
 import tempfile
 import time
@@ -41,6 +42,10 @@ from parity.bench.plan import (
 from parity.cases.case import Case
 from parity.run.ranks import Notes, run_group
 from parity.run.supervisor import end_with_parent
+from torch_impl import direct
+from torch_impl.direct import exchange as direct_exchange
+from torch_impl.direct import grouping as direct_grouping
+from torch_impl.direct.layout import to_expert_major as to_places
 from torch_impl.exchange import exchange_counts, return_tokens, send_tokens
 from torch_impl.experts import apply_experts
 from torch_impl.grouping import combine, group_by_expert
@@ -262,8 +267,13 @@ def one_rank(rank: int, plan: Plan, address: str) -> None:
     P, device = plan.ranks, join_ranks(rank, plan.ranks, address)
     for shape in choose_shapes(plan, device.type == "cuda"):
         shape = replace(shape, ranks=P)
-        for part in [part for part in ACROSS_RANKS if part in plan.parts]:
-            sets = [draw_for_ranks(plan, shape, device, part, plan.seed + N_SETS * rank + i) for i in range(N_SETS)]
+        draws = [(part, f"{P} ranks", draw_for_ranks) for part in ACROSS_RANKS if part in plan.parts]
+        if "whole" in plan.parts:  # of which there is no part that only sends
+            draws.append(
+                ("whole", f"{P} ranks, direct", partial(draw_direct, buffers=buffers_for(plan, shape, device)))
+            )
+        for part, variant, draw in draws:
+            sets = [draw(plan, shape, device, part, plan.seed + N_SETS * rank + i) for i in range(N_SETS)]
             for direction in DIRECTIONS:
 
                 def step(i: int, sets=sets, backward: bool = direction != "forward") -> Any:
@@ -273,11 +283,11 @@ def one_rank(rank: int, plan: Plan, address: str) -> None:
                     return torch.autograd.grad(out, inputs, cotangent) if backward else out
 
                 figure = measure(plan, device, step, runs=RUNS_TOGETHER)
-                figure.shape, figure.variant, figure.part, figure.direction = shape.name, f"{P} ranks", part, direction
+                figure.shape, figure.variant, figure.part, figure.direction = shape.name, variant, part, direction
                 row_bytes = shape.width * torch.empty((), dtype=getattr(torch, plan.dtype)).element_size()
                 ways = 2 if part == "whole" else 1  # there and back
                 figure.link_bytes = ways * leaving_rows(shape.assignments, P, direction) * row_bytes
-                if part == "whole":
+                if part == "whole":  # the same floor for all variants, so that their shares compare
                     figure.bytes = row_passes(part, direction, shape.tokens, shape.assignments) * row_bytes
                 if rank == 0:
                     emit(figure)
@@ -314,6 +324,31 @@ def draw_for_ranks(
         return combine(y_ND, score_TK, slot_TK, assignment_N)
 
     return whole, (draw(shape.tokens).requires_grad_(), score_TK.requires_grad_()), draw(shape.tokens)
+
+
+def buffers_for(plan: Plan, shape: Case, device: torch.device) -> direct.Buffers:
+    """One set for all inputs, as each step runs forward and backward before the next."""
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # which nothing here uses
+    sizes = (shape.tokens, shape.top_k, shape.experts, shape.width)
+    return direct.make_buffers(*sizes, getattr(torch, plan.dtype), device)
+
+
+def draw_direct(
+    plan: Plan, shape: Case, device: torch.device, part: str, seed: int, buffers: direct.Buffers
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]:
+    """The same inputs as of the whole with all-to-alls, for rows that go straight to their places."""
+    _, inputs, cotangent = draw_for_ranks(plan, shape, device, part, seed)
+    _, ids_TK, counts_E = (torch.from_numpy(a).to(device) for a in draw_routing(shape, seed))
+
+    def whole(x_TD: Tensor, score_TK: Tensor) -> Tensor:
+        grouped = direct_grouping.group_by_expert(ids_TK, counts_E)
+        counts_PE = direct_exchange.exchange_counts(grouped.kept_E, buffers)
+        places = to_places(grouped.slot_TK, counts_PE, buffers)
+        x_RD = direct_exchange.send_tokens(x_TD, grouped.slot_TK, *places, buffers)
+        y_ND = direct_exchange.return_tokens(x_RD, *places, buffers)
+        return direct_grouping.combine(y_ND, score_TK, grouped.slot_TK, grouped.assignment_N, buffers)
+
+    return whole, inputs, cotangent
 
 
 def measure(plan: Plan, device: torch.device, step: Step, runs: int | None = None) -> Figure:

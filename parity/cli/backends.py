@@ -26,7 +26,7 @@ class Listed(msgspec.Struct):
 class Command:
     """Which layers can `check --backend` run?
 
-    Lists this project's four backends and those of other projects, with package, framework, what is compared, and a
+    Lists this project's own backends and those of other projects, with package, framework, what is compared, and a
     description. `check` says, case by case, what a layer does not compute. A published layer is imported only when it
     is named, and needs an environment that has its package: --backend megatron@PATH/TO/python runs it in another one.
 

@@ -194,7 +194,9 @@ def _canonical_rows(
         at[rows[real]], slots[rows[real]], holders[rows[real]] = first[rank] + real, real, rank
         if seen_before or (slots[rows[real]] != real).any():  # a repeated row keeps only its last slot
             raise MismatchError(f"a row is there twice, on rank {rank}")
-        promised = quantity.padding(expected.mode, expected.case, rows.size) if numbers is None else None
+        promised = (
+            quantity.padding(expected.mode, expected.case, rows.size, expected.layout) if numbers is None else None
+        )
         if promised is None or real.size == rows.size:
             continue
         padding = np.flatnonzero(rows == PADDING)

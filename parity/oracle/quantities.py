@@ -14,7 +14,7 @@ import numpy as np
 from parity.cases.case import Case, Kind
 from parity.cases.parameters import BY_NAME, PARAMETERS, Parameter
 from parity.oracle.evaluation import Evaluation, Value
-from parity.oracle.rows import Layout, indices, positions_by_row
+from parity.oracle.rows import PADDING, Layout, indices, positions_by_row, straight
 
 Array = np.ndarray
 
@@ -35,7 +35,12 @@ STAGES = (
 # first. repeat: how many numbers of the whole layer differ when it runs on the same inputs again.
 Mode = Literal["isolated", "e2e", "second", "repeat"]
 TAKE_INPUTS = ("route", "group_by_expert", "apply_experts", "combine")  # of the layer: router, x, weights, dout
+INDICES_ONLY = ("group_by_expert", "to_expert_major", "to_rank_major")  # or nothing, in the direct layout
 SEEN: tuple[Layout, ...] = tuple(layout for layout in get_args(Layout) if layout != "opaque")
+# Where rows are copied for each choice, sent, and permuted, one after the other; in the direct layout it is one move.
+IN_STEPS: tuple[Layout, ...] = tuple(layout for layout in SEEN if layout != "direct")
+STRAIGHT: tuple[Layout, ...] = ("direct",)
+ON_THE_DEVICE: tuple[Layout, ...] = ("static", "ragged", "direct")  # which cannot refuse an id, and count it
 
 
 # What a layer gives that shows nothing of its inside: the output and gradients.
@@ -59,6 +64,7 @@ class Quantity:
     order: str = ""  # of rows: the table in `rows` that says where each lies
     zero_padding: tuple[Mode, ...] = ()  # modes in which the rows between are promised to be zero
     zero_where: Callable[[Case], bool] = lambda case: True  # noqa: ARG005  in these cases
+    zero_unless: tuple[Layout, ...] = ()  # but not in these layouts
     past_the_end: Callable[[Case, int], int] | None = None  # for an index: what padding holds, given the number of rows
     layouts: tuple[Layout, ...] = field(default=SEEN)
     # Cases in which a value that the stage only moves (bitwise on its own) was computed in the whole layer.
@@ -80,11 +86,11 @@ class Quantity:
         """Whether it must be equal bit for bit in this mode."""
         return self.judged != "allowance" and not (mode == "e2e" and self.computed_e2e(case))
 
-    def padding(self, mode: str, case: Case, rows: int) -> int | None:
+    def padding(self, mode: str, case: Case, rows: int, layout: Layout) -> int | None:
         """What stands between the rows of an array of so many, or None where nothing is promised."""
         if self.past_the_end:
             return self.past_the_end(case, rows)
-        return 0 if mode in self.zero_padding and self.zero_where(case) else None
+        return 0 if mode in self.zero_padding and self.zero_where(case) and layout not in self.zero_unless else None
 
     def names(self) -> list[str]:
         """mode/stage/value, for each mode that has it."""
@@ -110,6 +116,7 @@ _dy: Value = lambda o, _: o.given("dy")  # noqa: E731
 _order: Value = lambda o, _: o.problem.order_probe()[1]  # noqa: E731
 _sent: Value = lambda o, layout: o.sent(layout)  # noqa: E731
 _counts: Value = lambda o, layout: o.received(layout)  # noqa: E731
+_of_all: Value = lambda o, layout: np.tile(o.sent(layout), (o.case.ranks, 1, 1))  # noqa: E731
 _dropped: Value = lambda o, layout: o.sent("dynamic") - o.sent(layout)  # noqa: E731
 _BOTH: tuple[Mode, ...] = ("isolated", "e2e")
 _ALONE: tuple[Mode, ...] = ("isolated",)
@@ -175,7 +182,7 @@ _TABLE = [
     *_gradients("route"),
     Quantity(
         "group_by_expert/x", "A D", "case", "bits", _x, _given,
-        order="grouped", zero_padding=_BOTH, computed_e2e=_scores_on_input,
+        order="grouped", zero_padding=_BOTH, computed_e2e=_scores_on_input, layouts=IN_STEPS,
     ),
     Quantity("group_by_expert/slot", "P T K", "int", "bits", _slot, _slot),
     Quantity(
@@ -183,10 +190,19 @@ _TABLE = [
         _assignment, _assignment,
         order="grouped", past_the_end=lambda case, _: case.assignments,
     ),
-    Quantity("group_by_expert/kept", "P E", "int", "bits", _sent, _sent, layouts=("static", "ragged")),
-    Quantity("group_by_expert/dx", "P T D", "case", "allowance", lambda o, _: o.dx_of_group, backward=True),
-    Quantity(
-        "group_by_expert/dx_order", "P T D", "case", "bits", _order, backward=True, asks=lambda case: case.top_k >= 3
+    Quantity("group_by_expert/kept", "P E", "int", "bits", _sent, _sent, layouts=ON_THE_DEVICE),
+    *(  # of a token, which rows share: in the direct layout, where they are sent
+        field
+        for name, layouts in (("group_by_expert/dx", IN_STEPS), ("send_tokens/dtokens", STRAIGHT))
+        for field in (
+            Quantity(
+                name, "P T D", "case", "allowance", lambda o, _: o.dx_of_group, backward=True, layouts=layouts
+            ),
+            Quantity(
+                f"{name}_order", "P T D", "case", "bits", _order, backward=True, layouts=layouts,
+                asks=lambda case: case.top_k >= 3,
+            ),
+        )
     ),
     Quantity(
         "group_by_expert/capacity", "P", "int", "bits", lambda o, _: np.full(o.case.ranks, o.case.capacity),
@@ -196,9 +212,10 @@ _TABLE = [
     Quantity(
         "group_by_expert/dropped_in_all", "P", "int", "bits",
         e2e=lambda o, layout: o.case.assignments - o.sent(layout).sum(axis=1),  # padding included
-        layouts=("static", "ragged"),
+        layouts=ON_THE_DEVICE,
     ),
-    Quantity("exchange_counts/counts", "P P e", "int", "bits", _counts, _counts),
+    Quantity("exchange_counts/counts", "P P e", "int", "bits", _counts, _counts, layouts=IN_STEPS),
+    Quantity("exchange_counts/counts_of_all", "P P E", "int", "bits", _of_all, _of_all, layouts=STRAIGHT),
     *(
         Quantity(f"exchange_counts/{name}", axes, "int", "bits", value, value, layouts=("dynamic", "ragged"))
         for name, axes, value in (
@@ -216,17 +233,21 @@ _TABLE = [
     ),
     Quantity(
         "send_tokens/x", "A D", "case", "bits", _x, _given,
-        order="received", zero_padding=_WHOLE, computed_e2e=_scores_on_input,
+        order="received", zero_padding=_WHOLE, computed_e2e=_scores_on_input, layouts=IN_STEPS,
     ),
-    Quantity("send_tokens/dx", "A D", "case", "bits", _dx, order="grouped", backward=True),
+    Quantity("send_tokens/dx", "A D", "case", "bits", _dx, order="grouped", backward=True, layouts=IN_STEPS),
+    Quantity(
+        "send_tokens/rows", "A D", "case", "bits", _x, _given,
+        order="expert_major", computed_e2e=_scores_on_input, layouts=STRAIGHT,
+    ),
     Quantity(
         "to_expert_major/x", "A D", "case", "bits", _x, _given,
-        order="expert_major", zero_padding=_BOTH, computed_e2e=_scores_on_input,
+        order="expert_major", zero_padding=_BOTH, computed_e2e=_scores_on_input, layouts=IN_STEPS,
     ),
     *(
         Quantity(
             f"to_expert_major/{name}", "A", "int", "bits", value, value,
-            order=order, past_the_end=lambda _, rows: rows,
+            order=order, past_the_end=lambda _, rows: rows, layouts=IN_STEPS,
         )
         for name, order, value in (
             ("source", "expert_major", lambda o, layout: positions_by_row(o.case, o.table(layout)["received"])),
@@ -234,11 +255,22 @@ _TABLE = [
         )
     ),
     Quantity(
-        "to_expert_major/dx", "A D", "case", "bits", _dx, order="received", backward=True, zero_padding=_ALONE
+        "to_expert_major/dx", "A D", "case", "bits", _dx,
+        order="received", backward=True, zero_padding=_ALONE, layouts=IN_STEPS,
+    ),
+    *(
+        Quantity(
+            f"to_expert_major/{name}", "A", "int", "bits", value, value,
+            order=order, past_the_end=lambda *_: PADDING, layouts=STRAIGHT,
+        )
+        for name, order, value in (
+            ("place", "grouped", lambda o, layout: straight(o.case, o.table(layout))["place"][:-1]),
+            ("origin", "expert_major", lambda o, layout: straight(o.case, o.table(layout))["origin"][:-1]),
+        )
     ),
     Quantity(
         "apply_experts/y", "A D", "case", "allowance", _layer("y"), _layer("y"),
-        order="expert_major", zero_padding=_BOTH, zero_where=_zero_of_zero,
+        order="expert_major", zero_padding=_BOTH, zero_where=_zero_of_zero, zero_unless=STRAIGHT,
     ),
     Quantity(
         "apply_experts/dx", "A D", "case", "allowance", lambda o, _: o.experts_backward[0],
@@ -254,14 +286,20 @@ _TABLE = [
     ),
     Quantity(
         "to_rank_major/y", "A D", "case", "bits", _y, _layer("y"),
-        order="received", zero_padding=_BOTH, computed_e2e=lambda _: True,
+        order="received", zero_padding=_BOTH, computed_e2e=lambda _: True, layouts=IN_STEPS,
     ),
-    Quantity("to_rank_major/dy", "A D", "case", "bits", _dy, order="expert_major", backward=True, zero_padding=_ALONE),
+    Quantity(
+        "to_rank_major/dy", "A D", "case", "bits", _dy,
+        order="expert_major", backward=True, zero_padding=_ALONE, layouts=IN_STEPS,
+    ),
     Quantity(
         "return_tokens/y", "A D", "case", "bits", _y, _layer("y"),
         order="grouped", zero_padding=_WHOLE, computed_e2e=lambda _: True,
     ),
-    Quantity("return_tokens/dy", "A D", "case", "bits", _dy, order="received", backward=True),
+    Quantity("return_tokens/dy", "A D", "case", "bits", _dy, order="received", backward=True, layouts=IN_STEPS),
+    Quantity(
+        "return_tokens/drows", "A D", "case", "bits", _dy, order="expert_major", backward=True, layouts=STRAIGHT
+    ),
     Quantity("combine/out", "P T D", "case", "allowance", lambda o, _: o.out_of_combine, _layer("out")),
     Quantity(
         "combine/dy", "A D", "case", "allowance", lambda o, _: o.combine_backward[0],
@@ -273,12 +311,14 @@ _TABLE = [
     ),
     # How many numbers of what a stage, or the layer, was given are others after its backward: PyTorch can write there.
     *(
-        Quantity(f"{stage}/changed", "P", "int", "bits", _none, _none if stage in TAKE_INPUTS else None, backward=True)
+        Quantity(f"{stage}/changed", "P", "int", "bits", _none, _none if stage in TAKE_INPUTS else None, backward=True,
+                 layouts=IN_STEPS if stage in INDICES_ONLY[1:] else SEEN)
         for stage in STAGES if stage != "exchange_counts"
     ),
     # How many numbers of the gradients differ when the backward runs a second time, through the same graph.
     *(
-        Quantity(f"{stage}/again", "P", "int", "bits", _none, backward=True)
+        Quantity(f"{stage}/again", "P", "int", "bits", _none, backward=True,
+                 layouts=IN_STEPS if stage in INDICES_ONLY else SEEN)
         for stage in STAGES if stage != "exchange_counts"
     ),
     Quantity("combine/order", "P T D", "case", "bits", _order, asks=lambda case: case.top_k >= 3),

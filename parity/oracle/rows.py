@@ -11,8 +11,8 @@ from parity.cases.case import Case
 
 Array = np.ndarray
 # How a backend lays out its rows: as many as there are; padded to a capacity; as many as there are, in a buffer of the
-# most there can be; or nothing is seen but the output and gradients.
-Layout = Literal["dynamic", "static", "ragged", "opaque"]
+# most there can be; the same, but expert-major from the start; or nothing is seen but the output and gradients.
+Layout = Literal["dynamic", "static", "ragged", "direct", "opaque"]
 Table = dict[str, list[Array]]
 PADDING = -1
 
@@ -21,8 +21,9 @@ def row_tables(case: Case, expert_id: Array, keep: Array, layout: Layout) -> Tab
     """Rows as they are grouped on the sender, as received, and expert-major, on each rank.
 
     Dynamic arrays hold every assignment and no padding. Ragged ones are the same in buffers of the most rows that a
-    rank can have, or receive. Static ones hold those kept, in bins of C rows; after rank bins the expert-major padding
-    comes last, after expert bins each (expert, source) keeps its bin.
+    rank can have, or receive. Direct ones have such a buffer for expert-major rows alone. Static ones hold those kept,
+    in bins of C rows; after rank bins the expert-major padding comes last, after expert bins each (expert, source)
+    keeps its bin.
     """
     P, E, C, N = case.ranks, case.experts, case.capacity, case.assignments
     bin_per_expert = layout == "static" and case.bins != P  # with an expert a rank, both kinds of bin are the same
@@ -45,7 +46,7 @@ def row_tables(case: Case, expert_id: Array, keep: Array, layout: Layout) -> Tab
     if bin_per_expert:
         of_expert = bins.reshape(P, E, C).swapaxes(0, 1)
         return {"grouped": grouped, "received": received, "expert_major": list(of_expert.reshape(P, -1))}
-    most_there = {"ragged": case.most_received, "static": P * C}.get(layout, 0)
+    most_there = {"ragged": case.most_received, "direct": case.most_received, "static": P * C}.get(layout, 0)
     major = rows[np.argsort(expert, kind="stable")]
     at = expert_A[major] // (E // P)
     return {
@@ -72,6 +73,21 @@ def indices(case: Case, table: Table, rank: int) -> dict[str, Array]:
         "source": positions(major, received),
         "target": positions(received, major),
     }
+
+
+def straight(case: Case, table: Table) -> dict[str, Array]:
+    """By row number, where a row goes and where it comes from, in numbers that run through all ranks.
+
+    place: its expert-major row, in buffers of the most there can be. origin: its grouped row. PADDING where no rank
+    holds it, and as one more, at the end, for padding.
+    """
+    found = {}
+    for name, order, size in (("place", "expert_major", case.most_received), ("origin", "grouped", case.assignments)):
+        found[name] = np.full(case.ranks * case.assignments + 1, PADDING)
+        for p, rows in enumerate(table[order]):
+            real = np.flatnonzero(rows != PADDING)
+            found[name][rows[real]] = p * size + real
+    return found
 
 
 def positions(rows: Array, among: Array) -> Array:

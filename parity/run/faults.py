@@ -50,7 +50,7 @@ def plant(fault: Fault, folder: Path) -> Path:
         )
     path.write_text(source.replace(fault.old, fault.new))
     for kernels in folder.glob("*_impl/kernels.py"):
-        if path.name != "kernels.py":
+        if fault.gpu_only != NO_KERNELS:
             kernels.write_text(kernels.read_text() + "\n\ndef use_kernels(x):\n    return False\n")
     return folder
 
@@ -414,10 +414,52 @@ _TORCH_STATIC = [
      "mask=row < M, other=-1) > N", "zipf", NO_KERNELS),
 ]  # fmt: skip
 
+_TORCH_DIRECT = [
+    ("order-by-last-assignment", "group_by_expert", "Assignments with the same expert come in the opposite order.",
+     "grouping.py", "order_N, place_N = sort_by_key(expert_TK.reshape(-1), E)",
+     "order_N, place_N = sort_by_key(expert_TK.reshape(-1).flip(0), E)\n"
+     "    order_N, place_N = T * K - 1 - order_N, place_N.flip(0)"),
+    ("counts-of-another-rank", "exchange_counts", "Each rank's counts are read as those of the next.", "exchange.py",
+     "return own_PE.clone()", "return own_PE.roll(1, 0)"),
+    ("start-of-sender-forgotten", "to_expert_major", "A row's place leaves out where its sender's slots of that expert "
+     "start.", "rows.py", "shift_PE = row_PE - start_PE", "shift_PE = row_PE"),
+    ("senders-on-top-of-each-other", "to_expert_major", "All ranks' rows for an expert start where the first one's do.",
+     "rows.py", ".reshape(P, e, P).permute(2, 0, 1)", ".reshape(P, e, P)[:, :, :1].expand(P, e, P).permute(2, 0, 1)"),
+    ("nowhere-is-a-place", "to_expert_major", "What comes from nowhere is taken to come from the first slot.", "rows.py",
+     "row_O + take_or_zero(shift_G, segment_O), -1)", "row_O + take_or_zero(shift_G, segment_O), 0)"),
+    ("only-first-choice-sent", "send_tokens", "A token goes to the first of its places alone.", "exchange.py",
+     "        put_rows(x_TD, place_TK, buffers.placed_RD)",
+     "        place_TK = place_TK.where(torch.arange(place_TK.shape[1], device=place_TK.device) < 1, -1)\n"
+     "        put_rows(x_TD, place_TK, buffers.placed_RD)"),
+    ("k-in-wrong-order", "send_tokens", "A token's gradient sums its choices from the last to the first.", "rows.py",
+     "for slot_T in slot_TK.unbind(dim=1):", "for slot_T in slot_TK.unbind(dim=1)[::-1]:", "k-all"),
+    ("gradient-read-too-early", "send_tokens", "A token's gradient is read before the rows are back.", "exchange.py",
+     "        put_rows(dx_RD, origin_R[:, None], ctx.buffers.dx_ND)\n"
+     "        return sum_rows(ctx.buffers.dx_ND.own_OD[: slot_TK.numel()], slot_TK)",
+     "        dx_TD = sum_rows(ctx.buffers.dx_ND.own_OD[: slot_TK.numel()], slot_TK)\n"
+     "        put_rows(dx_RD, origin_R[:, None], ctx.buffers.dx_ND)\n        return dx_TD"),
+    ("counts-of-first-rank", "apply_experts", "Every rank groups its rows by the counts of the first rank's experts.",
+     "layer.py", "chunk(n_ranks)[buffers.rank]", "chunk(n_ranks)[0]"),
+    ("returned-to-neighbour", "return_tokens", "Rows return to the slot beside their own.", "exchange.py",
+     "put_rows(y_RD, origin_R[:, None], buffers.returned_ND)",
+     "put_rows(y_RD, (origin_R ^ 1)[:, None], buffers.returned_ND)"),
+    ("gradient-in-another-buffer", "return_tokens", "Gradients are written over the rows that were sent.", "exchange.py",
+     "put_rows(dreturned_ND, place_N[:, None], ctx.buffers.dy_RD)",
+     "put_rows(dreturned_ND, place_N[:, None], ctx.buffers.placed_RD)"),
+    ("barrier-left-out", "exchange_counts", "Nobody waits for what the others write.", "rows.py",
+     "buffer.handle.barrier(channel=0)", "pass", "zipf", NO_KERNELS),
+    ("kernel-places-by-last-sender", "to_expert_major", "An expert's rows come from the last rank first.",
+     "../torch_impl/kernels.py", "((expert == g) & (sender < p))", "((expert == g) & (sender > p))", "zipf", NO_KERNELS),
+    ("kernel-puts-to-first-place-only", "exchange_counts", "A row goes to the first of its places alone.",
+     "../torch_impl/kernels.py", "for k in tl.static_range(K):\n            target", "for k in tl.static_range(1):\n            target",
+     "zipf", NO_KERNELS),
+]  # fmt: skip
+
 _PLANTED = (
     ("torch", "torch_impl", _TORCH),
     ("jax", "jax_impl", _JAX),
     ("torch-static", "torch_impl/static", _TORCH_STATIC),
+    ("torch-direct", "torch_impl/direct", _TORCH_DIRECT),
 )
 # Reports of a bug of the same kind: the same mistake, in other code, and not always at the same place in it.
 REPORTED = {

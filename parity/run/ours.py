@@ -11,7 +11,7 @@ from parity.oracle.rows import Layout
 from parity.run import own
 from parity.run.backend import Backend, Setting, resolve
 
-# Where each stage is written, the same in all four.
+# Where each stage is written, the same in all.
 FILES = {
     "route": "routing.py",
     "group_by_expert": "grouping.py",
@@ -58,6 +58,7 @@ BACKENDS = {
         _ours("jax", "jax", "static", "Static"),
         _ours("torch-static", "torch", "static", "Static", "torch_impl/static", route="torch_impl"),
         _ours("jax-dynamic", "jax", "ragged", "Ragged", "jax_impl/dynamic", route="jax_impl", apply_experts="jax_impl"),
+        _ours("torch-direct", "torch", "direct", "Direct", "torch_impl/direct", route="torch_impl"),
     )
 }
 FRAMEWORKS = tuple(dict.fromkeys(backend.framework for backend in BACKENDS.values()))
@@ -100,6 +101,7 @@ def everything() -> dict[str, tuple[str, Backend]]:
         "dynamic": "as many rows as there are",
         "static": "padded to a capacity",
         "ragged": "in the largest buffer",
+        "direct": "rows straight to their places",
     }
     found = {name: (f"this project's layer, {layouts[b.layout]}", b) for name, b in BACKENDS.items()}
     for file in PUBLISHED:

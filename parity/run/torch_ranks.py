@@ -85,6 +85,8 @@ def device_of(on: str, rank: int) -> torch.device:
         return torch.device("cpu")
     # Sums of bfloat16 products are float32 in this layer. This must also hold for sums that a matmul splits.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    # For memory that ranks share: several of them on one GPU are meant, and nothing here uses multicast.
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

@@ -23,14 +23,18 @@ from parity.cases.parameters import BY_NAME, Parameter, parameters_of
 from parity.oracle import reference
 from parity.oracle.problem import Problem
 from parity.oracle.quantities import QUANTITIES
-from parity.oracle.rows import Layout, indices, lay_out, row_tables
+from parity.oracle.rows import Layout, indices, lay_out, row_tables, straight
 from parity.oracle.windows import STRIDE, Windows
 from parity.run import torch_ranks
 from parity.run.backend import Backend, Setting, resolve
 from parity.run.naming import MAIN, named, named_stages, together
 from parity.run.torch_ranks import At
 from parity.run.trace import Trace, differing_bits
-from torch_impl import exchange, experts, grouping, layer, layout, routing, static
+from torch_impl import direct, exchange, experts, grouping, layer, layout, routing, static
+from torch_impl.direct import exchange as direct_exchange
+from torch_impl.direct import experts as direct_experts
+from torch_impl.direct import grouping as direct_grouping
+from torch_impl.direct import layout as direct_layout
 from torch_impl.static import exchange as static_exchange
 from torch_impl.static import experts as static_experts
 from torch_impl.static import grouping as static_grouping
@@ -62,13 +66,17 @@ def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at:
     rank_in_group, group = torch_ranks.my_group(case.processes // case.ranks, rank)
     own = problem if rank % (case.processes // case.ranks) == 0 else problem.second
     assert own is not None
+    if case.way == "compiled" and stages_of.layout == "direct":
+        why = "a compiler does not see rows that are written to another rank's memory: a CUDA graph can hold them"
+        return None if rank else Trace(case, backend, environment(device) | {"not supported": why})
     with poisoned_memory():
         mine = _isolated(own, stages_of, rank_in_group, device, at, group)
 
     learned = learned_of(own, experts_of(case, rank_in_group), device)
+    buffers = [stages_of.buffers_of(case, group, device) for _ in range(1 + (case.way == "in_flight"))]
 
-    def step(of: Problem) -> Step:
-        return Step(of, stages_of, rank_in_group, device, group, HostWaits(device), learned)
+    def step(of: Problem, beside: int = 0) -> Step:
+        return Step(of, stages_of, rank_in_group, device, group, HostWaits(device), learned, buffers[beside])
 
     with poisoned_memory() if case.way == "compiled" else nullcontext():  # a change of this mode would compile anew
         at("the first step")
@@ -85,7 +93,7 @@ def run(problem: Problem, backend: Backend, rank: int, device: torch.device, at:
     differ = added(dict.fromkeys(found, 0), found, mine)
     if case.way == "in_flight":
         at("two steps in flight")
-        runs = [in_flight(step(problem), step(problem.second), last) for last in (1, 0)]  # type: ignore[arg-type]
+        runs = [in_flight(step(problem), step(problem.second, 1), last) for last in (1, 0)]  # type: ignore[arg-type]
         for ours, _ in runs:
             differ = added(differ, ours, mine)
         differ = added(differ, *(theirs for _, theirs in runs))
@@ -201,7 +209,9 @@ class Dynamic:
     layout: Layout = "dynamic"
     padding = np.nan  # what stage 6 is fed in place of missing rows
 
-    def __init__(self, case: Case, group: Group, send_P: Sequence[int], receive_P: Sequence[int]) -> None:
+    def __init__(
+        self, case: Case, group: Group, device: torch.device, send_P: Sequence[int], receive_P: Sequence[int],  # noqa: ARG002
+    ) -> None:  # fmt: skip
         self.group, self.alone = group, case.ranks == 1
         self.how = options_of(case)["experts"]
         self.splits = exchange.Splits(torch.tensor(send_P), torch.tensor(receive_P), sum(send_P), sum(receive_P))
@@ -237,13 +247,17 @@ class Dynamic:
     @staticmethod
     def layer(
         case: Case, x: Tensor, learned: Tensors, chosen: routing.Routing | None, keep: Tensor, capacity: object,  # noqa: ARG004
-        group: Group,
+        group: Group, buffers: None,  # noqa: ARG004
     ) -> layer.Stages:  # fmt: skip
         """The whole layer; what a capacity would drop has its score masked."""
         masked = chosen and with_scores(chosen, chosen.score_TK * keep)
         how = options_of(case) | together(torch_impl, learned)
         most, weights = (case.tokens if case.uneven else None), weights_in(learned)
         return layer.moe_layer(x, learned["router"], *weights, **how, routing=masked, max_tokens=most, group=group)
+
+    @staticmethod
+    def buffers_of(*_: object) -> None:
+        """What the layer takes besides: nothing."""
 
 
 class Static:
@@ -295,14 +309,75 @@ class Static:
     @staticmethod
     def layer(
         case: Case, x: Tensor, learned: Tensors, chosen: routing.Routing | None, keep: Tensor,  # noqa: ARG004
-        capacity: static.Capacity, group: Group,
+        capacity: static.Capacity, group: Group, buffers: None,  # noqa: ARG004
     ) -> static.Stages:  # fmt: skip
         """The whole layer; its own capacity drops."""
         how, weights = options_of(case) | together(torch_impl, learned), weights_in(learned)
         return static.moe_layer(x, learned["router"], *weights, **how, capacity=capacity, routing=chosen, group=group)
 
+    @staticmethod
+    def buffers_of(*_: object) -> None:
+        """What the layer takes besides: nothing."""
 
-Stages = type[Dynamic] | type[Static]
+
+class Direct:
+    """`torch_impl.direct`'s stages of a case. Rows move once each way, so its stages take other arguments."""
+
+    layout: Layout = "direct"
+    padding = np.nan
+
+    def __init__(self, case: Case, group: Group, device: torch.device, *_: object) -> None:
+        self.buffers = self.buffers_of(case, group, device)
+        self.how = options_of(case)["experts"]
+
+    @staticmethod
+    def buffers_of(case: Case, group: Group, device: torch.device) -> direct.Buffers:
+        """A set of buffers, full of NaN: rows that nobody writes must not be read."""
+        sizes = (case.tokens, case.top_k, case.experts, case.width)
+        buffers = direct.make_buffers(*sizes, getattr(torch, case.dtype), device, group)
+        for part in (buffers.placed_RD, buffers.returned_ND, buffers.dy_RD, buffers.dx_ND):
+            part.own_OD.fill_(torch.nan)
+        if device.type == "cuda" and case.ranks > 1:  # no rank writes here before that is done
+            torch.cuda.synchronize()
+            dist.barrier(group)
+        return buffers
+
+    def group_by_expert(self, x: Tensor, ids: Tensor, score: Tensor, counts: Tensor) -> Any:  # noqa: ARG002
+        return direct_grouping.group_by_expert(ids, counts)
+
+    def exchange_counts(self, counts: Tensor) -> Any:
+        return direct_exchange.exchange_counts(counts, self.buffers)
+
+    def to_expert_major(self, slot: Tensor, counts_PE: Tensor) -> Any:
+        return direct_layout.to_expert_major(slot, counts_PE, self.buffers)
+
+    def send_tokens(self, x: Tensor, slot: Tensor, place: Tensor, origin: Tensor) -> Any:
+        return direct_exchange.send_tokens(x, slot, place, origin, self.buffers)
+
+    def apply_experts(self, x: Tensor, counts_e: Tensor, learned: Tensors) -> Any:
+        return direct_experts.apply_experts(x, counts_e, *weights_in(learned), experts=self.how, **biases_in(learned))
+
+    def return_tokens(self, y: Tensor, place: Tensor, origin: Tensor) -> Any:
+        return direct_exchange.return_tokens(y, place, origin, self.buffers)
+
+    def combine(self, y: Tensor, score: Tensor, keep: Tensor, slot: Tensor, assignment: Tensor) -> Any:
+        return direct_grouping.combine(y, score * keep, slot, assignment, self.buffers)
+
+    def planned(self) -> dict[str, Tensor]:
+        return {}
+
+    @staticmethod
+    def layer(
+        case: Case, x: Tensor, learned: Tensors, chosen: routing.Routing | None, keep: Tensor, capacity: object,  # noqa: ARG004
+        group: Group, buffers: direct.Buffers,  # noqa: ARG004
+    ) -> direct.Stages:  # fmt: skip
+        """The whole layer; what a capacity would drop has its score masked."""
+        masked = chosen and with_scores(chosen, chosen.score_TK * keep)
+        how, weights = options_of(case) | together(torch_impl, learned), weights_in(learned)
+        return direct.moe_layer(x, learned["router"], *weights, **how, routing=masked, buffers=buffers)
+
+
+Stages = type[Dynamic] | type[Static] | type[Direct]
 
 
 def options_of(case: Case) -> dict[str, Any]:
@@ -354,7 +429,7 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
     ) -> dict[str, Tensor]:
         """What the stage returns, and the gradient of each input from the cotangent of what the next stage takes.
 
-        `returns` is the name of that, where it is not what the next stage takes.
+        `returns` is its name, where it is not what the next stage takes in all layouts.
         """
         at(stage)
         leaves = {name: a.requires_grad_() for name, a in inputs.items()}
@@ -366,7 +441,7 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
         kept = copies_of(case, torch.autograd.grad(result, wanted, cotangent, retain_graph=True))
         again = differing(case, torch.autograd.grad(result, wanted, cotangent), kept)
         found = copies | {f"d{name}": g for name, g in zip(leaves, kept, strict=True)}
-        if not returns:
+        if returns != "shared":  # of which the stage's own are enough
             found |= {"again": again, "changed": differing(case, given, before)}
         keep_values(stage, found)
         return found
@@ -400,23 +475,49 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
     counts = routing.count_per_expert(ids, case.experts)
 
     splits = (sent_PE[rank].reshape(case.ranks, -1).sum(axis=1).tolist(), received_Pe.sum(axis=1).tolist())
-    stages = stages_of(case, group, *splits)
+    stages: Any = stages_of(case, group, device, *splits)
     counts_Pe = put(received_Pe)
 
     def grouped(x: Tensor) -> Any:
         return stages.group_by_expert(x, ids, score, counts)
 
-    alone("group_by_expert", grouped, {"x": put_tokens(problem.given)}, rows(problem.dx_rows, "grouped"))
+    is_direct = stages_of.layout == "direct"
+    if is_direct:
+        before = copies_of(case, [ids])
+        keep_values("group_by_expert", named("group_by_expert", grouped(put_tokens(problem.given))))
+        keep_values("group_by_expert", {"changed": differing(case, [ids], before)})
+    else:
+        alone("group_by_expert", grouped, {"x": put_tokens(problem.given)}, rows(problem.dx_rows, "grouped"))
     keep_values("group_by_expert", stages.planned())
 
     at("exchange_counts")
-    keep_values("exchange_counts", named("exchange_counts", stages.exchange_counts(put(sent_PE[rank]))))
+    told = stages.exchange_counts(put(sent_PE[rank]))
+    keep_values("exchange_counts", {"counts_of_all": told} if is_direct else named("exchange_counts", told))
 
-    alone("send_tokens", stages.send_tokens, {"x": rows(x_rows, "grouped")}, rows(problem.dx_rows, "received"))
-    alone(
-        "to_expert_major", lambda x: stages.to_expert_major(x, counts_Pe), {"x": rows(x_rows, "received")},
-        rows(problem.dx_rows, "expert_major"),
-    )  # fmt: skip
+    of_oracle = indices(case, table, rank)
+    if is_direct:
+        by_row = straight(case, table)
+        of_oracle["place"] = by_row["place"][table["grouped"][rank]]
+        of_oracle["origin"] = by_row["origin"][table["expert_major"][rank]]
+    of_oracle["slot"] = of_oracle["slot"][: ids.shape[0]]
+    of_oracle["assignment"] = of_oracle["assignment"].clip(max=ids.numel())
+    index = {name: put(a) for name, a in of_oracle.items()}
+
+    if is_direct:
+        places = (index["place"], index["origin"])
+        at("to_expert_major")
+        found = stages.to_expert_major(index["slot"], put(sent_PE))
+        keep_values("to_expert_major", named("to_expert_major", found))
+        alone(
+            "send_tokens", sent := lambda x: stages.send_tokens(x, index["slot"], *places),
+            {"tokens": put_tokens(problem.given)}, rows(problem.dx_rows, "expert_major"), returns="rows",
+        )  # fmt: skip
+    else:
+        alone("send_tokens", stages.send_tokens, {"x": rows(x_rows, "grouped")}, rows(problem.dx_rows, "received"))
+        alone(
+            "to_expert_major", lambda x: stages.to_expert_major(x, counts_Pe), {"x": rows(x_rows, "received")},
+            rows(problem.dx_rows, "expert_major"),
+        )  # fmt: skip
 
     of_experts = of_stage(lambda one: one.per_rank)
     found = alone(
@@ -438,15 +539,17 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
         keep_values("apply_experts", summed(found, of_shared))
     del learned, found
 
-    of_oracle = indices(case, table, rank)
-    of_oracle["slot"] = of_oracle["slot"][: ids.shape[0]]
-    of_oracle["assignment"] = of_oracle["assignment"].clip(max=ids.numel())
-    index = {name: put(a) for name, a in of_oracle.items()}
-    alone(
-        "to_rank_major", lambda y: stages.to_rank_major(y, index["source"], index["target"]),
-        {"y": rows(problem.y, "expert_major")}, rows(problem.dy, "received"),
-    )  # fmt: skip
-    alone("return_tokens", stages.return_tokens, {"y": rows(problem.y, "received")}, rows(problem.dy, "grouped"))
+    if is_direct:
+        alone(
+            "return_tokens", lambda y: stages.return_tokens(y, *places),
+            {"rows": rows(problem.y, "expert_major")}, rows(problem.dy, "grouped"), returns="y",
+        )  # fmt: skip
+    else:
+        alone(
+            "to_rank_major", lambda y: stages.to_rank_major(y, index["source"], index["target"]),
+            {"y": rows(problem.y, "expert_major")}, rows(problem.dy, "received"),
+        )  # fmt: skip
+        alone("return_tokens", stages.return_tokens, {"y": rows(problem.y, "received")}, rows(problem.dy, "grouped"))
 
     def combine(y: Tensor, score: Tensor) -> Any:
         return stages.combine(y, score, keep, index["slot"], index["assignment"])
@@ -458,8 +561,12 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
         probe = rows(np.where(problem.keep[..., None], problem.order_probe()[0], 0), "grouped")
         keep_values("combine", {"order": combine(probe, keep.to(score.dtype))})
         x = put_tokens(problem.x).requires_grad_()
-        (dx,) = torch.autograd.grad(named("group_by_expert", grouped(x))["x"], x, probe)
-        keep_values("group_by_expert", {"dx_order": dx})
+        if is_direct:
+            probe = rows(np.where(problem.keep[..., None], problem.order_probe()[0], 0), "expert_major")
+            keep_values("send_tokens", {"dtokens_order": torch.autograd.grad(sent(x), x, probe)[0]})
+        else:
+            (dx,) = torch.autograd.grad(named("group_by_expert", grouped(x))["x"], x, probe)
+            keep_values("group_by_expert", {"dx_order": dx})
     return out
 
 
@@ -468,7 +575,7 @@ class Step:
 
     def __init__(
         self, problem: Problem, stages_of: Stages, rank: int, device: torch.device, group: Group, waits: "HostWaits",
-        learned: dict[str, Tensor],
+        learned: dict[str, Tensor], buffers: Any,
     ) -> None:  # fmt: skip
         case = problem.case
 
@@ -476,7 +583,7 @@ class Step:
             return to_torch(a).to(device)
 
         self.problem, self.stages_of, self.group, self.waits = problem, stages_of, group, waits
-        self.capacity = plan(case)
+        self.capacity, self.buffers = plan(case), buffers
 
         def put_tokens(a: np.ndarray) -> Tensor:
             return put(tokens_of(case, rank, a))
@@ -514,11 +621,13 @@ class Step:
             chosen = with_scores(chosen, scores)
         if self.score is not None:  # drops depend on the last bit of scores: take the oracle's
             chosen = with_scores(chosen, scores + (self.score - scores).detach())
-        return self.stages_of.layer(case, x, values, chosen, self.keep, self.capacity, self.group), scores
+        how = (self.capacity, self.group, self.buffers)
+        return self.stages_of.layer(case, x, values, chosen, self.keep, *how), scores
 
     def _chosen(self, x: Tensor, *learned: Tensor) -> tuple[Any, Tensor]:
         values = dict(zip(self.learned, learned, strict=True))
-        stages = self.stages_of.layer(self.problem.case, x, values, None, self.keep, self.capacity, self.group)
+        how = (self.capacity, self.group, self.buffers)
+        stages = self.stages_of.layer(self.problem.case, x, values, None, self.keep, *how)
         return stages, stages.routing.score_TK
 
     def backward(self) -> Arrays:
@@ -526,7 +635,7 @@ class Step:
         leaves = (self.x, self.scores if self.probe is None else self.probe, *self.leaves.values())
         with self.waits.counted():
             dx, dscore, *found = torch.autograd.grad((self.stages.out_TD, self.scores), leaves, (self.dout, self.aux))
-        values = named_stages(self.stages) | {
+        values = seen(self.stages) | {
             "route/score": self.scores,
             "combine/dscore": dscore,
             **gradients(self.problem.case, dict(zip(self.leaves, found, strict=True)), self.group),
@@ -537,6 +646,17 @@ class Step:
             },
         }
         return {f"e2e/{name}": to_numpy(value) for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def seen(stages: Any) -> dict[str, Any]:
+    """Every array of the layer by name; of those in buffers a copy, without what stands past their rows."""
+    found = named_stages(stages)
+    if isinstance(stages, direct.Stages):
+        there_R1 = (stages.expert_major.origin_R >= 0)[:, None]
+        for name in ("send_tokens/rows", "apply_experts/y"):
+            found[name] = torch.where(there_R1, found[name].detach(), 0)
+        found["return_tokens/y"] = found["return_tokens/y"].detach().clone()
+    return found
 
 
 def copies_of(case: Case, tensors: Sequence[Tensor]) -> list[Tensor]:

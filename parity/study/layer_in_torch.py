@@ -1,6 +1,8 @@
 """A whole layer in PyTorch, timed: a process per rank, the first prints its figure."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,7 +15,7 @@ from parity.bench.plan import Plan as Timing
 from parity.bench.plan import emit
 from parity.run.supervisor import end_with_parent
 from parity.study.layers import Plan, routing_of
-from torch_impl import Router, moe_layer, static
+from torch_impl import Router, direct, moe_layer, static
 from torch_impl.routing import Routing, count_per_expert
 
 
@@ -39,15 +41,16 @@ def one_rank(rank: int, plan: Plan, address: str) -> None:
     ids, score = (torch.from_numpy(a[0, rank]).to(device) for a in (step.expert_id, step.score))
     chosen = Routing(score.requires_grad_(), ids, count_per_expert(ids, case.experts))
     leaves = (x.requires_grad_(), chosen.score_TK, *weights)
-    capacity = static.plan_capacity(plan.factor, case.tokens, case.top_k, case.experts, case.ranks)
+    layer: Callable[..., Any] = moe_layer
+    if plan.layout == "static":
+        capacity = static.plan_capacity(plan.factor, case.tokens, case.top_k, case.experts, case.ranks)
+        layer = partial(static.moe_layer, capacity=capacity)
+    if plan.layout == "direct":
+        sizes = (case.tokens, case.top_k, case.experts, case.width)
+        layer = partial(direct.moe_layer, buffers=direct.make_buffers(*sizes, dtype, device))
 
     def run(_: int) -> Any:
-        if plan.layout == "dynamic":
-            out = moe_layer(x, router, *weights, router=Router(case.top_k), routing=chosen).out_TD
-        else:
-            out = static.moe_layer(
-                x, router, *weights, router=Router(case.top_k), routing=chosen, capacity=capacity
-            ).out_TD
+        out = layer(x, router, *weights, router=Router(case.top_k), routing=chosen).out_TD
         return torch.autograd.grad(out, leaves, dout)
 
     figure = timed(Timing(seconds=plan.seconds), device, run, RUNS_TOGETHER if case.ranks > 1 else None)

@@ -1,0 +1,184 @@
+"""Stages 3, 4 and 8: counts, tokens out, tokens back, each written straight into memory of the rank it is for.
+
+There is one barrier after each write, and none before it, because a buffer's last read lies before a barrier that every
+rank passes before it writes there again:
+
+    counts    read before tokens are sent, written in the next step
+    placed    read before rows return, in backward before dx is written; written in the next step, after its counts
+    returned  read before the next step's tokens are sent, in backward before dy is written; written after those
+    dy        read before dx is written, written in the next backward
+    dx        read before the next step's counts, or the next backward's dy, are written; written after those
+
+So all ranks must do the same steps, forward and backward, in the same order.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Integer
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from torch_impl import kernels
+from torch_impl.checks import check_experts_per_rank
+from torch_impl.direct.checks import check_first_gradient, check_not_reused, check_same_offset, check_same_sizes
+from torch_impl.direct.rows import Buffer, put_rows, sum_rows
+from torch_impl.exchange import n_ranks
+
+
+class Buffers(NamedTuple):
+    """What ranks write into, made once. Two steps in flight, two layers or two groups need a set each.
+
+    Layers can share a set if each runs forward and backward in one go: recomputed ones, or any without gradients.
+    """
+
+    counts_PE: Buffer
+    placed_RD: Buffer
+    returned_ND: Buffer
+    dy_RD: Buffer  # the gradient of what returns
+    dx_ND: Buffer  # the gradient of what is sent
+    rank: int
+    forwards: Tensor  # on the host: how many forward passes have used this set
+
+
+def make_buffers(
+    tokens: int,
+    top_k: int,
+    experts: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+) -> Buffers:
+    """Buffers for steps of up to `tokens` tokens on any rank, which all ranks of the group make together.
+
+    With e = E // P, a rank's share is 2*P*T*min(K, e) + 2*T*K rows of D elements: the most that can arrive, and return.
+    Nothing is allocated later, so a CUDA graph can hold a step.
+
+    Raises ValueError when experts do not divide over ranks, or ranks ask for different sizes.
+    """
+    P = n_ranks(group)
+    check_experts_per_rank(experts, P)
+    check_same_sizes({"tokens": tokens, "top_k": top_k, "experts": experts, "width": width}, P, group)
+    n_slots, n_rows = tokens * top_k, P * tokens * min(top_k, experts // P)
+
+    def make(rows: int, columns: int, dtype: torch.dtype) -> Buffer:
+        if device.type == "cuda" and kernels.HAS_TRITON:
+            return _on_gpus(rows, columns, dtype, device, group)
+        return Buffer(torch.empty(rows, columns, dtype=dtype, device=device), None, None, group)
+
+    return Buffers(
+        make(P, experts, torch.int64), make(n_rows, width, dtype), make(n_slots, width, dtype),
+        make(n_rows, width, dtype), make(n_slots, width, dtype),
+        dist.get_rank(group) if P > 1 else 0, torch.zeros((), dtype=torch.int64, device="cpu"),
+    )  # fmt: skip
+
+
+def _on_gpus(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None
+) -> Buffer:
+    """Memory of this GPU that every rank of the group can write to. Multicast is not used."""
+    if n_ranks(group) == 1:
+        own_OD = torch.empty(rows, columns, dtype=dtype, device=device)
+        return Buffer(own_OD, torch.tensor([own_OD.data_ptr()], device=device), None, group)
+    from torch.distributed import _symmetric_memory as symmetric  # a second to import
+
+    own_OD = symmetric.empty(max(rows, 1), columns, dtype=dtype, device=device)
+    handle = symmetric.rendezvous(own_OD, group or dist.group.WORLD)  # type: ignore[arg-type]
+    # A block of PyTorch's may hold several buffers, and its addresses are those of blocks.
+    offset = own_OD.data_ptr() - handle.buffer_ptrs[handle.rank]
+    check_same_offset(offset, handle.world_size, group)
+    return Buffer(own_OD[:rows], torch.tensor(handle.buffer_ptrs, device=device) + offset, handle, group)
+
+
+def exchange_counts(counts_E: Integer[Tensor, " E"], buffers: Buffers) -> Integer[Tensor, "P E"]:
+    """Tell every rank how many rows each expert gets from this rank.
+
+        counts_PE[p, g] = rows that rank p sends to expert g, wherever that lives
+
+    Nothing is copied to the host. The counts of all ranks say where every row goes.
+    """
+    own_PE = buffers.counts_PE.own_OD
+    P = own_PE.shape[0]
+    row_of_rank_P = torch.arange(buffers.rank, P * P, P, device=counts_E.device)
+    put_rows(counts_E.to(own_PE.dtype)[None], row_of_rank_P[None], buffers.counts_PE)
+    return own_PE.clone()
+
+
+def send_tokens(
+    x_TD: Float[Tensor, "T D"],
+    slot_TK: Integer[Tensor, "T K"],
+    place_N: Integer[Tensor, " N"],
+    origin_R: Integer[Tensor, " R"],
+    buffers: Buffers,
+) -> Float[Tensor, "R D"]:
+    """Write each token to its K places, expert-major: (local expert, source rank, assignment).
+
+    Rows past the last that arrives hold anything. Backward, rows return to their slots, and a token sums its K rows.
+    """
+    return _SendTokens.apply(x_TD, slot_TK, place_N, origin_R, buffers)  # type: ignore[no-any-return]
+
+
+class _SendTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, slot_TK, place_N, origin_R, buffers):
+        ctx.save_for_backward(slot_TK, origin_R)
+        ctx.buffers = buffers
+        place_TK = torch.nn.functional.pad(place_N, (0, 1), value=-1)[slot_TK]
+        put_rows(x_TD, place_TK, buffers.placed_RD)
+        return buffers.placed_RD.own_OD.data  # not as a view, which autograd would guard against the next step's write
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_RD):  # type: ignore[override]
+        slot_TK, origin_R = ctx.saved_tensors
+        put_rows(dx_RD, origin_R[:, None], ctx.buffers.dx_ND)
+        return sum_rows(ctx.buffers.dx_ND.own_OD[: slot_TK.numel()], slot_TK), None, None, None, None
+
+
+def return_tokens(
+    y_RD: Float[Tensor, "R D"], place_N: Integer[Tensor, " N"], origin_R: Integer[Tensor, " R"], buffers: Buffers
+) -> Float[Tensor, "N D"]:
+    """Write every row back to the slot that it came from: the inverse of `send_tokens`."""
+    return _ReturnTokens.apply(y_RD, place_N, origin_R, buffers)  # type: ignore[no-any-return]
+
+
+class _ReturnTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_RD, place_N, origin_R, buffers):
+        ctx.save_for_backward(place_N)
+        ctx.buffers = buffers
+        buffers.forwards.add_(1)
+        put_rows(y_RD, origin_R[:, None], buffers.returned_ND)
+        return buffers.returned_ND.own_OD[: place_N.shape[0]].data
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dreturned_ND):  # type: ignore[override]
+        (place_N,) = ctx.saved_tensors
+        put_rows(dreturned_ND, place_N[:, None], ctx.buffers.dy_RD)
+        return ctx.buffers.dy_RD.own_OD.data, None, None, None
+
+
+def until_backward(out_TD: Float[Tensor, "T D"], buffers: Buffers) -> Float[Tensor, "T D"]:
+    """The same. Its backward raises RuntimeError if it cannot give the gradient.
+
+    That is where another forward pass has used the buffers since, or the gradient is to be differentiated again.
+    """
+    return _UntilBackward.apply(out_TD, buffers)  # type: ignore[no-any-return]
+
+
+class _UntilBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out_TD, buffers):
+        ctx.save_for_backward(buffers.forwards.clone())  # saved, not kept: a recomputation saves its own
+        ctx.buffers = buffers
+        return out_TD.view_as(out_TD)
+
+    @staticmethod
+    def backward(ctx, dout_TD):  # type: ignore[override]
+        (forwards,) = ctx.saved_tensors
+        check_first_gradient()
+        check_not_reused(forwards, ctx.buffers.forwards)
+        return dout_TD, None

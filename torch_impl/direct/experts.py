@@ -1,0 +1,35 @@
+"""Stage 6: every local expert's gated layer on its own rows; and the shared expert, on all tokens."""
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from torch_impl.experts import Biases, Experts, Shared, shared_expert
+from torch_impl.experts import apply_experts as apply_to_groups
+from torch_impl.matmul import fits_grouped_mm
+from torch_impl.static.experts import apply_experts as apply_to_all_rows
+
+__all__ = ["Biases", "Experts", "Shared", "apply_experts", "shared_expert"]
+
+
+def apply_experts(
+    x_RD: Float[Tensor, "R D"],
+    counts_e: Integer[Tensor, " e"],
+    w_gate_eDF: Float[Tensor, "e D F"] | None,
+    w_up_eDF: Float[Tensor, "e D F"],
+    w_down_eFD: Float[Tensor, "e F D"],
+    experts: Experts = Experts(),
+    biases: Biases = Biases(),
+) -> Float[Tensor, "R D"]:
+    """y = (activation(x @ w_gate + b_gate) * (x @ w_up + b_up)) @ w_down + b_down, each row by its own expert.
+
+    Without w_gate, activation(x @ w_up + b_up) @ w_down + b_down. The first counts_e[0] rows are expert 0's, and so
+    on. What the rows past the counts hold reaches no other row and no gradient, and they come out unspecified: they go
+    nowhere. In bfloat16 without biases nobody looks at them, because `grouped_mm` does not, and all else is by element.
+    Otherwise they are made zero first, which takes a copy of the whole buffer.
+    """
+    weights = [w for w in (w_gate_eDF, w_up_eDF, w_down_eFD) if w is not None]
+    grouped = x_RD.dtype == torch.bfloat16 and all(fits_grouped_mm(x_RD, w) for w in weights)
+    unread = grouped and all(bias is None for bias in biases)
+    apply = apply_to_groups if unread else apply_to_all_rows
+    return apply(x_RD, counts_e, w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases)
