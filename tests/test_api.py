@@ -113,7 +113,7 @@ def test_only(case, free, has, refused):
 @pytest.mark.parametrize(("free", "has"), [(["sale"], {}), ([], {"sale": 2.5}), (["capacity_per"], {})])
 def test_only_knows_its_words(free, has):
     (name,) = [*free, *has]
-    with pytest.raises(ValueError, match=f"{name}: no option is called so: there are top_k, score_function, renorm"):
+    with pytest.raises(ValueError, match=f"{name}: no such option; there are top_k, score_function, renorm"):
         parity.only(Case(), *free, **has)
 
 
