@@ -151,7 +151,7 @@ def without_its_bias(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, se
 def test_one_that_has_none():
     report = parity.check(is_biased, BIASED, PLAIN)
     assert report, str(report)
-    said = "1 of 2 cases not supported: there is no `selection_bias`, and it has no default for that (1)"
+    said = "1 of 2 cases not supported: the case has no `selection_bias`, and that argument has no default (1)"
     assert said in str(report)
 
 

@@ -240,7 +240,7 @@ def check_splits(sent: int, n_rows: int) -> None:
     check_sizes(
         sent == n_rows,
         lambda: (
-            f"{n_rows} rows to send, but the counts per expert add up to {sent}: "
+            f"there are {n_rows} rows to send, but the counts per expert add up to {sent}: "
             "an expert id is out of range, or the counts belong to another routing"
         ),
     )
