@@ -73,14 +73,14 @@ def check_options(router: "jax_impl.routing.Router", n_experts: int) -> None:
         raise ValueError(f"score_on is 'input' with top_k {router.top_k}: a token has one input, so it takes top_k 1")
     if router.groups < 1 or n_experts % router.groups or not 1 <= router.top_groups <= router.groups:
         raise ValueError(
-            f"{router.top_groups} of {router.groups} groups of {n_experts} experts: groups must divide the experts, "
-            "and top_groups be between 1 and groups"
+            f"groups is {router.groups} and top_groups {router.top_groups} with {n_experts} experts: groups must "
+            "divide the number of experts, and top_groups must be between 1 and groups"
         )
     size = n_experts // router.groups
     if router.groups > 1 and (router.top_k > router.top_groups * size or (router.group_score == "top2" and size < 2)):
         raise ValueError(
-            f"top_k is {router.top_k} with {router.top_groups} groups of {size} experts to choose in: use more or "
-            "larger groups, of two experts at least where their best two are added up"
+            f"top_k is {router.top_k} with {router.top_groups} groups of {size} experts to choose from: use more "
+            "or larger groups; group_score 'top2' needs at least two experts in each"
         )
 
 
@@ -138,7 +138,7 @@ def check_expert_ids(expert_id_TK: Array, n_experts: int, counts_E: Array | None
         return
     if not np.array_equal(np.bincount(ids_TK.reshape(-1), minlength=n_experts), counts_E):
         raise ValueError(
-            f"counts per expert are {counts_E.tolist()}, which is not how often the ids name each: "
+            f"counts per expert are {counts_E.tolist()}, which is not how often the expert ids name each expert: "
             "pass the counts of the same routing (count_per_expert)"
         )
 
@@ -162,15 +162,13 @@ def check_experts(
     weights = {"w_gate": (w_gate_eDF, (e, D, F)), "w_up": (w_up_eDF, (e, D, F)), "w_down": (w_down_eFD, (e, F, D))}
     weights |= {"b_gate": (biases.gate_eF, (e, F)), "b_up": (biases.up_eF, (e, F)), "b_down": (biases.down_eD, (e, D))}
     if w_gate_eDF is None and biases.gate_eF is not None:
-        raise ValueError("there is a bias of the gate, and no w_gate: pass both, or neither")
+        raise ValueError("b_gate is given without w_gate: pass both, or neither")
     if shared is not None:
         H = shared.w_up_DH.shape[-1]
         weights |= {"shared w_gate": (shared.w_gate_DH, (D, H)), "shared w_up": (shared.w_up_DH, (D, H))}
         weights |= {"shared w_down": (shared.w_down_HD, (H, D)), "shared score": (shared.score_D, (D,))}
         if (shared.w_gate_DH is None) != (w_gate_eDF is None):
-            raise ValueError(
-                "experts have a gate and the shared expert has none, or the other way round: they compute alike"
-            )
+            raise ValueError("only one of w_gate and shared w_gate is given: pass both, or neither")
     for name, (a, shape) in weights.items():
         if a is None:
             continue
@@ -191,7 +189,7 @@ def check_expert_options(experts: "jax_impl.experts.Experts", gated: bool) -> No
     if experts.clamp is not None and not experts.clamp > 0:
         raise ValueError(f"clamp is {experts.clamp}: it must be positive, or None")
     if not gated and (experts.clamp is not None or experts.up_offset):
-        raise ValueError("clamp and up_offset are of experts with a gate: pass w_gate, or leave them out")
+        raise ValueError("clamp and up_offset need experts with a gate: pass w_gate, or leave them out")
 
 
 def check_experts_per_rank(n_experts: int, n_ranks: int) -> None:
@@ -223,7 +221,7 @@ def check_capacity_factor(factor: object, per: str, n_experts: int, n_ranks: int
 def check_capacity(n_bins: int, rows: int, priority: str, n_experts: int) -> None:
     """Raises ValueError unless bins hold at least one row, divide the experts, and the priority is known."""
     if rows < 1:
-        raise ValueError(f"a capacity of {rows} rows per bin: it must be at least 1")
+        raise ValueError(f"the capacity is {rows} rows per bin: it must be at least 1")
     if n_bins < 1 or n_experts % n_bins:
         raise ValueError(f"{n_bins} bins for {n_experts} experts: use one bin per rank, or one per expert")
     check_priority(priority)

@@ -432,6 +432,6 @@ def _call(kernel: Callable, grid: tuple[int, ...], results: Any, *operands: Arra
 def _refuse_gradient(primals: Any, tangents: Any) -> Any:
     """Kernels are differentiated as a whole, once, by the custom VJPs that call them."""
     raise NotImplementedError(
-        "a gradient of a gradient does not go through kernels: for it, take the plain versions, with "
+        "kernels have no second derivative: for the gradient of a gradient use the plain versions, by setting "
         "jax_impl.kernels.use_kernels = lambda x: False before anything is traced"
     )

@@ -41,7 +41,7 @@ def only(case: Any, *free: str, **has: Any) -> None:
     options = case.router._asdict() | case.expert._asdict()
     defaults = case.router._field_defaults | case.expert._field_defaults
     if unknown := {*free, *has} - options.keys():
-        raise ValueError(f"{', '.join(sorted(unknown))}: no option is called so: there are {', '.join(options)}")
+        raise ValueError(f"{', '.join(sorted(unknown))}: no such option; there are {', '.join(options)}")
     for name, value in options.items():
         wanted = has.get(name, defaults.get(name, value))
         if name not in {*free, *case.idle} and value not in (wanted if isinstance(wanted, tuple) else (wanted,)):

@@ -44,7 +44,7 @@ def check(*what: Callable[..., Any] | Case | str, timeout: float, record: tuple[
     if not layers and not backends:
         raise ValueError("which layer? Give a function marked with @parity.backend, or a backend's name")
     if not cases:
-        raise ValueError("on which case? Name presets, as 'zipf', or give a Case")
+        raise ValueError("on which case? Name a preset, such as 'zipf', or give a Case")
     cases = [changed(case, changes) for case in cases]
     with temporary_folder() as folder:
         written = [own.written(layer, folder / f"{i}.pickle") for i, layer in enumerate(layers)]

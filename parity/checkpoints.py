@@ -227,8 +227,8 @@ def _read(folder: Path, layer: int | None) -> Checkpoint:
             f"layer {n} has {there}: add a row to FAMILIES in {__name__}"
         )
     if n not in have_experts:
-        others = f"ask for one of {', '.join(map(str, have_experts))}" if have_experts else "nor has any other layer"
-        raise ValueError(f"layer {n} has no experts by the names of {name}, but {there}: {others}")
+        others = f"ask for layer {' or '.join(map(str, have_experts))}" if have_experts else "no other layer has any"
+        raise ValueError(f"layer {n} has {there}, and no experts by the tensor names of {name}: {others}")
     quantised = config.get("quantization_config") or outer.get("quantization_config") or {}
     try:
         fields = _fields(config, family)
@@ -270,7 +270,7 @@ def _fields(config: Config, family: Family) -> dict[str, Any]:
     for field, key in family.keys.items():
         value = key(config) if callable(key) else _said(config, key)
         if value is None and field not in fields:
-            raise ValueError(f"config.json lacks {key}, which says {field}: complete it")
+            raise ValueError(f"config.json lacks {key}, which says {field}: add it")
         fields[field] = fields[field] if value is None else value
     if fields["activation"] not in ACTIVATIONS:
         raise ValueError(f"config.json has the activation {fields['activation']!r}: known are {', '.join(ACTIVATIONS)}")
@@ -299,22 +299,20 @@ def _held(layer: dict[str, str], family: Family, fields: dict[str, Any]) -> dict
         if quantised := [short for short in unknown if QUANTISED.search(short)]:
             raise ValueError(_quantised(_listed(quantised)))
         raise ValueError(
-            f"nothing is known here of {_listed(unknown)}, and with it the layer may be another one: known are "
+            f"{_listed(unknown)} is not known here, so the layer may be another one: known are "
             f"{', '.join(names)}, and the nearest is {get_close_matches(_star(unknown[0]), names, 1, 0)[0]}"
         )
     for array in {array: 0 for arrays, _ in names.values() for array in arrays.split()}:
         of = [name for name, (arrays, _) in names.items() if array in arrays.split()]
         if len(there := [name for name in of if name in held]) != 1:
             what = f"{' and '.join(there)} both hold {array}" if there else f"no {' or '.join(of)}, which holds {array}"
-            raise ValueError(f"{what}: it has {_listed(layer.values())}; one is needed")
+            raise ValueError(f"{what}: exactly one is needed, and the layer has {_listed(layer.values())}")
     for name, of in held.items():
         every = range(fields["experts"]) if "*" in name else range(1)
         if of.keys() != set(every):
             without, beyond = sorted(set(every) - of.keys()), sorted(of.keys() - set(every))
-            wrong = f"there is no {name} for {without}" if without else f"{name} is there for {beyond} too"
-            raise ValueError(
-                f"{wrong}, and config.json has {fields['experts']} experts: one of the two has to be mended"
-            )
+            wrong = f"there is no {name} for {without}" if without else f"there is {name} for {beyond} too"
+            raise ValueError(f"{wrong}, but config.json has {fields['experts']} experts: correct one of the two")
     return held
 
 
@@ -337,7 +335,9 @@ def _arrays(
                     if array not in arrays:
                         arrays[array] = np.empty([sizes[axis] for axis in CANONICAL[array].split()], a.dtype)
                     if arrays[array].dtype != a.dtype:
-                        raise ValueError(f"{tensor} is {a.dtype}, others are {arrays[array].dtype}: convert them alike")
+                        raise ValueError(
+                            f"{tensor} is {a.dtype}, others are {arrays[array].dtype}: convert them to one dtype"
+                        )
                     arrays[array][expert if "*" in name else ...] = _part(a, axes, i, CANONICAL[array])
     return arrays
 
@@ -350,8 +350,8 @@ def _tensor(file: Any, tensor: str, axes: str, sizes: dict[str, int]) -> Array:
     shape = [math.prod(sizes[axis] for axis in group.strip("()").split()) for group in re.findall(r"\(.*?\)|\w", axes)]
     if stored.get_shape() != shape:
         raise ValueError(
-            f"{tensor} has shape {stored.get_shape()}, expected [{axes}] = {shape} by config.json: one of them is of "
-            "another model"
+            f"{tensor} has shape {stored.get_shape()}, expected [{axes}] = {shape} by config.json: they are "
+            "of different models"
         )
     return file.get_tensor(tensor).reshape([sizes[axis] for axis in re.findall(r"\w", axes)])
 
@@ -375,5 +375,5 @@ def _listed(shorts: Iterable[str]) -> str:
 def _quantised(what: str) -> str:
     return (
         f"{what} is quantised, and only {', '.join(STORED)} are read here: convert it to bfloat16 (load it with "
-        "transformers, dequantised, in torch.bfloat16, and save_pretrained), or download one that is"
+        "transformers, dequantised, in torch.bfloat16, and save_pretrained), or download one that is not quantised"
     )

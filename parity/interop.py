@@ -234,8 +234,8 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, *_: Tensor):  # type: ignore[override]
         raise ValueError(
-            "the gradient of a jax_in_torch function was differentiated, and PyTorch sees no further than the first "
-            "derivative: take it inside the JAX function (jax.grad), or pass create_graph=False"
+            "the gradient of a jax_in_torch function was differentiated, but PyTorch sees only its first derivative: "
+            "take the second inside the JAX function (jax.grad), or pass create_graph=False"
         )
 
 
@@ -252,7 +252,7 @@ def _check_argument(leaf: Any, name: str, first: Any) -> None:
             f"argument {name} is {type(leaf).__name__}, not a tensor: bind it to the function with functools.partial"
         )
     if leaf.device != first.device:
-        raise ValueError(f"argument {name} is on {leaf.device} and another on {first.device}: move one to the other's")
+        raise ValueError(f"argument {name} is on {leaf.device} and the first on {first.device}: move one of them")
     _check_tensor(leaf.detach(), f"argument {name}")
 
 
@@ -262,30 +262,31 @@ def _check_tensor(tensor: Tensor, name: str = "tensor") -> None:
     wrapper = getattr(type(tensor), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
     if wrapper or tensor.layout != torch.strided:
         raise ValueError(
-            f"{name} is a {type(tensor).__name__} of layout {tensor.layout}, not one block of memory: pass what it is "
-            "made of (DTensor.to_local(), values and indices), or to_dense()"
+            f"{name} is a {type(tensor).__name__} of layout {tensor.layout}, not one block of memory: pass its "
+            "parts (DTensor.to_local(); values and indices), or tensor.to_dense()"
         )
     if tensor.requires_grad:
         raise ValueError(
-            f"{name} requires grad, and JAX's work on it would be no part of PyTorch's graph: tensor.detach(), or "
-            "jax_in_torch for gradients through a JAX function"
+            f"{name} requires grad, but what JAX does with it would not be in PyTorch's graph: pass tensor.detach(), "
+            "or use jax_in_torch for gradients through a JAX function"
         )
     _check_device(tensor, name)
     _check_dtype(tensor, name)
     if tensor.is_conj() or tensor.is_neg():
         raise ValueError(
-            f"{name} is a lazily conjugated or negated view, and its memory holds the other sign: "
-            "tensor.resolve_conj() or tensor.resolve_neg()"
+            f"{name} is a lazily conjugated or negated view, whose memory holds the other sign: "
+            "pass tensor.resolve_conj() or tensor.resolve_neg()"
         )
     if not tensor.is_contiguous():
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, and JAX takes rows in order, "
-            "without gaps: tensor.contiguous()"
+            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, but JAX takes rows in order, "
+            "without gaps: pass tensor.contiguous()"
         )
     if tensor.data_ptr() % ALIGNMENT[tensor.device.type]:
         raise ValueError(
             f"{name} starts {tensor.data_ptr() % ALIGNMENT[tensor.device.type]} bytes past a multiple of the "
-            f"{ALIGNMENT[tensor.device.type]} that JAX needs on {tensor.device.type}, as a slice does: tensor.clone()"
+            f"{ALIGNMENT[tensor.device.type]} that JAX needs on {tensor.device.type}, as a slice can: "
+            "pass tensor.clone()"
         )
 
 
@@ -296,11 +297,13 @@ def _check_device(tensor: Tensor, name: str) -> None:
         devices = []
     if tensor.device.index not in (None, *(device.local_hardware_id for device in devices)) or not devices:
         raise ValueError(
-            f"{name} is on {tensor.device}, where JAX has no device, only {jax.local_devices()}: install JAX for it "
-            "(jax[cuda13], and JAX_PLATFORMS must not leave it out), or move the tensor to one that both have"
+            f"{name} is on {tensor.device}, but JAX has only {jax.local_devices()}: install JAX for that device "
+            "(jax[cuda13]; JAX_PLATFORMS must not exclude it), or move the tensor to a device that both have"
         )
     if tensor.device.type == "cpu" and tensor.is_pinned():
-        raise ValueError(f"{name} is in pinned memory, which JAX takes for a GPU's: tensor.clone() is in plain memory")
+        raise ValueError(
+            f"{name} is in pinned memory, which JAX takes for a GPU's: pass tensor.clone(), in plain memory"
+        )
 
 
 def _check_dtype(tensor: Tensor, name: str) -> None:
@@ -310,8 +313,8 @@ def _check_dtype(tensor: Tensor, name: str) -> None:
     narrow = jax.dtypes.canonicalize_dtype(dtype)
     if narrow != dtype:
         raise ValueError(
-            f"{name} is {dtype}, and with x64 off JAX would narrow it to a copy in {narrow}: convert it yourself, "
-            f"tensor.to(torch.{narrow}), or jax.config.update('jax_enable_x64', True)"
+            f"{name} is {dtype}, which JAX, with x64 off, would convert to a copy in {narrow}: pass "
+            f"tensor.to(torch.{narrow}), or call jax.config.update('jax_enable_x64', True)"
         )
 
 
@@ -324,7 +327,9 @@ def _check_array(array: Array) -> Any:
     if not isinstance(array, Array):
         raise ValueError(f"array is {type(array).__name__}: to_torch takes a jax.Array")
     if array.is_deleted():
-        raise ValueError("array was deleted or donated: keep it, or call to_torch on the result it was donated for")
+        raise ValueError(
+            "array was deleted or donated: keep it, or call to_torch on the result of the function it was donated to"
+        )
     if not array.is_fully_addressable or len(array.devices()) > 1:
         raise ValueError(
             f"array is spread over {len(array.devices())} devices, or not all in this process ({array.sharding}): call "
@@ -334,12 +339,12 @@ def _check_array(array: Array) -> Any:
     kind = array.sharding.memory_kind
     if device.platform not in ("cpu", "gpu") or kind not in (None, device.default_memory().kind):
         raise ValueError(
-            f"array is in {kind} memory of {device}, and a tensor can share a CPU's or a GPU's own memory only: "
-            "jax.device_put(array, jax.devices('cpu')[0]), or to a GPU"
+            f"array is in {kind} memory of {device}, but a tensor can share only a CPU's or a GPU's own memory: "
+            "move it with jax.device_put(array, jax.devices('cpu')[0]), or to a GPU"
         )
     if device.platform == "gpu" and not torch.cuda.is_available():
         raise ValueError(
-            f"array is on {device} and this PyTorch has no GPU: install PyTorch for CUDA, or jax.device_put"
+            f"array is on {device}, but this PyTorch has no GPU: install PyTorch for CUDA, or jax.device_put to a CPU"
         )
     if _name(array.dtype) not in DTYPES:
         raise ValueError(f"array is {array.dtype}, which PyTorch lacks: convert to one of {', '.join(DTYPES)}")
@@ -352,7 +357,7 @@ def _check_same_memory(tensor: Tensor, array: Array) -> None:
     ):
         raise ValueError(
             f"DLPack made a copy: {tensor.dtype} at {tensor.data_ptr():#x} in PyTorch, {array.dtype} at "
-            f"{array.unsafe_buffer_pointer():#x} in JAX. Copy and convert before, where it shows, and report this"
+            f"{array.unsafe_buffer_pointer():#x} in JAX. Copy or convert it yourself first, and please report this"
         )
 
 

@@ -113,7 +113,7 @@ def test_only(case, free, has, refused):
 @pytest.mark.parametrize(("free", "has"), [(["sale"], {}), ([], {"sale": 2.5}), (["capacity_per"], {})])
 def test_only_knows_its_words(free, has):
     (name,) = [*free, *has]
-    with pytest.raises(ValueError, match=f"{name}: no option is called so: there are top_k, score_function, renorm"):
+    with pytest.raises(ValueError, match=f"{name}: no such option; there are top_k, score_function, renorm"):
         parity.only(Case(), *free, **has)
 
 
@@ -151,7 +151,7 @@ def without_its_bias(x_TD, router_DE, w_gate_EDF, w_up_EDF, w_down_EFD, case, se
 def test_one_that_has_none():
     report = parity.check(is_biased, BIASED, PLAIN)
     assert report, str(report)
-    said = "1 of 2 cases not supported: there is no `selection_bias`, and it has no default for that (1)"
+    said = "1 of 2 cases not supported: the case has no `selection_bias`, and that argument has no default (1)"
     assert said in str(report)
 
 

@@ -225,15 +225,15 @@ def test_spans():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"provides": ("e2e/combine/outt",)}, "mine provides e2e/combine/outt is no quantity: there are route/"),
-        ({"provides": ("e2e/group_by_expert/dx",)}, "e2e/group_by_expert/dx is no quantity"),  # a stage alone has it
-        ({"provides": ("combine/out",)}, "combine/out is no quantity"),
+        ({"provides": ("e2e/combine/outt",)}, "backend mine: e2e/combine/outt is not a quantity: there are route/"),
+        ({"provides": ("e2e/group_by_expert/dx",)}, "e2e/group_by_expert/dx is not a quantity"),  # a stage alone has it
+        ({"provides": ("combine/out",)}, "combine/out is not a quantity"),
         ({"provides": ()}, "backend mine provides nothing to compare"),
-        ({"provides": ("e2e/group_by_expert/dropped",)}, "dropped, which layout opaque does not have: it is of static"),
-        ({"layout": "dynamic", "provides": ("e2e/group_by_expert/dropped",)}, "dynamic does not have: it is of static"),
-        ({"layout": "dense"}, "backend mine has layout 'dense': there are dynamic, static, ragged, direct, opaque"),
-        ({"files": {"combined": "x.py"}}, "backend mine says where combined is written: stages are route, "),
-        ({"name": "a/b"}, "a backend cannot be called 'a/b': it names files"),
+        ({"provides": ("e2e/group_by_expert/dropped",)}, "dropped, which layout opaque does not have: only static"),
+        ({"layout": "dynamic", "provides": ("e2e/group_by_expert/dropped",)}, "dynamic does not have: only static"),
+        ({"layout": "dense"}, "layout 'dense': it must be one of dynamic, static, ragged, direct, opaque"),
+        ({"files": {"combined": "x.py"}}, "backend mine: `files` has combined, which is not a stage: there are"),
+        ({"name": "a/b"}, "a backend cannot be called 'a/b': its name is part of file names"),
         ({"name": "oracle"}, "a backend cannot be called 'oracle'"),
     ],
 )  # fmt: skip
@@ -252,12 +252,12 @@ A_DOUBLE = Backend("jax", "none", "opaque", ALWAYS, run="numpy_backend:run")
     ("asked", "message"),
     [
         ("nosuch", "no backend is called nosuch. There are: torch, jax, torch-static, jax-dynamic, torch-direct; or "
-                   "name a file of your own, as mine.py, or package.module:name"),
+                   "name a file of your own, such as mine.py, or package.module:name"),
         ("torch_impl", "no backend is called torch_impl. There are: torch, "),
         ("nosuch:BACKEND", "--backend nosuch:BACKEND: No module named 'nosuch'"),
         ("numpy_backend:NOSUCH", "--backend numpy_backend:NOSUCH: module 'numpy_backend' has no attribute 'NOSUCH'"),
-        ("numpy_backend:run", "numpy_backend:run is a function and no Backend. There are: torch, jax, "),
-        ("test_backend:NOT_A_RECORD", "test_backend:NOT_A_RECORD is a str and no Backend"),
+        ("numpy_backend:run", "numpy_backend:run is a function, not a Backend. There are: torch, jax, "),
+        ("test_backend:NOT_A_RECORD", "test_backend:NOT_A_RECORD is a str, not a Backend"),
         ("test_backend:NO_RUN", "--backend test_backend:NO_RUN has no function to run it: set `run` in its record"),
         ("test_backend:A_DOUBLE", "--backend test_backend:A_DOUBLE is called jax, as one of this project is"),
     ],
@@ -334,10 +334,10 @@ def test_a_trace_by_its_record(parity, theirs):
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ({"layout": "dense"}, "is no trace: backend mine has layout 'dense': there are dynamic, "),
-        ({"case": '{"name": "zipf", "pattern": "zip"}'}, "is no trace: Invalid enum value 'zip'"),
+        ({"layout": "dense"}, "is not a trace: backend mine has layout 'dense': it must be one of dynamic, "),
+        ({"case": '{"name": "zipf", "pattern": "zip"}'}, "is not a trace: Invalid enum value 'zip'"),
         ({"backend": "../mine"}, "a backend cannot be called '../mine'"),
-        ({"backend": '{"name": "mine"}'}, "is no trace: Object missing required field"),
+        ({"backend": '{"name": "mine"}'}, "is not a trace: Object missing required field"),
     ],
 )
 def test_a_trace_that_says_what_cannot_be(theirs, about, message):
@@ -348,10 +348,10 @@ def test_a_trace_that_says_what_cannot_be(theirs, about, message):
 def test_a_trace_with_an_array_that_is_no_quantity(tmp_path):
     about = {"case": "{}", "backend": "mine"}
     save_file({"e2e/combine/output/0": np.zeros(1)}, tmp_path / "a.safetensors", metadata=about)
-    with pytest.raises(ValueError, match="is no trace: e2e/combine/output is no quantity: there are"):
+    with pytest.raises(ValueError, match="is not a trace: e2e/combine/output is not a quantity: there are"):
         load_folder(tmp_path)
     save_file({"output": np.zeros(1)}, tmp_path / "a.safetensors", metadata=about)
-    with pytest.raises(ValueError, match="is no trace: a tensor is called mode/stage/value/rank, and one is 'output'"):
+    with pytest.raises(ValueError, match="is not a trace: tensors must be called mode/stage/value/rank, not 'output'"):
         load_folder(tmp_path)
 
 
@@ -367,8 +367,8 @@ def test_a_problem_is_the_same_for_all(three):
     ("case", "setting", "why"),
     [
         (Case(ranks=1), Setting("cpu"), "not implemented on XLA:CPU; use --device cuda"),
-        (Case(ranks=2), Setting("cuda", "vmap"), "no vmap rule, so --ranks 2 need a GPU each"),
-        (Case(ranks=2, way="eager"), Setting("cuda"), "no vmap rule, and --way eager has ranks under vmap"),
+        (Case(ranks=2), Setting("cuda", "vmap"), "no vmap rule, so --ranks 2 needs as many GPUs"),
+        (Case(ranks=2, way="eager"), Setting("cuda"), "no vmap rule, and --way eager runs ranks under vmap"),
         (Case(ranks=1, way="eager"), Setting("cuda"), ""),
         (Case(ranks=2), Setting("cuda"), ""),
     ],

@@ -149,12 +149,12 @@ def test_dtypes(side, dtype, integer):
         ({}, {"score_on": "both"}, "score_on is 'both': it must be one of 'output', 'input'"),
         ({}, {"router_dtype": "bfloat16"}, "router_dtype is 'bfloat16': it must be one of 'wide', 'float32', 'activ"),
         ({}, {"score_on": "input"}, "score_on is 'input' with top_k 2: a token has one input, so it takes top_k 1"),
-        ({}, {"groups": 0}, "1 of 0 groups of 4 experts: groups must divide the experts"),
-        ({}, {"groups": 3}, "1 of 3 groups of 4 experts: groups must divide the experts"),
-        ({}, {"groups": 2, "top_groups": 3}, "3 of 2 groups of 4 experts: .* and top_groups be between 1 and groups"),
-        ({}, {"groups": 2, "top_groups": 0}, "0 of 2 groups of 4 experts"),
-        ({}, {"groups": 2, "top_k": 3}, "top_k is 3 with 1 groups of 2 experts to choose in: use more or larger"),
-        ({}, {"groups": 4, "top_groups": 2}, "top_k is 2 with 2 groups of 1 experts .* of two experts at least where"),
+        ({}, {"groups": 0}, "groups is 0 and top_groups 1 with 4 experts: groups must divide"),
+        ({}, {"groups": 3}, "groups is 3 and top_groups 1 with 4 experts: groups must divide"),
+        ({}, {"groups": 2, "top_groups": 3}, "groups is 2 and top_groups 3 .* top_groups must be between 1 and groups"),
+        ({}, {"groups": 2, "top_groups": 0}, "groups is 2 and top_groups 0 with 4 experts"),
+        ({}, {"groups": 2, "top_k": 3}, "top_k is 3 with 1 groups of 2 experts to choose from: use more or larger"),
+        ({}, {"groups": 4, "top_groups": 2}, "top_k is 2 with 2 groups of 1 experts .* at least two experts in each"),
         # F is that of w_up, which every layer has.
         ({"w_up_eDF": normal(E, D, F + 1)}, {}, r"w_gate has shape .4, 4, 8., expected .4, 4, 9."),
         ({"w_up_eDF": normal(E, D + 1, F)}, {}, r"w_up has shape .4, 5, 8., expected .4, 4, 8."),
@@ -221,7 +221,7 @@ def test_what_experts_may_be(checks):
 @pytest.mark.parametrize("given", [{"clamp": 7.0}, {"up_offset": 1.0}])
 def test_what_needs_a_gate(side, given):
     experts = side.package.Experts("relu2", **given)
-    with pytest.raises(ValueError, match="clamp and up_offset are of experts with a gate: pass w_gate, or leave them"):
+    with pytest.raises(ValueError, match="clamp and up_offset need experts with a gate: pass w_gate, or leave them"):
         side.layer(**arguments(side) | {"w_gate_eDF": None}, router=side.package.Router(K), experts=experts)
 
 
@@ -244,7 +244,7 @@ def test_biases(side, given, message):
 @both
 def test_a_bias_of_a_gate_that_there_is_not(side):
     biases = side.package.Biases(gate_eF=side.asarray(normal(E, F)))
-    with pytest.raises(ValueError, match="there is a bias of the gate, and no w_gate: pass both, or neither"):
+    with pytest.raises(ValueError, match="b_gate is given without w_gate: pass both, or neither"):
         side.layer(**arguments(side) | {"w_gate_eDF": None}, router=side.package.Router(K), biases=biases)
 
 
@@ -252,7 +252,7 @@ def test_a_bias_of_a_gate_that_there_is_not(side):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"w_gate_DH": None}, "experts have a gate and the shared expert has none, or the other way round"),
+        ({"w_gate_DH": None}, "only one of w_gate and shared w_gate is given: pass both, or neither"),
         ({"w_gate_DH": normal(D, 6)}, r"shared w_gate has shape .4, 6., expected .4, 5."),
         ({"w_up_DH": normal(D + 1, 5)}, r"shared w_up has shape .5, 5., expected .4, 5."),
         ({"w_down_HD": normal(D, 5)}, r"shared w_down has shape .4, 5., expected .5, 4."),
@@ -272,7 +272,7 @@ def test_a_shared_expert_without_a_gate_beside_experts_without(side):
     shared = side.package.Shared(None, side.asarray(normal(D, 5)), side.asarray(normal(5, D)))
     without = arguments(side) | {"w_gate_eDF": None}
     side.layer(**without, router=side.package.Router(K), experts=side.package.Experts("relu2"), shared=shared)
-    with pytest.raises(ValueError, match="experts have a gate and the shared expert has none, or the other way round"):
+    with pytest.raises(ValueError, match="only one of w_gate and shared w_gate is given: pass both, or neither"):
         side.layer(**arguments(side), router=side.package.Router(K), shared=shared)
 
 
@@ -290,7 +290,7 @@ def test_a_shared_expert_without_a_gate_beside_experts_without(side):
         ({"score": np.ones((T, K), np.int32)}, "scores are .*int32: they must be floating point"),
         ({"ids": np.zeros((T, 0), np.int32), "score": normal(T, 0)}, "K is 0 with 4 experts: a token chooses at least"),
         ({"counts": (6,)}, "K is 2 with 1 experts: a token chooses at least one"),
-        ({"counts": (2, 1, 2, 1)}, r"counts per expert are \[2, 1, 2, 1\], which is not how often the ids name each"),
+        ({"counts": (2, 1, 2, 1)}, r"counts per expert are \[2, 1, 2, 1\], which is not how often the expert ids name"),
         ({"counts": (2.0, 2, 1, 1)}, "counts are .*float.*: they must be integers"),
         ({"counts": ((2, 2, 1, 1),)}, r"counts are .*int.* .1, 4.*: they must be integers .E."),
     ],
@@ -468,7 +468,7 @@ def test_bins_are_looked_at_before_anything_is_sent(monkeypatch):
 @pytest.mark.parametrize(
     ("capacity", "message"),
     [
-        (Capacity(1, 0), "a capacity of 0 rows per bin: it must be at least 1"),
+        (Capacity(1, 0), "the capacity is 0 rows per bin: it must be at least 1"),
         (Capacity(3, 4), "3 bins for 1 ranks of 4 experts in all: use one bin per rank, or one per expert"),
         (Capacity(2, 6), "2 bins for 1 ranks of 4 experts in all: use one bin per rank, or one per expert"),
         (Capacity(1, 4, "first"), "priority is 'first': it must be 'token', 'choice' or 'score'"),

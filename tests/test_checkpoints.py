@@ -208,7 +208,8 @@ def test_a_bias_that_config_says_is_not_there(tmp_path):
     checkpoint = read(write(tmp_path, tensors, model_type="lfm2_moe", use_expert_bias=False))
     assert not checkpoint.fields["selection_bias"]
     assert "selection_bias" not in checkpoint.arrays
-    refused(write(tmp_path, tensors, model_type="lfm2_moe"), "no expert_bias, which holds selection_bias: it has ")
+    folder = write(tmp_path, tensors, model_type="lfm2_moe")
+    refused(folder, "no expert_bias, which holds selection_bias: exactly one is needed, and the layer has ")
 
 
 # Refusals.
@@ -243,19 +244,19 @@ def test_an_unknown_family(tmp_path):
 
 def test_a_layer_without_experts(tmp_path):
     folder = CHECKPOINTS / "deepseek_v3"
-    refused(folder, "layer 0 has no experts by the names of deepseek_v3, but ", layer=0)
-    refused(folder, "ask for one of 1", layer=0)
-    refused(folder, "layer 5 has no experts by the names of deepseek_v3, but nothing: ask for one of 1", layer=5)
+    refused(folder, ", and no experts by the tensor names of deepseek_v3: ", layer=0)
+    refused(folder, "ask for layer 1", layer=0)
+    refused(folder, "layer 5 has nothing, and no experts by the tensor names of deepseek_v3: ask for layer 1", layer=5)
     dense = write(tmp_path, {f"{BLOCK}.up_proj.weight": numbered(2, 3)})
-    refused(dense, "layer 0 has no experts by the names of qwen3_moe, but up_proj.weight: nor has any other layer")
+    refused(dense, "layer 0 has up_proj.weight, and no experts by the tensor names of qwen3_moe: no other layer has")
 
 
 def test_a_tensor_that_is_not_known(tmp_path):
     tensors = qwen3() | {f"{BLOCK}.gate.bias": numbered(2)}
-    refused(write(tmp_path, tensors), "layer 0 of a qwen3_moe: nothing is known here of gate.bias, and with it the")
+    refused(write(tmp_path, tensors), "layer 0 of a qwen3_moe: gate.bias is not known here, so the layer may")
     shared = qwen3() | {f"{BLOCK}.shared_experts.up_proj.weight": numbered(2, 3)}
     config = {"model_type": "glm4_moe", "n_shared_experts": 0}
-    refused(write(tmp_path, shared, **config), "nothing is known here of shared_experts.up_proj.weight")
+    refused(write(tmp_path, shared, **config), "shared_experts.up_proj.weight is not known here")
 
 
 def test_a_tensor_that_is_missing(tmp_path):
@@ -263,17 +264,17 @@ def test_a_tensor_that_is_missing(tmp_path):
     for name in ("gate.weight", "experts.1.up_proj.weight"):
         gone = write(tmp_path, {tensor: a for tensor, a in tensors.items() if tensor != f"{BLOCK}.{name}"})
         refused(gone, {
-            "gate.weight": "no gate.weight, which holds router: it has experts.*.down_proj.weight, ",
-            "experts.1.up_proj.weight": "there is no experts.*.up_proj.weight for [1], and config.json has 2 experts",
+            "gate.weight": "no gate.weight, which holds router: exactly one is needed, and the layer has experts.*.",
+            "experts.1.up_proj.weight": "there is no experts.*.up_proj.weight for [1], but config.json has 2 experts",
         }[name])  # fmt: skip
     none = write(tmp_path, {tensor: a for tensor, a in tensors.items() if "up_proj" not in tensor})
-    refused(none, "no experts.gate_up_proj or experts.*.up_proj.weight, which holds w_up: it has ")
+    refused(none, "no experts.gate_up_proj or experts.*.up_proj.weight, which holds w_up: exactly one is needed, and ")
 
 
 def test_more_experts_than_config_says(tmp_path):
     refused(
         write(tmp_path, qwen3(), num_experts=1),
-        "experts.*.down_proj.weight is there for [1] too, and config.json has 1 experts: one of the two has",
+        "there is experts.*.down_proj.weight for [1] too, but config.json has 1 experts: correct one of the two",
     )
 
 
@@ -288,14 +289,16 @@ def test_another_shape(tmp_path):
     folder = edited(copied("gpt_oss", tmp_path), intermediate_size=5)
     refused(
         folder,
-        "model.layers.0.mlp.experts.down_proj has shape [6, 4, 10], expected [E F D] = [6, 5, 10] by config.json: one "
-        "of them is of another model",
+        "model.layers.0.mlp.experts.down_proj has shape [6, 4, 10], expected [E F D] = [6, 5, 10] by config.json: "
+        "they are of different models",
     )
 
 
 def test_experts_of_several_dtypes(tmp_path):
     tensors = qwen3() | {f"{BLOCK}.experts.1.up_proj.weight": numbered(4, 3, dtype=np.float16)}
-    refused(write(tmp_path, tensors), "experts.1.up_proj.weight is float16, others are float32: convert them alike")
+    refused(
+        write(tmp_path, tensors), "experts.1.up_proj.weight is float16, others are float32: convert them to one dtype"
+    )
 
 
 @pytest.mark.parametrize("suffix", ["weight_scale_inv", "weight_scale", "weight_packed"])
@@ -324,7 +327,7 @@ def test_quantised_by_its_dtype(tmp_path):
 
 
 @pytest.mark.parametrize(("config", "said"), [
-    ({"num_experts_per_tok": "gone"}, "config.json lacks num_experts_per_tok, which says top_k: complete it"),
+    ({"num_experts_per_tok": "gone"}, "config.json lacks num_experts_per_tok, which says top_k: add it"),
     ({"n_routed_experts": "gone"}, "config.json lacks num_experts or num_local_experts or n_routed_experts, which "),
     ({"hidden_act": "tanh"}, "config.json has the activation 'tanh': known are silu, "),
     ({"scoring_func": "softmax"}, "config.json has scoring_func 'softmax', and only 'sigmoid' is known here"),
@@ -368,7 +371,7 @@ def test_a_case_has_the_sizes_options_and_weights(family):
     for name, a in arrays.items():
         np.testing.assert_array_equal(there[name].astype(np.float64), a.astype(np.float64))
     folder = CHECKPOINTS / family
-    assert command(case) == f"python -m parity check --tokens 5 --checkpoint {folder} --layer {layer}"
+    assert command(case) == f"python -m parity check --checkpoint {folder} --layer {layer} --tokens 5"
 
 
 def test_drawn_tokens_reach_every_side_of_a_clamp():
@@ -377,7 +380,7 @@ def test_drawn_tokens_reach_every_side_of_a_clamp():
 
 @pytest.mark.parametrize(("flags", "said"), [
     ({"width": 12}, "--width is 12, but layer 1 of the checkpoint has 10"),
-    ({"layer": 0}, "layer 0 has no experts"),
+    ({"layer": 0}, "layer 0 has .*, and no experts"),
     ({"ranks": 4}, "--experts 6 do not divide over --ranks 4"),
     ({"presets": ("zipf",)}, "--checkpoint is a case of its own: leave out zipf"),
 ])  # fmt: skip
@@ -387,7 +390,7 @@ def test_what_is_none_of_the_checkpoint(flags, said):
 
 
 def test_a_layer_of_no_checkpoint():
-    with pytest.raises(ValueError, match="say of which, with --checkpoint"):
+    with pytest.raises(ValueError, match="needs a checkpoint: name it with --checkpoint"):
         Case(layer=3)
 
 
@@ -403,5 +406,5 @@ def test_recorded_tokens_go_through_a_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="it has router, and so has the checkpoint"):
         draw(case)
     save_file({"x": x[:, :9].copy()}, file)
-    with pytest.raises(ValueError, match="its D is 9, and the checkpoint's 10"):
+    with pytest.raises(ValueError, match="its D is 9, but the checkpoint's is 10"):
         draw(case)

@@ -209,7 +209,7 @@ def test_a_report_is_read_back(report, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("cut", "message"),
     [
-        (slice(None, -1), "has no footer: its run did not end"),
+        (slice(None, -1), "has no footer: its run did not finish"),
         (slice(1, None), "does not begin with a header"),
         (slice(None, 5), "has no footer"),
         (slice(0, 0), "does not begin with a header"),
@@ -291,20 +291,23 @@ def test_wrong_usage(capsys, arguments, message):
     [
         (
             ["check", "--pattern", "random", "--trace", "pydoc"],
-            "--pattern random with --recording pydoc: who is chosen",
+            "--pattern random with --recording pydoc: the recording says which experts are chosen",
         ),
-        (["check", "pydoc", "--pattern", "zipf"], "--pattern zipf with --recording pydoc: who is chosen is recorded"),
+        (
+            ["check", "pydoc", "--pattern", "zipf"],
+            "--pattern zipf with --recording pydoc: the recording says which experts",
+        ),
         (["identify", "--recording", "pydoc", "--pattern", "zipf"], "--pattern zipf with --recording pydoc"),
         (["check", "zipf", "--recording", "pydoc"], "--pattern zipf with --recording pydoc"),
         (["study", "zipf", "--trace", "a.safetensors"], "zipf with --recording a.safetensors: swept are presets or"),
-        (["study", "--trace"], "--trace is given nothing: name one or more, or leave it out"),
-        (["study", "--recording", "--no-dispatch"], "--recording is given nothing"),
-        (["check", "--model"], "--model is given nothing"),
-        (["check", "zipf", "--renormalize", "--ranks", "2"], "say --renormalize True or --renormalize False"),
+        (["study", "--trace"], "--trace has no value: give one or more, or leave it out"),
+        (["study", "--recording", "--no-dispatch"], "--recording has no value"),
+        (["check", "--model"], "--model has no value"),
+        (["check", "zipf", "--renormalize", "--ranks", "2"], "write --renormalize True or --renormalize False"),
         (["check", "zipf", "--model", "olmoe-1b-7b"], "--model names cases of its own: leave out zipf"),
-        (["bench", "--framework", "--seconds", "1"], "--framework is given nothing"),
-        (["survey", "--dtype"], "--dtype is given nothing"),
-        (["capture", "--ways"], "--ways is given nothing"),
+        (["bench", "--framework", "--seconds", "1"], "--framework has no value"),
+        (["survey", "--dtype"], "--dtype has no value"),
+        (["capture", "--ways"], "--ways has no value"),
     ],
 )
 def test_what_does_not_go_together_or_is_given_nothing(capsys, arguments, message):
@@ -325,7 +328,7 @@ def test_a_trace_that_is_cut_off(saved, tmp_path, capsys):
     (tmp_path / "custom.torch.safetensors").write_bytes(whole[: len(whole) // 2])
     code, _, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"))
     assert code == 2
-    assert "custom.torch.safetensors is no whole trace" in err
+    assert "custom.torch.safetensors is not a whole trace" in err
 
 
 def edited(source: Path, folder: Path, tensors: dict[str, np.ndarray], about: dict[str, str | None]) -> Path:
@@ -340,20 +343,28 @@ def edited(source: Path, folder: Path, tensors: dict[str, np.ndarray], about: di
 @pytest.mark.parametrize(
     ("tensors", "about", "message"),
     [
-        ({}, {"case": None}, "is no trace: its metadata lack case, which"),
-        ({}, {"case": None, "backend": None}, "is no trace: its metadata lack case and backend, which"),
+        ({}, {"case": None}, "is not a trace: its metadata lack case, which"),
+        ({}, {"case": None, "backend": None}, "is not a trace: its metadata lack case and backend, which"),
         ({}, {"backend": "mine"}, "no backend is called mine here, and nothing says which rows e2e/"),
-        ({"foo/bar/baz/0": np.zeros(3)}, {}, "is no trace: foo/bar/baz is no quantity: there are route/expert_id"),
-        ({"odd/combine/out/0": np.zeros(3)}, {}, "is no trace: odd/combine/out is no quantity"),
-        ({"nosuch": np.zeros(3)}, {}, "a tensor is called mode/stage/value/rank, and one is 'nosuch'"),
-        ({"rows/no/such/0": np.zeros(3)}, {}, "is no trace: rows/no/such says which rows of no known array there are"),
+        (
+            {"foo/bar/baz/0": np.zeros(3)},
+            {},
+            "is not a trace: foo/bar/baz is not a quantity: there are route/expert_id",
+        ),
+        ({"odd/combine/out/0": np.zeros(3)}, {}, "is not a trace: odd/combine/out is not a quantity"),
+        ({"nosuch": np.zeros(3)}, {}, "tensors must be called mode/stage/value/rank, not 'nosuch'"),
+        (
+            {"rows/no/such/0": np.zeros(3)},
+            {},
+            "is not a trace: rows/no/such gives the rows of an array that is not known",
+        ),
     ],
 )
 def test_a_trace_with_something_odd_in_it(saved, tmp_path, capsys, tensors, about, message):
     path = edited(saved / "torch" / "custom.torch.safetensors", tmp_path, tensors, about)
     code, _, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"))
     assert code == 2, err
-    assert f"error: {path} is no trace: " in err
+    assert f"error: {path} is not a trace: " in err
     assert message in err
 
 
@@ -368,7 +379,7 @@ def test_a_trace_in_a_dtype_that_numpy_lacks(saved, tmp_path, capsys):
     path.write_bytes(len(head).to_bytes(8, "little") + head + whole[8 + size :])
     code, _, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"))
     assert code == 2
-    assert f"error: {path} is no trace: cannot read isolated/combine/out: " in err
+    assert f"error: {path} is not a trace: cannot read isolated/combine/out: " in err
 
 
 @pytest.mark.parametrize("rows", [np.zeros(8, np.float32), np.full(8, 10**9), np.zeros((8, 2), np.int64)], ids=str)
@@ -388,7 +399,7 @@ def test_a_folder_called_as_a_trace(saved, tmp_path, capsys):
     (folder := tmp_path / "a.safetensors").mkdir()
     code, _, err = in_process(capsys, "compare", str(tmp_path), str(saved / "jax"))
     assert code == 2
-    assert f"error: {folder} is no whole trace: " in err
+    assert f"error: {folder} is not a whole trace: " in err
 
 
 @pytest.mark.parametrize(
@@ -398,7 +409,7 @@ def test_what_is_no_report(tmp_path, capsys, text):
     (path := tmp_path / "report.jsonl").write_bytes(text + b"\n")
     code, _, err = in_process(capsys, "report", str(path))
     assert code == 2
-    assert f"error: {path} is no report: " in err
+    assert f"error: {path} is not a report: " in err
 
 
 @pytest.mark.parametrize("part", [0, 0.5])
@@ -407,14 +418,14 @@ def test_a_compressed_report_that_is_cut_off(report, tmp_path, capsys, part):
     (path := tmp_path / "report.jsonl.xz").write_bytes(whole[: int(len(whole) * part)])
     code, _, err = in_process(capsys, "report", str(path))
     assert code == 2
-    assert f"error: {path} is no report: Compressed file ended before the end" in err
+    assert f"error: {path} is not a report: Compressed file ended before the end" in err
 
 
 def test_a_report_of_a_backend_that_its_header_does_not_know(report, tmp_path, capsys):
     (path := tmp_path / "report.jsonl").write_text(report.replace('"left":"torch"', '"left":"nosuch"'))
     code, _, err = in_process(capsys, "report", str(path))
     assert code == 2
-    assert f"error: {path} compares nosuch, of which its header says nothing" in err
+    assert f"error: {path} compares nosuch, which its header does not name" in err
 
 
 def test_a_bug_of_the_harness_is_no_mismatch(tmp_path, capsys, monkeypatch):
@@ -471,7 +482,7 @@ def test_who_has_read_enough(report, tmp_path, words):
             ["chek", "--tokens", "3"],
             "error: no command is called chek. Did you mean check? There are: check, identify,",
         ),
-        (["--html", "x", "report"], "--html comes before the command: write `python -m parity report`, and"),
+        (["--html", "x", "report"], "--html comes before the command: write `python -m parity report` first"),
         (["zipf"], "error: no command is called zipf. There are: check, identify"),
         (["check", "--tokns", "3"], "For full helptext, run python -m parity check --help"),
         (["study", "--nosuch"], "For full helptext, run python -m parity study --help"),

@@ -309,7 +309,7 @@ def test_what_is_no_trace(tmp_path):
         load_folder(tmp_path)
     save_file({"expert_id": np.zeros((1, 1))}, tmp_path / "recording.safetensors")
     with pytest.raises(
-        ValueError, match=r"recording.safetensors is no trace: its metadata lack case and backend, which .*--save"
+        ValueError, match=r"recording.safetensors is not a trace: its metadata lack case and backend, which .*--save"
     ):
         load_folder(tmp_path)
 
@@ -579,7 +579,7 @@ def test_dirty_padding(per, biases, value):
                     a[slot, -1] = value
                 else:  # an index that leads somewhere
                     a[slot] = 0
-                dirty.setdefault(name, f"padding is not {promised}: rank {rank}, slot {slot} and 0 more")
+                dirty.setdefault(name, f"padding is not {promised} in 1 slots of rank {rank}; the first, {slot},")
     assert dirty.keys() == {name for name, want in wanted["static"].items() if kind(want) == "rows"}
     bad = {name_of(check): check.note for check in compare(problem, [clean]) if not check.ok}
     of_a_bias = {f"{mode}/apply_experts/y" for mode in ("isolated", "e2e") if biases and per == "expert"}
@@ -635,10 +635,10 @@ def test_rows_of_one_expert(torch_and_jax, expert):
         a[PROBLEM.expert_id.reshape(-1)[rows] == expert] += 1
     torch_and_jax["torch"].arrays["isolated/apply_experts/dw_up"][expert // 2][expert % 2] *= 2
     rows, weight = [check for check in failures(torch_and_jax) if check.right == "oracle"]
-    assert f"all have expert {expert} and no others" in rows.common
+    assert f"all have expert {expert} and no passing row has it" in rows.common
     assert f"all have rank {expert // 2}" in rows.common
     assert rows.failing == (PROBLEM.expert_id == expert).sum()
-    assert f"all have expert {expert} and no others" in weight.common
+    assert f"all have expert {expert} and no passing row has it" in weight.common
 
 
 def test_tokens_that_lost_an_assignment(torch_and_jax):
@@ -646,7 +646,8 @@ def test_tokens_that_lost_an_assignment(torch_and_jax):
     for a, lost in zip(torch_and_jax["jax"].arrays["isolated/combine/out"], dropped, strict=True):
         a[lost == 2] = 0
     (check,) = [check for check in failures(torch_and_jax) if check.right == "oracle"]
-    assert check.common == ["all have assignments dropped 2 and no others", "all have token 3 and no others"][::-1]
+    said = "all have {} and no passing row has it"
+    assert check.common == [said.format("token 3"), said.format("assignments dropped 2")]
 
 
 def test_tokens_of_one_rank(torch_and_jax):

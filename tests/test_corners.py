@@ -361,7 +361,7 @@ def test_dynamic_jax_says_where_it_does_not_run(monkeypatch):
         over_ranks(partial(dynamic_layer, top_k=3, axis_name=AXIS))(*arguments)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(
-        ValueError, match="'ranks' is no axis of shard_map here, and ragged_all_to_all has no vmap rule"
+        ValueError, match="'ranks' is not an axis of shard_map here, and ragged_all_to_all has no vmap rule"
     ):
         over_ranks(partial(dynamic_layer, top_k=3, axis_name=AXIS), "vmap")(*arguments)
 

@@ -198,7 +198,7 @@ def test_a_layer_does_not_differ_from_itself_on_other_ranks(layers):
     ("arguments", "said"),
     [
         (("identify", "zipf", "ties"), "one preset"),
-        (("identify", "--width", "5"), "takes 6 at least"),
+        (("identify", "--width", "5"), "needs at least 6"),
         (("identify", "--model", "mixtral-8x7b"), "smaller --hidden"),
         (("check", "zipf", "--case", "no.json"), "case of its own"),
         (("check", "--case", "no.json"), "no.json"),
@@ -226,7 +226,7 @@ def test_what_a_layer_can_take_and_the_case_has_not_is_no_reason():
     assert card.reasons() == [("route", "scale: 2; the case says --scale 1.0")]
     assert card.matching == "again"
     alone = msgspec.structs.replace(card, findings=[found], case=replace(asked, selection_bias=True))
-    assert alone.reasons() == [("", "the probes do not show it: as the case says are selection bias")]
+    assert alone.reasons() == [("", "the probes do not show why: these are as the case says: selection bias")]
     assert alone.matching == ""
     biased = msgspec.structs.replace(card, asked=replace(asked, selection_bias=True), case=asked, findings=[])
     assert biased.matching == "again"

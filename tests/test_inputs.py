@@ -344,7 +344,7 @@ def test_experts_that_nobody_chose(record):
         ({"x": np.zeros((4, 6)), "router": np.zeros((6, 4))}, r"x has shape \(4, 6\), but M is 5"),
         ({"x": np.zeros((5, 6)), "router": np.zeros((7, 4))}, r"router has shape \(7, 4\), but D is 6"),
         ({"w_gate": np.zeros((4, 6, 3)), "w_down": np.zeros((4, 6, 3))}, r"w_down has shape .*, but F is 3"),
-        ({"score": np.ones((5, 2))}, "scores are not recorded, as they follow from x and router"),
+        ({"score": np.ones((5, 2))}, "it has scores, which are computed from x and router"),
         ({"expert_id": IDS + 1}, "--experts 5 do not divide over --ranks 2: use a multiple"),
     ],
 )
@@ -358,7 +358,7 @@ def test_a_recording_of_the_wrong_form(record, tensors, message):
     [
         ({"n_experts": "2"}, IDS, "expert ids run from 0 to 3 with 2 experts: set n_experts in the metadata"),
         ({"n_experts": "4"}, IDS - 1, "expert ids run from -1 to 2 with 4 experts"),
-        (None, np.array([[0, 1], [3, 3], [1, 0], [3, 2]]), r"token 1 chose \[3 3\]: they must differ"),
+        (None, np.array([[0, 1], [3, 3], [1, 0], [3, 2]]), r"token 1 chose experts \[3 3\]: they must differ"),
     ],
 )
 def test_ids_that_cannot_be(record, metadata, ids, message):
@@ -391,12 +391,12 @@ def test_no_recording(tmp_path):
     [
         (
             ".",
-            r"and this is a folder. A layer of a checkpoint is --checkpoint .*gpt_oss$",
+            r"and this is a folder. For a layer of a checkpoint use --checkpoint .*gpt_oss$",
         ),
-        ("config.json", "this is JSON. A layer of a checkpoint is --checkpoint .*gpt_oss$"),
+        ("config.json", "this is JSON. For a layer of a checkpoint use --checkpoint .*gpt_oss$"),
         (
             "model*.safetensors",
-            r"has tensors as .*layers\..*: it is of a checkpoint. A layer of it is --checkpoint .*gpt_oss",
+            r"has .*layers\..*: it is part of a checkpoint. For a layer of it use --checkpoint .*gpt_oss",
         ),
     ],
 )
@@ -416,10 +416,10 @@ WIDE = {"w_gate": np.zeros((4, 6, 3)), "w_up": np.zeros((4, 6, 3))}
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (WIDE | {"w_up": np.zeros((4, 3, 6))}, r"w_up .* D is 6 by w_gate, so axis 1 should be 6, not 3: .*\[E D F\]"),
+        (WIDE | {"w_up": np.zeros((4, 3, 6))}, r"w_up .* D is 6 in w_gate, so axis 1 should be 6, not 3: .*\[E D F\]"),
         (WIDE | {"w_down": np.zeros((4, 6, 3))}, "so axis 1 should be 3, not 6: .* the other way round"),
-        (WIDE | {"w_down": np.zeros((4, 3, 7))}, r"so axis 2 should be 6, not 7: it is to be \[E F D\]$"),
-        (WIDE | {"b_up": np.zeros((4, 6))}, r"F is 3 by w_gate, so axis 1 should be 3, not 6: it is to be \[E F\]$"),
+        (WIDE | {"w_down": np.zeros((4, 3, 7))}, r"so axis 2 should be 6, not 7: expected \[E F D\]$"),
+        (WIDE | {"b_up": np.zeros((4, 6))}, r"F is 3 in w_gate, so axis 1 should be 3, not 6: expected \[E F\]$"),
         (recorded_layer() | {"x": np.ones((5, 6), np.int32)}, "x is of int32: it must be floating point"),
         (recorded_layer() | {"router": np.ones((6, 4), bool)}, "router is of bool: it must be floating point"),
         ({"expert_id": np.where(np.eye(5, 2, dtype=int), 10**6, IDS)}, "chose expert 1000000, the largest of 5 ids"),
@@ -458,7 +458,7 @@ def test_recorded_experts_that_the_router_does_not_choose(record):
         ({"renormalize": "yes"}, {}, "renormalize 'yes'.*true or false"),
         ({"scale": "abc"}, {}, "scale 'abc'.*a number"),
         ({"n_experts": "many"}, {}, "n_experts 'many'.*an integer"),
-        ({"n_experts": "8"}, recorded_layer(), "n_experts is 8, but the tensors have 4"),
+        ({"n_experts": "8"}, recorded_layer(), "n_experts is 8, but its tensors have 4 experts"),
         ({}, {"expert_id": np.zeros((0, 2), np.int64)}, r"expert_id has shape \(0, 2\)"),
         ({}, recorded_layer() | {"x": np.full((5, 6), np.nan)}, "x holds numbers that are not finite"),
     ],
@@ -484,23 +484,23 @@ def test_a_recording_that_says_what_cannot_be(record, metadata, tensors, message
         *(({name: float(value)}, f"--{name.replace('_', '-')} is {value}: it must be finite")
           for name in ("scale", "up_offset", "epsilon") for value in ("inf", "nan")),
         ({"groups": 3}, "--groups 3 must divide --experts 8"),
-        ({"groups": 2, "top_groups": 3}, "--groups 2 .* and --top-groups 3 be no more than they are"),
-        ({"groups": 4, "top_k": 3}, "--top-k 3 of --top-groups 1 of 2 experts each: use larger groups"),
-        ({"groups": 8, "top_k": 1}, "--top-k 1 of --top-groups 1 of 1 experts each: .* of two experts at least"),
+        ({"groups": 2, "top_groups": 3}, "--groups 2 .* and --top-groups 3 cannot be more than --groups"),
+        ({"groups": 4, "top_k": 3}, "--top-k 3 with --top-groups 1 of 2 experts each: use more or larger groups"),
+        ({"groups": 8, "top_k": 1}, "--top-k 1 with --top-groups 1 of 1 experts each: .* at least two experts in each"),
         ({"score_on": "input"}, "--score-on input with --top-k 2: a token has one input, so use --top-k 1"),
-        ({"score_on": "input", "top_k": 1, "expert_bias": True}, "--score-on input with --expert-bias: of a dropped"),
+        ({"score_on": "input", "top_k": 1, "expert_bias": True}, "--score-on input with --expert-bias: a dropped"),
         *(({"clamp": float(value)}, f"--clamp is {value}: it must be positive; leave it out for none")
           for value in ("0.0", "-7.0", "inf", "nan")),
-        ({"gated": False, "clamp": 7.0}, "--clamp and --up-offset are of experts with a gate: leave them out"),
-        ({"gated": False, "up_offset": 1.0}, "--clamp and --up-offset are of experts with a gate: leave them out"),
-        ({"shared_score": True}, "--shared-score weighs a shared expert: say how wide that is with --shared-hidden"),
+        ({"gated": False, "clamp": 7.0}, "--clamp and --up-offset need experts with a gate: leave them out"),
+        ({"gated": False, "up_offset": 1.0}, "--clamp and --up-offset need experts with a gate: leave them out"),
+        ({"shared_score": True}, "--shared-score needs a shared expert: give its hidden width with --shared-hidden"),
         ({"shared_hidden": 4, "uneven": True}, "--shared-hidden with --uneven: in JAX, tokens that are padding"),
         *(({"capacity_factor": factor}, f"--capacity-factor is '{factor}': it must be finite and positive")
           for factor in ("0", "-1.5", "1/0", "nan", "inf", "plenty", "")),
-        ({"pattern": "empty_expert", "top_k": 8}, "--pattern empty_expert leaves fewer than --top-k 8 of --experts 8"),
-        ({"pattern": "idle_rank", "top_k": 7}, "--pattern idle_rank leaves fewer than --top-k 7 of --experts 8"),
-        ({"pattern": "idle_rank", "ranks": 1}, "--pattern idle_rank leaves fewer than"),
-        ({"pattern": "stay_home", "top_k": 3}, "--pattern stay_home leaves fewer than"),
+        ({"pattern": "empty_expert", "top_k": 8}, "--pattern empty_expert .* leaves fewer than --top-k 8"),
+        ({"pattern": "idle_rank", "top_k": 7}, "--pattern idle_rank with --experts 8 .* leaves fewer than --top-k 7"),
+        ({"pattern": "idle_rank", "ranks": 1}, "--pattern idle_rank .* leaves fewer than"),
+        ({"pattern": "stay_home", "top_k": 3}, "--pattern stay_home .* leaves fewer than"),
     ],
 )  # fmt: skip
 def test_a_case_that_cannot_exist(changes, message):

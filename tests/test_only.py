@@ -38,8 +38,8 @@ def test_what_is_idle_changes_no_number(case, idle):
 @pytest.mark.parametrize(("options", "said"), [
     ({}, ""),
     ({"router_dtype": "activations", "cast_scores": True}, ""),
-    ({"dtype": "bfloat16"}, "router dtype activations only"),
-    ({"dtype": "bfloat16", "router_dtype": "activations"}, "cast scores True only"),
+    ({"dtype": "bfloat16"}, "it computes --router-dtype activations only"),
+    ({"dtype": "bfloat16", "router_dtype": "activations"}, "it computes --cast-scores True only"),
     ({"renormalize": True}, "epsilon 0.0 only"),
     ({"epsilon": 1.0}, ""),
     ({"groups": 2}, "groups 1 only"),

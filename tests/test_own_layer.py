@@ -96,9 +96,9 @@ def test_the_module_in_the_documentation_matches(tmp_path):
 # What is planted in the template, and what is then said of it.
 WRONG = {
     "shape": ("torch", ("return out_TD.to(x_TD.dtype)", "return out_TD.to(x_TD.dtype).T"), 1,
-              r"mine.py:22: layer returned shape [32, 16]: the output is [16, 32]"),
+              r"mine.py:22: layer returned shape [32, 16]: the output must be [16, 32]"),
     "dtype": ("torch", ("return out_TD.to(x_TD.dtype)", "return out_TD.double()"), 1,
-              "mine.py:22: layer returned torch.float64: the output is as the tokens, torch.float32"),
+              "mine.py:22: layer returned torch.float64: the output must be of the tokens' dtype, torch.float32"),
     "detached": ("torch", ("return out_TD", "return out_TD.detach()"), 1, "depends on nothing that has a gradient"),
     "router": ("torch", ("score_TE.topk(case.top_k)", "score_TE.detach().topk(case.top_k)"), 1,
                "drouter: the output does not depend on router"),
@@ -110,7 +110,7 @@ WRONG = {
     "scale in jax": ("jax", ("return einsum(", "return 1.01 * einsum("), 1, "mine is wrong in its output"),
     "shape in jax": ("jax", (".astype(x_PTD.dtype)\n", ".astype(x_PTD.dtype)[0]\n"), 1,
                      "layer returned shape [16, 32]"),
-    "name": ("torch", ("x_TD, router_DE", "tokens_TD, router_DE"), 2, "takes tokens_TD: nothing is called so"),
+    "name": ("torch", ("x_TD, router_DE", "tokens_TD, router_DE"), 2, "takes tokens_TD, which is not known"),
     "weights": ("torch", ("w_up_EDF, w_down_EFD, case", "w_down_EFD, case"), 2,
                 "takes w_gate and w_down only: take w_gate (where experts have a gate), w_up and w_down, or none"),
     "framework": ("torch", ('framework="torch"', 'framework="numpy"'), 2, 'write @backend(framework="torch")'),
@@ -259,7 +259,7 @@ def test_two_layers_that_have_what_the_oracle_has_not(tmp_path):
             for part in ("--backend", written(tmp_path, framework, change, name=f"my_{framework}.py"))]  # fmt: skip
     run = check(tmp_path, "p1", *mine, "--no-json")
     assert run.returncode == 1, run.stdout + run.stderr
-    assert "agree with each other, row by row: --between judges them by that" in run.stdout
+    assert "agree with each other, row by row: use --between to judge them by that" in run.stdout
     run = check(tmp_path, "p1", *mine, "--no-json", "--between")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "my_jax against the oracle: 0 of 1 cases match; the first, p1: my_jax is wrong in its " in run.stdout

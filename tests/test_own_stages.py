@@ -196,7 +196,7 @@ def test_a_gradient_that_is_wrong_marks_its_stage(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "code", "said"), [
-    ("gate=route", 2, "write MODULE=STAGE/VALUE"), ("gate=route/weights", 2, "nothing is called route/weights"),
+    ("gate=route", 2, "write MODULE=STAGE/VALUE"), ("gate=route/weights", 2, "no array is called route/weights"),
     ("router=route/score", 1, "calls no module router, which --record names: it calls Block"),
     ("gate=route/score:token", 2, "route/score has no rows"),
     ("experts.*=apply_experts/y:sorted", 2, "no order is called sorted: there are token"),
@@ -235,7 +235,7 @@ def test_rows_by_identity():
 
 
 def test_rows_that_cannot_be():
-    with pytest.raises(own.OwnLayerError, match=r"has a row \[1, 0, 0\]"):
+    with pytest.raises(own.OwnLayerError, match=r"has the row identity \[1, 0, 0\]"):
         rows_given([[1, 0, 0]], 1)
 
 

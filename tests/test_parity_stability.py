@@ -36,8 +36,8 @@ def broken(tmp_path: Path, line: str, side: tuple[str, str, str] = TORCH) -> Pat
         ("os.kill(os.getpid(), signal.SIGKILL)", "torch: rank 2 of 4 was ended by SIGKILL in send_tokens of case zipf"),
         (
             "time.sleep(600)",
-            r"torch: rank 2 of 4 hangs in send_tokens of case zipf \(exchange.py:\d+\): no rank got on for 5 s; "
-            "the others are in send_tokens of case zipf",
+            r"torch: rank 2 of 4 hangs in send_tokens of case zipf \(exchange.py:\d+\): no rank made progress for 5 s; "
+            "the other ranks are in send_tokens of case zipf",
         ),
     ],
     ids=["killed", "hangs"],
@@ -55,7 +55,7 @@ def test_so_it_is_in_jax(tmp_path, how, rank):
     home = broken(tmp_path, "time.sleep(600)", JAX)
     run = subprocess.run([*CHECK, "--backend", "jax", "--jax-ranks", how], cwd=home, **QUIETLY)
     assert run.returncode == 3, run.stdout + run.stderr
-    cause = rf"jax: {rank}hangs in send_tokens of case zipf \(exchange.py:\d+\): no rank got on for 5 s"
+    cause = rf"jax: {rank}hangs in send_tokens of case zipf \(exchange.py:\d+\): no rank made progress for 5 s"
     assert re.search(cause, " ".join(run.stderr.split())), run.stderr
 
 

@@ -72,8 +72,8 @@ def test_what_cannot_fit_is_refused_at_once(flags, capsys):
         main(["check", *flags])
     assert end.value.code == 2
     err = capsys.readouterr().err
-    assert "error: case custom takes " in err
-    assert "GB of memory at least (" in err
+    assert "error: case custom needs at least " in err
+    assert "GB of memory (" in err
     assert "GB are available: use fewer --tokens" in err
 
 
@@ -82,11 +82,11 @@ def test_it_is_what_is_available_that_counts(monkeypatch):
     monkeypatch.setattr(size, "available", lambda: float(size.of_oracle(case)))
     size.check_size(case)
     with pytest.raises(
-        ValueError, match=r"case custom takes .* GB of memory at least \(.* for the oracle, .* for a run"
+        ValueError, match=r"case custom needs at least .* GB of memory \(.* for the oracle, .* for a run"
     ):
         run_cases([case], DEFAULT, Setting(), show_progress=False)
     monkeypatch.setattr(size, "available", lambda: size.of_oracle(case) - 1.0)
-    with pytest.raises(ValueError, match=r"GB of memory at least, and .* GB are available"):
+    with pytest.raises(ValueError, match=r"GB of memory, and .* GB are available"):
         problem.draw(case)
 
 

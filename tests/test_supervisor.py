@@ -133,11 +133,11 @@ FAILURES = {
                r"failed in send_tokens of case b \(fake.py:\d+\): RuntimeError: no more"),
     "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL in the first step of case b"),
     "exits": ("os._exit(5)", "ended with exit code 5 in the first step of case b"),
-    "sleeps": ("time.sleep(600)", r"hangs in send_tokens of case b \(fake.py:\d+\): no rank got on for 0.5 s; "
-               "the others are in waiting of case b"),
+    "sleeps": ("time.sleep(600)", r"hangs in send_tokens of case b \(fake.py:\d+\): no rank made progress for 0.5 s; "
+               "the other ranks are in waiting of case b"),
     "locked": ("lock = threading.Lock(); lock.acquire(); lock.acquire()",
-               r"hangs in send_tokens of case b \(fake.py:\d+\): no rank got on for 0.5 s"),
-    "loops": ("while True: pass", r"hangs in send_tokens of case b \(fake.py:\d+\): no rank got on in 5 s of CPU"),
+               r"hangs in send_tokens of case b \(fake.py:\d+\): no rank made progress for 0.5 s"),
+    "loops": ("while True: pass", r"hangs in send_tokens of case b \(fake.py:\d+\): no rank made progress in 5 s of"),
     "child": ("subprocess.run(['sleep', '600'])", "hangs in send_tokens of case b"),
     "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", "hangs in the first step of case b"),
 }  # fmt: skip
@@ -184,14 +184,17 @@ def test_the_earliest_exception_is_the_cause(fake):
 def test_after_two_hangs_no_more_is_tried(fake):
     first, second, third = (failure for _, failure in fake("time.sleep(600)", everywhere=True, timeout=0.5))
     assert [failure.how for failure in (first, second, third)] == ["hangs", "hangs", "was not run"]
-    assert str(third) == "fake: was not run of case c: 2 cases before it died or hung"
+    assert str(third) == "fake: was not run in case c: 2 cases before it died or hung"
 
 
 @pytest.mark.parametrize(
     ("start", "said"),
     [
-        ("raise OSError('no network')", r"fake: rank \d of 3 failed in its start \(fake.py:\d+\): OSError: no network"),
-        ("time.sleep(600 * (rank == 2))", r"fake: rank 2 of 3 hangs in its start \(fake.py:\d+\): no rank got on"),
+        ("raise OSError('no network')", r"fake: rank \d of 3 failed in start-up \(fake.py:\d+\): OSError: no network"),
+        (
+            "time.sleep(600 * (rank == 2))",
+            r"fake: rank 2 of 3 hangs in start-up \(fake.py:\d+\): no rank made progress",
+        ),
     ],
 )
 def test_ranks_that_do_not_even_start_are_the_end(fake, start, said):
@@ -336,7 +339,9 @@ def test_without_proc_the_clock_on_the_wall_counts(monkeypatch):
     watched.step()
     time.sleep(0.2)
     watched.tick()
-    assert watched.over() == "no rank got on for 0.1 s by the clock on the wall, for there is no /proc here"
+    assert (
+        watched.over() == "no rank made progress for 0.1 s of wall-clock time (there is no /proc to read CPU time from)"
+    )
 
 
 def test_whoever_watches_and_has_no_turn_counts_one_at_most(monkeypatch):
@@ -350,8 +355,10 @@ def test_a_failure_in_words():
     failure = Failure("torch", "zipf", 2, "send_tokens", "RuntimeError: no more", 4, line="exchange.py:71")
     said = "torch: rank 2 of 4 failed in send_tokens of case zipf (exchange.py:71): RuntimeError: no more"
     assert str(failure) == said
-    one = Failure("jax", "zipf", 0, "compiling the first step", "no rank got on for 9 s", how="hangs", line="a.py:1")
-    assert str(one) == "jax: hangs in compiling the first step of case zipf (a.py:1): no rank got on for 9 s"
+    one = Failure(
+        "jax", "zipf", 0, "compiling the first step", "no rank made progress for 9 s", how="hangs", line="a.py:1"
+    )
+    assert str(one) == "jax: hangs in compiling the first step of case zipf (a.py:1): no rank made progress for 9 s"
 
 
 def test_where_no_layer_runs_none_is_to_blame():

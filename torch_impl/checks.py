@@ -75,14 +75,14 @@ def check_options(router: "torch_impl.routing.Router", n_experts: int) -> None:
         raise ValueError(f"score_on is 'input' with top_k {router.top_k}: a token has one input, so it takes top_k 1")
     if router.groups < 1 or n_experts % router.groups or not 1 <= router.top_groups <= router.groups:
         raise ValueError(
-            f"{router.top_groups} of {router.groups} groups of {n_experts} experts: groups must divide the experts, "
-            "and top_groups be between 1 and groups"
+            f"groups is {router.groups} and top_groups {router.top_groups} with {n_experts} experts: groups must "
+            "divide the number of experts, and top_groups must be between 1 and groups"
         )
     size = n_experts // router.groups
     if router.groups > 1 and (router.top_k > router.top_groups * size or (router.group_score == "top2" and size < 2)):
         raise ValueError(
-            f"top_k is {router.top_k} with {router.top_groups} groups of {size} experts to choose in: use more or "
-            "larger groups, of two experts at least where their best two are added up"
+            f"top_k is {router.top_k} with {router.top_groups} groups of {size} experts to choose from: use more "
+            "or larger groups; group_score 'top2' needs at least two experts in each"
         )
 
 
@@ -117,7 +117,7 @@ def check_routing(x_TD: Tensor, score_TK: Tensor, expert_id_TK: Tensor, counts_E
     if counts_E.ndim != 1 or counts_E.dtype not in (torch.int32, torch.int64) or counts_E.device != x_TD.device:
         raise ValueError(
             f"counts are {counts_E.dtype} {tuple(counts_E.shape)} on {counts_E.device}: they must be integers [E], "
-            "where x is"
+            "on x's device"
         )
     if not 1 <= expert_id_TK.shape[1] <= counts_E.shape[0]:
         raise ValueError(
@@ -151,7 +151,7 @@ def check_expert_ids(expert_id_TK: Tensor, n_experts: int, counts_E: Tensor | No
         )
     if counts_E is not None and not expert_id_TK.reshape(-1).bincount(minlength=n_experts).equal(counts_E.long()):
         raise ValueError(
-            f"counts per expert are {counts_E.tolist()}, which is not how often the ids name each: "
+            f"counts per expert are {counts_E.tolist()}, which is not how often the expert ids name each expert: "
             "pass the counts of the same routing (count_per_expert)"
         )
 
@@ -176,15 +176,13 @@ def check_experts(
     weights = {"w_gate": (w_gate_eDF, (e, D, F)), "w_up": (w_up_eDF, (e, D, F)), "w_down": (w_down_eFD, (e, F, D))}
     weights |= {"b_gate": (biases.gate_eF, (e, F)), "b_up": (biases.up_eF, (e, F)), "b_down": (biases.down_eD, (e, D))}
     if w_gate_eDF is None and biases.gate_eF is not None:
-        raise ValueError("there is a bias of the gate, and no w_gate: pass both, or neither")
+        raise ValueError("b_gate is given without w_gate: pass both, or neither")
     if shared is not None:
         H = shared.w_up_DH.shape[-1]
         weights |= {"shared w_gate": (shared.w_gate_DH, (D, H)), "shared w_up": (shared.w_up_DH, (D, H))}
         weights |= {"shared w_down": (shared.w_down_HD, (H, D)), "shared score": (shared.score_D, (D,))}
         if (shared.w_gate_DH is None) != (w_gate_eDF is None):
-            raise ValueError(
-                "experts have a gate and the shared expert has none, or the other way round: they compute alike"
-            )
+            raise ValueError("only one of w_gate and shared w_gate is given: pass both, or neither")
     for name, (a, shape) in weights.items():
         if a is None:
             continue
@@ -207,7 +205,7 @@ def check_expert_options(experts: "torch_impl.experts.Experts", gated: bool) -> 
     if experts.clamp is not None and not experts.clamp > 0:
         raise ValueError(f"clamp is {experts.clamp}: it must be positive, or None")
     if not gated and (experts.clamp is not None or experts.up_offset):
-        raise ValueError("clamp and up_offset are of experts with a gate: pass w_gate, or leave them out")
+        raise ValueError("clamp and up_offset need experts with a gate: pass w_gate, or leave them out")
 
 
 def check_autocast(x_TD: Tensor) -> None:
@@ -242,7 +240,7 @@ def check_splits(sent: int, n_rows: int) -> None:
     check_sizes(
         sent == n_rows,
         lambda: (
-            f"{n_rows} rows to send, but the counts per expert add up to {sent}: "
+            f"there are {n_rows} rows to send, but the counts per expert add up to {sent}: "
             "an expert id is out of range, or the counts belong to another routing"
         ),
     )

@@ -12,6 +12,6 @@ def check_ragged_exchange(axis_name: str) -> None:
         )
     if axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
         raise ValueError(
-            f"{axis_name!r} is no axis of shard_map here, and ragged_all_to_all has no vmap rule: map the dynamic "
+            f"{axis_name!r} is not an axis of shard_map here, and ragged_all_to_all has no vmap rule: map the dynamic "
             "layer over devices with jax.shard_map, or use jax_impl.moe_layer, which runs under vmap too"
         )

@@ -156,7 +156,7 @@ def main(plan: Plan) -> None:
     on_gpu = jax.default_backend() == "gpu"
     if len(jax.devices()) < plan.ranks:
         n = len(jax.devices())
-        raise ValueError(f"--ranks {plan.ranks} with {n} devices: the exchange is measured with a GPU a rank")
+        raise ValueError(f"--ranks {plan.ranks} needs a GPU for each rank, and there are {n}")
     if not plan.parts:
         emit(copy_figure(plan, on_gpu))
         if plan.ranks > 1 and on_gpu:

@@ -228,7 +228,7 @@ def expert_figures(plan: Plan, shape: Case, device: torch.device) -> None:
 def check_gpus(n_ranks: int) -> None:
     """Raises ValueError when there are GPUs, but fewer than ranks."""
     if 0 < torch.cuda.device_count() < n_ranks:
-        raise ValueError(f"--ranks {n_ranks} with {torch.cuda.device_count()} GPUs: it is measured with a GPU a rank")
+        raise ValueError(f"--ranks {n_ranks} needs a GPU for each rank, and there are {torch.cuda.device_count()}")
 
 
 def start_ranks(one_rank: Callable[[int, Any, str], None], plan: Any, n_ranks: int) -> None:

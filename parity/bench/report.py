@@ -24,7 +24,7 @@ def print_bench(console: Console, figures: Sequence[Figure]) -> None:
             )
         elif figure.part == "link":
             rate = figure.link_bytes / figure.median / 1e9
-            console.print(f"{figure.framework} copies from one GPU to the next at {rate:.0f} GB/s")
+            console.print(f"{figure.framework} copies from one GPU to another at {rate:.0f} GB/s")
     for shape in dict.fromkeys(figure.shape for figure in figures if figure.shape):
         found = [figure for figure in figures if figure.shape == shape]
         console.print()
@@ -40,7 +40,7 @@ def print_bench(console: Console, figures: Sequence[Figure]) -> None:
         console.print("\nSome figures vary by more than a quarter (±): is the machine busy?")
     if any(figure.device == "cpu" for figure in figures):
         console.print(
-            "\nOn a CPU arrays can fit its caches, and XLA fuses the whole: a share of the floor can exceed 1."
+            "\nOn a CPU, arrays can fit into caches, and XLA fuses all of it: a share of the floor can exceed 1."
         )
 
 

@@ -268,14 +268,14 @@ class Case:
             if getattr(self, name) < 0:
                 raise ValueError(f"--{flag(name)} is {getattr(self, name)}: it cannot be negative")
         if self.layer is not None and self.checkpoint is None:
-            raise ValueError(f"--layer {self.layer} is a layer of a checkpoint: say of which, with --checkpoint")
+            raise ValueError(f"--layer {self.layer} needs a checkpoint: name it with --checkpoint")
         if self.recording is not None and self.pattern != "random":
             raise ValueError(PATTERN_RECORDED.format(self.pattern, self.recording))
         self._check_router()
         self._check_experts()
         if self.uneven and self.way == "eager":
             raise ValueError(
-                "--uneven with --way eager: outside jit, JAX's layer refuses the expert ids of padding, -1"
+                "--uneven with --way eager: outside jit, JAX refuses the expert id of padding (-1): use another --way"
             )
         if self.experts % self.ranks:
             raise ValueError(f"--experts {self.experts} do not divide over --ranks {self.ranks}: use a multiple")
@@ -285,7 +285,7 @@ class Case:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"--{flag(name)} is {getattr(self, name)}: it must be finite")
         if self.outlier == 0:
-            raise ValueError("--outlier is 0: it multiplies a feature whose part in the router is divided by it")
+            raise ValueError("--outlier is 0: the router's row for its feature is divided by it, so it cannot be 0")
         if self.logit_offset and self.width < 2:
             raise ValueError(f"--logit-offset takes a feature of its own: --width {self.width} must be at least 2")
         need = {
@@ -295,8 +295,8 @@ class Case:
         }.get(self.pattern, 0)
         if self.experts < need:
             raise ValueError(
-                f"--pattern {self.pattern} leaves fewer than --top-k {self.top_k} of --experts {self.experts} on "
-                f"--ranks {self.ranks} to choose from: use more experts, or another pattern"
+                f"--pattern {self.pattern} with --experts {self.experts} on --ranks {self.ranks} leaves fewer than "
+                f"--top-k {self.top_k} experts to choose from: use more experts, or another pattern"
             )
         try:
             positive = self.capacity_factor is None or Fraction(self.capacity_factor) > 0
@@ -312,28 +312,28 @@ class Case:
         size = self.experts // self.groups
         if self.experts % self.groups or self.top_groups > self.groups:
             raise ValueError(
-                f"--groups {self.groups} must divide --experts {self.experts}, and --top-groups {self.top_groups} be "
-                "no more than they are"
+                f"--groups {self.groups} must divide --experts {self.experts}, and "
+                f"--top-groups {self.top_groups} cannot be more than --groups"
             )
         if self.groups > 1 and (self.top_k > self.top_groups * size or (self.group_score == "top2" and size < 2)):
             raise ValueError(
-                f"--top-k {self.top_k} of --top-groups {self.top_groups} of {size} experts each: use larger groups, of "
-                "two experts at least where the best two are added up"
+                f"--top-k {self.top_k} with --top-groups {self.top_groups} of {size} experts each: use more or larger "
+                "groups; --group-score top2 needs at least two experts in each"
             )
         if self.score_on == "input" and self.top_k != 1:
             raise ValueError(f"--score-on input with --top-k {self.top_k}: a token has one input, so use --top-k 1")
         if self.score_on == "input" and self.expert_bias:
             raise ValueError(
-                "--score-on input with --expert-bias: of a dropped token, whose input is zero, biases are left"
+                "--score-on input with --expert-bias: a dropped token, whose input is zero, would still get the biases"
             )
 
     def _check_experts(self) -> None:
         if self.clamp is not None and not 0 < self.clamp < math.inf:
             raise ValueError(f"--clamp is {self.clamp}: it must be positive; leave it out for none")
         if not self.gated and (self.clamp is not None or self.up_offset):
-            raise ValueError("--clamp and --up-offset are of experts with a gate: leave them out with --gated False")
+            raise ValueError("--clamp and --up-offset need experts with a gate: leave them out with --gated False")
         if self.shared_score and not self.shared_hidden:
-            raise ValueError("--shared-score weighs a shared expert: say how wide that is with --shared-hidden")
+            raise ValueError("--shared-score needs a shared expert: give its hidden width with --shared-hidden")
         if self.shared_hidden and self.uneven:
             raise ValueError(
                 "--shared-hidden with --uneven: in JAX, tokens that are padding would go through the shared expert too"
@@ -434,7 +434,7 @@ class Case:
         return {"case": self.dtype, "logits": logits, "score": self.score_dtype, "weight": cast, "int": "int"}[kind]
 
 
-PATTERN_RECORDED = "--pattern {} with --recording {}: who is chosen is recorded, so leave out one"
+PATTERN_RECORDED = "--pattern {} with --recording {}: the recording says which experts are chosen, so leave out one"
 
 
 def changed(case: Case, changes: dict[str, Any]) -> Case:

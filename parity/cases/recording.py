@@ -42,8 +42,8 @@ def read_recording(recording: str, with_checkpoint: bool = False) -> tuple[dict[
     if path.is_dir() or path.suffix == ".json":
         folder, kind = (path, "a folder") if path.is_dir() else (path.parent, "JSON")
         raise ValueError(
-            f"--recording {recording}: a recording is a file of tensors, and this is {kind}. A layer of "
-            f"a checkpoint is --checkpoint {shlex.quote(str(folder))}"
+            f"--recording {recording}: a recording is a file of tensors, and this is {kind}. For a layer "
+            f"of a checkpoint use --checkpoint {shlex.quote(str(folder))}"
         )
     try:
         with safe_open(path, framework="numpy") as f:
@@ -53,19 +53,19 @@ def read_recording(recording: str, with_checkpoint: bool = False) -> tuple[dict[
         raise ValueError(f"--recording {recording}: cannot read {path} as safetensors: {error}") from error
     if any(LAYER.fullmatch(name) for name in tensors):
         raise ValueError(
-            f"--recording {recording}: {path.name} has tensors as {next(filter(LAYER.fullmatch, tensors))}: it is of a "
-            f"checkpoint. A layer of it is --checkpoint {shlex.quote(str(path.parent))}, a folder with config.json"
+            f"--recording {recording}: {path.name} has {next(filter(LAYER.fullmatch, tensors))}: it is part of a "
+            f"checkpoint. For a layer of it use --checkpoint {shlex.quote(str(path.parent))}, a folder with config.json"
         )
     if {"score", "scores"} & tensors.keys():
         raise ValueError(
-            f"--recording {recording}: scores are not recorded, as they follow from x and router: save those in their "
-            "place, or leave scores out; they are then drawn"
+            f"--recording {recording}: it has scores, which are computed from x and router: save those instead, or "
+            "leave scores out, and x and router are drawn"
         )
     if unknown := tensors.keys() - FORM.keys():
         meant = [f"{name} (meant: {near[0]}?)" if (near := get_close_matches(name, FORM)) else name for name in unknown]
         raise ValueError(
-            f"--recording {recording}: it has {', '.join(sorted(meant))}, of which nothing is known here: a layer that "
-            f"needs it would be another one. Known are {', '.join(FORM)}: leave out what is none of the layer's"
+            f"--recording {recording}: it has {', '.join(sorted(meant))}, which is not known here, so the layer may "
+            f"be another one. Known are {', '.join(FORM)}: leave out what is not part of the layer"
         )
     said: dict[str, tuple[int, str]] = {}  # each letter's size, and the tensor that it comes from
     for name, form in FORM.items():
@@ -78,8 +78,8 @@ def read_recording(recording: str, with_checkpoint: bool = False) -> tuple[dict[
             known, of = said.setdefault(letter, (size, name))
             if known != size:
                 raise ValueError(
-                    f"--recording {recording}: {name} has shape {shape}, but {letter} is {known} by {of}, so axis "
-                    f"{axis} should be {known}, not {size}: it is to be [{form}]{_turned(form, shape, said)}"
+                    f"--recording {recording}: {name} has shape {shape}, but {letter} is {known} in {of}, so axis "
+                    f"{axis} should be {known}, not {size}: expected [{form}]{_turned(form, shape, said)}"
                 )
     for name, a in tensors.items():
         if name != "expert_id" and a.dtype.kind in "iub":
@@ -139,7 +139,7 @@ def case_of_recording(case: Case) -> Case:
         "n_experts", sizes["E"]
     ):
         raise ValueError(
-            f"--recording {case.recording}: n_experts is {said['n_experts']}, but the tensors have {sizes['E']}"
+            f"--recording {case.recording}: n_experts is {said['n_experts']}, but its tensors have {sizes['E']} experts"
         )
     form = {name: True for name in ("router_bias", "selection_bias", "expert_scale", "shared_score") if name in tensors}
     form |= {"expert_bias": True} if "b_down" in tensors else {}
@@ -158,7 +158,7 @@ def case_of_recording(case: Case) -> Case:
     there = {one.name for one in parameters_of(found)}
     if idle := [name for name in tensors if name in BY_NAME and name not in there]:
         raise ValueError(
-            f"--recording {case.recording}: it has {', '.join(idle)}, which goes with what it lacks: biases of experts "
+            f"--recording {case.recording}: it has {', '.join(idle)}, but lacks what goes with it: biases of experts "
             "are b_up and b_down, and b_gate with w_gate; a shared expert is shared_w_up and shared_w_down, and "
             "shared_w_gate where experts have a gate"
         )
@@ -175,7 +175,7 @@ def _no_stray_id(recording: str, ids: Array) -> None:
         token = int((ids == most).any(axis=1).argmax())
         raise ValueError(
             f"--recording {recording}: token {token} chose expert {most}, the largest of {np.unique(ids).size} ids, "
-            "and nothing says how many experts there are: set n_experts in the metadata, or mend the id"
+            "and nothing says how many experts there are: set n_experts in the metadata, or correct the id"
         )
 
 
@@ -188,7 +188,7 @@ def _beside_checkpoint(case: Case, tensors: dict[str, Array], sizes: dict[str, i
     for letter, name in {"D": "width", "K": "top_k"}.items():
         if sizes.get(letter, getattr(case, name)) != getattr(case, name):
             raise ValueError(
-                f"--recording {case.recording}: its {letter} is {sizes[letter]}, and the checkpoint's "
+                f"--recording {case.recording}: its {letter} is {sizes[letter]}, but the checkpoint's is "
                 f"{getattr(case, name)}"
             )
     return case
@@ -243,12 +243,12 @@ def load_recording(case: Case) -> dict[str, Array]:
     if ids.size and (ids.min() < 0 or ids.max() >= case.experts):
         raise ValueError(
             f"--recording {case.recording}: expert ids run from {ids.min()} to {ids.max()} with {case.experts} experts"
-            ": set n_experts in the metadata, or mend the ids"
+            ": set n_experts in the metadata, or correct the ids"
         )
     twice = (np.diff(np.sort(ids, axis=1), axis=1) == 0).any(axis=1)
     if twice.any():
         token = int(twice.argmax())
-        raise ValueError(f"--recording {case.recording}: token {token} chose {ids[token]}: they must differ")
+        raise ValueError(f"--recording {case.recording}: token {token} chose experts {ids[token]}: they must differ")
     for name in {"expert_id", "x", "dscore"} & tensors.keys():
         tensors[name] = tensors[name][:M].reshape(case.ranks, case.tokens, -1)
     return tensors | {"expert_id": tensors["expert_id"].astype(np.int32)}

@@ -77,15 +77,15 @@ def run(command: Command) -> int:
     if not 0 < command.seconds < math.inf:
         raise ValueError(f"--seconds is {command.seconds}: it must be positive and finite")
     if command.ranks < 1 or command.seed < 0:
-        raise ValueError(f"--ranks is {command.ranks} and --seed {command.seed}: at least 1 and 0")
+        raise ValueError(f"--ranks is {command.ranks} and --seed {command.seed}: they must be at least 1 and 0")
     measured = ACROSS_RANKS if command.ranks > 1 else PARTS
     if not {*command.parts} & {*measured}:
         these = ", ".join(measured)
-        raise ValueError(f"--parts {' '.join(command.parts)}: with --ranks {command.ranks} there are {these}")
+        raise ValueError(f"--parts {' '.join(command.parts)}: with --ranks {command.ranks} only {these} are measured")
     if command.plot and command.plot.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot {command.plot}: its name must end in .png, .svg or .pdf")
     if command.plot and command.ranks > 1 and not gpus():
-        raise ValueError("--plot draws shares of a floor, which processes on a CPU, having no link, do not have")
+        raise ValueError("--plot with --ranks above 1 needs GPUs: it draws shares of the floor that their link sets")
     plan = Plan(
         shapes=tuple(SHAPES[name] for name in command.shapes),
         frameworks=command.framework,

@@ -165,11 +165,13 @@ def run(command: Command) -> int:
     fault = faults.find(command.fault) if command.fault else None
     names = [backend.name for backend in backends]
     if fault and fault.backend not in names:
-        raise ValueError(f"{fault.name} is a fault of {fault.backend}, which --backend {' '.join(names)} does not run")
+        raise ValueError(
+            f"--fault {fault.name} is a fault of {fault.backend}, which --backend {' '.join(names)} does not run"
+        )
     group_size = torchrun_size() if any(backend.framework == "torch" for backend in backends) else None
     if group_size is not None:
         if fault and ours.BACKENDS[fault.backend].framework == "torch":
-            raise ValueError(f"{fault.name} cannot be planted under torchrun: start without it")
+            raise ValueError(f"--fault {fault.name} cannot be planted under torchrun: start without torchrun")
         cases = of_group(cases, group_size, picked=bool(command.presets))
     jax_ranks = ranks_of_jax(command.jax_ranks, command.device, max(case.ranks for case in cases))
     for text in command.record:
@@ -234,7 +236,7 @@ def explain_failures(report: Report, backends: Sequence[Backend], setting: Setti
             case = report.cases[name].case
             if case.real_size or case.width < FEATURES + 2:
                 continue
-            with working(f"{backend.name}: why?"):
+            with working(f"{backend.name}: looking for the cause"):
                 card = explained(backend, case, setting)
             if card:
                 report.cards.setdefault(name, []).append(card)
@@ -249,7 +251,7 @@ def chosen_backends(asked: Sequence[str]) -> list[Backend]:
     found = [b for name in asked for b in (ours.DEFAULT if name == "both" else [ours.find(name)])]
     order = {name: i for i, name in enumerate(ours.BACKENDS)}
     if double := [b.name for b in found for other in found if b.name == other.name and b != other]:
-        raise ValueError(f"two backends are called {double[0]}: each name is of one, in files and in the report")
+        raise ValueError(f"two backends are called {double[0]}: files and the report need different names")
     by_name = {backend.name: backend for backend in sorted(found, key=lambda b: order.get(b.name, len(order)))}
     return list(by_name.values())
 

@@ -62,7 +62,7 @@ def run(command: Command) -> int:
     backends = chosen_backends(command.backend)
     check_writable(command.write)
     if command.write and len(backends) > 1:
-        raise ValueError("--write is for the case of one layer: name one --backend")
+        raise ValueError("--write writes the case of one layer: name one --backend")
     asked = asked_case(command)
     require_of(backends)
     bases = [asked] if asked else small_cases()
@@ -102,5 +102,5 @@ def asked_case(command: Command) -> Case | None:
         return None
     cases = named_cases(command.preset, command.case, command.model)
     if len(cases) > 1:
-        raise ValueError(f"a layer is asked in one case, and these are {len(cases)}: name one preset or model")
+        raise ValueError(f"a layer is asked in one case, and {len(cases)} are named: name one preset or model")
     return cases[0]

@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         traceback.print_exc()
         say(
             Text(
-                "this is a bug of the harness and says nothing about any layer: please report what stands above", "red"
+                "this is a bug of the harness and says nothing about any layer: please report what is printed above",
+                "red",
             )
         )
         sys.exit(BUG)
@@ -113,7 +114,7 @@ def _starts_with_a_command(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         return
     if named := next((word for word in argv if word in COMMANDS), None):
-        raise ValueError(f"{argv[0]} comes before the command: write `python -m parity {named}`, and what it is given")
+        raise ValueError(f"{argv[0]} comes before the command: write `python -m parity {named}` first")
     meant = "".join(f" Did you mean {near}?" for near in get_close_matches(argv[0], COMMANDS, 1))
     raise ValueError(f"no command is called {argv[0]}.{meant} There are: {', '.join(COMMANDS)}")
 
@@ -134,6 +135,6 @@ def _something_given(kind: type, argv: list[str]) -> None:
         if not word.startswith("--") or not after.startswith("--"):
             continue
         if name in several:
-            raise ValueError(f"{word} is given nothing: name one or more, or leave it out")
+            raise ValueError(f"{word} has no value: give one or more, or leave it out")
         if name in TRUE_OR_FALSE:
-            raise ValueError(f"{word} is given nothing: say {word} True or {word} False")
+            raise ValueError(f"{word} has no value: write {word} True or {word} False")

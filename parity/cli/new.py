@@ -38,9 +38,9 @@ def run(command: Command) -> int:
     """Run `new`; its exit code."""
     file = command.file
     if file.suffix != ".py":
-        raise ValueError(f"{file} is to be a Python file: call it {file}.py")
+        raise ValueError(f"{file} must be a Python file: call it {file}.py")
     if file.exists():
-        raise ValueError(f"{file} exists: it is left as it is; name another")
+        raise ValueError(f"{file} exists and is not overwritten: name another file")
     text = (TEMPLATES / f"template_in_{command.framework}.py").read_text()
     with writing(file):
         file.write_text(text.replace("FILE", shlex.quote(str(file))))

@@ -65,7 +65,7 @@ def identify(
 def card_of(kept: Kept, bases: Sequence[Case], tell: Callable[[str], None] = lambda _: None) -> Card:
     """The card of a backend whose processes are kept running; arguments as in `identify`."""
     begin, backend = time.perf_counter(), kept.backend
-    tell(f"{backend.name}: asking")
+    tell(f"{backend.name}: running the probes")
     base = _computed(kept, bases)
     found, answers = _asked(kept, base)
     reading = Reading(found, answers)
@@ -79,7 +79,7 @@ def card_of(kept: Kept, bases: Sequence[Case], tell: Callable[[str], None] = lam
         reading = Reading(found, answers)
         findings = [top_k if f.key == top_k.key else f for f in _of_its_own(backend, reading.all())]
     findings += capacity.read(reading, answers, base.capacity_factor)
-    tell(f"{backend.name}: proving what was found")
+    tell(f"{backend.name}: checking what was found")
     case = _found(base, found.case, reading)
     proof, proved, more = _proved(kept, case)
     findings += more
@@ -100,7 +100,7 @@ def _computed(kept: Kept, cases: Sequence[Case]) -> Case:
         why.append(answer.why)
     name = kept.backend.name
     said = "; ".join(dict.fromkeys(why))
-    raise BackendError(name, f"{name} computes none of {len(cases)} cases ({said}): say which it does, as flags")
+    raise BackendError(name, f"{name} computes none of {len(cases)} cases ({said}): give the flags of one that it does")
 
 
 def _of_its_own(backend: Backend, findings: list[Finding]) -> list[Finding]:

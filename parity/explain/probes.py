@@ -134,11 +134,9 @@ def probing_case(base: Case, takes: tuple[str, ...]) -> Case:
     Raises ValueError if the width has no room for a probe, or the weights would fill memory.
     """
     if base.width < FEATURES + 2:
-        raise ValueError(f"--width is {base.width}: to ask a layer what it is takes {FEATURES + 2} at least")
+        raise ValueError(f"--width is {base.width}: asking a layer what it is needs at least {FEATURES + 2}")
     if base.real_size:
-        raise ValueError(
-            f"{base.name} is of real size: ask in a smaller --hidden, which changes nothing in the answers"
-        )
+        raise ValueError(f"{base.name} is of real size: ask with a smaller --hidden, which does not change the answers")
     plain = Case()
     case = replace(base, name="probe", **{name: getattr(plain, name) for name in (*DRAWN, "seed")})
     if base.capacity_factor is not None:  # a capacity at which nothing drops: other probes show what is dropped

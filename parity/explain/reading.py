@@ -485,7 +485,7 @@ class Reading:
             self._said("experts of a token", f"{counts[0]} of {K}: {lost}", "odd", experiment="random logits")
         elif counts[-1] == K and not (on & ~largest).any():
             fewer = int((on.sum(1) < K).sum())
-            said = f"cannot tell: {K}, or fewer: of {fewer} of {len(on)} tokens some are not there, as if dropped"
+            said = f"cannot tell: {K}, or fewer: {fewer} of {len(on)} tokens lack some, as if dropped"
             self._said("experts of a token", said, "cannot tell", experiment="random logits")
         else:
             shown = f"{counts[0]} to {counts[-1]}, where {K} are asked for"
@@ -657,7 +657,7 @@ class Reading:
             kept = self.case.epsilon if self.case.epsilon < smallest * 0.1 else 0.0
             self._said("added to the sum", said, experiment=experiment, fields={"epsilon": kept})
             return
-        self._said("added to the sum", "unclear: weights end at once", "unknown", experiment=experiment)
+        self._said("added to the sum", "unclear: the weights vanish in one step", "unknown", experiment=experiment)
 
     def _one_choice(self) -> None:
         if self.case.top_k == 1 or "one_choice-0" not in self.answers:
@@ -674,7 +674,7 @@ class Reading:
         if self.always > 1:
             self._said(
                 "one expert a token",
-                f"{self.always} all the same: how many is not taken from case.top_k",
+                f"{self.always} here too: the number is not taken from case.top_k",
                 "odd",
                 experiment=experiment,
             )
@@ -721,7 +721,7 @@ class Reading:
         elif every and set(every) <= set(higher):
             self._said("of equal scores", "the higher expert id is chosen", "odd", experiment=experiment)
         elif not every:
-            self._said("of equal scores", "cannot tell: none is there", "cannot tell", experiment=experiment)
+            self._said("of equal scores", "cannot tell: no expert shows", "cannot tell", experiment=experiment)
         else:
             self._said(
                 "of equal scores",

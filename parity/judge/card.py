@@ -99,7 +99,7 @@ class Card(msgspec.Struct, tag_field="kind", tag="card"):
             if finding.state in ("odd", "unknown"):
                 odd.append(said)
         excluded = (f.key for f in self.findings if f.state == "found" and not f.otherwise(self.asked))
-        nothing = ("", f"the probes do not show it: as the case says are {', '.join(excluded)}")
+        nothing = ("", f"the probes do not show why: these are as the case says: {', '.join(excluded)}")
         return differs if differs and self.proved else differs + odd or [nothing]
 
     @property

@@ -193,7 +193,7 @@ def _canonical_rows(
         seen_before = (at[rows[real]] >= 0).any()
         at[rows[real]], slots[rows[real]], holders[rows[real]] = first[rank] + real, real, rank
         if seen_before or (slots[rows[real]] != real).any():  # a repeated row keeps only its last slot
-            raise MismatchError(f"a row is there twice, on rank {rank}")
+            raise MismatchError(f"a row is there twice, the second time on rank {rank}")
         promised = (
             quantity.padding(expected.mode, expected.case, rows.size, expected.layout) if numbers is None else None
         )
@@ -203,8 +203,8 @@ def _canonical_rows(
         wrong = padding[(a[padding] != promised).any(axis=tuple(range(1, a.ndim)))]
         if wrong.size:
             raise MismatchError(
-                f"padding is not {promised or 'zero'}: rank {rank}, slot {wrong[0]} and {wrong.size - 1} more hold "
-                f"{float(a[wrong[0]].flat[0])}"
+                f"padding is not {promised or 'zero'} in {wrong.size} slots of rank {rank}; "
+                f"the first, {wrong[0]}, holds {float(a[wrong[0]].flat[0])}"
             )
     held = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
     return Canonical(held, at, at >= 0, slots, holders)
@@ -217,7 +217,7 @@ def _all_there(problem: Problem, have: Canonical) -> None:
     missing = np.flatnonzero(~have.present & problem.keep.reshape(-1) & (problem.expert_id.reshape(-1) >= 0))
     if missing.size:
         p, t, k = identity(problem.case, missing[0])
-        raise MismatchError(f"{missing.size} rows are missing: first that of source rank {p}, token {t}, k {k}")
+        raise MismatchError(f"{missing.size} rows are missing; the first is that of source rank {p}, token {t}, k {k}")
 
 
 def compare(
@@ -569,10 +569,10 @@ def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array
     for name, a in properties.items():
         values = np.unique(a[bad])
         if values.size == 1 and np.unique(a).size > 1:
-            only = " and no others" if (bad == (a == values[0])).all() else ""
+            only = " and no passing row has it" if (bad == (a == values[0])).all() else ""
             shared.append(f"all have {name} {values[0]}{only}")
     if axes.startswith("P T") and _tied(problem)[present][bad].all():
-        shared.append("in all, experts are tied for the last choice: here the lower id is chosen")
+        shared.append("all have experts tied for the last choice, where the oracle chooses the lower id")
     return shared
 
 

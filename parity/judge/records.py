@@ -195,15 +195,15 @@ def read(path: Path) -> Report:
             records = [msgspec.convert(upgraded(msgspec.json.decode(line)), Record, strict=False) for line in file]
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError, msgspec.MsgspecError) as error:
         raise ValueError(
-            f"{path} is no report: {error}. Write one with `python -m parity check --json >FILE`"
+            f"{path} is not a report: {error}. Write one with `python -m parity check --json >FILE`"
         ) from error
     first, last = (records[0], records[-1]) if records else (None, None)
     if not isinstance(first, Header) or first.schema != SCHEMA:
         raise ValueError(
-            f"{path} does not begin with a header of schema {SCHEMA}: it is no report, or another version's"
+            f"{path} does not begin with a header of schema {SCHEMA}: it is not a report, or one of another version"
         )
     if not isinstance(last, Footer):
-        raise ValueError(f"{path} has no footer: its run did not end, so it says nothing. Run it again")
+        raise ValueError(f"{path} has no footer: its run did not finish. Run it again")
     report = Report(first, {}, {}, last, {})
     for record in records[1:-1]:
         if isinstance(record, CaseRecord):
@@ -214,11 +214,11 @@ def read(path: Path) -> Report:
             report.cards.setdefault(record.asked.name, []).append(record)
     found = sum(map(len, report.checks.values()))
     if found != last.comparisons or report.cases.keys() != report.checks.keys():
-        raise ValueError(f"{path} has {found} comparisons where its footer counts {last.comparisons}: it is not whole")
+        raise ValueError(f"{path} has {found} comparisons, but its footer counts {last.comparisons}: it is not whole")
     known = {"oracle", *report.backends}
     if strange := {check.left for found in report.checks.values() for check in found} - known:
         raise ValueError(
-            f"{path} compares {', '.join(sorted(strange))}, of which its header says nothing: it is no report"
+            f"{path} compares {', '.join(sorted(strange))}, which its header does not name: it is not a report"
         )
     return report
 

@@ -338,6 +338,7 @@ def quantity_of(name: str) -> Quantity:
     rest = name.partition("/")[2]
     if rest not in QUANTITIES or name not in QUANTITIES[rest].names():
         raise ValueError(
-            f"{name} is no quantity: there are {', '.join(QUANTITIES)}, each as isolated/, e2e/, second/ or repeat/"
+            f"{name} is not a quantity: there are {', '.join(QUANTITIES)}, each after isolated/, e2e/, second/ "
+            "or repeat/"
         )
     return QUANTITIES[rest]

@@ -75,7 +75,7 @@ def check_size(case: Case, layouts: tuple[Layout, ...] = ()) -> None:
         return
     of_which = f" ({_gb(oracle)} for the oracle, {_gb(run)} for a run)" if run else ""
     raise ValueError(
-        f"case {case.name} takes {_gb(oracle + run)} of memory at least{of_which}, and {_gb(there)} are available: "
+        f"case {case.name} needs at least {_gb(oracle + run)} of memory{of_which}, and {_gb(there)} are available: "
         f"use fewer --tokens ({case.tokens} on each of {case.ranks} ranks), --experts ({case.experts}) or a smaller "
         f"--width ({case.width}), --hidden ({case.hidden}) or --capacity-factor"
     )

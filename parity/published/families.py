@@ -183,14 +183,14 @@ def places(name: str) -> dict[str, Place]:
     block = build(*configured(name), APART)
     found = {own: _place(own, tuple(a.shape)) for own, a in block.state_dict().items()}
     if not {"router", "w_up", "w_down"} <= {ours for place in found.values() for ours in place.ours}:
-        raise Unsupported(f"it keeps no router, up and down: {', '.join(found)}")
+        raise Unsupported(f"it lacks a router, up or down: its parameters are {', '.join(found)}")
     if not any(place.ours == BOTH for place in found.values()):
         return found
     left = {way: _left(name, found | _arranged(found, *way)) for way in product((False, True), repeat=2)}
     best = min(left, key=lambda way: left[way])
     if not left[best] < 1e-6 * max(left.values()):
         raise Unsupported(
-            f"none of its halves is a gate: {', '.join(f'{a:.1g}' for a in left.values())} is left of them"
+            f"its gate and up cannot be told apart: off by {', '.join(f'{a:.1g}' for a in left.values())}"
         )
     return found | _arranged(found, *best)
 

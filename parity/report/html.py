@@ -388,9 +388,7 @@ def _missing(record: CaseRecord, checks: list[Check], ran: Sequence[Backend]) ->
         result += [f"{side}: {backend.seen()}."] * (backend.unseen != "")
     whole = sum(not check.ok and check.where is None for check in checks)
     if whole:
-        result.append(
-            f"Arrays that fail as a whole and so were not compared row by row: {whole}, see the failing rows."
-        )
+        result.append(f"{whole} arrays fail as a whole, and so were not compared row by row: see the failing rows.")
     result += [f"{_array(c)} of {c.left}: {c.note}." for c in checks if c.note and (c.ok or c.where)]
     if len(sides) > 1:
         paired = {_array(c) for c in checks if c.right in sides}
@@ -398,9 +396,9 @@ def _missing(record: CaseRecord, checks: list[Check], ran: Sequence[Backend]) ->
         alone = dict.fromkeys(_array(c) for c in checks if c.right == "oracle")
         only = [name for name in alone if name not in paired | broken]
         if only:
-            result.append(f"Held against the oracle only, not side against side: {'; '.join(only)}.")
+            result.append(f"Compared with the oracle only, not with each other: {'; '.join(only)}.")
     if record.case.real_size:
-        result.append("Of each expert weight's gradient 8 rows were compared, not all: the weights are of real size.")
+        result.append("8 rows of each expert weight's gradient were compared, not all: the weights are of real size.")
     return result
 
 

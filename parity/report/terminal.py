@@ -131,7 +131,7 @@ def notes(report: Report) -> list[str]:
 def unreached(report: Report) -> list[str]:
     """For cases with a clamp, the sides of it that no number reaches."""
     return [
-        f"{name}: not checked, as no expert's number is there: {', '.join(record.unreached)}"
+        f"{name}: the clamp is not checked where this case has no numbers: {', '.join(record.unreached)}"
         for name, record in report.cases.items()
         if record.unreached
     ]
@@ -149,7 +149,7 @@ def agree(report: Report) -> str:
     ours = all(backend.layout == "opaque" for backend in report.backends.values())
     if not ours or not pairs or not all(check.ok for check in pairs):
         return ""
-    return f"{' and '.join(report.backends)} agree with each other, row by row: --between judges them by that"
+    return f"{' and '.join(report.backends)} agree with each other, row by row: use --between to judge them by that"
 
 
 def _failed(report: Report, name: str) -> bool:
@@ -262,7 +262,7 @@ def describe(check: Check) -> str:
     numbers = f"{check.got!r} instead of {check.expected!r}"
     if check.bitwise:
         return f"{what}: {where}\n  {numbers}; must be equal bit for bit"
-    need = f"would need {check.error / check.allowed:.3g} times that" if check.allowed else "would need any at all"
+    need = f"would need {check.error / check.allowed:.3g} times that" if check.allowed else "no error is allowed"
     need = need if math.isfinite(check.error) else "no allowance would do"
     return f"{what}: {where}\n  {numbers}; off by {check.error:.3g}, allowed {check.allowed:.3g}: {need}"
 

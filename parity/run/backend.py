@@ -63,28 +63,30 @@ class Backend(msgspec.Struct, frozen=True):
         """Raises ValueError on a name that cannot be, and on a quantity, a layout or a stage that there is not."""
         if not re.fullmatch(r"[\w.+-]+", self.name) or self.name in ("oracle", "both"):
             raise ValueError(
-                f"a backend cannot be called {self.name!r}: it names files, so use letters, digits and .+-_ only, and "
-                "oracle and both are taken"
+                f"a backend cannot be called {self.name!r}: its name is part of file names, so use letters, digits "
+                "and .+-_ only; oracle and both are taken"
             )
         if self.layout not in get_args(Layout):
-            raise ValueError(f"backend {self.name} has layout {self.layout!r}: there are {', '.join(get_args(Layout))}")
+            raise ValueError(
+                f"backend {self.name} has layout {self.layout!r}: it must be one of {', '.join(get_args(Layout))}"
+            )
         if not self.provides:
-            raise ValueError(f"backend {self.name} provides nothing to compare: name what a run of it holds")
+            raise ValueError(f"backend {self.name} provides nothing to compare: list what a run holds in `provides`")
         for name in self.provides:
             try:
                 quantity = quantity_of(name)
             except ValueError as error:
-                raise ValueError(f"backend {self.name} provides {error}") from error
+                raise ValueError(f"backend {self.name}: {error}") from error
             # Rows of a layer whose layout is not known come with their numbers.
             if (self.layout if self.layout != "opaque" else "dynamic") not in quantity.layouts:
                 raise ValueError(
-                    f"backend {self.name} provides {name}, which layout {self.layout} does not have: it is of "
-                    f"{', '.join(quantity.layouts)}"
+                    f"backend {self.name} provides {name}, which layout {self.layout} does not have: only "
+                    f"{', '.join(quantity.layouts)} have it"
                 )
         if unknown := self.files.keys() - {*STAGES, "layer", ""}:
             raise ValueError(
-                f"backend {self.name} says where {', '.join(sorted(unknown))} is written: stages are "
-                f"{', '.join(STAGES)}, and an empty name stands for the rest"
+                f"backend {self.name}: `files` has {', '.join(sorted(unknown))}, which is not a stage: there are "
+                f"{', '.join(STAGES)}, layer, and an empty name for the rest"
             )
 
     def written(self, stage: str) -> str:

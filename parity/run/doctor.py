@@ -59,12 +59,14 @@ def _torch() -> Iterator[Finding]:
     yield Finding("torch", "threads", str(torch.get_num_threads()))
     precision = torch.get_float32_matmul_precision()
     tf32 = cuda and torch.backends.cuda.matmul.allow_tf32
-    wrong = "float32 matmuls may round their inputs to TF32 or bfloat16: torch.set_float32_matmul_precision('highest')"
+    wrong = (
+        "float32 matmuls may round their inputs to TF32 or bfloat16: call torch.set_float32_matmul_precision('highest')"
+    )
     unfair = tf32 or precision != "highest"
     yield Finding("torch", "float32 matmul", f"{precision}, TF32 {'on' if tf32 else 'off'}", wrong if unfair else "")
     reduced = cuda and torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     wrong = (
-        "bfloat16 matmuls may add up split sums in bfloat16: "
+        "bfloat16 matmuls may add up split sums in bfloat16: set "
         "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False"
     )
     yield Finding("torch", "bfloat16 split sums", "in bfloat16" if reduced else "in float32", wrong if reduced else "")
@@ -77,7 +79,7 @@ def _torch() -> Iterator[Finding]:
 
         nccl = torch.distributed.is_nccl_available()
         version = ".".join(map(str, library.version())) if nccl else "none"
-        yield Finding("torch", "NCCL", version, "" if nccl else "a GPU per rank needs it: install a build that has it")
+        yield Finding("torch", "NCCL", version, "" if nccl else "ranks on GPUs need it: install a PyTorch that has it")
 
 
 def _jax() -> Iterator[Finding]:
@@ -91,7 +93,7 @@ def _jax() -> Iterator[Finding]:
     on_tf32 = gpu and precision not in ("highest", "float32")
     wrong = (
         "float32 matmuls round their inputs to TF32 unless each one says otherwise (the layer here does): "
-        "JAX_DEFAULT_MATMUL_PRECISION=highest"
+        "set JAX_DEFAULT_MATMUL_PRECISION=highest"
     )
     yield Finding("jax", "float32 matmul", str(precision or "default"), wrong if on_tf32 else "")
     yield Finding("jax", "x64", "on" if jax.config.jax_enable_x64 else "off, float64 becomes float32")  # type: ignore[attr-defined]
@@ -99,8 +101,8 @@ def _jax() -> Iterator[Finding]:
     if gpu:
         preallocates = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true") == "true"
         wrong = (
-            "JAX takes 75% of a GPU's memory at its start, which leaves PyTorch the rest: "
-            "XLA_PYTHON_CLIENT_PREALLOCATE=false"
+            "JAX takes 75% of the GPU's memory when it starts, and PyTorch gets the rest: "
+            "set XLA_PYTHON_CLIENT_PREALLOCATE=false"
         )
         yield Finding("jax", "memory", "preallocated" if preallocates else "as needed", wrong if preallocates else "")
         flags = os.environ.get("XLA_FLAGS", "")
@@ -108,7 +110,7 @@ def _jax() -> Iterator[Finding]:
         yield Finding("jax", "deterministic ops", "required" if deterministic else "not required")
     elif _has_nvidia_card():
         yield Finding(
-            "jax", "backend", "CPU", "there is an NVIDIA card, but JAX does not use it: pip install 'jax[cuda13]'"
+            "jax", "backend", "CPU", "there is an NVIDIA GPU, but JAX does not use it: pip install 'jax[cuda13]'"
         )
 
 

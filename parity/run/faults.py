@@ -45,8 +45,8 @@ def plant(fault: Fault, folder: Path) -> Path:
     source = path.read_text()
     if source.count(fault.old) != 1:
         raise ValueError(
-            f"the fault {fault.name} changes {fault.old!r}, which is {source.count(fault.old)} times in {fault.file}: "
-            "bring the fault up to date with the code"
+            f"the fault {fault.name} changes {fault.old!r}, which {fault.file} has {source.count(fault.old)} times, "
+            "not once: bring the fault up to date with the code"
         )
     path.write_text(source.replace(fault.old, fault.new))
     for kernels in folder.glob("*_impl/kernels.py"):
@@ -219,8 +219,8 @@ _TORCH = [
     ("backward-clears-what-it-kept", "combine", "The backward clears the scores that it kept, and a second one has none.",
      "rows.py", "score_N = score_TK.reshape(-1)[assignment_N].to(accum_dtype)",
      "score_N = score_TK.reshape(-1)[assignment_N].to(accum_dtype)\n        score_TK.data.zero_()", "zipf"),
-    ("wrong-slots-returned", "group_by_expert", "Rows are right; of where they lie, choices change places.", "grouping.py",
-     "return Grouped(expand_rows(x_TD, slot_TK, assignment_N), slot_TK, assignment_N)",
+    ("wrong-slots-returned", "group_by_expert", "Rows are right, but the slots returned for a token's choices change places.",
+     "grouping.py", "return Grouped(expand_rows(x_TD, slot_TK, assignment_N), slot_TK, assignment_N)",
      "return Grouped(expand_rows(x_TD, slot_TK, assignment_N), slot_TK.flip(1), assignment_N)", "zipf"),
     ("layer-passes-other-counts", "apply_experts", "The layer passes the counts of the experts in reverse.", "layer.py",
      "apply_experts(expert_major.x_RD, counts_Pe.sum(dim=0),",
@@ -406,7 +406,7 @@ _TORCH_STATIC = [
      "torch.where(row_C < counts_Pe.T[:, :, None], row_ePC, row_ePC)", "expert-bins"),
     ("bins-returned-to-wrong-rank", "return_tokens", "Bins go back one rank further.", "exchange.py",
      "return _AllToAll.apply(y_BCD, group)", "return _AllToAll.apply(y_BCD, group).roll(1, 0)", "zipf"),
-    ("capacity-of-own-tokens", "group_by_expert", "A bin is thought to be as large as this rank has tokens for.",
+    ("capacity-of-own-tokens", "group_by_expert", "A bin's size is computed from this rank's own number of tokens.",
      "grouping.py", "return (place_N < take_or_zero(start_B, bin_N) + C)",
      "return (place_N < take_or_zero(start_B, bin_N) + min(C, N // B))", "uneven-drop"),
     ("kernel-padding-unwritten", "group_by_expert", "Nothing is written where there is padding: it holds what the memory "

@@ -45,14 +45,14 @@ class Hook(NamedTuple):
         found = re.fullmatch(r"([\w.*]+)(?:\[(\d+)\])?=(\w+/\w+)(?::(\w+))?", text)
         if not found:
             raise ValueError(
-                f"--record {text}: write MODULE=STAGE/VALUE, as experts.down_proj=apply_experts/y, "
+                f"--record {text}: write MODULE=STAGE/VALUE, such as experts.down_proj=apply_experts/y, "
                 "gate[1]=route/expert_id or experts.*.w2=apply_experts/y:grouped"
             )
         module, index, name, order = found.groups()
         if name not in CAN_GIVE:
-            raise ValueError(f"--record {text}: nothing is called {name}: there are {', '.join(CAN_GIVE)}")
+            raise ValueError(f"--record {text}: no array is called {name}: there are {', '.join(CAN_GIVE)}")
         if order and not QUANTITIES[name].order:
-            raise ValueError(f"--record {text}: {name} has no rows that could be in an order")
+            raise ValueError(f"--record {text}: {name} has no rows, so it has no order: leave out :{order}")
         if order and order not in ORDERS:
             raise ValueError(f"--record {text}: no order is called {order}: there are {', '.join(ORDERS)}")
         return cls(module, int(index or 0), name, order)
@@ -78,7 +78,7 @@ def split(result: Any, recorded: Sequence[Recorded], join: Callable[[list[Any]],
     found = Given(result, {}, {})
     for name in dict.fromkeys(one.name for one in more):
         if name not in CAN_GIVE:
-            raise OwnLayerError(f"{where} gives {name}, and nothing is called so: there are {', '.join(CAN_GIVE)}")
+            raise OwnLayerError(f"{where} gives {name}, but no array is called that: there are {', '.join(CAN_GIVE)}")
         parts = [one for one in more if one.name == name]
         for part in (a for one in parts for a in (one.array, one.rows) if not isinstance(a, str | None)):
             if not hasattr(part, "shape"):
@@ -96,8 +96,8 @@ def of_all(backend: Backend, name: str, everybody: Sequence[Mapping[str, Array]]
     if lacking := [rank for rank, arrays in enumerate(everybody) if name not in arrays]:
         gives = next(rank for rank, arrays in enumerate(everybody) if name in arrays)
         raise OwnLayerError(
-            f"{backend.files['']} gives {name} on rank {gives}, and not on rank {lacking[0]}: record it on every rank, "
-            "with no rows where a rank has none"
+            f"{backend.files['']} gives {name} on rank {gives}, but not on rank {lacking[0]}: record it on every rank, "
+            "with zero rows where a rank has none"
         )
     return [arrays[name] for arrays in everybody]
 
@@ -122,8 +122,8 @@ def placed(
         axes, arrays = QUANTITIES[name].axes, given[name]
         if len(arrays) != problem.case.ranks:
             raise OwnLayerError(
-                f"{backend.files['']}: {name} begins with an axis of {len(arrays)}: it must be one of the "
-                f"{problem.case.ranks} ranks, or rows must come with identities, [n, 3]"
+                f"{backend.files['']}: {name} has a first axis of {len(arrays)}: it must have one entry for each of "
+                f"the {problem.case.ranks} ranks, or rows must come with identities, [n, 3]"
             )
         if axes == "P T K" and all(a.size == k.size for a, k in zip(arrays, k_of, strict=True)):
             places = zip(arrays, k_of, strict=True)
@@ -162,14 +162,14 @@ def _numbers(
     if order == "token":
         return list(in_order[:-1].reshape(case.ranks, -1))
     if order not in ORDERS:
-        raise OwnLayerError(f"{where} gives {name} in order {order!r}: there are {', '.join(ORDERS)}")
+        raise OwnLayerError(f"{where} gives {name} in order {order!r}: the orders are {', '.join(ORDERS)}")
     numbers = row_tables(case, problem.expert_id, problem.keep, "dynamic")[order]
     for rank, (a, there) in enumerate(zip(given[name], numbers, strict=True)):
         rows, kept = math.prod(a.shape[: a.ndim - tail]), int(problem.keep.reshape(-1)[there].sum())
         if rows < kept:
             raise OwnLayerError(
-                f"{where}: {name} has {rows} rows on rank {rank}, where there are {kept} in order {order}: say which "
-                "they are, by identities or by an order; a layer that exchanges nothing has them 'grouped'"
+                f"{where}: {name} has {rows} rows on rank {rank}, but order {order!r} has {kept} there: say "
+                "which rows they are, by identities or another order; a layer that exchanges nothing has them 'grouped'"
             )
     return numbers
 
@@ -178,15 +178,17 @@ def _ravelled(case: Case, identity: Array, name: str, where: str) -> Array:
     """Row numbers of identities [..., 3]."""
     if identity.shape[-1:] != (3,) or not np.issubdtype(identity.dtype, np.integer):
         raise OwnLayerError(
-            f"{where}: the rows of {name} are {identity.dtype} {list(identity.shape)}: they must be integers [..., 3], "
-            "(source rank, token, k)"
+            f"{where}: the row identities of {name} are {identity.dtype} {list(identity.shape)}: they must be "
+            "integers [..., 3], (source rank, token, k)"
         )
     identity = identity.reshape(-1, 3)
     sizes = np.array((case.ranks, case.tokens, case.top_k))
     too_large = np.any(identity >= sizes, axis=1)
     if too_large.any():
         row = identity[too_large][0].tolist()
-        raise OwnLayerError(f"{where}: {name} has a row {row}: (source rank, token, k) are below {sizes.tolist()}")
+        raise OwnLayerError(
+            f"{where}: {name} has the row identity {row}: (source rank, token, k) must be below {sizes.tolist()}"
+        )
     real = identity.min(axis=1, initial=0) >= 0
     return np.where(real, np.ravel_multi_index(tuple(identity.clip(min=0).T), sizes), PADDING)
 

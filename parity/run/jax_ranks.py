@@ -59,7 +59,7 @@ def _rank(
             notes.at(path.stem, WRITING)
             trace.save(own.parent)
             notes.done(path.stem)
-    notes.at("", "its end")
+    notes.at("", "shutdown")
 
 
 def join(folder: Path, problems: Sequence[Problem], setting: Setting, backends: Sequence[Backend]) -> int:

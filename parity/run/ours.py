@@ -45,9 +45,9 @@ def refuses_ragged(case: Case, setting: Setting) -> str:
     if setting.device == "cpu":
         return "ragged_all_to_all is not implemented on XLA:CPU; use --device cuda"
     if case.ranks > 1 and setting.jax_ranks == "vmap":
-        return f"ragged_all_to_all has no vmap rule, so --ranks {case.ranks} need a GPU each: use fewer, or --ranks 1"
+        return f"ragged_all_to_all has no vmap rule, so --ranks {case.ranks} needs as many GPUs: use fewer ranks"
     if case.ranks > 1 and case.way == "eager":
-        return "ragged_all_to_all has no vmap rule, and --way eager has ranks under vmap: use --ranks 1, or another way"
+        return "ragged_all_to_all has no vmap rule, and --way eager runs ranks under vmap: use --ranks 1 or another way"
     return ""
 
 
@@ -87,7 +87,7 @@ def _published(name: str) -> Backend | None:
 def _family(block: str, python: str, asked: str) -> Backend:
     """The backend for a block of transformers, built from its configuration."""
     if not block:
-        raise ValueError(f"--backend {asked}: name a block of transformers, as families:mixtral")
+        raise ValueError(f"--backend {asked}: name a block of transformers, such as families:mixtral")
     name = re.sub("[,=]", "-", f"families.{block}")
     found = own.taking_all(name, "torch", f"parity.published.families:{block}", asked)
     return msgspec.structs.replace(
@@ -100,7 +100,7 @@ def everything() -> dict[str, tuple[str, Backend]]:
     layouts = {
         "dynamic": "as many rows as there are",
         "static": "padded to a capacity",
-        "ragged": "in the largest buffer",
+        "ragged": "in a buffer for the most there can be",
         "direct": "rows straight to their places",
     }
     found = {name: (f"this project's layer, {layouts[b.layout]}", b) for name, b in BACKENDS.items()}
@@ -128,11 +128,11 @@ def find(name: str) -> Backend:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--backend {name}: {error}") from error
     if not isinstance(found, Backend):
-        what = f"{name} is a {type(found).__name__} and no Backend" if ":" in name else f"no backend is called {name}"
+        what = f"{name} is a {type(found).__name__}, not a Backend" if ":" in name else f"no backend is called {name}"
         there = ", ".join(BACKENDS)
         also = f". Published layers are in {', '.join(PUBLISHED)}"
         raise ValueError(
-            f"{what}. There are: {there}; or name a file of your own, as mine.py, or package.module:name{also}"
+            f"{what}. There are: {there}; or name a file of your own, such as mine.py, or package.module:name{also}"
         )
     if found.name in BACKENDS and found != BACKENDS[found.name]:
         raise ValueError(f"--backend {name} is called {found.name}, as one of this project is: give it another name")

@@ -55,7 +55,7 @@ def signature(framework: str, names: list[str], where: str, optional: Collection
         stem = re.sub(r"_[A-Za-z]{1,4}$", "", name) if name not in ARGUMENTS else name
         if stem not in ARGUMENTS:
             raise ValueError(
-                f"{where} takes {name}: nothing is called so. A layer can take {', '.join(ARGUMENTS)}, each with a "
+                f"{where} takes {name}, which is not known: a layer can take {', '.join(ARGUMENTS)}, each with a "
                 "suffix for its shape if you like, as in x_TD"
             )
         found[stem] = name
@@ -66,10 +66,12 @@ def signature(framework: str, names: list[str], where: str, optional: Collection
             "or none of them"
         )
     if "x" not in found:
-        raise ValueError(f"{where} takes no x: the tokens, [T, D] on each rank")
+        raise ValueError(f"{where} takes no x: it must take the tokens, [T, D] on each rank")
     other = next(word for of, word in KNOW_RANKS.items() if of != framework)
     if other in found:
-        raise ValueError(f"{where} takes {other}, which a layer in {framework} has not")
+        raise ValueError(
+            f"{where} takes {other}, which a layer in {framework} is not given: it can take {KNOW_RANKS[framework]}"
+        )
     per_rank = KNOW_RANKS[framework] in found
     suffixes = {found[w].removeprefix(w).lstrip("_")[:1] for w in of_experts}
     all_experts = not per_rank if suffixes <= {""} else suffixes == {"E"}
@@ -108,7 +110,9 @@ def read(whole: str) -> Backend | None:
     if not name and len(marked) != 1:
         what = f"{len(marked)} functions" if marked else "no function"
         which = (
-            f": name one, as {source}:{next(iter(marked))}" if marked else ", as `from parity import backend` has it"
+            f": name one, such as {source}:{next(iter(marked))}"
+            if marked
+            else ": mark one (`from parity import backend`)"
         )
         raise ValueError(f"--backend {asked}: {path} has {what} marked @backend(framework=...){which}")
     of = str(path.resolve()) if source.endswith(".py") else source
@@ -247,27 +251,27 @@ def refusal(function: Callable[..., Any], takes: Signature, problem: Problem) ->
     if problem.case.uneven:
         return "some tokens are padding"
     if not problem.keep.all() and not takes.given("keep") and not getattr(function, "drops", False):
-        return "assignments are dropped, it takes no `keep` that says which, and is not marked with drops=True"
+        return "assignments are dropped, but it takes no `keep`, which says which, and is not marked drops=True"
     if problem.aux.any() and not takes.given("score"):
-        return "the gradient of an auxiliary loss is handed in, and it takes no `score`"
+        return "the case gives the scores a gradient of an auxiliary loss, but it takes no `score`"
     there = {one.name for one in parameters_of(problem.case)}
     if lacking := [name for name in BY_NAME if name in there and not needs(takes, name) and name not in BASIC]:
         return f"it takes no {', '.join(f'`{name}`' for name in lacking)}"
     if absent := [name for name in BY_NAME if takes.given(name) and name not in there and name not in takes.optional]:
-        return f"there is no {', '.join(f'`{name}`' for name in absent)}, and it has no default for that"
+        return f"the case has no {', '.join(f'`{name}`' for name in absent)}, and that argument has no default"
     answer = getattr(function, "supports", bool)(problem.case)
-    return answer if isinstance(answer, str) else "" if answer else "it says so"
+    return answer if isinstance(answer, str) else "" if answer else "its `supports` says no"
 
 
 def checked(array: Any, shape: tuple[int, ...], dtype: Any, backend: Backend) -> None:
     """Whether what a layer returned is of this shape and dtype. Raises OwnLayerError."""
     where = backend.files[""]
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        raise OwnLayerError(f"{where} returned a {type(array).__name__}, and not the output alone, {list(shape)}")
+        raise OwnLayerError(f"{where} returned a {type(array).__name__}: it must return the output only, {list(shape)}")
     if tuple(array.shape) != shape:
-        raise OwnLayerError(f"{where} returned shape {list(array.shape)}: the output is {list(shape)}")
+        raise OwnLayerError(f"{where} returned shape {list(array.shape)}: the output must be {list(shape)}")
     if array.dtype != dtype:
-        raise OwnLayerError(f"{where} returned {array.dtype}: the output is as the tokens, {dtype}")
+        raise OwnLayerError(f"{where} returned {array.dtype}: the output must be of the tokens' dtype, {dtype}")
 
 
 def of_rank(case: Case, a: np.ndarray, rank: int) -> np.ndarray:

@@ -118,7 +118,8 @@ def hooks_on_modules(hooks: Sequence[Hook], backend: Backend) -> Iterator[None]:
                 values = output if isinstance(output, tuple) else (output,)
                 if hook.index >= len(values):
                     raise OwnLayerError(
-                        f"{backend.files['']}: --record {hook.module}[{hook.index}]: it returns {len(values)} values"
+                        f"{backend.files['']}: --record {hook.module}[{hook.index}]: it returns {len(values)} values, "
+                        "numbered from 0"
                     )
                 record(hook.name, values[hook.index], hook.order)
 
@@ -204,8 +205,8 @@ def _gradients(
     for name, gradient in zip(leaves, found, strict=True):
         if gradient is None and problem.case.tokens and (name in ("x", "router") or problem.case.ranks == 1):
             raise OwnLayerError(
-                f"{where}: d{name}: the output does not depend on {name}; weights go into a module by "
-                "torch.func.functional_call, as copied into its parameters they are others"
+                f"{where}: d{name}: the output does not depend on {name}; pass weights to a module with "
+                "torch.func.functional_call: copied into its parameters, they are other tensors"
             )
     pairs = zip(leaves.items(), found, strict=True)
     return {name: torch.zeros_like(leaf) if gradient is None else gradient for (name, leaf), gradient in pairs}

@@ -86,10 +86,10 @@ class Patience:
         """Why the processes hang, or an empty string."""
         asleep, running = self.limits
         if self.asleep > asleep + self.start_up:
-            blind = " by the clock on the wall, for there is no /proc here" if BLIND else ""
-            return f"no rank got on for {asleep:g} s{blind}"
+            blind = " of wall-clock time (there is no /proc to read CPU time from)" if BLIND else ""
+            return f"no rank made progress for {asleep:g} s{blind}"
         if max(self.ran.values(), default=0.0) > running + self.start_up and running < math.inf:
-            return f"no rank got on in {running:g} s of CPU time"
+            return f"no rank made progress in {running:g} s of CPU time"
         return ""
 
 

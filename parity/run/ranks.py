@@ -47,7 +47,7 @@ def run_cases(backend: Backend, folder: Path, paths: Sequence[Path], n: int, tim
 
         failure = run_group(backend.name, own, n, rank, (own, list(left.values())), timeout, tell=tell)
         if failure is None and left:
-            failure = Failure(backend.name, "", 0, "its end", f"nothing was said of {', '.join(left)}", n)
+            failure = Failure(backend.name, "", 0, "shutdown", f"it gave no answer for {', '.join(left)}", n)
         if failure is None:
             return
         if failure.case not in left:  # nothing to try again: whoever asked ends it all
@@ -165,7 +165,7 @@ class _Group:
         at = [self.note(rank).inside(name for _, _, name in reversed(stack)) for rank, stack in enumerate(stacks)]
         behind = min(range(n), key=lambda rank: (at[rank].steps, _waits(stacks[rank])))
         others = sorted({note.place for rank, note in enumerate(at) if rank != behind})
-        why += f"; the others are in {', '.join(others)}" if others else ""
+        why += f"; the other ranks are in {', '.join(others)}" if others else ""
         return self.failed(behind, at[behind], why, how="hangs", line=_line(stacks[behind]))
 
     def failed(self, rank: int, note: "_Note", error: str, *, how: str = "failed", line: str = "") -> Failure:
@@ -177,7 +177,7 @@ class _Note(msgspec.Struct):
 
     steps: int = 0
     case: str = ""
-    stage: str = "its start"
+    stage: str = "start-up"
 
     @property
     def place(self) -> str:
@@ -235,7 +235,7 @@ def _as_rank(rank: int, folder: Path, work: Callable[..., None], arguments: tupl
     notes = Notes(folder, rank)
     try:
         work(rank, notes, *arguments)
-        notes.at("", "its end")
+        notes.at("", "shutdown")
     except BaseException as error:
         notes.failed(error)
         sys.exit(1)

@@ -53,7 +53,8 @@ class Failure(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         rank = f"rank {self.rank} of {self.ranks} " if self.ranks > 1 else ""
-        place = f" in {self.stage}" * (self.stage != "") + f" of case {self.case}" * (self.case != "")
+        place = f" in {self.stage}" * (self.stage != "")
+        place += f" {'of' if self.stage else 'in'} case {self.case}" * (self.case != "")
         line = f" ({self.line})" * (self.line != "")
         return f"{self.backend}: {rank}{self.how}{place}{line}" + f": {self.error}" * (self.error != "")
 
@@ -189,7 +190,7 @@ class Kept:
                 self.workers.append(_Worker(self.stack, folder, self.home, self.backend, part, kept=True))
         while left or any(worker.busy for worker in self.workers):
             if all(worker.process.ended for worker in self.workers):
-                raise BackendError(name, f"{name}: it ended before {', '.join(sorted(left))}")
+                raise BackendError(name, f"{name}: it ended before it had run {', '.join(sorted(left))}")
             for _, case, failure in _heard(self.workers):
                 if failure and not failure.case:
                     raise BackendError(name, str(failure))
@@ -256,7 +257,7 @@ class _Worker:
         if not self.began and not process.ended:  # after that, the worker watches its ranks itself
             process.patience.tick()
             if process.patience.asleep > self.setting.timeout + START_UP:
-                raise BackendError(name, f"{name}: hangs while it is imported: for {process.patience.asleep:.0f} s")
+                raise BackendError(name, f"{name}: hangs while it is imported, for {process.patience.asleep:.0f} s")
 
     def _explain(self) -> BackendError:
         name, error = self.backend.name, self.process.error

@@ -50,7 +50,7 @@ def _rank(
     for path in paths:
         notes.at(path.stem, READING)
         _run(backend, own.parent, Problem.load(path), rank, device, notes, work)
-    notes.at("", "its end")
+    notes.at("", "shutdown")
     if P > 1:
         dist.destroy_process_group()
 

@@ -66,7 +66,7 @@ class Trace:
         try:
             return Trace._load(path)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no whole trace: {error}") from error
+            raise ValueError(f"{path} is not a whole trace: {error}") from error
 
     @staticmethod
     def _load(path: Path) -> "Trace":
@@ -74,18 +74,18 @@ class Trace:
             about = f.metadata() or {}
             if lacking := [name for name in ("case", "backend") if name not in about]:
                 raise ValueError(
-                    f"{path} is no trace: its metadata lack {' and '.join(lacking)}, which "
+                    f"{path} is not a trace: its metadata lack {' and '.join(lacking)}, which "
                     "`python -m parity check --save` writes"
                 )
             keys = {key: key.rpartition("/") for key in f.keys()}  # noqa: SIM118
             if odd := [key for key, (_, _, rank) in keys.items() if not rank.isdecimal()]:
-                raise ValueError(f"{path} is no trace: a tensor is called mode/stage/value/rank, and one is {odd[0]!r}")
+                raise ValueError(f"{path} is not a trace: tensors must be called mode/stage/value/rank, not {odd[0]!r}")
             names: dict[str, list[str]] = {}
             for key in sorted(keys, key=lambda key: (keys[key][0], int(keys[key][2]))):
                 names.setdefault(keys[key][0], []).append(key)
         for name in names:
             if (fault := _no_array(name)) is not None:
-                raise ValueError(f"{path} is no trace: {fault}")
+                raise ValueError(f"{path} is not a trace: {fault}")
         arrays = InFile(path, names)
         try:
             return Trace(
@@ -96,7 +96,7 @@ class Trace:
                 arrays,
             )
         except ValueError as error:  # msgspec's are, too
-            raise ValueError(f"{path} is no trace: {error}") from error
+            raise ValueError(f"{path} is not a trace: {error}") from error
 
 
 class InFile(Mapping[str, list[Array]]):
@@ -110,7 +110,7 @@ class InFile(Mapping[str, list[Array]]):
         try:
             return [self.file.get_tensor(key) for key in self.keys_of[name]]
         except (AttributeError, TypeError, SafetensorError) as error:  # a dtype that NumPy lacks
-            raise ValueError(f"{self.path} is no trace: cannot read {name}: {error}") from error
+            raise ValueError(f"{self.path} is not a trace: cannot read {name}: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys_of)
@@ -127,7 +127,7 @@ def _rows_of(name: str) -> str:
 def _no_array(name: str) -> str | None:
     """Why a trace cannot hold an array of this name; None where it can."""
     if name.startswith(ROWS):
-        return None if name.removeprefix(ROWS) in QUANTITIES else f"{name} says which rows of no known array there are"
+        return None if name.removeprefix(ROWS) in QUANTITIES else f"{name} gives the rows of an array that is not known"
     try:
         quantity_of(name)
     except ValueError as error:
@@ -145,7 +145,7 @@ def _backend(about: dict[str, str], arrays: Mapping[str, list[Array]]) -> Backen
     if layout == "opaque" and rows:
         raise ValueError(
             f"no backend is called {about['backend']} here, and nothing says which rows {rows[0]} has: put the layout "
-            f"(dynamic, static or ragged) into the metadata, or their numbers as {_rows_of(rows[0])}"
+            f"(dynamic, static or ragged) into the metadata, or the row numbers into a tensor {_rows_of(rows[0])}"
         )
     return Backend(about["backend"], about.get("framework", ""), layout, provides)
 

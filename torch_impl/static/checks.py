@@ -28,7 +28,7 @@ def check_capacity_factor(factor: object, per: str, n_experts: int, n_ranks: int
 def check_capacity(n_bins: int, rows: int, priority: str, n_experts: int) -> None:
     """Raises ValueError unless bins hold at least one row, divide the experts, and the priority is known."""
     if rows < 1:
-        raise ValueError(f"a capacity of {rows} rows per bin: it must be at least 1")
+        raise ValueError(f"the capacity is {rows} rows per bin: it must be at least 1")
     if n_bins < 1 or n_experts % n_bins:
         raise ValueError(f"{n_bins} bins for {n_experts} experts: use one bin per rank, or one per expert")
     check_priority(priority)
