@@ -1,5 +1,7 @@
 """The whole layer: nine stages, in order. Static shapes; `torch_impl/layer.py` is the same page with dynamic ones.
 
+To see what the shapes alone change, put `jax_impl/dynamic/layer.py` beside this.
+
 An array's name ends in its shape:
 
     P  ranks                  E  experts              e  experts on a rank, E // P

@@ -79,7 +79,7 @@ BESIDE = {"torch": "torch-static", "jax": "jax-dynamic"}  # the corner that impo
 
 # What runs only where a case asks for it: only such cases can tell.
 REACHED_BY: dict[str, Callable[[Case], bool]] = {
-    r" (check_received|is_captured):| moe_layer: .*_received\(": lambda case: case.way == "compiled",
+    r" (tell_most_received|is_captured):| moe_layer: .*_received\(": lambda case: case.way == "compiled",
     r"^torch_impl/matmul.py grouped_matmul: .*(captured|red\(\)|parity|ty\.g)": lambda case: case.way == "compiled",
     r"^jax_impl/matmul.py rows_of_experts:": lambda case: case.expert_bias,
     r"/glu.py module: .*(\"gelu\"|approximate)": lambda case: case.activation == "gelu",

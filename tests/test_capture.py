@@ -53,7 +53,7 @@ STEPS_BACK = {
         "exchange", "    n_sent, n_received = splits_2P.sum(dim=1).tolist()\n", SUM_ON_THE_DEVICE, "step", {"syncs"},
     ),
     "no-output-size": ("rows", ", output_size=output_size)", ")", "step", {"syncs", "symbols"}),
-    "no-bound": ("layer", "    check_received(", "    (", "bfloat16", {"range"}),
+    "no-bound": ("layer", "    tell_most_received(", "    (", "bfloat16", {"range"}),
 }  # fmt: skip
 RIGHT = [("step", 2), ("step", 64), ("bfloat16", 1024), ("float32", 4)]
 

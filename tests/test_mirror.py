@@ -32,7 +32,7 @@ class Pair(NamedTuple):
 ONLY_IN_TORCH: dict[str, str | set[str]] = {
     "checks.check_splits": "finds, at no sync, ids out of range on a GPU",
     "checks.check_output_size": "the permute's size is an argument",
-    "checks.check_received": "the bound on the one symbol, for a compiler",
+    "checks.tell_most_received": "the bound on the one symbol, for a compiler",
     "checks.check_autocast": "PyTorch's, and no other's",
     "checks.check_sizes": "a fact for a compiler, an error otherwise",
     "checks.is_captured": "whether a compiler is looking",
@@ -441,7 +441,7 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
             ],
             [
                 "counts_Pe, splits = exchange_counts(counts_E, group)",
-                "check_received(splits.n_received, P * (T if max_tokens is None else max_tokens) * min(K, e))",
+                "tell_most_received(splits.n_received, P * (T if max_tokens is None else max_tokens) * min(K, e))",
                 "received_RD = send_tokens(grouped.x_ND, splits, group)",
                 "expert_major = to_expert_major(received_RD, counts_Pe, splits.n_received)",
                 "returned_ND = return_tokens(rank_major_RD, splits, group)",
@@ -470,10 +470,11 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
                 "grouped = group_by_expert(expert_id_TK, counts_E)",
                 "counts_PE = exchange_counts(grouped.kept_E, buffers)",
                 "expert_major = to_expert_major(grouped.slot_TK, counts_PE, buffers)",
-                "placed_RD = send_tokens(input_TD, grouped.slot_TK, *expert_major, buffers)",
+                "place_N, origin_R = expert_major",
+                "placed_RD = send_tokens(input_TD, grouped.slot_TK, place_N, origin_R, buffers)",
                 "counts_e = counts_PE.sum(axis=0).chunk(n_ranks)[buffers.rank]",
                 "y_RD = apply_experts(placed_RD, counts_e, w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases)",
-                "returned_ND = return_tokens(y_RD, *expert_major, buffers)",
+                "returned_ND = return_tokens(y_RD, place_N, origin_R, buffers)",
                 "out_TD = combine(returned_ND, weight_TK, grouped.slot_TK, grouped.assignment_N, buffers)",
                 "return Stages(routing, grouped, counts_PE, expert_major, placed_RD, y_RD, returned_ND, shared_TD, "
                 "out_TD, expert_id_TK.size - grouped.kept_E.sum())",
@@ -484,7 +485,7 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
                 "grouped = group_by_expert(input_TD, expert_id_TK, counts_E)",
                 "counts_Pe, splits = exchange_counts(counts_E, group)",
                 "(T, K), (P, e) = (expert_id_TK.shape, counts_Pe.shape)",
-                "check_received(splits.n_received, P * (T if max_tokens is None else max_tokens) * min(K, e))",
+                "tell_most_received(splits.n_received, P * (T if max_tokens is None else max_tokens) * min(K, e))",
                 "received_RD = send_tokens(grouped.x_ND, splits, group)",
                 "expert_major = to_expert_major(received_RD, counts_Pe, splits.n_received)",
                 "y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(axis=0), w_gate_eDF, w_up_eDF, w_down_eFD, "

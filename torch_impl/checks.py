@@ -246,13 +246,13 @@ def check_splits(sent: int, n_rows: int) -> None:
     )
 
 
-def check_received(total: int, most: int) -> None:
+def tell_most_received(n_received: int, most: int) -> None:
     """Tells a compiler how many rows a rank can receive at most; the compiled code asserts it.
 
     Without this bound the symbol for R ranges up to infinity, and compiled code has to index with 64 bits.
     """
     if is_captured():
-        torch._check(total <= most)
+        torch._check(n_received <= most)
 
 
 def check_sizes(condition: bool, message: Callable[[], str]) -> None:

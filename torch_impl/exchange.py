@@ -33,7 +33,7 @@ def exchange_counts(
         counts_Pe[p, j] = rows that rank p sends to local expert j of this rank
 
     One device-to-host copy brings the counts of the rows that leave and of the rows that arrive. They are summed on the
-    host as tensors, and only the two totals become integers. Nothing else waits for the device.
+    host as tensors, and only the two totals become integers. Nothing else that moves rows waits for the device.
 
     Raises ValueError when the number of experts is not a multiple of the number of ranks.
     """

@@ -47,7 +47,7 @@ def apply_experts(
     """y = (activation(x @ w_gate + b_gate) * (x @ w_up + b_up)) @ w_down + b_down, each row by its own expert.
 
     Without w_gate, activation(x @ w_up + b_up) @ w_down + b_down. The first counts_e[0] rows are expert 0's, and so
-    on, to the last row; rows that the counts leave out are unspecified. Every matmul accumulates in float32 and rounds
+    on. The counts add up to R: rows past their sum would be unspecified. Every matmul accumulates in float32 and rounds
     once to x's dtype, and so does every sum with a bias.
     """
     gate_RF = None if w_gate_eDF is None else grouped_linear(x_RD, w_gate_eDF, counts_e, biases.gate_eF)

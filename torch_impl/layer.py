@@ -1,5 +1,7 @@
 """The whole layer: nine stages, in order. Dynamic shapes; `jax_impl/layer.py` is the same page with static ones.
 
+To see what the shapes alone change, put `torch_impl/static/layer.py` beside this.
+
 An array's name ends in its shape:
 
     P  ranks              E  experts              e  experts on a rank, E // P
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from torch_impl.checks import check_experts, check_received, check_routing
+from torch_impl.checks import check_experts, check_routing, tell_most_received
 from torch_impl.exchange import Splits, exchange_counts, n_ranks, return_tokens, send_tokens
 from torch_impl.experts import Biases, Experts, Shared, apply_experts, shared_expert
 from torch_impl.grouping import Grouped, combine, group_by_expert
@@ -60,9 +62,9 @@ def moe_layer(
     `max_tokens` is the most tokens that any rank has (default: as many as this rank). It gives a compiler the bound
     P*T*min(K, e) on R.
 
-    Raises ValueError on wrong input, before anything is sent to another rank; where one rank alone raises, the others
-    wait until the group's timeout. On a GPU an id out of range is found after the counts were exchanged, and an expert
-    that a token chose twice is not found.
+    Raises ValueError on a wrong shape, dtype, device or option before anything is sent to another rank. Where one rank
+    alone raises, the others wait until the group's timeout. Values of ids are read on a CPU only: on a GPU an id out of
+    range is found once the counts were exchanged, and an expert that a token chose twice is not found.
     """
     routing = route(x_TD, router_DE, router, per_expert=per_expert) if routing is None else routing
     score_TK, expert_id_TK, counts_E = routing
@@ -73,7 +75,7 @@ def moe_layer(
     grouped = group_by_expert(input_TD, expert_id_TK, counts_E)
     counts_Pe, splits = exchange_counts(counts_E, group)
     (T, K), (P, e) = expert_id_TK.shape, counts_Pe.shape
-    check_received(splits.n_received, P * (T if max_tokens is None else max_tokens) * min(K, e))
+    tell_most_received(splits.n_received, P * (T if max_tokens is None else max_tokens) * min(K, e))
     received_RD = send_tokens(grouped.x_ND, splits, group)
     expert_major = to_expert_major(received_RD, counts_Pe, splits.n_received)
     y_RD = apply_experts(expert_major.x_RD, counts_Pe.sum(dim=0), w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases)

@@ -22,8 +22,8 @@ def to_expert_major(
 
         rank-major    p0: e0 e0 e1 | p1: e0 e1 e1        expert-major   e0: p0 p0 p1 | e1: p0 p1 p1
 
-    `output_size` is R as a host integer (default: the rows received). Without it `repeat_interleave` would have to
-    ask the device for the sum of its counts, a second synchronisation.
+    `output_size` is R as a host integer (default: the rows received). `repeat_interleave` is given it, because it would
+    otherwise ask the device for the sum of its counts, a second synchronisation.
 
     Raises ValueError when `output_size` is not the number of rows received.
     """

@@ -91,7 +91,7 @@ def logits(
 
 def sqrt_softplus(logits_TE: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
     """sqrt(log(1 + exp(logits))), as DeepSeek-V4 scores; below -40, exp(logits / 2), whose slope is finite."""
-    small_TE = torch.exp(logits_TE.clamp(max=-40) / 2)
+    small_TE = torch.exp(logits_TE.clamp(max=-40) / 2)  # at the bound PyTorch's clamp keeps the whole gradient
     softplus_TE = torch.logaddexp(logits_TE.clamp(min=-40), torch.zeros_like(logits_TE))
     return torch.where(logits_TE < -40, small_TE, softplus_TE.sqrt())
 
@@ -133,6 +133,7 @@ def top_k_indices(score_Tn: Float[Tensor, "T n"], k: int) -> Integer[Tensor, "T 
 
 def renormalized(score_TK: Float[Tensor, "T K"], epsilon: float) -> Float[Tensor, "T K"]:
     """A token's scores over their sum, which `epsilon` guards: 1e-20 in DeepSeek-V3, none in Mixtral."""
+    # PyTorch's own gradient divides by the sum twice. The square of it, which underflows, is never formed.
     return score_TK / (score_TK.sum(dim=-1, keepdim=True) + epsilon)
 
 

@@ -1,4 +1,6 @@
-"""The same layer in PyTorch with every row written straight to its place on the GPU of its expert: no sync at all.
+"""The same layer in PyTorch with every row written straight to its place on the GPU of its expert.
+
+On GPUs the host never waits for the device. Elsewhere an all-to-all takes the place of the writes, and does wait.
 
 Nothing drops. The exception is an id that is out of range, or repeated within a token. Refusing it would mean waiting
 for its value, so it is sent nowhere, and counted.

@@ -1,15 +1,13 @@
 """Stages 3, 4 and 8: counts, tokens out, tokens back, each written straight into memory of the rank it is for.
 
-There is one barrier after each write, and none before it, because a buffer's last read lies before a barrier that every
-rank passes before it writes there again:
+A step in time, where | is a barrier of all ranks on the device:
 
-    counts    read before tokens are sent, written in the next step
-    placed    read before rows return, in backward before dx is written; written in the next step, after its counts
-    returned  read before the next step's tokens are sent, in backward before dy is written; written after those
-    dy        read before dx is written, written in the next backward
-    dx        read before the next step's counts, or the next backward's dy, are written; written after those
+    forward     write counts | read counts, write placed | read placed, write returned | read returned
+    backward    read returned, write dy | read dy and placed, write dx | read dx
 
-So all ranks must do the same steps, forward and backward, in the same order.
+There is one barrier after each write and none before it. Between the last read of a buffer and the next write to it,
+in the next step or the next backward, every rank passes another buffer's barrier. So no rank writes to a buffer that
+another still reads, if all ranks do the same steps, forward and backward, in the same order.
 """
 
 from typing import NamedTuple

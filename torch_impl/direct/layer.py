@@ -1,4 +1,6 @@
-"""The whole layer: rows go straight to their places, sizes stay on the device. `torch_impl/layer.py` is the same page.
+"""The whole layer: rows go straight to their places, sizes stay on the device. `torch_impl/layer.py` has the stages.
+
+Stage 2 only sorts. Stage 5 computes where rows go, before stage 4 writes them there, expert-major. Stage 7 is gone.
 
 An array's name ends in its shape:
 
@@ -22,7 +24,7 @@ from torch_impl.routing import PerExpert, Router, Routing, route, weigh_input
 
 
 class Stages(NamedTuple):
-    """Every intermediate of one forward pass, in order. R is the most that a rank can receive, P*T*min(K, e).
+    """Every intermediate of one forward pass, in order. Here R is the most that a rank can receive, P*T*min(K, e).
 
     `placed_RD` and `returned_ND` lie in the buffers: the next step with the same buffers overwrites them. Rows past
     those that arrive hold anything, in `y_RD` too.
@@ -74,10 +76,11 @@ def moe_layer(
     grouped = group_by_expert(expert_id_TK, counts_E)
     counts_PE = exchange_counts(grouped.kept_E, buffers)
     expert_major = to_expert_major(grouped.slot_TK, counts_PE, buffers)
-    placed_RD = send_tokens(input_TD, grouped.slot_TK, *expert_major, buffers)
-    counts_e = counts_PE.sum(dim=0).chunk(n_ranks)[buffers.rank]
+    place_N, origin_R = expert_major
+    placed_RD = send_tokens(input_TD, grouped.slot_TK, place_N, origin_R, buffers)
+    counts_e = counts_PE.sum(dim=0).chunk(n_ranks)[buffers.rank]  # rows of this rank's experts, from all ranks
     y_RD = apply_experts(placed_RD, counts_e, w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases)
-    returned_ND = return_tokens(y_RD, *expert_major, buffers)
+    returned_ND = return_tokens(y_RD, place_N, origin_R, buffers)
     out_TD = combine(returned_ND, weight_TK, grouped.slot_TK, grouped.assignment_N, buffers)
     shared_TD = None if shared is None else shared_expert(x_TD, shared, experts)
     out_TD = out_TD if shared_TD is None else out_TD + shared_TD

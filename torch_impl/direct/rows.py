@@ -90,9 +90,9 @@ def expert_major_rows(
 ) -> tuple[Integer[Tensor, " N"], Integer[Tensor, " R"]]:
     """For each slot the row that its row becomes, and for each row the slot that it came from.
 
-    A rank has `n_slots` slots and `n_rows` rows, which number those of all ranks. A slot's row lies as far into its
-    segment, the rows of one expert from one rank, as the slot does. So it shifts by the distance between the segment's
-    starts: in the rows of its owner, and in the slots of its sender.
+    Slots and rows are numbered over all ranks: slot s of rank p is p * n_slots + s, row r of rank p is p * n_rows + r.
+    `n_own_slots` is how many slots this step has. The rows of one expert from one rank are a segment, in slots and in
+    rows. Within it both are in the same order. So all of a segment shifts by the distance between its two starts.
 
     Shapes: place_N, origin_R.
     """
