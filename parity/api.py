@@ -9,6 +9,7 @@ from rich.console import Console
 
 from parity.cases.case import Case, changed
 from parity.cases.presets import PRESETS
+from parity.explain.identify import explain_failures
 from parity.judge.engine import run_cases
 from parity.judge.records import Report
 from parity.report.terminal import print_report
@@ -49,8 +50,10 @@ def check(*what: Callable[..., Any] | Case | str, timeout: float, record: tuple[
     with temporary_folder() as folder:
         written = [own.written(layer, folder / f"{i}.pickle") for i, layer in enumerate(layers)]
         backends = _told_apart([*written, *backends])
-        report = run_cases(cases, backends, Setting(timeout=timeout, record=record))
-    assert report is not None  # as it is only in a group that torchrun started
+        setting = Setting(timeout=timeout, record=record)
+        report = run_cases(cases, backends, setting)
+        assert report is not None  # as it is only in a group that torchrun started
+        explain_failures(report, backends, setting)
     return Checked(**{field: getattr(report, field) for field in Report.__struct_fields__})
 
 

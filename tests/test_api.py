@@ -55,7 +55,9 @@ def test_a_layer_that_is_no_module_of_its_own():
     def layer(x_TD, score_TK, expert_id_TK, w_gate_EDF, w_up_EDF, w_down_EFD, case):
         return factor * in_torch(x_TD, score_TK, expert_id_TK, w_gate_EDF, w_up_EDF, w_down_EFD, case)
 
-    assert not parity.check(layer, "p1")
+    report = str(parity.check(layer, "p1"))
+    assert "  why: " in report  # and it can be repeated where a file has it
+    assert "--backend FILE.py:layer\n" in report
     with pytest.raises(AssertionError, match="layer is wrong at stage 9 combine") as found:
         parity.assert_match(layer, in_torch, "p1")
     assert "test_api.py:" in str(found.value)

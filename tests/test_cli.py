@@ -143,7 +143,7 @@ def test_two_machines(saved, capsys):
     code, out, _ = in_process(capsys, "compare", str(saved / "torch"), str(saved / "jax"), "--no-json")
     assert code == 0
     assert out.endswith("match\n")
-    assert "1 cases" in out
+    assert "1 case," in out
 
 
 def test_a_wrong_number_in_a_saved_trace_is_a_mismatch(saved, tmp_path, capsys):
@@ -157,7 +157,7 @@ def test_a_wrong_number_in_a_saved_trace_is_a_mismatch(saved, tmp_path, capsys):
     assert "torch is wrong at stage 9 combine, forward" in out
     assert "worst: on rank 1, token 2 from rank 1, index [5]" in out
     assert "torch_impl/grouping.py: combine" in out
-    assert "MISMATCH in 1 of 1 cases: custom" in out
+    assert "MISMATCH in 1 of 1 case: custom" in out
 
 
 def test_one_backend_alone_cannot_be_compared(saved, capsys):

@@ -78,9 +78,53 @@ def test_two_layers_of_which_one_is_wrong_and_refuses_what_it_computes(tmp_path)
     right = written(tmp_path, "torch", name="right.py")
     gelu = ("silu((x_TD", "torch.nn.functional.gelu((x_TD")
     run = check(tmp_path, "zipf", "--backend", right, "--backend", written(tmp_path, "torch", gelu), "--no-json")
-    assert "comparisons differ; right and mine differ in 6 of 12\n" in run.stdout
+    assert "  between:  right and mine differ in 6 of 12 comparisons\n" in run.stdout
     assert "activation: gelu; the case says --activation silu\n" in run.stdout
     assert "not tried, as the layer refuses the case that says so: it computes --activation silu only\n" in run.stdout
+
+
+def test_two_layers_that_are_wrong_each_have_their_own_report(tmp_path):
+    """One raises in bfloat16 and breaks ties otherwise; the other has another activation, which is asked about once."""
+    raises = ("    out_TD = torch", "    assert case.dtype != 'bfloat16'\n    out_TD = torch")
+    gelu = ("silu((x_TD", "torch.nn.functional.gelu((x_TD")
+    layers = (
+        "--backend",
+        written(tmp_path, "torch", raises),
+        "--backend",
+        written(tmp_path, "torch", gelu, name="b.py"),
+    )
+    run = check(tmp_path, "zipf", "ties", "bfloat16", *layers, "--no-json")
+    assert run.returncode == 1, run.stdout + run.stderr
+    blocks = {block.split("\n")[0]: block for block in run.stdout.split("\n\n")[1:-1]}
+    assert [*blocks] == [
+        "zipf: b is wrong in its output, in the whole layer; its stages are not seen",
+        "ties: mine is wrong in its output, in the whole layer; its stages are not seen",
+        "ties: b is wrong in its output, in the whole layer; its stages are not seen",
+        "bfloat16: mine raised an error",
+        "bfloat16: b is wrong in its output, in the whole layer; its stages are not seen",
+    ]
+    of_zipf, of_mine, of_b, raised, in_bfloat16 = blocks.values()
+    assert "activation: gelu" in of_zipf
+    assert "out against oracle: 4 of 64 rows" in of_mine
+    assert "of equal scores" in of_mine
+    assert "out against oracle: 64 of 64 rows" in of_b
+    assert "  why:      see zipf\n" in of_b + "\n"
+    assert "AssertionError" in raised
+    assert "why:" not in raised
+    assert "  look at:  b.py:22: layer\n" in in_bfloat16
+
+
+def test_random_cases_for_a_layer_with_fixed_options(tmp_path):
+    """They vary what such a layer computes: shapes, dtypes and routing."""
+    flags = ("--random", "40", "--seed", "1", "--width", "32", "--pattern", "zipf")
+    run = check(tmp_path, *flags, "--backend", written(tmp_path, "torch"))
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    cases = [line for line in lines if line["kind"] == "case"]
+    supported = [line for line in cases if not line["not_supported"]]
+    assert len(supported) > 20
+    assert len({line["case"].get("dtype") for line in supported}) > 1
+    assert run.stderr.endswith("match\n")
 
 
 def test_the_module_in_the_documentation_matches(tmp_path):
@@ -105,7 +149,7 @@ WRONG = {
     "raises": ("torch", ("    out_TD = torch", "    assert False, 'no more'\n    out_TD = torch"), 1,
                "raised AssertionError: no more (mine.py:31)"),
     "no output": ("torch", ("    out_TD = torch", "    assert False\n    out_TD = torch"), 1,
-                  "zipf: mine gave no output"),
+                  "zipf: mine raised an error out against oracle: rank"),
     "scale": ("torch", ("return out_TD", "return 1.01 * out_TD"), 1, "mine is wrong in its output"),
     "scale in jax": ("jax", ("return einsum(", "return 1.01 * einsum("), 1, "mine is wrong in its output"),
     "shape in jax": ("jax", (".astype(x_PTD.dtype)\n", ".astype(x_PTD.dtype)[0]\n"), 1,

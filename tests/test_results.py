@@ -47,9 +47,9 @@ zipf: torch is wrong at stage 6 experts, forward, fed the oracle's input
   in all:   15 comparisons differ
   repeat:   python -m parity check zipf --backend torch --fault torch-off-by-one-group
 
-1 cases, 56 comparisons, 4,851 rows: 1,907 judged bit for bit, 2,944 by their own allowance
+1 case, 56 comparisons, 4,851 rows: 1,907 judged bit for bit, 2,944 by their own allowance
 time: oracle 0.3 s, compare 1.6 s, torch 45.3 s, in all 46.0 s
-MISMATCH in 1 of 1 cases: zipf
+MISMATCH in 1 of 1 case: zipf
 """
 
 

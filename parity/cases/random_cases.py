@@ -8,10 +8,16 @@ from typing import Any, get_args
 
 import numpy as np
 
-from parity.cases.case import Case, Dtype, Pattern
+from parity.cases.case import Case, Dtype, Experts, Pattern, Router
 
 # Cases in a row with the same shapes: JAX compiles them once, and compiling takes most of the time.
 SHARED = 20
+
+
+# What a random case has for a layer that has its options fixed: those of router and experts as by default.
+PLAIN_OPTIONS = {name: getattr(Case(), name) for name in (*Router._fields, *Experts._fields) if name != "top_k"}
+PLAIN_OPTIONS |= {"router_bias": False, "selection_bias": False, "expert_scale": False, "gated": True}
+PLAIN_OPTIONS |= {"expert_bias": False, "shared_hidden": 0, "shared_score": False, "uneven": False}
 
 
 def random_cases(n: int, seed: int, fixed: dict[str, Any], first: int = 0) -> list[Case]:

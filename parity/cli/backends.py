@@ -7,7 +7,7 @@ import msgspec
 from rich.table import Table
 from rich.text import Text
 
-from parity.cli.shared import MATCH, Page, not_a_terminal
+from parity.cli.shared import MATCH, Json, Page, not_a_terminal
 from parity.run import ours
 from parity.run.backend import Backend
 
@@ -38,7 +38,7 @@ class Command:
         python -m parity backends --json
     """
 
-    json: bool = field(default_factory=not_a_terminal)
+    json: Json = field(default_factory=not_a_terminal)
     """JSON lines, the default when output is not a terminal; --no-json prints the table."""
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from parity.capture import measure as capture
-from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say
+from parity.cli.shared import MATCH, MISMATCH, Json, Page, check_writable, not_a_terminal, say
 from parity.judge.engine import progress
 
 
@@ -38,7 +38,7 @@ class Command:
     """Compile with Inductor too. This takes most of the time."""
     timeout: float = 600
     """Seconds after which a measurement is stopped; what it has found by then is reported."""
-    json: bool = field(default_factory=not_a_terminal)
+    json: Json = field(default_factory=not_a_terminal)
     """JSON lines, the default when output is not a terminal; --no-json prints the table."""
     plot: Path | None = None
     """File to draw the number of terms of the permute's size and the compile time against P in (.png, .svg, .pdf)."""

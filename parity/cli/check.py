@@ -12,12 +12,11 @@ import tyro
 from parity.cases.case import PATTERN_RECORDED, Case, changed, flag
 from parity.cases.from_checkpoint import case_of_checkpoint
 from parity.cases.presets import MODELS, PLAIN, PRESETS, USUAL
-from parity.cases.random_cases import SHARED, random_cases
+from parity.cases.random_cases import PLAIN_OPTIONS, SHARED, random_cases
 from parity.cases.recording import case_of_recording, recording_name
 from parity.cli.report import publish
-from parity.cli.shared import MATCH, case_of_file, check_writable, not_a_terminal, say, working
-from parity.explain.identify import explained
-from parity.explain.probes import FEATURES
+from parity.cli.shared import MATCH, Json, case_of_file, check_writable, not_a_terminal, say, working
+from parity.explain.identify import explain_failures
 from parity.judge.budget import growing, together
 from parity.judge.engine import DiedError, run_cases
 from parity.judge.records import Report
@@ -108,6 +107,7 @@ class Command:
     """Check the case in this file, which `python -m parity identify --write` wrote."""
     random: int = 0
     """Number of cases to draw at random, by --seed. Any field that is given is the same for all of them.
+    For a layer of your own, options of router and experts that are not given are the defaults.
     Every twenty in a row share their shapes, which JAX compiles once, and differ in routing."""
     budget: float = 0
     """Seconds, roughly, to spend on random cases: first of 16 tokens per rank, then of 64, 256 and so on.
@@ -140,7 +140,7 @@ class Command:
     gate[1]=route/expert_id takes the second of several values; :grouped at the end gives the order of rows."""
     save: Path | None = None
     """Folder to keep the traces in, for `python -m parity compare`."""
-    json: bool = field(default_factory=not_a_terminal)
+    json: Json = field(default_factory=not_a_terminal)
     """JSON lines, the default when output is not a terminal; --no-json prints the table."""
     html: Path | None = None
     """File to write the report to as well, as an HTML page that loads nothing from elsewhere."""
@@ -153,7 +153,8 @@ class Command:
 
 def run(command: Command) -> int:
     """Run `check`; its exit code."""
-    cases = chosen_cases(command)
+    backends = chosen_backends(command.backend)
+    cases = chosen_cases(command, of_ones_own=any(backend.layout == "opaque" for backend in backends))
     if not command.timeout > 0:
         raise ValueError(f"--timeout is {command.timeout:g}: it must be positive")
     check_writable(command.html)
@@ -161,7 +162,6 @@ def run(command: Command) -> int:
         command.save.mkdir(parents=True, exist_ok=True)
     if command.device == "cuda" and not gpus():
         raise ValueError("--device cuda: there is no NVIDIA GPU here; `python -m parity doctor` says what there is")
-    backends = chosen_backends(command.backend)
     fault = faults.find(command.fault) if command.fault else None
     names = [backend.name for backend in backends]
     if fault and fault.backend not in names:
@@ -203,7 +203,8 @@ def run(command: Command) -> int:
     if report is None:
         return MATCH
     if command.explain and not join:
-        explain_failures(report, backends, setting)
+        with working("") as tell:
+            explain_failures(report, backends, setting, tell)
     return publish(report, command.json, command.html)
 
 
@@ -223,23 +224,6 @@ def in_time(command: Command, run_these: Callable[[list[Case]], Report | None]) 
         say(str(one))
         reached.append(one)
     return together(reached)
-
-
-def explain_failures(report: Report, backends: Sequence[Backend], setting: Setting) -> None:
-    """Add to the report the card of each layer that fails and gives no stages, asked in the first case it fails."""
-    for backend in backends:
-        if backend.layout != "opaque":
-            continue
-        blamed = ((name, report.blamed(name)) for name in report.cases)
-        failing = [name for name, verdict in blamed if verdict and backend.name in verdict.backends]
-        for name in failing[:1]:
-            case = report.cases[name].case
-            if case.real_size or case.width < FEATURES + 2:
-                continue
-            with working(f"{backend.name}: looking for the cause"):
-                card = explained(backend, case, setting)
-            if card:
-                report.cards.setdefault(name, []).append(card)
 
 
 def chosen_backends(asked: Sequence[str]) -> list[Backend]:
@@ -262,8 +246,11 @@ def require_of(backends: Sequence[Backend]) -> None:
     require(needed, "or name another --backend only")
 
 
-def chosen_cases(command: Command) -> list[Case]:
-    """The cases of a command line. Raises ValueError on an unknown preset or a case that cannot exist."""
+def chosen_cases(command: Command, of_ones_own: bool = False) -> list[Case]:
+    """The cases of a command line; random ones for a layer of one's own have no options but those that are given.
+
+    Raises ValueError on an unknown preset or a case that cannot exist.
+    """
     changes = changes_of(command.case)
     if command.from_file:
         if command.presets or command.model or command.random:
@@ -282,7 +269,8 @@ def chosen_cases(command: Command) -> list[Case]:
     if command.random or command.budget:
         if command.presets or "name" in changes or "recording" in changes:
             raise ValueError("--random and --budget draw cases: leave out presets, --name and --recording")
-        return random_cases(command.random or SHARED, changes.pop("seed", 0), changes)
+        plain = PLAIN_OPTIONS if of_ones_own else {}
+        return random_cases(command.random or SHARED, changes.pop("seed", 0), plain | changes)
     return named_cases(command.presets, command.case, command.model)
 
 

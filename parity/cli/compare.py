@@ -8,7 +8,7 @@ import tyro
 
 from parity.cases.case import Case, flag
 from parity.cli.report import publish
-from parity.cli.shared import check_writable, not_a_terminal
+from parity.cli.shared import Json, check_writable, not_a_terminal
 from parity.judge import records
 from parity.judge.engine import judge, make_report, progress
 from parity.oracle.problem import draw
@@ -29,7 +29,7 @@ class Command:
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of traces: one per backend, or one that holds all."""
-    json: bool = field(default_factory=not_a_terminal)
+    json: Json = field(default_factory=not_a_terminal)
     """JSON lines, the default when output is not a terminal; --no-json prints the table."""
     between: bool = False
     """Judge backends by each other; the oracle's verdict is printed beside theirs."""

@@ -11,7 +11,7 @@ import tyro
 from parity.cases.case import Case
 from parity.cases.files import writing
 from parity.cli.check import BACKEND_HELP, MODEL_HELP, Flags, chosen_backends, named_cases, ranks_of_jax, require_of
-from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say, working
+from parity.cli.shared import MATCH, MISMATCH, Json, Page, check_writable, not_a_terminal, say, working
 from parity.explain.identify import identify, small_cases
 from parity.judge import records
 from parity.judge.card import Card
@@ -53,7 +53,7 @@ class Command:
     """Placement of JAX's ranks, as in `python -m parity check --help`."""
     timeout: float = 60
     """Seconds without progress after which a run is stopped, as in `python -m parity check --help`."""
-    json: bool = field(default_factory=not_a_terminal)
+    json: Json = field(default_factory=not_a_terminal)
     """JSON lines, one per card, the default when output is not a terminal; --no-json prints the table."""
 
 

@@ -11,7 +11,7 @@ from parity.cli.shared import MATCH, Page, check_writable, say
 from parity.judge import records
 from parity.judge.records import Report
 from parity.report.html import page
-from parity.report.terminal import print_report, summary
+from parity.report.terminal import last_line, print_report, summary
 
 
 @dataclass
@@ -59,6 +59,7 @@ def publish(report: Report, as_json: bool, html: Path | None) -> int:
     """Print a report, as JSON lines or as a table, and return its exit code."""
     if as_json:
         print("\n".join(records.lines(report)))
+        say(last_line(report))
     else:
         print_report(Page(100), report)
     if html:

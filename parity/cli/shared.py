@@ -5,14 +5,20 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+import tyro
 from rich.console import Console
 from rich.text import Text
 
 from parity.cases.case import Case
 
 MATCH, MISMATCH, USAGE, BACKEND, BUG, INTERRUPTED, PIPE = 0, 1, 2, 3, 70, 130, 141
+
+
+# Whether to print JSON. What help would show as its default is that of the terminal in which help is asked for.
+Json = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
 
 def not_a_terminal() -> bool:

@@ -9,7 +9,7 @@ import tyro
 from parity.cases.case import Case
 from parity.cases.presets import MODELS, PRESETS
 from parity.cases.recording import case_of_recording, load_recording, recording_name
-from parity.cli.shared import MATCH, Page, case_of_file, not_a_terminal, say
+from parity.cli.shared import MATCH, Json, Page, case_of_file, not_a_terminal, say
 from parity.judge.engine import progress
 from parity.run.ours import FRAMEWORKS
 from parity.run.supervisor import require
@@ -66,7 +66,7 @@ class Command:
     """Run the page's small dispatch, which needs both frameworks."""
     out: Path = Path("study")
     """Folder for index.html, plots and study.jsonl."""
-    json: bool = field(default_factory=not_a_terminal)
+    json: Json = field(default_factory=not_a_terminal)
     """JSON lines, those of study.jsonl, the default when output is not a terminal; --no-json prints the tables."""
 
 

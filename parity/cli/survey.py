@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parity.cases.files import writing
-from parity.cli.shared import MATCH, MISMATCH, Page, check_writable, not_a_terminal, say, working
+from parity.cli.shared import MATCH, MISMATCH, Json, Page, check_writable, not_a_terminal, say, working
 from parity.judge.engine import progress
 from parity.run import ours
 from parity.survey import engine
@@ -54,7 +54,7 @@ class Command:
     """Number of layers to run at a time. Default: the number of CPUs."""
     timeout: float = 600
     """Seconds after which a layer is stopped; time that it waits for a CPU does not count."""
-    json: bool = field(default_factory=not_a_terminal)
+    json: Json = field(default_factory=not_a_terminal)
     """JSON lines, one per layer and dtype, the default when output is not a terminal; --no-json prints the table."""
 
 

@@ -19,6 +19,7 @@ from parity.explain.reading import Reading
 from parity.judge.card import NOT_RUN, Card, Finding
 from parity.judge.compare import Check
 from parity.judge.engine import judge
+from parity.judge.records import Report
 from parity.oracle import reference
 from parity.oracle.problem import Problem, draw, exact_inputs
 from parity.oracle.quantities import OUTSIDE
@@ -99,7 +100,8 @@ def _computed(kept: Kept, cases: Sequence[Case]) -> Case:
             return case
         why.append(answer.why)
     name = kept.backend.name
-    said = "; ".join(dict.fromkeys(why))
+    reasons = [*dict.fromkeys(why)]
+    said = "; ".join(reasons[:2]) + f"; and {len(reasons) - 2} other reasons" * (len(reasons) > 3)
     raise BackendError(name, f"{name} computes none of {len(cases)} cases ({said}): give the flags of one that it does")
 
 
@@ -126,16 +128,35 @@ def small_cases() -> list[Case]:
         router_dtype="activations", cast_scores=True,
     )  # fmt: skip
     of_one = replace(plain, ranks=1, name="of-one", top_k=1)
-    every = (plain, replace(plain, ranks=1), *models, ungated, lfm2, of_one)
+    two = [plain, replace(plain, name="renormalised", renormalize=True)]
+    every = (*two, *(replace(case, ranks=1) for case in two), *models, ungated, lfm2, of_one)
     return [replace(case, name=f"{case.name}-{case.ranks}") for case in every]
 
 
-def explained(backend: Backend, case: Case, setting: Setting) -> Card | None:
-    """The card of a layer that fails in a case; None if it cannot be asked."""
-    try:
-        return identify(backend, [case], setting)
-    except (BackendError, ValueError):
-        return None
+def explain_failures(
+    report: Report, backends: Sequence[Backend], setting: Setting, tell: Callable[[str], None] = lambda _: None
+) -> None:
+    """Add to the report the card of each layer that fails and gives no stages, asked in the first case it fails.
+
+    A case in which it raised, or is right by the oracle and wrong by others, is not asked about.
+    """
+    for backend in backends:
+        if backend.layout != "opaque":
+            continue
+        verdicts = {name: report.verdicts(name) for name in report.cases}
+        failing = [
+            name
+            for name, found in verdicts.items()
+            if any(backend.name in one.backends and not one.check.raised for one in found)
+            and report.cases[name].beside.get(backend.name, True)
+        ]
+        for name in failing[:1]:
+            case = report.cases[name].case
+            if case.real_size or case.width < probes.FEATURES + 2:
+                continue
+            tell(f"{backend.name}: looking for the cause")
+            with suppress(BackendError, ValueError):
+                report.cards.setdefault(name, []).append(identify(backend, [case], setting))
 
 
 def _asked(kept: Kept, base: Case) -> tuple[probes.Probes, dict[str, Answer]]:

@@ -96,7 +96,7 @@ class Card(msgspec.Struct, tag_field="kind", tag="card"):
             if other and finding.state in ("found", "cannot tell"):
                 says = " ".join(f"--{flag(name)} {getattr(self.asked, name)}" for name in other)
                 differs.append((said[0], f"{said[1]}; the case says {says}"))
-            if finding.state in ("odd", "unknown"):
+            if finding.state in ("odd", "unknown") or _no_case_of_several(finding):
                 odd.append(said)
         excluded = (f.key for f in self.findings if f.state == "found" and not f.otherwise(self.asked))
         nothing = ("", f"the probes do not show why: these are as the case says: {', '.join(excluded)}")
@@ -113,6 +113,11 @@ class Card(msgspec.Struct, tag_field="kind", tag="card"):
     def untried(self) -> str:
         """Why the layer could not be tried in the case that was found; an empty string if it was."""
         return self.proof.removeprefix(NOT_RUN) if self.proof.startswith(NOT_RUN) else ""
+
+
+def _no_case_of_several(finding: Finding) -> bool:
+    """Whether several explanations of what is dropped hold, and no case can express any."""
+    return finding.key == "dropped" and finding.state == "cannot tell" and not finding.fields
 
 
 # Fields for optional inputs of a layer. In a case without such an input, being able to take it makes no difference.

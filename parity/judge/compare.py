@@ -97,6 +97,8 @@ class Check(msgspec.Struct, omit_defaults=True, tag_field="kind", tag="compariso
     """What the failing rows, and not all rows, have in common."""
     worst_rows: list[Row] = []
     """The failing rows, worst first, 20 at most."""
+    raised: bool = False
+    """Whether this stands for an exception or a crash of the backend."""
     scale: bool = False
     """Whether this compares the common factor by which all numbers of a rank or an expert are off."""
     note: str = ""
@@ -571,6 +573,8 @@ def _in_common(problem: Problem, want: Expected, have: Canonical, present: Array
         if values.size == 1 and np.unique(a).size > 1:
             only = " and no passing row has it" if (bad == (a == values[0])).all() else ""
             shared.append(f"all have {name} {values[0]}{only}")
+    if axes == "P T D" and not case.shared_hidden and not want.values[present][bad].any():
+        shared.append("all should be zero: the case drops every assignment of these tokens")
     if axes.startswith("P T") and _tied(problem)[present][bad].all():
         shared.append("all have experts tied for the last choice, where the oracle chooses the lower id")
     return shared

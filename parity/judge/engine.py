@@ -208,7 +208,7 @@ def raised(failure: Failure) -> Check:
     note = f"{rank}{how}" + f" ({failure.line})" * (failure.line != "")
     return Check(
         failure.case, "isolated" if alone else "e2e", stage, MAIN[stage], failure.backend, "oracle", False, False, 0,
-        failing=1, worst=math.inf, note=note,
+        failing=1, worst=math.inf, note=note, raised=True,
     )  # fmt: skip
 
 

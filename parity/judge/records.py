@@ -122,6 +122,17 @@ class Report(msgspec.Struct):
         """The first divergence of a case, or None when all of it matches."""
         return blame(self.checks[case], self.backends)
 
+    def verdicts(self, case: str) -> list[Blame]:
+        """The first divergence of a case; of layers of one's own, that of each, as each is wrong in its own way."""
+        first = self.blamed(case)
+        if first is None or first.check.right in first.backends:
+            return [] if first is None else [first]
+        if all(backend.layout != "opaque" for backend in self.backends.values()):
+            return [first]
+        alone = {name: [c for c in self.checks[case] if c.left == name and c.right not in self.backends]
+                 for name in self.backends}  # fmt: skip
+        return [found for name, checks in alone.items() if (found := blame(checks, {name: self.backends[name]}))]
+
 
 def header(backends: Iterable[Backend], planted: str = "") -> Header:
     """The header of a run that begins now."""

@@ -97,7 +97,12 @@ def backends(report: Report, record: CaseRecord) -> list[Backend]:
 def unseen(report: Report) -> list[str]:
     """For each backend that ran and does not show everything: what is compared, and what is not."""
     ran = {name for record in report.cases.values() for name in record.seconds}
-    return [f"{name}: {backend.seen()}" for name, backend in report.backends.items() if name in ran and backend.unseen]
+    compared = {check.left for checks in report.checks.values() for check in checks if check.rows}
+    return [
+        f"{name}: {backend.seen() if name in compared else 'nothing was compared'}"
+        for name, backend in report.backends.items()
+        if name in ran and backend.unseen
+    ]
 
 
 def not_supported(report: Report) -> list[str]:
@@ -166,19 +171,33 @@ def failures(report: Report) -> Group:
     """For each case that failed: who is wrong, at which stage first, the worst row, and the command that repeats it."""
     lines: list[Text] = []
     for name, record in report.cases.items():
-        verdict = report.blamed(name)
-        if verdict is None:
-            continue
-        check = verdict.check
-        lines.append(Text(f"\n{name}: {headline(verdict, report.backends)}", "bold red"))
-        lines.append(Text(f"  {describe(check)}"))
-        lines += [Text(f"  failing rows: {shared}") for shared in check.common]
-        lines.append(Text(f"  look at:  {verdict.function}"))
-        lines.append(Text(f"  in all:   {verdict.arrays} comparisons differ{between(report, name)}"))
-        lines.append(Text(f"  repeat:   {repeat(report, record, verdict)}", "cyan"))
-        cards = report.cards.get(name, ())
-        lines += [Text(f"  {line}") for card in cards for line in explanation(card, named=len(cards) > 1)]
+        verdicts = report.verdicts(name)
+        for verdict in verdicts:
+            check = verdict.check
+            lines.append(Text(f"\n{name}: {headline(verdict, report.backends)}", "bold red"))
+            lines.append(Text(f"  {describe(check)}"))
+            lines += [Text(f"  failing rows: {shared}") for shared in check.common]
+            lines.append(Text(f"  look at:  {verdict.function}"))
+            differ = f"{number(verdict.arrays, 'comparison')} differ{'s' * (verdict.arrays == 1)}"
+            lines += [Text(f"  in all:   {differ}")] if not check.raised else []
+            lines.append(Text(f"  repeat:   {repeat(report, record, verdict)}", "cyan"))
+            lines += [Text(f"  {line}") for line in why(report, name, verdict) if not check.raised]
+        lines += [Text(f"  between:  {line}") for line in between(report, name)] if verdicts else []
     return Group(*lines)
+
+
+def number(n: int, what: str) -> str:
+    """So many of something: "1 case", "2 cases"."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def why(report: Report, name: str, verdict: Blame) -> list[str]:
+    """What the probes say of the layers that are wrong in a case, or in which case they were asked."""
+    cards = [card for card in report.cards.get(name, ()) if card.backend in verdict.backends]
+    lines = [line for card in cards for line in explanation(card, named=len(cards) > 1)]
+    asked = {card.backend: case for case, cards in report.cards.items() for card in cards}
+    others = [f"see {asked[one]}" for one in verdict.backends if one in asked and asked[one] != name]
+    return lines or [f"why:      {one}" for one in others]
 
 
 def few(value: float | None) -> str:
@@ -204,17 +223,18 @@ def explanation(card: Card, named: bool) -> list[str]:
     return [*lines, f"matches:  {card.matching}"] if card.matching else lines
 
 
-def between(report: Report, name: str) -> str:
-    """How layers of one's own compare with the other backends in a case: "; mine and theirs differ in 6 of 9"."""
+def between(report: Report, name: str) -> list[str]:
+    """How layers of one's own compare with the other backends in a case: "mine and theirs differ in 6 of 9"."""
     pairs: dict[tuple[str, str], list[Check]] = {}
     for check in report.checks[name]:
         if check.right in report.backends:
             pairs.setdefault((check.left, check.right), []).append(check)
-    said = ""
+    said = []
     for (left, right), found in pairs.items():
         if "opaque" in (report.backends[left].layout, report.backends[right].layout):
             bad = sum(not check.ok for check in found)
-            said += f"; {left} and {right} " + (f"differ in {bad} of {len(found)}" if bad else "agree with each other")
+            differ = f"differ in {bad} of {number(len(found), 'comparison')}" if bad else "agree with each other"
+            said.append(f"{left} and {right} {differ}")
     return said
 
 
@@ -231,8 +251,10 @@ def headline(verdict: Blame, backends: Mapping[str, Backend]) -> str:
             how += "; fed the oracle's input, the stage matches"
         return f"{who} at stage {SHORT[verdict.stage]}, {verdict.direction}, {how}"
     what = f"gradient {verdict.check.value}" if is_backward(verdict.check) else "output"
+    if verdict.check.raised:
+        return f"{names} raised an error"
     if what == "output" and not verdict.check.rows:
-        return f"{names} gave no output"
+        return f"{names} gave no output that can be compared"
     return f"{who} in its {what}, {how}; its stages are not seen"
 
 
@@ -288,7 +310,7 @@ def print_report(console: Console, report: Report) -> None:
     if foot.failing:
         console.print(failures(report), soft_wrap=True)  # a command that is broken in two cannot be copied
     console.print(
-        f"\n{foot.cases} cases, {foot.comparisons} comparisons, {foot.rows:,} rows: "
+        f"\n{number(foot.cases, 'case')}, {number(foot.comparisons, 'comparison')}, {number(foot.rows, 'row')}: "
         f"{foot.bitwise:,} judged bit for bit, {foot.rows - foot.bitwise:,} by their own allowance",
         soft_wrap=True,
     )
@@ -302,11 +324,14 @@ def print_report(console: Console, report: Report) -> None:
             soft_wrap=True,
         )
     console.print("time: " + ", ".join(f"{part} {s:.1f} s" for part, s in foot.seconds.items()))
-    failed = [name for name in report.checks if _failed(report, name)]
-    names = f" in {len(failed)} of {foot.cases} cases: {', '.join(failed)}" if failed else ""
-    console.print(
-        Text(foot.verdict.upper() + names if failed else foot.verdict, VERDICT_STYLE[foot.verdict]), soft_wrap=True
-    )
+    console.print(last_line(report), soft_wrap=True)
+
+
+def last_line(report: Report) -> Text:
+    """The verdict, and the cases that fail."""
+    foot, failed = report.footer, [name for name in report.checks if _failed(report, name)]
+    names = f" in {len(failed)} of {number(foot.cases, 'case')}: {', '.join(failed)}" if failed else ""
+    return Text(foot.verdict.upper() + names if failed else foot.verdict, VERDICT_STYLE[foot.verdict])
 
 
 def summary(reports: Mapping[str, Report]) -> Table:

@@ -169,9 +169,11 @@ def written(function: Callable[..., Any], path: Path) -> Backend:
     finally:
         if module:
             cloudpickle.unregister_pickle_by_value(module)
+    in_file = code.co_filename.endswith(".py") and code.co_qualname == name
     return Backend(
         name, framework, "opaque", provided(takes), {"": where}, needs=(framework,),
         run=f"parity.run.own_in_{framework}:run_all", stages=f"{path}:{name}", takes=tuple(takes.arguments),
+        asked=f"{code.co_filename if in_file else 'FILE.py'}:{name}",
     )  # fmt: skip
 
 

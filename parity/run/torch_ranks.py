@@ -46,6 +46,7 @@ def _rank(
     if P > 1:
         meet = f"file://{own.resolve()}/rendezvous"
         dist.init_process_group(collectives(setting.device, P), init_method=meet, rank=rank, world_size=P, timeout=WAIT)
+        dist.all_reduce(torch.zeros(()))  # a rank with nothing to exchange would end while others still connect to it
     device = device_of(setting.device, rank)
     for path in paths:
         notes.at(path.stem, READING)
