@@ -47,6 +47,7 @@ NOT_RUN = {
     "check --model deepseek-v3$": "real width, as on a GPU",
     "mine.py:name": "the name of a function of the reader's own",
     "--record gate=": "modules of the reader's own",
+    "drop-rank-token drop-expert-token": "the layer above it: tests/test_own_layer.py",
     "docs/results/FILE": "a file among many: tests/test_results.py reads all",
 }
 ALL_THE_SAME = "--quick"

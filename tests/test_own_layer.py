@@ -137,6 +137,17 @@ def test_the_module_in_the_documentation_matches(tmp_path):
     assert "mine: compared: output, 5 gradients, stage 1; not seen: stages 2-8\n" in run.stdout
 
 
+def test_the_layer_that_drops_in_the_documentation_matches(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "own-layer.md").read_text()
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "drops=True" in code]
+    drops = ("drop-rank-token", "drop-expert-token")
+    for less, code in (("", 0), (" - 1", 1)):
+        (tmp_path / "mine.py").write_text(example.replace("case.capacity)", f"case.capacity{less})"))
+        run = check(tmp_path, *drops, "--backend", "mine.py", "--no-json")
+        assert run.returncode == code, run.stdout + run.stderr
+        assert "not supported" not in run.stdout
+
+
 # What is planted in the template, and what is then said of it.
 WRONG = {
     "shape": ("torch", ("return out_TD.to(x_TD.dtype)", "return out_TD.to(x_TD.dtype).T"), 1,

@@ -325,6 +325,8 @@ def _recorded(changes: dict[str, Any]) -> Case:
         case = replace(alone, **(fixed | changes))
     except ValueError as error:
         raise ValueError(f"--recording {alone.recording}: {error}") from error
+    if (first := case.ranks * case.tokens) < alone.tokens:
+        say(f"{case.name}: the first {first:,} of {alone.tokens:,} recorded tokens are checked, as --tokens asks")
     held = case_of_recording(case)
     for name in changes:
         if getattr(held, name) != getattr(case, name):
