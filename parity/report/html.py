@@ -132,6 +132,7 @@ class View(NamedTuple):
     largest: float
     missing: list[str]
     cards: list[Card]  # cards of layers that fail in this case and give no stages
+    verdicts: list[tuple[Blame, str, str]]  # with its headline, and the command that repeats it
 
 
 def page(report: Report) -> str:
@@ -164,16 +165,18 @@ def page(report: Report) -> str:
 def _view(report: Report, id: str, name: str) -> View:
     record, checks = report.cases[name], report.checks[name]
     verdict = report.blamed(name)
+    verdicts = [(v, headline(v, report.backends), repeat(report, record, v)) for v in report.verdicts(name)]
     return View(
         id, name, record, checks,
         False if verdict else True if any(check.rows for check in checks) else None,
         verdict,
-        headline(verdict, report.backends) if verdict else "",
+        "; ".join(said for _, said, _ in verdicts),
         repeat(report, record, verdict) if verdict else record.command,
         _tiles(record, checks, backends(report, record)),
         largest_error(checks),
         _missing(record, checks, backends(report, record)),
         report.cards.get(name, []),
+        verdicts,
     )  # fmt: skip
 
 
