@@ -158,7 +158,7 @@ def test_times_and_bytes_are_said_to_be_of_a_width_or_left_out(tmp_path):
         for recording in (str(tmp_path / "ids.safetensors"), str(tmp_path / "routed.safetensors"), "pydoc")
     )
     assert not {"dynamic ms", "NVLink MB"} & shown(none).keys()
-    assert "1.25 per rank drops" in shown(none)
+    assert "drops at 1.25, rank bins" in shown(none)
     assert "NVLink MB" in shown(width)
     assert "dynamic ms" not in shown(width)
     together = shown(none, width, both)
@@ -166,4 +166,5 @@ def test_times_and_bytes_are_said_to_be_of_a_width_or_left_out(tmp_path):
     assert [cell == "-" for cell in together["NVLink MB"]] == [True, False, False]
     table = simulate.scale_table(Study(header([]), [none, width, both]))
     assert table
+    assert "in 99% of steps (in all steps, where there are fewer than 100)" in table.title
     assert "routed at its width of 24, in float32; pydoc at its width of 64, in float32; '-' for ids," in table.title

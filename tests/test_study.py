@@ -193,6 +193,28 @@ def test_a_recording_is_cut_in_order():
     assert (routing.score > 0).all()
 
 
+def test_experts_are_placed_where_there_is_room():
+    """The heaviest first, to the least loaded rank: by hand, also where that rank is full."""
+    assert study.placed_evenly(np.array([5, 4, 3, 1, 1, 0]), 3) == [[0, 5], [1, 4], [2, 3]]
+    assert study.placed_evenly(np.array([0, 1, 10, 1, 0, 1]), 2) == [[2, 0, 4], [1, 3, 5]]
+
+
+def test_what_another_placement_needs_is_what_it_needs_with_its_experts_renumbered():
+    routing = recorded_routing(Case(name="cut", ranks=4, tokens=40, recording="pydoc"), 100)
+    facts = study.recorded_facts(routing)
+    assert (facts.recorded, facts.used) == (512, 480)
+    assert sorted(np.concatenate(facts.placed)) == list(range(16))
+    renumbered = np.argsort(np.concatenate(facts.placed))[routing.expert_id]
+    moved = measure(routing._replace(expert_id=renumbered), "1", "rank", "token")
+    assert facts.needed_placed == moved.needed
+    received_P = np.bincount(routing.expert_id.reshape(-1) // 4, minlength=4)
+    assert facts.busiest_rank == received_P.argmax()
+    assert facts.over_mean == received_P.max() / received_P.mean()
+    load = np.bincount(routing.expert_id.reshape(-1), minlength=16)
+    assert facts.busiest_experts[0] == 4 * facts.busiest_rank + load.reshape(4, 4)[facts.busiest_rank].argmax()
+    assert all(load[g] > load.mean() for g in facts.busiest_experts)
+
+
 def test_a_sweep_has_every_combination_once_and_more_capacity_never_drops_more():
     case = Case(tokens=16, width=8, hidden=8)
     found = list(sweep(zipf_routing(case, 1.0, 5), ("0.5", "1", "8")))

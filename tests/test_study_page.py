@@ -32,7 +32,19 @@ from parity.study.page import answers, page, plots, print_study
 from parity.study.part import Asked, Study
 from parity.study.routing import PER, PRIORITIES, places, zipf_routing
 from parity.study.simulate import Simulated, cases, popularities
-from parity.study.sweep import FACTORS, NO_SCORES, Figures, Spread, drop_table, inputs_note, jobs, spread, sweep
+from parity.study.simulate import jobs as simulations
+from parity.study.sweep import (
+    FACTORS,
+    NO_SCORES,
+    Figures,
+    Spread,
+    drop_table,
+    inputs_note,
+    jobs,
+    rounded_up,
+    spread,
+    sweep,
+)
 
 pytestmark = pytest.mark.usefixtures("warm")
 
@@ -48,6 +60,10 @@ def dispatches() -> list[Dispatch]:
 @pytest.fixture(scope="module")
 def study(dispatches) -> Study:
     figures = [f for skew in (0.0, 2.0) for f in sweep(zipf_routing(SMALL, skew, 3))]
+    figures += [
+        msgspec.structs.replace(f, routing="no scores", out_error=None, dx_error=None, dw_error=None)
+        for f in sweep(zipf_routing(SMALL, 1.0, 3), priorities=("token", "choice"))
+    ]
     simulated = popularities(Case("tiny", ranks=8, tokens=64, experts=16, top_k=2), ["pydoc"], 3)
     runs = [Run(layer, factor, seed, draw, [5.0 + 1e-7 * draw] * 20, [0.0] * 20, 4.0)
             for layer, factor, seed, draw in learning.plan(2)]  # fmt: skip
@@ -109,12 +125,14 @@ def test_the_page_loads_nothing_and_holds_what_was_measured(study):
     assert script(html, "dispatch-data") == json.loads(msgspec.json.encode(study.of(Dispatch)))
     groups = script(html, "costs-data")["groups"]
     assert [f for group in groups for f in group["figures"]] == json.loads(msgspec.json.encode(study.of(Figures)))
+    assert "bytes wasted" not in html  # the share of padding once more
     assert "prefers-reduced-motion" in html
     assert "prefers-color-scheme: dark" in html
     for s in study.of(Simulated):
         assert f">{s.busiest.median:.2f}</td>" in html
     found = plots(study)
     assert len(found) == 10
+    assert "always at a capacity factor of 1" in found["positions.svg"].caption
     for svg, caption in found.values():
         assert base64.b64encode(svg.encode()).decode() in html
         assert html.count(caption.replace("'", "&#39;")) == 2  # as a caption, and for those who do not see
@@ -151,17 +169,26 @@ def measured(steps: int, needed: float, dropped: dict[str, float], **more) -> li
         (100, 1.302, "a capacity factor of 1.31 with a bin per rank drops nothing in 99% of steps; 1.25 drops 0.4%."),
         (8, 1.6, "2.10 with a bin per rank drops nothing in any of its 8 steps; 1.25 drops 0.4%."),
         (1, 1.6, "2.10 with a bin per rank drops nothing in its one step (one step: no percentile); 1.25 drops 0.4%."),
-        (100, 1.0, "a capacity factor of 1.00 with a bin per rank drops nothing in 99% of steps. With a bin per"),
+        (100, 1.0, "a capacity factor of 1.00 with a bin per rank drops nothing in 99% of steps; 1.25 drops nothing. "),
+        (
+            100,
+            1.2,
+            "1.20 with a bin per rank drops nothing in 99% of steps; 1.25 drops 0.4% and 1 drops 10.0%. With a ",
+        ),
+        (100, 1.7, "With a bin per expert it takes 1.70; 1.5 drops 0.2% and 1.25 drops 0.4%."),
     ],
 )
 def test_the_answer_stands_on_top(steps, needed, words):
     dropped = {"0.5": 0.5, "0.75": 0.2, "1": 0.1, "1.25": 0.004} if needed > 1 else {}
+    dropped |= {"1.5": 0.002} if needed == 1.7 else {}
     found = Study(header([]), measured(steps, needed, dropped))
     (sentence,) = answers(found)
     assert words in sentence
-    assert ("Both are the worst of 8 steps and no safety margin." in sentence) == (steps == 8)
-    assert ("Both are of one step and no safety margin." in sentence) == (steps == 1)
+    most = "Both factors are the most that any of 8 steps needs, which is no safety margin."
+    assert (most in sentence) == (steps == 8)
+    assert ("Both factors are of one step, which is no safety margin." in sentence) == (steps == 1)
     assert "--tokens" not in sentence
+    assert "--ranks" not in sentence
     assert sentence in page(found)
     for width in (80, 120):
         console = Console(width=width, file=io.StringIO())
@@ -171,14 +198,26 @@ def test_the_answer_stands_on_top(steps, needed, words):
         assert ("one step: no percentile" in said.split("The capacity")[1]) == (steps == 1)
 
 
-def test_the_answer_says_how_many_tokens_were_assumed():
-    found = Study(header([]), measured(100, 1.3, {}, tokens_by_default=True))
-    (sentence,) = answers(found)
-    assert sentence.endswith(
-        "Fewer tokens on a rank need a larger factor, and 16 were assumed: pass --tokens with the number your training "
-        "step has on a rank."
-    )
-    assert "pass <code>--tokens</code> with" in page(found)  # in one piece
+def test_the_answer_says_which_ranks_and_tokens_were_assumed():
+    for ranks, tokens, words in (
+        (True, False, "--ranks 4: give what your training step has, as more ranks need"),
+        (False, True, "--tokens 16: give what your training step has, as fewer tokens on a rank need"),
+        (True, True, "--ranks 4 and --tokens 16: give what your training step has, as more ranks and fewer tokens on a "
+                     "rank need"),
+    ):  # fmt: skip
+        found = Study(header([]), measured(100, 1.3, {}, ranks_by_default=ranks, tokens_by_default=tokens))
+        (sentence,) = answers(found)
+        assert sentence.endswith(f" This assumes {words} a larger factor.")
+    assert "assumes <code>--ranks</code> 4 and <code>--tokens</code> 16" in page(found)  # each in one piece
+
+
+def test_the_answer_names_the_capacity_that_was_asked_for():
+    one = measured(100, 1.3, {})
+    own = msgspec.structs.replace(one[0], per="expert", factor="1.25", dropped=0.065, own=True)
+    found = Study(header([]), [*one, own])
+    assert " Your capacity, a factor of 1.25 with a bin per expert, drops 6.5%." in answers(found)[0]
+    assert (table := drop_table(found))
+    assert {"drops at 1.25", "pads at 1.25", "enough in", "yours, 1.25 per expert: drops / pads"} <= {*table.columns}
 
 
 def test_errors_stand_beside_what_was_drawn_for_them():
@@ -317,7 +356,9 @@ $("next").click(); keys.push(+$("step").value); $("back").click(); keys.push(+$(
 const controls = [...document.querySelectorAll("input, select, button")], unnamed = controls.filter(c => !(c.labels?.length || c.textContent.trim())).length;
 const routing = document.getElementById("cost-routing"), costs = [];
 for (let i = 0; routing && i <= routing.max; i++) { routing.value = i; routing.dispatchEvent(new Event("input"));
-  costs.push([document.getElementById("cost-said").textContent, document.getElementById("costs-table").tBodies[0].rows.length]); }
+  const menu = document.getElementById("cost-priority"), open = [...menu.options].filter(o => !o.disabled && !o.hidden).map(o => o.value);
+  costs.push([document.getElementById("cost-said").textContent, document.getElementById("costs-table").tBodies[0].rows.length, open, menu.value]);
+  menu.value = "score"; menu.dispatchEvent(new Event("input")); }
 const font = parseFloat(getComputedStyle(document.querySelector("#dispatch .chip")).fontSize);
 const cut = [...document.querySelectorAll("td, th, p, h1, h2, h3, label, button, figure, img")].filter(c => c.getBoundingClientRect().right > innerWidth + 1).length;
 parent.postMessage({said, errors, unnamed, keys, asked, costs, font, cut, width: document.documentElement.scrollWidth, window: innerWidth, text: $("text").textContent}, "*");
@@ -375,8 +416,13 @@ def test_in_a_browser(study, tmp_path: Path, width, alone):
             ]
     assert "rank A: " in found["text"]
     if not alone:
-        assert [rows for _, rows in found["costs"]] == [2] * len(found["costs"])
-        assert all("a rank bin drops nothing in any of its 3 steps; 1.25 drops" in said for said, _ in found["costs"])
+        assert [rows for _, rows, *_ in found["costs"]] == [2] * 3
+        words = (
+            r"With a bin per rank, a factor of [\d.]+ drops nothing in any of its 3 steps; 1.25 drops [\d.]+%. With a "
+        )
+        assert all(re.match(f"{words}bin per expert it takes ", said) for said, *_ in found["costs"])
+        every = list(PRIORITIES)
+        assert [menu for _, _, *menu in found["costs"]] == [[every, "token"], [every, "score"], [every[:2], "token"]]
 
 
 # ---- From the command line
@@ -438,7 +484,7 @@ def test_a_recording_that_holds_expert_ids_only(tmp_path):
     assert run.returncode == 0, run.stderr
     said = " ".join(run.stdout.split())
     assert "For mine (2 ranks of 16 tokens" in said
-    assert "and 16 were assumed: pass --tokens with the number your training step has on a rank." in said
+    assert "This assumes --ranks 2 and --tokens 16: give what your training step has" in said
     for word in ("zipf", " ms", " MB", "width", "output off", "drawn"):
         assert word not in said
     lines = [json.loads(line) for line in (tmp_path / "study/study.jsonl").read_text().splitlines()]
@@ -446,9 +492,84 @@ def test_a_recording_that_holds_expert_ids_only(tmp_path):
     assert [line["model"] for line in simulated] == ["mine"]
     for name in ("width", "hidden", "nvlink_bytes", "network_bytes", "dynamic_seconds"):
         assert simulated[0][name] is None
-    assert all(line["out_error"] is None for line in lines if line["kind"] == "figures")
+    figures = [line for line in lines if line["kind"] == "figures"]
+    for name in ("width", "useful_bytes", "wasted_bytes", "dynamic_bytes", "memory", "dynamic_memory", "out_error"):
+        assert {line[name] for line in figures} == {None}
+    assert {line["priority"] for line in figures} == {"token", "choice"}
     assert script((tmp_path / "study/index.html").read_text(), "costs-data")["groups"][0]["note"] == NO_SCORES
     assert not list((tmp_path / "study").glob("error-of-*"))
+
+
+def hot_file(path: Path) -> Path:
+    """2 of 16 experts a token; one of the two is one of 0 to 3, which are all on the first of four ranks."""
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.integers(0, 4, 1000), rng.integers(4, 16, 1000)], axis=1).astype(np.int32)
+    save_file({"expert_id": ids}, path, metadata={"n_experts": "16"})
+    return path
+
+
+def test_the_answer_says_what_a_recording_rests_on(tmp_path):
+    """Which tokens were used, where its experts are, and what more steps would need, with the figures behind it."""
+    hot_file(tmp_path / "hot.safetensors")
+    run = study_command(
+        "--recording", "hot.safetensors", "--ranks", "4", "--tokens", "60", "--quick", "--no-json", cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    said = " ".join(run.stdout.split())
+    lines = [json.loads(line) for line in (tmp_path / "study/study.jsonl").read_text().splitlines()]
+    (facts,) = [line for line in lines if line["kind"] == "recorded"]
+    (more,) = [line for line in lines if line["kind"] == "simulated"]
+    experts = facts["busiest_experts"]
+    assert sorted(experts) == [0, 1, 2, 3]
+    assert (more["model"], more["ranks"], more["tokens"], more["steps"]) == ("hot", 4, 60, 200)
+    sentences = (
+        "Of its 1,000 tokens the first 960 fill 4 whole steps; the last 40 are left out.",
+        f"Rank 0 gets 2.00 times the mean, by experts {', '.join(map(str, experts))}. With experts placed evenly over "
+        f"the ranks, a rank bin would need {rounded_up(facts['needed_placed']['worst'])}.",
+        f"Over 200 steps simulated with the loads of hot, 99% drop nothing at {rounded_up(more['needed_rank']['p99'])} "
+        f"with a bin per rank and {rounded_up(more['needed_expert']['p99'])} with a bin per expert.",
+    )
+    html = (tmp_path / "study/index.html").read_text()
+    for sentence in sentences:
+        assert sentence in said
+        assert sentence in html
+    assert "This assumes" not in said
+
+
+def test_a_placement_that_makes_no_difference_is_not_mentioned(tmp_path):
+    path = hot_file(tmp_path / "hot.safetensors")
+    for ranks, words in ((2, True), (1, False)):
+        asked = Asked(recordings=(str(path),), ranks=ranks, tokens=1000 // ranks)
+        (sentence,) = answers(Study(header([]), [record for job in jobs(asked) for record in job()]))
+        assert ("placed evenly" in sentence) == words
+        assert "left out" not in sentence
+
+
+def test_a_recording_is_simulated_on_the_ranks_and_tokens_that_were_swept(tmp_path):
+    """Those asked for, and those assumed."""
+    path = hot_file(tmp_path / "hot.safetensors")
+    for ranks, tokens in ((4, 60), (None, None), (16, None), (None, 50)):
+        asked = Asked(recordings=(str(path),), models=(), ranks=ranks, tokens=tokens, steps=2)
+        swept, simulated = ([record for job in of(asked) for record in job()] for of in (jobs, simulations))
+        assert (swept[0].ranks, swept[0].tokens) in {(s.ranks, s.tokens) for s in simulated}
+        assert {s.tokens for s in simulated} == {swept[0].tokens}
+
+
+def test_a_priority_by_scores_that_are_not_known_is_not_claimed(tmp_path):
+    asked = Asked(
+        recordings=(str(hot_file(tmp_path / "hot.safetensors")),), ranks=4, tokens=60,
+        capacity=Case(capacity_factor="1.25", capacity_per="expert", priority="score"),
+    )  # fmt: skip
+    (own,) = [f for job in jobs(asked) for f in job() if isinstance(f, Figures) and f.own]
+    assert (own.factor, own.per, own.priority) == ("1.25", "expert", "token")
+
+
+def test_help_names_what_may_be_given_and_one_time(tmp_path):
+    run = study_command("--help", cwd=tmp_path)
+    assert "[PRESET ...]" in run.stdout
+    assert "(default: )" not in run.stdout
+    assert "STR" not in run.stdout
+    assert re.findall(r"\d+ s\b", run.stdout) == ["6 s", "6 s"]  # --quick, twice
 
 
 def test_models_are_simulated_where_they_are_asked_for(tmp_path, monkeypatch):
@@ -496,6 +617,7 @@ def test_ranks_and_tokens_are_those_of_every_part():
         (["--steps", "0"], "--steps is 0: it must be at least 1"),
         (["--learn", "1", "--learn-steps", "5"], "at least 0 seeds and 20 steps"),
         (["--recording", "nowhere.safetensors"], "cannot read nowhere.safetensors"),
+        (["--case", "nowhere.json"], "--case nowhere.json: cannot read it (No such file or directory)"),
     ],
 )
 def test_wrong_usage(tmp_path, arguments, words):

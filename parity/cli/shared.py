@@ -51,9 +51,11 @@ def working(what: str) -> Iterator[Callable[[str], None]]:
 
 
 def case_of_file(path: Path) -> Case:
-    """The case that `identify --write` wrote. Raises ValueError when the file holds none."""
+    """The case that `identify --write` wrote. Raises ValueError when the file cannot be read or holds none."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Case)
+    except OSError as error:
+        raise ValueError(f"--case {path}: cannot read it ({error.strerror})") from error
     except msgspec.MsgspecError as error:
         raise ValueError(
             f"--case {path} holds no case: {error}. `python -m parity identify --write` writes one"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -19,20 +19,25 @@ from parity.study.part import Asked
 from parity.study.sweep import recorded_case
 
 
+def several(name: str, *aliases: str) -> Any:
+    """How help shows an argument that takes any number of values, by default none."""
+    return tyro.conf.arg(metavar=f"[{name} ...]", help_behavior_hint="", aliases=aliases)
+
+
 @dataclass
 class Command:
     """What does a static capacity drop, pad and save, for your shapes and routing?
 
-    A bin is the rows that the static layout reserves for one rank, or for one expert. The study sweeps capacity factor,
-    kind of bin, priority, skew and shapes. It simulates real models on up to 512 ranks, and runs one small dispatch in
-    both frameworks for the page. It writes tables, plots and an HTML page, and needs no GPU.
+    A bin is the rows that each rank reserves for one rank, or for one expert, that it sends to. The study sweeps
+    capacity factor, kind of bin, priority, skew and shapes. It simulates real models on up to 512 ranks, and runs one
+    small dispatch in both frameworks for the page. It writes tables, plots and an HTML page, and needs no GPU.
 
     Exit code: 0 measured, 2 wrong usage, 3 a framework is missing.
     Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
 
     Examples:
         python -m parity study                             about a minute on two cores
-        python -m parity study --quick                     a few seconds: fewer shapes and steps, no small dispatch
+        python -m parity study --quick                     6 s: fewer shapes and steps, no small dispatch
         python -m parity study --recording recording.safetensors --ranks 8 --tokens 1024
         python -m parity study zipf p8                     the routing of these presets, not the plan's
         python -m parity study --recording recording.safetensors --model deepseek-v3    and simulate that model
@@ -41,23 +46,25 @@ class Command:
         python -m parity study --learn 3                   and train with every kind of capacity, three seeds
     """
 
-    presets: tyro.conf.Positional[tuple[str, ...]] = ()
+    presets: Annotated[tyro.conf.Positional[tuple[str, ...]], several("PRESET")] = ()
     """Sweep the routing of these presets, drawn with 8 seeds each."""
     case: Path | None = None
     """File with a case, which `identify --write FILE` wrote, whose capacity to try on every routing too."""
-    recording: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--trace"])] = ()
+    recording: Annotated[tuple[str, ...], several("FILE", "--trace")] = ()
     """Recordings of your own routing, shown in place of the one that comes with the project (docs/recordings.md)."""
     ranks: int | None = None
-    """Number of ranks. Default: 4 in the sweep; 8, 64 and one rank per expert in the simulation."""
+    """Number of ranks. Default: 4 in the sweep; 8, 64 and one rank per expert in the simulation of models.
+    For a recording, give the number that your training has."""
     tokens: int | None = None
-    """Tokens on each rank. Default: 128 in the sweep, 4096 in the simulation.
+    """Tokens on each rank. Default: 128 in the sweep, 4096 in the simulation of models.
     For a recording, the default leaves eight steps: give the number that your training step has on a rank."""
     quick: bool = False
-    """Run fewer shapes and steps, and no small dispatch: takes about 15 s on two cores."""
-    model: tuple[str, ...] = ()
-    """Models to simulate. Default: all of them; none where presets or a recording are given."""
+    """Run fewer shapes and steps, and no small dispatch: 6 s on two cores."""
+    model: Annotated[tuple[str, ...], several("MODEL")] = ()
+    """Models to simulate. Default: all of them; none where presets or a recording are given.
+    A recording's own layer is always simulated, as its steps are few."""
     steps: int | None = None
-    """Steps of the simulation. Default: up to 1000, and fewer for large groups."""
+    """Steps of the simulation. Default: 200 for a recording; up to 1000 for models, and fewer for large groups."""
     learn: int = 0
     """Number of seeds from which to train the byte-level model with every kind of capacity: some minutes per seed."""
     learn_steps: int = 200

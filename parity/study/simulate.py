@@ -26,7 +26,7 @@ from parity.cases.recording import case_of_recording, load_recording, recording_
 from parity.oracle.tolerances import numpy_dtype
 from parity.study.part import Asked, Part, Plot, Rows, Study, axes, plain, section, svg
 from parity.study.routing import PER
-from parity.study.sweep import BROUGHT, Spread, percent, rounded_up, spread
+from parity.study.sweep import BROUGHT, Figures, Spread, percent, recorded_case, rounded_up, spread
 
 Array = np.ndarray
 
@@ -316,17 +316,32 @@ def spread_out(recording: str, tokens: int, ranks: int | None, steps: int) -> li
 
 
 def jobs(asked: Asked) -> list[Callable[[], list[Simulated]]]:
-    """The reader's recordings, each on more and more ranks; a model and size each."""
+    """The reader's recordings, with the sweep's tokens, each on more and more ranks; a model and size each."""
     steps = asked.steps or (20 if asked.quick else None)
     own = [
-        partial(spread_out, recording, asked.tokens or 4096, asked.ranks, steps or 200)
+        partial(
+            spread_out, recording, recorded_case(recording, asked.ranks, asked.tokens).tokens, asked.ranks,
+            asked.steps or 200,
+        )
         for recording in asked.recordings
-    ]
+    ]  # fmt: skip
     recordings = asked.recordings or (BROUGHT,)
     return own + [partial(popularities, case, recordings, steps) for case in simulated_cases(asked)]
 
 
-# ---- Tables and plots
+# ---- The answer, tables and plots
+
+
+def answer(study: Study) -> list[str]:
+    """A sentence for each recording whose few steps were measured: what more steps with its loads need."""
+    measured = {(f.routing, f.ranks, f.tokens) for f in study.of(Figures)}
+    return [
+        f"Over {s.steps} steps simulated with the loads of {s.model}, {'99%' if s.steps >= 100 else 'all'} drop "
+        f"nothing at {rounded_up(s.needed_rank.p99)} with a bin per rank and {rounded_up(s.needed_expert.p99)} with a "
+        "bin per expert. Of these figures and those measured, the larger ones are safer."
+        for s in study.of(Simulated)
+        if s.model == s.popularity and (s.model, s.ranks, s.tokens) in measured
+    ]
 
 
 def widths(found: Sequence[Simulated]) -> dict[str, int | None]:
@@ -336,7 +351,7 @@ def widths(found: Sequence[Simulated]) -> dict[str, int | None]:
 
 def _note(found: Sequence[Simulated], columns: Sequence[str]) -> str:
     """What the columns hold, as far as they are there, and at which width."""
-    said = ["The capacity factor needed to drop nothing in 99% of steps, of fewer than 100 steps in all"]
+    said = ["The capacity factor needed to drop nothing in 99% of steps (in all steps, where there are fewer than 100)"]
     if "dynamic ms" in columns:
         said.append("modelled ms of a forward pass, dynamic, and static beside what that drops")
     said.append("rows of the busiest rank over the mean rank's")
@@ -375,7 +390,7 @@ def _table(found: Sequence[Simulated], factors: Sequence[float]) -> tuple[list[s
             if t.factor in factors:
                 ms = "-" if t.seconds is None else f"{1e3 * t.seconds:.2f}"
                 drops = percent(t.dropped)
-                said[f"{t.factor:g} per {t.per} {'ms (drops)' if timed else 'drops'}"] = (
+                said[f"{'ms (drops)' if timed else 'drops'} at {t.factor:g}, {t.per} bins"] = (
                     f"{ms} ({drops})" if timed else drops
                 )
         return said
@@ -400,8 +415,11 @@ def scale_section(study: Study) -> str:
     if not (found := study.of(Simulated)):
         return ""
     columns, rows = _table(found, (1.0, 1.25, 2.0))
-    title = "On more ranks" if {s.model for s in found} <= widths(found).keys() else "Real models"
+    own = widths(found)
+    title = "More steps with the recording's loads" if {s.model for s in found} <= own.keys() else "Real models"
     note = "Routing alone: no token was moved."
+    if own:
+        note += f" A recording has few steps: more were drawn from {', '.join(own)}, in stretches of {STRETCH} tokens."
     if "dynamic ms" in columns:
         note += (
             " Times are modelled, of one forward pass, from link speeds that were measured on one host or are nominal; "
@@ -441,4 +459,4 @@ def plots(study: Study) -> dict[str, Plot]:
     return found
 
 
-PART = Part("simulate", jobs, table=scale_table, section=scale_section, plots=plots)
+PART = Part("simulate", jobs, answer=answer, table=scale_table, section=scale_section, plots=plots)

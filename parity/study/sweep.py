@@ -11,7 +11,7 @@ import numpy as np
 
 from parity.cases.case import Case
 from parity.cases.parameters import BY_NAME, Parameters
-from parity.cases.recording import case_of_recording, load_recording
+from parity.cases.recording import case_of_recording, load_recording, sizes_of_recording
 from parity.oracle import vectorised
 from parity.oracle.problem import tokens_that_choose
 from parity.oracle.reference import Exact, Layer
@@ -65,14 +65,17 @@ def spread(values: Array) -> Spread:
 
 
 class Figures(msgspec.Struct, tag_field="kind", tag="figures"):
-    """One routing under one capacity. Rates are of all assignments; rows and bytes are means over steps."""
+    """One routing under one capacity. Rates are of all assignments; rows and bytes are means over steps.
+
+    A recording may not say how wide its layer is: width, bytes and memory are None then.
+    """
 
     routing: str
     ranks: int
     tokens: int
     experts: int
     top_k: int
-    width: int
+    width: int | None
     factor: str
     per: str
     priority: str
@@ -83,19 +86,63 @@ class Figures(msgspec.Struct, tag_field="kind", tag="figures"):
     dropped_by_expert: list[float]  # rate, for the assignments of each expert; 0 if it has none
     dropped_by_position: list[float]  # rate, for each tenth of a rank's tokens in order; 0 if it is empty
     padded: float  # share of the rows sent that are padding
-    useful_bytes: float  # bytes to other ranks and back, forward, summed over ranks
-    wasted_bytes: float  # the same for padding
-    dynamic_bytes: float  # the same for a dynamic exchange, which sends every row and no padding
-    memory: int  # bytes of rows that the busiest rank holds in stages 2 to 8, forward
-    dynamic_memory: float  # the same for a dynamic exchange, whose busiest rank differs by step
+    useful_bytes: float | None  # bytes to other ranks and back, forward, summed over ranks
+    wasted_bytes: float | None  # the same for padding
+    dynamic_bytes: float | None  # the same for a dynamic exchange, which sends every row and no padding
+    memory: int | None  # bytes of rows that the busiest rank holds in stages 2 to 8, forward
+    dynamic_memory: float | None  # the same for a dynamic exchange, whose busiest rank differs by step
     needed: Spread  # capacity factor at which nothing drops
     out_error: float | None = None  # relative error in L2 of the layer's output against dropless, of the first step
     dx_error: float | None = None  # of the tokens' gradient
     dw_error: float | None = None  # the same for the gradients of all expert weights
     own: bool = False  # whether this is the capacity that was asked for
     brought: bool = False  # whether the routing is the reader's own or a recording, not drawn for the plan
-    tokens_by_default: bool = False  # whether the reader, whose recording it is, left the tokens of a rank to the study
+    ranks_by_default: bool = False  # whether the reader, whose recording it is, left the number of ranks to the study
+    tokens_by_default: bool = False  # the same for the tokens of a rank
     drawn: str = ""  # what of the inputs behind the errors was drawn at random, in words
+
+
+class Recorded(msgspec.Struct, tag_field="kind", tag="recorded"):
+    """How much of a recording was used, and how far its needs come from where its experts are."""
+
+    routing: str
+    ranks: int
+    tokens: int
+    recorded: int  # tokens of the recording
+    used: int  # those of them that fill steps
+    busiest_rank: int
+    over_mean: float  # rows that the busiest rank receives, relative to the mean rank's
+    busiest_experts: list[int]  # up to four of that rank that get more than the mean expert, the busiest first
+    placed: list[list[int]]  # the experts of each rank, were they placed evenly
+    needed_placed: Spread  # capacity factor at which nothing would drop then, with a bin per rank
+
+
+def recorded_facts(routing: Routing) -> Recorded:
+    """What a recording's routing says beside its figures. Experts are placed by their loads in these same steps."""
+    case, every = routing.case, counts(routing)
+    n, P, T, K = routing.expert_id.shape
+    load_E = every.sum(axis=(0, 1))
+    load_P = load_E.reshape(P, -1).sum(axis=1)
+    rank, e = int(load_P.argmax()), case.experts // P
+    mine = sorted(range(rank * e, (rank + 1) * e), key=lambda g: -load_E[g])[:4]
+    placed = placed_evenly(load_E, P)
+    moved = every[..., np.concatenate(placed)]
+    return Recorded(
+        routing.name, P, T, case_of_recording(replace(case, ranks=1, tokens=0)).tokens, n * P * T,
+        rank, float(load_P[rank] / load_P.mean()), mine[:1] + [g for g in mine[1:] if load_E[g] > load_E.mean()],
+        placed, spread(needed_factor(moved, K, T, "rank")),
+    )  # fmt: skip
+
+
+def placed_evenly(load_E: Array, ranks: int) -> list[list[int]]:
+    """The experts of each rank, as many on each: the heaviest first, to the least loaded rank that has room."""
+    placed: list[list[int]] = [[] for _ in range(ranks)]
+    load_P = np.zeros(ranks)
+    for g in np.argsort(-load_E, kind="stable"):
+        p = int(load_P.argmin())
+        placed[p].append(int(g))
+        load_P[p] = load_P[p] + load_E[g] if len(placed[p]) < len(load_E) // ranks else np.inf
+    return placed
 
 
 def measure(routing: Routing, factor: str | None, per: str, priority: str, place: Array | None = None) -> Figures:
@@ -198,11 +245,12 @@ def sweep(
 ) -> Iterator[Figures]:  # fmt: skip
     """Every combination of capacity factor, kind of bin and priority.
 
-    Errors are of no use for a recording without hidden states: its scores, which weigh what is dropped, are not known.
+    A recording without hidden states has no errors and no priority `score`: its scores are not known.
     """
     case = routing.case
-    priorities, drawn = list(priorities), drawn_inputs(routing)
+    drawn = drawn_inputs(routing)
     inputs, dropless = None if case.recording and drawn == ALL_DRAWN else inputs_of(routing), None
+    priorities = [priority for priority in priorities if inputs or priority != "score"]
     if inputs:
         dropless = evaluate(case, inputs, np.ones(inputs.expert_id.shape, bool))
         score = dropless.score[None].astype(np.float32)  # priority uses the scores of these inputs
@@ -329,41 +377,77 @@ def rounded_up(factor: float) -> str:
 
 def enough(f: Figures) -> tuple[str, str]:
     """The factor at which nothing drops, rounded up, and the share of steps in which that holds."""
-    few = f.steps < 100
-    factor = rounded_up(f.needed.worst if few else f.needed.p99)
+    factor = least(f.needed, f.steps)
     if f.steps == 1:
         return factor, "in its one step (one step: no percentile)"
-    return factor, f"in any of its {f.steps} steps" if few else "in 99% of steps"
+    return factor, f"in any of its {f.steps} steps" if f.steps < 100 else "in 99% of steps"
 
 
-def sentence(group: Sequence[Figures]) -> str:
-    """What capacity one routing needs, and what it loses with less."""
+def least(needed: Spread, steps: int) -> str:
+    """The factor, rounded up, at which nothing drops in 99% of steps; in all, where there are fewer than 100."""
+    return rounded_up(needed.worst if steps < 100 else needed.p99)
+
+
+def losses(group: Sequence[Figures], per: str) -> str:
+    """What 1.25 drops with this kind of bin, and the largest factor of the sweep that is not enough."""
+    needed = float(enough(find(group, "1", per))[0])
+    every = [find(group, factor, per) for factor in FACTORS]
+    less = [f for f in every if float(f.factor) < needed and f.dropped][-1:]
+    shown = [f for f in every if f.factor == "1.25" or f in less]
+    said = [f"{f.factor} drops {percent(f.dropped) if f.dropped else 'nothing'}" for f in reversed(shown)]
+    return " and ".join(said)
+
+
+def sentence(group: Sequence[Figures], recorded: Recorded | None = None) -> str:
+    """What capacity one routing needs, what it loses with less, and what that rests on."""
     rank, expert = (find(group, "1", per) for per in PER)
     factor, when = enough(rank)
-    least = float(factor)
-    less = [f for f in (find(group, one, "rank") for one in FACTORS) if float(f.factor) < least and f.dropped]
-    shown = [f for f in less if f.factor == "1.25" or f is less[-1]]
-    losses = " and ".join(f"{f.factor} drops {percent(f.dropped)}" for f in reversed(shown))
     name = "even routing" if rank.routing == "zipf 0" else rank.routing
-    loses = f"; {losses}" if losses else ""
     said = (
         f"For {name} ({rank.ranks} ranks of {rank.tokens} tokens, {rank.top_k} of {rank.experts} experts "
-        f"each), a capacity factor of {factor} with a bin per rank drops nothing {when}{loses}. "
-        f"With a bin per expert it takes {enough(expert)[0]}."
+        f"each), a capacity factor of {factor} with a bin per rank drops nothing {when}; {losses(group, 'rank')}. "
+        f"With a bin per expert it takes {enough(expert)[0]}; {losses(group, 'expert')}."
     )
     if rank.steps < 100:
-        said += (
-            f" Both are {f'the worst of {rank.steps} steps' if rank.steps > 1 else 'of one step'} and no safety margin."
-        )
+        most = f"the most that any of {rank.steps} steps needs" if rank.steps > 1 else "of one step"
+        said += f" Both factors are {most}, which is no safety margin."
     for f in group:
         if f.own:
-            said += f" Yours, {as_asked([f])[0][3:]}, drops {percent(f.dropped)}."
-    if rank.tokens_by_default:
-        said += (
-            f" Fewer tokens on a rank need a larger factor, and {rank.tokens} were assumed: pass --tokens with the "
-            "number your training step has on a rank."
-        )
-    return said
+            said += f" Your capacity, a factor of {f.factor} with a bin per {f.per}, drops {percent(f.dropped)}."
+    if recorded:
+        said += leftover(recorded, rank.steps) + placement(recorded, rank)
+    return said + assumed(rank)
+
+
+def leftover(recorded: Recorded, steps: int) -> str:
+    """A sentence on the tokens of a recording that are not used, if there are any."""
+    if not (left := recorded.recorded - recorded.used):
+        return ""
+    fill = f"fill {steps} whole steps" if steps > 1 else "fill one whole step"
+    return f" Of its {recorded.recorded:,} tokens the first {recorded.used:,} {fill}; the last {left:,} are left out."
+
+
+def placement(recorded: Recorded, rank: Figures) -> str:
+    """Sentences on where the experts are, if placing them evenly would make a difference of more than 5%."""
+    placed = least(recorded.needed_placed, rank.steps)
+    if float(enough(rank)[0]) <= 1.05 * float(placed):
+        return ""
+    experts = ", ".join(map(str, recorded.busiest_experts))
+    return (
+        f" Rank {recorded.busiest_rank} gets {recorded.over_mean:.2f} times the mean, by "
+        f"expert{'s' * (len(recorded.busiest_experts) > 1)} {experts}. With experts placed evenly over the ranks, "
+        f"a rank bin would need {placed}."
+    )
+
+
+def assumed(f: Figures) -> str:
+    """A sentence on the ranks and tokens that the reader, whose recording it is, left to the study."""
+    left = [(f"--ranks {f.ranks}", "more ranks")] * f.ranks_by_default
+    left += [(f"--tokens {f.tokens}", "fewer tokens on a rank")] * f.tokens_by_default
+    if not left:
+        return ""
+    flags, harder = (" and ".join(words) for words in zip(*left, strict=True))
+    return f" This assumes {flags}: give what your training step has, as {harder} need a larger factor."
 
 
 def answer(study: Study) -> list[str]:
@@ -372,13 +456,17 @@ def answer(study: Study) -> list[str]:
     leading = [group for group in groups if group[0].brought]
     if all(group[0].routing == BROUGHT for group in leading):
         leading += [group for group in groups if group[0].routing == "zipf 0"][:1]
-    return [sentence(group) for group in leading or groups[:1]]
+    recorded = {(r.routing, r.ranks, r.tokens): r for r in study.of(Recorded)}
+    return [
+        sentence(group, recorded.get((group[0].routing, group[0].ranks, group[0].tokens)))
+        for group in leading or groups[:1]
+    ]
 
 
 def _needed(f: Figures) -> str:
-    return {1: "one step: no percentile"}.get(
-        f.steps, f"{f.steps} steps" if f.steps < 100 else f"99%\N{NO-BREAK SPACE}of\N{NO-BREAK SPACE}{f.steps}"
-    )
+    if f.steps == 1:
+        return "one step: no percentile"
+    return f"{'all' if f.steps < 100 else '99% of'} {f.steps} steps".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def inputs_note(groups: Iterable[Sequence[Figures]]) -> str:
@@ -394,10 +482,20 @@ def inputs_note(groups: Iterable[Sequence[Figures]]) -> str:
     return f"Errors are of the first step: {'; '.join(said)}." if said else ""
 
 
-NOTE = "Priority token; what drops is a share of all assignments, what is padding of the rows sent."
-NO_SCORES = (
-    "The recording has no hidden states: errors are not measured, and priority score keeps what priority token keeps."
+NOTE = (
+    "'drops at' a factor is the share of all assignments that it drops; 'pads at' is the share of the rows sent that "
+    "is padding."
 )
+NO_SCORES = (
+    "The recording has no hidden states, so its scores are not known: errors are not measured, and priority score is "
+    "left out."
+)
+
+
+def note(groups: Iterable[Sequence[Figures]]) -> str:
+    """What the columns of the table hold."""
+    inputs = inputs_note(groups)
+    return f"{NOTE} 'output off' is the error of the output with priority token. {inputs}" if inputs else NOTE
 
 
 def drop_table(study: Study) -> Rows | None:
@@ -405,8 +503,9 @@ def drop_table(study: Study) -> Rows | None:
     if not (figures := study.of(Figures)):
         return None
     asked, known = [f for f in figures if f.own], any(f.out_error is not None for f in figures)
-    columns = ["routing", "bin per", "needed", *(f"{factor} drops" for factor in SHOWN), *as_asked(asked),
-               "ranks x tokens, chosen", "needed in", "median", "worst", *(f"{factor} pads" for factor in SHOWN),
+    columns = ["routing", "bin per", "needed", *(f"drops at {factor}" for factor in SHOWN), *as_asked(asked),
+               "ranks x tokens, experts a token", "enough in", "needed, median", "needed, worst",
+               *(f"pads at {factor}" for factor in SHOWN),
                *(["output off at 1"] if known else [])]  # fmt: skip
     rows, groups = [], by_routing(figures).values()
     for group in groups:
@@ -420,8 +519,8 @@ def drop_table(study: Study) -> Rows | None:
                 *(f"{100 * f.padded:.0f}%" for f in shown),
                 *(["-" if first.out_error is None else percent(first.out_error)] if known else []),
             ])  # fmt: skip
-    title = f"The capacity factor needed to drop nothing, and what less of it costs. {NOTE} {inputs_note(groups)}"
-    return Rows(title.strip(), columns, rows, 2)
+    title = f"The capacity factor needed to drop nothing, and what less of it costs. {note(groups)}"
+    return Rows(title, columns, rows, 2)
 
 
 def _two(f: Figures) -> tuple[str, str]:
@@ -430,7 +529,7 @@ def _two(f: Figures) -> tuple[str, str]:
 
 def as_asked(figures: Sequence[Figures]) -> list[str]:
     """The heading of the column for the capacity that was asked for, if one was."""
-    return [f"at {f.factor} a {f.per}, {f.priority}" for f in figures[:1]]
+    return [f"yours, {f.factor} per {f.per}: drops / pads" for f in figures[:1]]
 
 
 def drop_section(study: Study) -> str:
@@ -451,8 +550,7 @@ def drop_section(study: Study) -> str:
     data = script_data({"groups": chosen, "factors": FACTORS})
     return PAGES.get_template("costs.html.j2").render(data=data) + section(
         "drops", "Capacity needed, and what drops below it",
-        f"{NOTE} {inputs_note(groups)}".strip(),
-        found.columns, found.rows,
+        note(groups), found.columns, found.rows,
     )  # fmt: skip
 
 
@@ -481,14 +579,15 @@ def _drops(groups: Sequence[Sequence[Figures]], per: str) -> Plot:
 
 def _positions(group: Sequence[Figures]) -> Plot:
     figure, ax = axes()
-    for priority in PRIORITIES if group[0].out_error is not None else PRIORITIES[:2]:  # without scores, not by score
+    for priority in dict.fromkeys(f.priority for f in group):
         f = find(group, "1", "rank", priority)
         ax.plot(np.arange(5, 100, 10), [100 * r for r in f.dropped_by_position], "o-", label=f"priority {priority}")
     ax.set(
         title=f"{group[0].routing}, capacity factor 1, a bin per rank", xlabel="position in the rank's tokens, %",
         ylabel="assignments dropped, %", ylim=(0, None),
     )  # fmt: skip
-    return Plot(svg(figure), f"Assignments of {group[0].routing} dropped in each tenth of a rank's tokens in order.")
+    said = f"Assignments of {group[0].routing} dropped in each tenth of a rank's tokens in order"
+    return Plot(svg(figure), f"{said}, always at a capacity factor of 1 with a bin per rank.")
 
 
 def _errors(figures: Sequence[Figures], name: str, what: str) -> Plot:
@@ -502,7 +601,7 @@ def _errors(figures: Sequence[Figures], name: str, what: str) -> Plot:
     return Plot(svg(figure), f"{said} {inputs_note(by_routing(figures).values())}")
 
 
-def jobs(asked: Asked) -> list[Callable[[], list[Figures]]]:
+def jobs(asked: Asked) -> list[Callable[[], list[Figures | Recorded]]]:
     """One job per routing: those of the presets asked for, or those of the plan and the recordings."""
     made = [partial(preset_routing, case, 8) for case in asked.presets]
     if asked.recordings or not made:
@@ -510,16 +609,22 @@ def jobs(asked: Asked) -> list[Callable[[], list[Figures]]]:
     return [partial(_swept, asked, routing) for routing in made]
 
 
-def _swept(asked: Asked, routing: Callable[[], Routing]) -> list[Figures]:
+def _swept(asked: Asked, routing: Callable[[], Routing]) -> list[Figures | Recorded]:
     made, own = routing(), asked.capacity
     found = list(sweep(made))
     if own:
-        as_asked = measure(made, own.capacity_factor, own.capacity_per, own.priority)
+        known = own.priority in {f.priority for f in found}  # which rows drop depends on it, how many does not
+        as_asked = measure(made, own.capacity_factor, own.capacity_per, own.priority if known else "token")
         found.append(msgspec.structs.replace(as_asked, own=True))
+    recording = made.case.recording
+    no_width = bool(recording) and "D" not in sizes_of_recording(recording)
     for f in found:
         f.brought = not made.name.startswith("zipf ")
+        f.ranks_by_default = bool(asked.recordings) and not asked.ranks
         f.tokens_by_default = bool(asked.recordings) and not asked.tokens
-    return found
+        if no_width:
+            f.width = f.useful_bytes = f.wasted_bytes = f.dynamic_bytes = f.memory = f.dynamic_memory = None
+    return [*found, recorded_facts(made)] if recording else [*found]
 
 
 PART = Part("sweep", jobs, answer=answer, table=drop_table, section=drop_section, plots=plots)
