@@ -239,7 +239,7 @@ def test_arrays_are_named_as_in_the_code(way, package):
     names = re.search(rf'NAMES = .*{way}: \[(".*?")\]', dispatch.page([]))
     assert names
     code = [
-        (Path(dispatch.__file__).parents[2] / package / f"{name}.py").read_text()
+        (Path(__file__).parents[1] / package / f"{name}.py").read_text()
         for name in ("layer", "routing", "grouping", "layout")
     ]
     for name in re.findall(r"\w+", names[1]):
@@ -452,12 +452,12 @@ def test_in_a_browser(study, tmp_path: Path, width, alone):
             continue
         assert seen["lanes"] == [[row and ".".join(map(str, row)) for row in lane] for lane in lanes]
         assert sorted(seen["gone"]) == sorted(".".join(map(str, row)) for row in lost if step)
-        in_order = [sorted((row for row in lost if row[0] == p), key=lambda row: (d.expert_id[row[0]][row[1]][row[2]], row))
-                    for p in range(2)]  # fmt: skip
-        assert seen["strips"] == [[".".join(map(str, row)) for row in rows if step] for rows in in_order]
+        in_order = sorted(lost, key=lambda row: (d.expert_id[row[0]][row[1]][row[2]], row))
+        assert seen["strips"] == [[".".join(map(str, row)) for row in in_order if step and row[0] == p] for p in (0, 1)]
         padding = [sum(row is None for row in lane) for lane in lanes]
         if way == "static":
-            words = f"B·C = 2·{C} = {2 * C} rows on A ({padding[0]} padding) and on B ({padding[1]} padding); {len(lost)} of 24"
+            words = f"B·C = 2·{C} = {2 * C} rows on A ({padding[0]} padding) and on B ({padding[1]} padding); "
+            words += f"{len(lost)} of 24 dropped."
         else:
             words = "N = 12 rows" if step in (1, 7) else f"R = {R[0]} rows on A, {R[1]} on B"
         assert seen["words"].startswith(words if step else "24 assignments")
