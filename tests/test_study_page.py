@@ -410,7 +410,8 @@ def sum_of(d: Dispatch, p: int, t: int, lost: set) -> str:
 def test_in_a_browser(study, tmp_path: Path, width, alone):
     """At every setting and step, there and back, the chips stand in the run's order, dropped ones struck out."""
     dispatches = study.of(Dispatch)
-    found = said_by(dispatch.page(dispatches) if alone else page(study), PROBE, width, tmp_path)
+    html, height = dispatch.page(dispatches) if alone else page(study), 1080 if width == 1920 else 900
+    found = said_by(html, PROBE, width, tmp_path, height)
     assert found["errors"] == []
     assert found["unnamed"] == found["cut"] == 0
     assert found["width"] <= found["window"] <= width
