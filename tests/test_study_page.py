@@ -257,6 +257,34 @@ def test_nothing_is_cut_in_a_terminal(study):
 # ---- The dispatch alone on a page
 
 
+def test_more_skew_drops_more():
+    """The first routing is even, and with each further one the fullest bin is fuller and more is dropped."""
+    dropped, fullest = [], []
+    for routing in dispatch.drawn():
+        C = routing.case.tokens * routing.case.top_k // routing.case.ranks
+        place = places(routing, "rank", "token")
+        dropped.append(int((place >= C).sum()))
+        fullest.append(int(place.max()) + 1)
+    even = dispatch.drawn()[0]
+    rows = [np.bincount(ids.reshape(-1), minlength=even.case.experts).tolist() for ids in even.expert_id[0]]
+    assert rows == [[3, 3, 3, 3]] * 2
+    assert dropped[0] == 0
+    assert dropped == sorted(set(dropped))
+    assert fullest == sorted(set(fullest))
+
+
+@pytest.mark.parametrize(("way", "package"), [("dynamic", "torch_impl"), ("static", "jax_impl")])
+def test_arrays_are_named_as_in_the_code(way, package):
+    names = re.search(rf'NAMES = .*{way}: \[(".*?")\]', dispatch.page([]))
+    assert names
+    code = [
+        (Path(__file__).parents[1] / package / f"{name}.py").read_text()
+        for name in ("layer", "routing", "grouping", "layout")
+    ]
+    for name in re.findall(r"\w+", names[1]):
+        assert re.search(rf"^    {name}: \w+\[", "\n".join(code), re.MULTILINE)
+
+
 def test_the_committed_page_is_what_the_command_writes(dispatches):
     """Its data are those of the runs, as far as those are repeated here, and the page is that of its data."""
     committed = (Path(__file__).parents[1] / "docs" / "dispatch.html").read_text()
@@ -329,17 +357,29 @@ PROBE = """<script>
 {
 const said = [], errors = [], $ = name => document.getElementById("dispatch-" + name);
 addEventListener("error", e => errors.push(e.message));
-matchMedia = () => ({matches: true});  // no chip is on its way while it is looked at
 const set = (control, value) => { $(control).value = value; $(control).dispatchEvent(new Event("input")); };
+let under = 0, covered = 0;  // labels of arrows that rows cross beneath, and above
+set("step", 2); set("step", 3);
+for (let time = 0; time <= 900; time += 30) {
+  for (const moving of document.getAnimations()) { moving.pause(); moving.currentTime = time; }
+  for (const label of document.querySelectorAll("#dispatch .wire span")) {
+    const is = label.getBoundingClientRect(), x = is.left + is.width / 2, y = is.top + is.height / 2, found = document.elementsFromPoint(x, y);
+    if (found.some(c => c.closest(".chip"))) found[0].closest(".chip") ? covered++ : under++;
+  }
+}
+matchMedia = () => ({matches: true});  // no chip is on its way while it is looked at
 const n = +$("routing").max + 1, factors = +$("factor").max + 1;
 for (let s = 0; s < n; s++) for (let f = 0; f < factors; f++) for (const priority of ["token", "choice", "score"])
-  for (let step = 0; step < 8; step++) {
+  for (let step = 0; step < 9; step++) {
     $("routing").value = s; $("factor").value = f; $("priority").value = priority; set("step", step);
     for (const way of ["dynamic", "static"]) {
       const lanes = [...$(way).querySelectorAll(".rank")].map(rank => [...rank.querySelectorAll(".chip, .slot")].map(c => c.dataset.row ?? null));
       said.push({s, factor: $("factor-said").textContent, priority, step, way, lanes, words: $(way + "-said").textContent,
-        gone: [...$(way).querySelectorAll(".chip.gone")].map(c => c.dataset.row), bins: [...$(way).querySelectorAll(".bin > span")].map(b => b.textContent),
-        wire: [...$(way).querySelectorAll(".wire > div")].map(w => w.textContent.trim()), weights: [...$(way).querySelectorAll(".rank .chip")].map(c => c.textContent),
+        gone: [...$(way).querySelectorAll(".chip.gone")].map(c => c.dataset.row), counts: [...$(way).querySelectorAll(".wire tr")].map(line => [...line.children].map((cell, i) => i ? cell.textContent : "")), bins: [...$(way).querySelectorAll(".bin > span")].map(b => b.textContent),
+        wire: [...$(way).querySelectorAll(".wire > div")].map(w => w.textContent.trim()), sums: [...$(way).querySelectorAll(".sum")].map(c => c.textContent),
+        one: [...$(way).querySelectorAll(".sum")].every(c => c.offsetHeight < 2 * c.children[1].offsetHeight), arrays: [...$(way).querySelectorAll(".rank code")].map(c => c.textContent),
+        strips: [...$(way).querySelectorAll(".side")].map(side => [...side.querySelectorAll(".lost .chip")].map(c => c.dataset.row)),
+        title: $("step-said").textContent, at: $("at").textContent, stage: $("stage").textContent,
         wide: document.documentElement.scrollWidth > innerWidth, inside: [...$(way).querySelectorAll(".chip, .slot")].every(c => c.scrollWidth <= c.offsetWidth && c.getBoundingClientRect().right <= innerWidth)});
     }
   }
@@ -349,6 +389,23 @@ const root = document.getElementById("dispatch"), press = (key, target = root) =
 for (const key of ["ArrowRight", " ", "PageDown", "ArrowLeft", "PageUp", "ArrowLeft", "ArrowLeft", "x"]) press(key);
 press("ArrowRight", $("factor"));
 press(" ", $("next"));
+const after = [];
+for (const control of ["factor", "routing", "step", "back", "priority"]) {
+  set("step", 4);
+  $(control).dispatchEvent(new PointerEvent("pointerdown", {bubbles: true})); $(control).focus();
+  dispatchEvent(new PointerEvent("pointerup")); if (control === "back") $("back").click();
+  const focus = document.activeElement, steps = [+$("step").value];
+  for (const key of ["PageDown", " ", "ArrowRight", "PageUp", "ArrowLeft"]) { press(key, document.activeElement); steps.push(keys.pop()); }
+  after.push([control, focus === root, ...steps]);
+}
+press("Tab"); keys.pop(); $("factor").focus();
+press("ArrowRight", $("factor")); after.push(["Tab", document.activeElement === $("factor"), keys.pop()]);
+$("ask").click(); after.push(["help", $("help").open]); press("h"); after.push(["help", $("help").open]); press("h"); keys.length -= 2;
+press("PageDown"); after.push(["help", $("help").open, keys.pop()]);
+const settings = [];
+for (const hash of ["step=4&factor=1.5&routing=zipf+2&priority=score", "step=10&factor=7&routing=zzz&priority=zzz", "step=zzz"]) {
+  location.hash = hash; dispatchEvent(new Event("hashchange")); settings.push(["step", "factor", "routing", "priority"].map(name => $(name).value)); }
+set("step", 0);
 let asked = 0;
 root.requestFullscreen = () => { asked++; return Promise.resolve(); };
 press("f"); $("full").click();
@@ -361,11 +418,32 @@ for (let i = 0; routing && i <= routing.max; i++) { routing.value = i; routing.d
   menu.value = "score"; menu.dispatchEvent(new Event("input")); }
 const font = parseFloat(getComputedStyle(document.querySelector("#dispatch .chip")).fontSize);
 const cut = [...document.querySelectorAll("td, th, p, h1, h2, h3, label, button, figure, img")].filter(c => c.getBoundingClientRect().right > innerWidth + 1).length;
-parent.postMessage({said, errors, unnamed, keys, asked, costs, font, cut, width: document.documentElement.scrollWidth, window: innerWidth, text: $("text").textContent}, "*");
+parent.postMessage({under, covered, after, settings, said, errors, unnamed, keys, asked, costs, font, cut, width: document.documentElement.scrollWidth, window: innerWidth, text: $("text").textContent}, "*");
 }
 </script>"""  # noqa: E501
 
-HELD = (None, "grouped", "received", "expert_major", "expert_major", "received", "grouped", None)
+HELD = (None, "grouped", "grouped", "received", "expert_major", "expert_major", "received", "grouped", None)
+STAGES = ("route", "group_by_expert", "exchange_counts", "send_tokens", "to_expert_major", "apply_experts",
+          "to_rank_major", "return_tokens", "combine")  # fmt: skip
+
+
+def arrays_of(way: str, step: int, C: int, R: int) -> str:
+    """The arrays of a rank after a step, with their shapes."""
+    dynamic = ("expert_id_TK [6, 2], score_TK [6, 2]", "x_ND [12, D]", "x_ND [12, D], counts_Pe [2, 2]",
+               f"received_RD [{R}, D]", f"x_RD [{R}, D]", f"y_RD [{R}, D]", f"rank_major_RD [{R}, D]",
+               "returned_ND [12, D]", "out_TD [6, D]")  # fmt: skip
+    static = (dynamic[0], f"x_BCD [2, {C}, D]", f"x_BCD [2, {C}, D], counts_Pe [2, 2]", f"received_BCD [2, {C}, D]",
+              f"x_SD [{2 * C}, D]", f"y_SD [{2 * C}, D]", f"rank_major_BCD [2, {C}, D]", f"returned_BCD [2, {C}, D]",
+              dynamic[8])  # fmt: skip
+    return (dynamic if way == "dynamic" else static)[step]
+
+
+def sum_of(d: Dispatch, p: int, t: int, lost: set) -> str:
+    """A token's output as a sum of its experts' results: those kept, then those dropped."""
+    rows = [(p, t, k) for k in range(2)]
+    term = {row: f"{d.score[p][t][row[2]]:.2f}·e{d.expert_id[p][t][row[2]]}({'AB'[p]}{t})".lstrip("0") for row in rows}
+    kept = "+".join(term[row] for row in rows if row not in lost)
+    return f"{'AB'[p]}{t} =" + (kept + "".join(term[row] for row in rows if row in lost) if kept else "0: both dropped")
 
 
 @pytest.mark.slow  # not for its time: not every machine has a browser
@@ -373,48 +451,78 @@ HELD = (None, "grouped", "received", "expert_major", "expert_major", "received",
 def test_in_a_browser(study, tmp_path: Path, width, alone):
     """At every setting and step, there and back, the chips stand in the run's order, dropped ones struck out."""
     dispatches = study.of(Dispatch)
-    found = said_by(dispatch.page(dispatches) if alone else page(study), PROBE, width, tmp_path)
+    html, height = dispatch.page(dispatches) if alone else page(study), 1080 if width == 1920 else 900
+    found = said_by(html, PROBE, width, tmp_path, height)
     assert found["errors"] == []
     assert found["unnamed"] == found["cut"] == 0
     assert found["width"] <= found["window"] <= width
     assert found["font"] >= (24 if width == 1920 else 14)
     assert found["keys"] == [1, 2, 3, 2, 1, 0, 0, 0, 0, 0, 0, 1, 0]
+    assert found["after"] == [
+        *([name, True, 4, 5, 6, 7, 6, 5] for name in ("factor", "routing", "step")),
+        ["back", True, 3, 4, 5, 6, 5, 4],
+        ["priority", False, 4, 5, 6, 7, 6, 5],  # its menu would close
+        ["Tab", True, 5], ["help", True], ["help", False], ["help", False, 6],
+    ]  # fmt: skip
+    if alone:
+        assert found["settings"] == [["3", "1", "1", "score"], *[["0", "0", "1", "token"]] * 2]
+    assert found["covered"] == 0
+    assert found["under"] or width != 1920
     assert found["asked"] == 2
-    assert len(found["said"]) == 2 * 2 * 3 * 8 * 2
+    assert len(found["said"]) == 2 * 2 * 3 * 9 * 2
     for seen in found["said"]:
-        d, key = dispatches[seen["s"]], HELD[seen["step"]]
-        name = f"{seen['factor']} {seen['priority']}"
-        positions = d.dynamic if seen["way"] == "dynamic" else d.static[name]
-        lost = [] if seen["way"] == "dynamic" else d.dropped[name]
+        d, step, way = dispatches[seen["s"]], seen["step"], seen["way"]
+        key, name = HELD[step], f"{seen['factor']} {seen['priority']}"
+        positions = d.dynamic if way == "dynamic" else d.static[name]
+        lost = [] if way == "dynamic" else d.dropped[name]
         lanes = [[(p, t, k) for t in range(6) for k in range(2)] for p in range(2)]
         lanes = getattr(positions, key) if key else lanes
-        assert seen["lanes"] == [[row and ".".join(map(str, row)) for row in lane] for lane in lanes]
-        assert sorted(seen["gone"]) == sorted(".".join(map(str, row)) for row in lost if seen["step"])
+        C, R = len(d.static[name].received[0]) // 2, [len(rows) for rows in d.dynamic.received]
+        assert seen["title"].startswith(f"{step + 1}. ")
+        assert seen["at"] == f"{step + 1} of 9"
+        assert seen["stage"] == f"stage {step + 1}, {STAGES[step]}"
+        assert seen["arrays"] == [arrays_of(way, step, C, rows) for rows in R]
         assert seen["inside"]
         assert not seen["wide"]
-        padding = sum(row is None for lane in lanes for row in lane)
-        assert (f"{padding} padding; {len(lost)} of 24 dropped" in seen["words"]) == bool(key)
+        if step == 8:
+            gone = set(map(tuple, lost))
+            assert seen["sums"] == [sum_of(d, p, t, gone) for p in range(2) for t in range(6)]
+            assert seen["one"]
+            partly = [row for row in gone if (*row[:2], 1 - row[2]) not in gone]
+            assert sorted(seen["gone"]) == sorted(".".join(map(str, row)) for row in partly)
+            assert ("not renormalised" in seen["words"]) == (way == "dynamic")
+            continue
+        assert seen["lanes"] == [[row and ".".join(map(str, row)) for row in lane] for lane in lanes]
+        assert sorted(seen["gone"]) == sorted(".".join(map(str, row)) for row in lost if step)
+        in_order = sorted(lost, key=lambda row: (d.expert_id[row[0]][row[1]][row[2]], row))
+        assert seen["strips"] == [[".".join(map(str, row)) for row in in_order if step and row[0] == p] for p in (0, 1)]
+        padding = [sum(row is None for row in lane) for lane in lanes]
+        if way == "static":
+            words = f"B·C = 2·{C} = {2 * C} rows on A ({padding[0]} padding) and on B ({padding[1]} padding); "
+            words += f"{len(lost)} of 24 dropped."
+        else:
+            words = "N = 12 rows" if step in (1, 7) else f"R = {R[0]} rows on A, {R[1]} on B"
+        assert seen["words"].startswith(words if step else "24 assignments")
         if key == "received" or key == "grouped":
             assert len(seen["bins"]) == 4
-            assert all(("bin" in bin) == (seen["way"] == "static") for bin in seen["bins"])
-            words = {1: "for", 2: "from", 5: "back to", 6: "back from"}[seen["step"]]
-            room = "" if seen["way"] == "dynamic" else f", room {len(lanes[0]) // 2}"
+            assert all(("bin" in bin) == (way == "static") for bin in seen["bins"])
+            words = {1: "for", 2: "for", 3: "from", 6: "back to", 7: "back from"}[step]
+            room = "" if way == "dynamic" else f", room {C}"
             assert [bin.removeprefix("bin ") for bin in seen["bins"]] == [f"{words} {q}{room}" for q in "ABAB"]
-        if seen["step"] in (2, 6):
-            across = [[row for row in d_rows if row] for d_rows in positions.received]
-            there = [sum(row[0] != rank for row in rows) for rank, rows in enumerate(across)]
-            a_to_b, b_to_a = (there[1], there[0]) if seen["step"] == 2 else (there[0], there[1])
+        # [source][receiver]
+        sent = [[sum(row is not None and row[0] == p for row in rows) for rows in positions.received] for p in range(2)]
+        if step in (3, 7):
+            a_to_b, b_to_a = (sent[0][1], sent[1][0]) if step == 3 else (sent[1][0], sent[0][1])
             assert seen["wire"][0].startswith(f"A to B: {a_to_b} row")
             assert seen["wire"][1].startswith(f"B to A: {b_to_a} row")
+        elif step == 2:
+            last = R if way == "dynamic" else [2 * C - sent[0][q] - sent[1][q] for q in range(2)]
+            assert seen["counts"] == [["", "A", "B"], *(["", *map(str, row)] for row in (*sent, last))]
+            waits = "the host waits here" if way == "dynamic" else "only says which rows are padding; nothing waits"
+            assert seen["wire"] == [waits]
         else:
             assert seen["wire"] == []
-        if seen["step"] == 7:
-            assert seen["weights"] == [
-                f"{d.score[p][t][k]:.2f}\N{MULTIPLICATION SIGN}e{d.expert_id[p][t][k]}".removeprefix("0")
-                for lane in lanes
-                for p, t, k in lane
-            ]
-    assert "rank A: " in found["text"]
+    assert "rank A, " in found["text"]
     if not alone:
         assert [rows for _, rows, *_ in found["costs"]] == [2] * 3
         words = (
@@ -423,6 +531,32 @@ def test_in_a_browser(study, tmp_path: Path, width, alone):
         assert all(re.match(f"{words}bin per expert it takes ", said) for said, *_ in found["costs"])
         every = list(PRIORITIES)
         assert [menu for _, _, *menu in found["costs"]] == [[every, "token"], [every, "score"], [every[:2], "token"]]
+
+
+EVERY_SETTING = """<script>
+{
+const $ = name => document.getElementById("dispatch-" + name), high = [], sizes = [];
+matchMedia = () => ({matches: true});
+for (let s = 0; s <= $("routing").max; s++) for (let f = 0; f <= $("factor").max; f++) for (const priority of ["token", "choice", "score"])
+  for (let step = 0; step < 9; step++) {
+    $("routing").value = s; $("factor").value = f; $("priority").value = priority; $("step").value = step; $("step").dispatchEvent(new Event("input"));
+    high.push(document.documentElement.scrollHeight); sizes.push(parseFloat(getComputedStyle(document.querySelector("#dispatch .rows, #dispatch .sums")).fontSize));
+  }
+parent.postMessage({high, sizes, legend: document.querySelectorAll(".legend > *").length}, "*");
+}
+</script>"""  # noqa: E501
+
+
+@pytest.mark.slow  # not for its time: not every machine has a browser
+def test_no_step_is_higher_than_a_projector(tmp_path):
+    """The committed page in every setting, with letters as large as there is room for."""
+    committed = (Path(__file__).parents[1] / "docs" / "dispatch.html").read_text()
+    found = said_by(committed, EVERY_SETTING, 1920, tmp_path, height=1080)
+    assert len(found["high"]) == 5 * 5 * 3 * 9
+    assert set(found["high"]) == {1080}
+    assert min(found["sizes"]) >= 24
+    assert max(found["sizes"]) >= 30
+    assert found["legend"] == 4
 
 
 # ---- From the command line
