@@ -107,7 +107,7 @@ def test_what_is_said_of_a_fault():
     said = console.file.getvalue()  # type: ignore[attr-defined]
     for words in (
         "zipf: torch is wrong at stage 2 group, backward, fed the oracle's input",
-        "dx against oracle: 64 of 64 rows; worst: rank",
+        "dx against oracle: 64 of 64 rows; worst: on rank",
         "allowed",
         "would need",
         "look at:  torch_impl/grouping.py: group_by_expert",

@@ -80,7 +80,7 @@ def test_two_layers_of_which_one_is_wrong_and_refuses_what_it_computes(tmp_path)
     run = check(tmp_path, "zipf", "--backend", right, "--backend", written(tmp_path, "torch", gelu), "--no-json")
     assert "  between:  right and mine differ in 6 of 12 comparisons\n" in run.stdout
     assert "activation: gelu; the case says --activation silu\n" in run.stdout
-    assert "not tried, as the layer refuses the case that says so: it computes --activation silu only\n" in run.stdout
+    assert "not tried, as the layer declares that it computes --activation silu only\n" in run.stdout
 
 
 def test_two_layers_that_are_wrong_each_have_their_own_report(tmp_path):
@@ -114,16 +114,23 @@ def test_two_layers_that_are_wrong_each_have_their_own_report(tmp_path):
     assert "  look at:  b.py:22: layer\n" in in_bfloat16
 
 
+def test_no_tokens(tmp_path):
+    run = check(tmp_path, "t0", "--backend", written(tmp_path, "torch"), "--groups", "1", "--top-groups", "1")
+    assert run.returncode == 0, run.stderr
+
+
 def test_random_cases_for_a_layer_with_fixed_options(tmp_path):
     """They vary what such a layer computes: shapes, dtypes and routing."""
-    flags = ("--random", "40", "--seed", "1", "--width", "32", "--pattern", "zipf")
-    run = check(tmp_path, *flags, "--backend", written(tmp_path, "torch"))
-    assert run.returncode == 0, run.stdout + run.stderr
+    lower_id = "(a[:, : case.top_k] for a in score_TE.sort(dim=-1, descending=True, stable=True))"
+    mine = written(tmp_path, "torch", ("score_TE.topk(case.top_k)", lower_id))
+    run = check(tmp_path, "--random", "20", "--seed", "7", "--backend", mine)
+    assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     cases = [line for line in lines if line["kind"] == "case"]
     supported = [line for line in cases if not line["not_supported"]]
-    assert len(supported) > 20
-    assert len({line["case"].get("dtype") for line in supported}) > 1
+    assert len(supported) == len(cases) == 20
+    assert len({line["case"].get("dtype") for line in supported}) == 4
+    assert len({line["case"].get("experts") for line in supported}) > 3
     assert run.stderr.endswith("match\n")
 
 
@@ -132,9 +139,11 @@ def test_the_module_in_the_documentation_matches(tmp_path):
     (example,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "functional_call" in code]
     (tmp_path / "mine.py").write_text(example)
     record = ("--record", "gate=route/score", "--record", "gate[1]=route/expert_id")
-    run = check(tmp_path, "zipf", "--renormalize", "True", "--backend", "mine.py", *record, "--no-json")
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "mine: compared: output, 5 gradients, stage 1; not seen: stages 2-8\n" in run.stdout
+    for dtype in ("float32", "bfloat16", "float64"):
+        flags = ("--renormalize", "True", "--dtype", dtype, "--backend", "mine.py", "--no-json")
+        run = check(tmp_path, "zipf", *flags, *record)
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert "mine: compared: output, 5 gradients, stage 1; not seen: stages 2-8\n" in run.stdout
 
 
 def test_the_layer_that_drops_in_the_documentation_matches(tmp_path):

@@ -18,22 +18,25 @@ SHARED = 20
 PLAIN_OPTIONS = {name: getattr(Case(), name) for name in (*Router._fields, *Experts._fields) if name != "top_k"}
 PLAIN_OPTIONS |= {"router_bias": False, "selection_bias": False, "expert_scale": False, "gated": True}
 PLAIN_OPTIONS |= {"expert_bias": False, "shared_hidden": 0, "shared_score": False, "uneven": False}
+PLAIN_OPTIONS |= {"capacity_factor": None}
 
 
-def random_cases(n: int, seed: int, fixed: dict[str, Any], first: int = 0) -> list[Case]:
+def random_cases(n: int, seed: int, fixed: dict[str, Any], first: int = 0, shared: int = SHARED) -> list[Case]:
     """`n` cases of this seed, from number `first` on, with the fields in `fixed` as given.
+
+    So many in a row as `shared` says have the same shapes.
 
     Raises ValueError when no case exists with what is fixed.
     """
-    return list(islice(_cases(seed, fixed), first, first + n))
+    return list(islice(_cases(seed, fixed, shared), first, first + n))
 
 
-def _cases(seed: int, fixed: dict[str, Any]) -> Iterator[Case]:
+def _cases(seed: int, fixed: dict[str, Any], shared: int) -> Iterator[Case]:
     for shape in count():
         rng = np.random.default_rng([seed, shape])
         base = _possible(lambda rng=rng: replace(Case(**(_shape(rng) | fixed)), pattern="random"))
-        for i in range(SHARED):
-            name = f"random-{seed}-{shape * SHARED + i:04d}"
+        for i in range(shared):
+            name = f"random-{seed}-{shape * shared + i:04d}"
 
             def vary(rng=rng, base=base, name=name) -> Case:
                 return replace(base, **(_numbers(rng, base.dtype) | fixed | {"name": name}))

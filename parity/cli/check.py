@@ -107,7 +107,8 @@ class Command:
     """Check the case in this file, which `python -m parity identify --write` wrote."""
     random: int = 0
     """Number of cases to draw at random, by --seed. Any field that is given is the same for all of them.
-    For a layer of your own, options of router and experts that are not given are the defaults.
+    For a layer of your own each has shapes of its own, and options of router, experts and capacity that are not given
+    are the defaults.
     Every twenty in a row share their shapes, which JAX compiles once, and differ in routing."""
     budget: float = 0
     """Seconds, roughly, to spend on random cases: first of 16 tokens per rank, then of 64, 256 and so on.
@@ -269,8 +270,8 @@ def chosen_cases(command: Command, of_ones_own: bool = False) -> list[Case]:
     if command.random or command.budget:
         if command.presets or "name" in changes or "recording" in changes:
             raise ValueError("--random and --budget draw cases: leave out presets, --name and --recording")
-        plain = PLAIN_OPTIONS if of_ones_own else {}
-        return random_cases(command.random or SHARED, changes.pop("seed", 0), plain | changes)
+        plain, shared = (PLAIN_OPTIONS, 1) if of_ones_own else ({}, SHARED)
+        return random_cases(command.random or SHARED, changes.pop("seed", 0), plain | changes, shared=shared)
     return named_cases(command.presets, command.case, command.model)
 
 

@@ -150,10 +150,10 @@ def explain_failures(
             if any(backend.name in one.backends and not one.check.raised for one in found)
             and report.cases[name].beside.get(backend.name, True)
         ]
-        for name in failing[:1]:
-            case = report.cases[name].case
-            if case.real_size or case.width < probes.FEATURES + 2:
-                continue
+        asked = {name: report.cases[name].case for name in failing}
+        able = [name for name, case in asked.items() if not case.real_size and case.width >= probes.FEATURES + 2]
+        for name in able[:1]:
+            case = asked[name]
             tell(f"{backend.name}: looking for the cause")
             with suppress(BackendError, ValueError):
                 report.cards.setdefault(name, []).append(identify(backend, [case], setting))

@@ -219,7 +219,7 @@ def explanation(card: Card, named: bool) -> list[str]:
             for stage, sentence in card.reasons()]  # fmt: skip
     lines = [f"{'why:' if i == 0 else '':9} {sentence}" for i, sentence in enumerate(said)]
     if card.untried:
-        return [*lines, f"matches:  not tried, as the layer refuses the case that says so: {card.untried}"]
+        return [*lines, f"matches:  not tried, as the layer declares that {card.untried}"]
     return [*lines, f"matches:  {card.matching}"] if card.matching else lines
 
 
@@ -316,11 +316,12 @@ def print_report(console: Console, report: Report) -> None:
     )
     for line in notes(report):
         console.print(line, soft_wrap=True)
-    if foot.pairs:
+    if foot.pairs and foot.comparisons:
         some = "; ".join(foot.pairs_missing[:SHOWN])
+        others = f"; not {some}{', and others' * (len(foot.pairs_missing) > SHOWN)}" if some else ""
+        of = foot.pairs + len(foot.pairs_missing)
         console.print(
-            f"{foot.pairs:,} of the {foot.pairs + len(foot.pairs_missing):,} pairs of values that two fields can have "
-            "together" + f"; not {some}" * (some != "") + ", and others" * (len(foot.pairs_missing) > SHOWN),
+            f"the cases have {foot.pairs:,} of the {of:,} pairs of values that two fields can have together{others}",
             soft_wrap=True,
         )
     console.print("time: " + ", ".join(f"{part} {s:.1f} s" for part, s in foot.seconds.items()))

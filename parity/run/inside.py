@@ -140,7 +140,8 @@ def placed(
 def _choices(problem: Problem, ids: Sequence[Array]) -> Array:
     """[P, T, K], which of the oracle's choices each of a layer's is; its own place where it is none of them."""
     expert_id, K = problem.expert_id, problem.case.top_k
-    own = expert_id if sum(a.size for a in ids) != expert_id.size else np.stack(ids).reshape(expert_id.shape)
+    gave_all = len(ids) > 0 and sum(a.size for a in ids) == expert_id.size
+    own = np.stack(ids).reshape(expert_id.shape) if gave_all else expert_id
     k_of = np.empty_like(expert_id)
     np.put_along_axis(k_of, own.argsort(axis=2, kind="stable"), expert_id.argsort(axis=2, kind="stable"), 2)
     same = (np.sort(expert_id, axis=2) == np.sort(own, axis=2)).all(axis=2, keepdims=True)

@@ -3,7 +3,7 @@
 What the arguments are called says what the layer is given; leave out what it does not need. It is called once, with
 the tokens of all ranks and a device for each, and can make a mesh of its own.
     x          tokens, [P, T, D], of all ranks
-    router     [D, E] in float32
+    router     [D, E] in float32, or in float64 where the tokens are
     w_gate, w_up, w_down    of all experts, [E, D, F], [E, D, F], [E, F, D]
     score, expert_id        [P, T, K], for a layer that is given its routing
     keep       [P, T, K], false where an assignment is dropped

@@ -2,7 +2,7 @@
 
 What the arguments are called says what the layer is given; leave out what it does not need. It runs on each rank.
     x          tokens, [T, D], of this rank
-    router     [D, E] in float32
+    router     [D, E] in float32, or in float64 where the tokens are
     w_gate, w_up, w_down    of all experts, [E, D, F], [E, D, F], [E, F, D]; of this rank's only, with `group`
     score, expert_id        [T, K], for a layer that is given its routing
     keep       [T, K], false where an assignment is dropped

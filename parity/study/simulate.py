@@ -338,7 +338,7 @@ def answer(study: Study) -> list[str]:
     return [
         f"Over {s.steps} steps simulated with the loads of {s.model}, {'99%' if s.steps >= 100 else 'all'} drop "
         f"nothing at {rounded_up(s.needed_rank.p99)} with a bin per rank and {rounded_up(s.needed_expert.p99)} with a "
-        "bin per expert. Of these figures and those measured, the larger ones are safer."
+        "bin per expert. Use the larger of these figures and those measured."
         for s in study.of(Simulated)
         if s.model == s.popularity and (s.model, s.ranks, s.tokens) in measured
     ]
