@@ -193,6 +193,10 @@ def test_a_gradient_that_is_wrong_marks_its_stage(tmp_path):
     assert "\u00b7\u00b7\u00b7\u00b7\u00b7\u2717\u00b7\u00b7\u00b7" in done.stdout
     assert "mine is wrong at stage 6 experts, backward, in the whole layer\n" in done.stdout
     assert "gradient dw_up: 0.5 times it\n" in done.stdout
+    (tmp_path / "other.py").write_text(HOOKED.replace("return Block(", "return 1.5 * Block("))
+    done = check(tmp_path, "zipf", "--renormalize", "False", "--backend", "other.py", *flags)
+    assert "\u00b7\u00b7\u00b7\u00b7\u00b7\u2717\u00b7\u00b7\u00b7" in done.stdout  # beside one that is wrong elsewhere
+    assert done.stdout.count("gradient dw_up: 0.5 times it\n") == 1
 
 
 @pytest.mark.parametrize(("text", "code", "said"), [

@@ -67,13 +67,14 @@ def of_stage(checks: Iterable[Check], ran: Iterable[Backend], stage: str) -> tup
     A gradient within the whole layer depends on several stages. It counts here if it is the first that differs.
     """
     checks, ran = [*checks], [*ran]
-    first = blame(checks, {backend.name: backend for backend in ran})
+    alone = {b.name: [c for c in checks if c.left == b.name and c.right == "oracle"] for b in ran}
+    firsts = [found.check for b in ran if (found := blame(alone[b.name], {b.name: b}))]
     modes = {backend.name: mode for backend in ran if (mode := backend.judged(stage))}
     found = [
         c for c in checks
         if c.stage == stage
         and c.mode == modes.get(c.left)
-        and (c.mode == "isolated" or not is_backward(c) or (first and c is first.check))
+        and (c.mode == "isolated" or not is_backward(c) or any(c is first for first in firsts))
     ]  # fmt: skip
     return found, bool(modes)
 
