@@ -29,8 +29,9 @@ from parity.run.backend import Setting
 from parity.run.ours import BACKENDS
 from torch_impl import Router, Routing, checks, direct
 from torch_impl.direct.grouping import group_by_expert
-from torch_impl.direct.rows import expert_major_rows, put_here, put_rows, sum_rows
+from torch_impl.direct.rows import expert_major_rows, put_here, put_rows
 from torch_impl.routing import count_per_expert
+from torch_impl.static.rows import sum_rows
 
 NAN = float("nan")
 CPU = torch.device("cpu")

@@ -77,7 +77,10 @@ MAIN = Pair(
 STATIC = Pair(
     "torch_impl.static",
     "jax_impl",
-    {"matmul.zero_padding": "grouped_mm leaves garbage in rows past the groups"},
+    {
+        "matmul.zero_padding": "grouped_mm leaves garbage in rows past the groups",
+        "rows.sum_rows": "a token's gradient, which the direct layer sums too",
+    },
     {name: MAIN.right_only[name] for name in ("matmul.matmul", "glu.clamped")},
 )
 DYNAMIC = Pair(
@@ -118,7 +121,6 @@ DIRECT = Pair(
         "rows.put_rows": "the one way that rows move",
         "rows.exchange_places": "the plain version of it, to other ranks",
         "rows.put_here": "the plain version of it, on one rank",
-        "rows.sum_rows": "a token's gradient, of rows that came back by themselves",
         "rows.expert_major_rows": {"rank", "n_own_slots", "n_slots", "n_rows"},
         "rows.shift_segments": "what repeat_interleave does, for sizes on the device",
         "checks.check_same_sizes": "a rank writes where another has room",

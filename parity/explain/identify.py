@@ -140,10 +140,10 @@ def explain_failures(
 
     A case in which it raised, or is right by the oracle and wrong by others, is not asked about.
     """
+    verdicts = {name: report.verdicts(name) for name in report.cases}
     for backend in backends:
         if backend.layout != "opaque":
             continue
-        verdicts = {name: report.verdicts(name) for name in report.cases}
         failing = [
             name
             for name, found in verdicts.items()

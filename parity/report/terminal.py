@@ -67,9 +67,10 @@ def of_stage(checks: Iterable[Check], ran: Iterable[Backend], stage: str) -> tup
     A gradient within the whole layer depends on several stages. It counts here if it is the first that differs.
     """
     checks, ran = [*checks], [*ran]
-    alone = {b.name: [c for c in checks if c.left == b.name and c.right == "oracle"] for b in ran}
-    firsts = [found.check for b in ran if (found := blame(alone[b.name], {b.name: b}))]
     modes = {backend.name: mode for backend in ran if (mode := backend.judged(stage))}
+    whole = {b.name: b for b in ran if modes.get(b.name) == "e2e"}
+    alone = {name: [c for c in checks if c.left == name and c.right == "oracle"] for name in whole}
+    firsts = [found.check for name, b in whole.items() if (found := blame(alone[name], {name: b}))]
     found = [
         c for c in checks
         if c.stage == stage

@@ -431,8 +431,8 @@ _TORCH_DIRECT = [
      "        put_rows(x_TD, place_TK, buffers.placed_RD)",
      "        place_TK = place_TK.where(torch.arange(place_TK.shape[1], device=place_TK.device) < 1, -1)\n"
      "        put_rows(x_TD, place_TK, buffers.placed_RD)"),
-    ("k-in-wrong-order", "send_tokens", "A token's gradient sums its choices from the last to the first.", "rows.py",
-     "for slot_T in slot_TK.unbind(dim=1):", "for slot_T in slot_TK.unbind(dim=1)[::-1]:", "k-all"),
+    ("k-in-wrong-order", "send_tokens", "A token's gradient sums its choices from the last to the first.", "exchange.py",
+     "[: slot_TK.numel()], slot_TK), None", "[: slot_TK.numel()], slot_TK.flip(1)), None", "k-all"),
     ("gradient-read-too-early", "send_tokens", "A token's gradient is read before the rows are back.", "exchange.py",
      "        put_rows(dx_RD, origin_R[:, None], ctx.buffers.dx_ND)\n"
      "        return sum_rows(ctx.buffers.dx_ND.own_OD[: slot_TK.numel()], slot_TK)",

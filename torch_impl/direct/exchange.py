@@ -21,8 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch_impl import kernels
 from torch_impl.checks import check_experts_per_rank
 from torch_impl.direct.checks import check_first_gradient, check_not_reused, check_same_offset, check_same_sizes
-from torch_impl.direct.rows import Buffer, put_rows, sum_rows
+from torch_impl.direct.rows import Buffer, put_rows
 from torch_impl.exchange import n_ranks
+from torch_impl.static.rows import sum_rows
 
 
 class Buffers(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Integer, Shaped
+from jaxtyping import Integer, Shaped
 from torch import Tensor
 
 from torch_impl import kernels
@@ -72,17 +72,6 @@ def put_here(x_MD: Shaped[Tensor, "M D"], place_MK: Integer[Tensor, "M K"], own_
     source_O = source.scatter(0, torch.where(place_A < 0, n_rows, place_A), row_A)[:n_rows]
     x_OD = take_or_zero(x_MD, source_O.clamp(min=0) // K)
     own_OD.copy_(torch.where((source_O >= 0)[:, None], x_OD, own_OD))
-
-
-def sum_rows(dx_ND: Float[Tensor, "N D"], slot_TK: Integer[Tensor, "T K"]) -> Float[Tensor, "T D"]:
-    """A token's K rows, summed in float32 in order of k, rounded once. A slot past the end counts as zero."""
-    if kernels.use_kernels(dx_ND):
-        return kernels.sum_rows(dx_ND, slot_TK)
-    accum_dtype = torch.promote_types(dx_ND.dtype, torch.float32)
-    dx_TD = torch.zeros(slot_TK.shape[0], dx_ND.shape[1], dtype=accum_dtype, device=dx_ND.device)
-    for slot_T in slot_TK.unbind(dim=1):
-        dx_TD = dx_TD + take_or_zero(dx_ND, slot_T).to(accum_dtype)
-    return dx_TD.to(dx_ND.dtype)
 
 
 def expert_major_rows(

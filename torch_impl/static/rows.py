@@ -31,14 +31,18 @@ class _ExpandRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx_MD):  # type: ignore[override]
         (slot_TK,) = ctx.saved_tensors
-        dx_MD = dx_MD.reshape(-1, dx_MD.shape[-1])
-        if kernels.use_kernels(dx_MD):
-            return kernels.sum_rows(dx_MD, slot_TK), None, None
-        accum_dtype = torch.promote_types(dx_MD.dtype, torch.float32)
-        dx_TD = torch.zeros(slot_TK.shape[0], dx_MD.shape[1], dtype=accum_dtype, device=dx_MD.device)
-        for slot_T in slot_TK.unbind(dim=1):
-            dx_TD = dx_TD + take_or_zero(dx_MD, slot_T).to(accum_dtype)
-        return dx_TD.to(dx_MD.dtype), None, None
+        return sum_rows(dx_MD.reshape(-1, dx_MD.shape[-1]), slot_TK), None, None
+
+
+def sum_rows(dx_MD: Float[Tensor, "M D"], slot_TK: Integer[Tensor, "T K"]) -> Float[Tensor, "T D"]:
+    """A token's K rows, summed in float32 in order of k, rounded once. A slot past the end counts as zero."""
+    if kernels.use_kernels(dx_MD):
+        return kernels.sum_rows(dx_MD, slot_TK)
+    accum_dtype = torch.promote_types(dx_MD.dtype, torch.float32)
+    dx_TD = torch.zeros(slot_TK.shape[0], dx_MD.shape[1], dtype=accum_dtype, device=dx_MD.device)
+    for slot_T in slot_TK.unbind(dim=1):
+        dx_TD = dx_TD + take_or_zero(dx_MD, slot_T).to(accum_dtype)
+    return dx_TD.to(dx_MD.dtype)
 
 
 def weighted_sum(
