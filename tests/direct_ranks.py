@@ -17,7 +17,7 @@ import torch_impl.static.matmul
 from torch_impl import Router, Routing, checks, direct, kernels, route
 from torch_impl.direct import Buffers
 from torch_impl.direct.checks import check_same_offset
-from torch_impl.direct.rows import Buffer, put_rows
+from torch_impl.direct.rows import Arrivals, Buffer, put_rows, put_rows_once
 from torch_impl.exchange import n_ranks
 
 Group = dist.ProcessGroup | None
@@ -42,7 +42,8 @@ def buffers_for(inputs: Inputs, group: Group = None) -> Buffers:
     """Full of NaN, which no rank writes over before it is there."""
     x = inputs["x"]
     buffers = direct.make_buffers(*inputs.sizes, x.dtype, x.device, group)
-    for part in buffers[1:5]:
+    tokens = [] if buffers.arrivals is None else [buffers.arrivals.x_AD]
+    for part in (*buffers[1:5], *tokens):
         part.own_OD.fill_(NAN)
     if x.is_cuda and n_ranks(group) > 1:
         torch.cuda.synchronize()
@@ -97,11 +98,29 @@ def with_any_ids(inputs: Inputs, group: Group) -> tuple[Any, dict[str, Tensor]]:
     return detach(stages), gradients
 
 
-def put(x_MD: Tensor, place_MK: Tensor, n_rows: int, group: Group) -> Tensor:
+def put(x_MD: Tensor, place_MK: Tensor, n_rows: int, score_MK: Tensor | None, group: Group) -> Tensor:
     """This rank's rows once all ranks have put theirs; those that nobody has are NaN."""
-    part = Buffer(x_MD.new_full((n_rows, x_MD.shape[1]), NAN), None, None, group)
-    put_rows(x_MD, place_MK, part)
+    part = Buffer(x_MD.new_full((n_rows, x_MD.shape[1]), NAN), None, None, group, n_ranks(group))
+    put_rows(x_MD, place_MK, part, score_MK)
     return part.own_OD
+
+
+def put_once(x_TD: Tensor, place_TK: Tensor, n_rows: int, score_TK: Tensor | None, group: Group) -> Tensor:
+    """The same where each token goes to a rank once; up to six tokens of a rank."""
+    P = n_ranks(group)
+
+    def part(rows: int, columns: int, dtype: torch.dtype, writers: int = P) -> Buffer:
+        return Buffer(torch.full((rows, columns), -77, dtype=dtype), None, None, group, writers)
+
+    arrivals = Arrivals(
+        part(6 * P, x_TD.shape[1], x_TD.dtype),
+        part(6 * P, place_TK.shape[1], torch.int64),
+        part(6 * P, place_TK.shape[1], torch.float32),
+    )
+    placed = part(n_rows, x_TD.shape[1], x_TD.dtype, 1)
+    placed.own_OD.fill_(NAN)
+    put_rows_once(x_TD, place_TK, placed, arrivals, dist.get_rank(group) if P > 1 else 0, score_TK)
+    return placed.own_OD
 
 
 def different_sizes(tokens: int, group: Group) -> str:
@@ -143,7 +162,7 @@ def on_gpu(rank: int, P: int, store: str, one_gpu: bool) -> None:
     kernels.put_rows = lambda *arguments: (puts.append(arguments), kernel(*arguments))[1]
     stages, gradients = step(direct.moe_layer, inputs, buffers=buffers)
     kernels.put_rows = kernel
-    assert len(puts) == 5, "counts, tokens, what returns, and two gradients go through the kernel"
+    assert len(puts) == (5 if P == 1 else 5 + 5), "counts, tokens, what returns, and two gradients; tokens once"
     assert int(stages.dropped) == 0
     found = bits_of(stages.out_TD, gradients)
     stages, gradients = step(torch_impl.moe_layer, inputs)

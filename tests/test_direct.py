@@ -12,6 +12,7 @@ from direct_ranks import (
     different_offsets,
     different_sizes,
     put,
+    put_once,
     routing_of,
     step,
     with_any_ids,
@@ -28,8 +29,9 @@ from parity.judge.engine import run_cases
 from parity.run.backend import Setting
 from parity.run.ours import BACKENDS
 from torch_impl import Router, Routing, checks, direct
+from torch_impl.direct.exchange import sends_once
 from torch_impl.direct.grouping import group_by_expert
-from torch_impl.direct.rows import expert_major_rows, put_here, put_rows
+from torch_impl.direct.rows import Arrivals, Buffer, expert_major_rows, put_here, put_rows
 from torch_impl.routing import count_per_expert
 from torch_impl.static.rows import sum_rows
 
@@ -51,10 +53,12 @@ IDLE = [[0, 1, 2]] * 24  # all choices are of the first rank's experts
 
 
 @pytest.mark.parametrize("P", [1, 2, 4])
-@pytest.mark.parametrize("what", ["drawn", "idle", "uneven"])
+@pytest.mark.parametrize("what", ["drawn", "idle", "uneven", "two choices"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_readable_corner_s_bits(torch_ranks: TorchRanks, P, what, dtype):
-    problem = draw(P=P, T=24, D=32, F=32, E=12, K=3, renormalize=True)
+    K = 2 if what == "two choices" else 3
+    assert sends_once(P, K) == (P > 1 and K == 3)
+    problem = draw(P=P, T=24, D=32, F=32, E=12, K=K, renormalize=True)
     problem = problem.with_ids(IDLE) if what == "idle" else problem
     inputs = inputs_of(problem, dtype, [24, 0, 7, 1][:P] if what == "uneven" else None)
     for readable, *steps in torch_ranks(both_corners, inputs, [2] * P):
@@ -106,7 +110,6 @@ def test_an_id_that_repeats_in_its_token_is_sent_once():
     grouped = group_by_expert(ids, count_per_expert(ids, 2))
     assert grouped.kept_E.tolist() == [2, 2]
     assert grouped.slot_TK.tolist() == [[0, 9, 9], [2, 1, 9], [3, 9, 9]]
-    assert grouped.assignment_N.tolist() == [0, 4, 3, 6, 9, 9, 9, 9, 9]
 
 
 # ---- where rows go
@@ -159,8 +162,32 @@ def test_rows_are_put_where_they_belong(torch_ranks: TorchRanks, P, dtype):
     expected = torch.full((P * n_rows, 3), NAN, dtype=dtype)
     for row, place in zip(x_PMD.flatten(0, 1), place_PMK.flatten(0, 1), strict=True):
         expected[place[place >= 0]] = row
-    found = torch_ranks(put, list(x_PMD), list(place_PMK), [n_rows] * P)
+    found = torch_ranks(put, list(x_PMD), list(place_PMK), [n_rows] * P, [None] * P)
     assert bits(torch.cat(found)) == bits(expected)
+
+
+@pytest.mark.parametrize("P", [1, 2, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_go_once_come_to_the_same_places(torch_ranks: TorchRanks, P, weighted, dtype):
+    """Ranks have 5, 4, 3 and 2 tokens, of which some go nowhere and some to one rank alone."""
+    K, n_rows, rng = 3, 40, torch.Generator().manual_seed(P)
+    place_PTK = torch.randperm(P * n_rows, generator=rng)[: P * 5 * K].reshape(P, 5, K)
+    place_PTK[torch.rand(place_PTK.shape, generator=rng) < 0.4] = -1
+    place_PTK[:, 1] = -1
+    tokens = [(torch.randn(5 - p, 3, generator=rng).to(dtype), place_PTK[p, : 5 - p]) for p in range(P)]
+    score = [torch.rand(5 - p, K, generator=rng) if weighted else None for p in range(P)]
+    x, place = (list(a) for a in zip(*tokens, strict=True))
+    straight = torch_ranks(put, x, place, [n_rows] * P, score)
+    once = torch_ranks(put_once, x, place, [n_rows] * P, score)
+    for p in range(P):
+        assert bits(once[p]) == bits(straight[p])
+    places, written = torch.cat(place), torch.cat(straight)
+    row_TKD = torch.cat(x)[:, None].expand(-1, K, -1)
+    if weighted:
+        row_TKD = (torch.cat(score)[..., None] * row_TKD.float()).to(dtype)  # type: ignore[arg-type]
+    assert bits(written[places[places >= 0]]) == bits(row_TKD[places >= 0])
+    assert int(written.isnan().all(dim=1).sum()) == P * n_rows - int((places >= 0).sum())
 
 
 def test_nothing_is_put():
@@ -264,6 +291,15 @@ def test_buffers_that_do_not_fit_are_refused(sizes, dtype, said):
     (inputs,) = inputs_of(draw(P=1, T=6, D=8, F=8, E=4, K=2))
     with pytest.raises(ValueError, match=said):
         step(direct.moe_layer, inputs, buffers=direct.make_buffers(*sizes, getattr(torch, dtype), CPU))  # type: ignore[call-arg]
+
+
+def test_buffers_for_another_top_k_are_refused():
+    """Where tokens arrive with their K places; otherwise fewer choices fit too."""
+    (inputs,) = inputs_of(draw(P=1, T=6, D=8, F=8, E=4, K=2))
+    part = Buffer(torch.zeros(6, 3), None, None, None, 1)
+    buffers = buffers_for(inputs)._replace(arrivals=Arrivals(part, part, part))
+    with pytest.raises(ValueError, match=r"room for 4 tokens of width 8, 3 of 4 experts each, .* here are 6 tokens"):
+        step(direct.moe_layer, inputs, buffers=buffers)
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(2, 4, dtype=torch.bfloat16), torch.zeros(2, 5)])

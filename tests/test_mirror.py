@@ -79,7 +79,8 @@ STATIC = Pair(
     "jax_impl",
     {
         "matmul.zero_padding": "grouped_mm leaves garbage in rows past the groups",
-        "rows.sum_rows": "a token's gradient, which the direct layer sums too",
+        "rows.sum_rows": "a token's rows, which the direct layer sums too",
+        "rows.score_gradient": "the same of the scores' gradient",
     },
     {name: MAIN.right_only[name] for name in ("matmul.matmul", "glu.clamped")},
 )
@@ -108,17 +109,21 @@ DIRECT = Pair(
         "layer.Stages": {"placed", "dropped"},  # rows arrive in their places; ids that are none, which nobody looks at
         "layer.moe_layer": {"buffers"},
         "grouping.Grouped": {"kept"},
-        "grouping.combine": {"buffers"},  # in which y lies until backward
+        "grouping.combine": {"returned", "place", "buffers"},  # returned rows are summed, y has the gradient
         "exchange.Buffers": "what other ranks write into",
         "exchange.make_buffers": "makes them, once",
         "exchange.exchange_counts": {"buffers"},
         "exchange.send_tokens": {"slot", "place", "origin", "buffers"},
         "exchange.return_tokens": {"place", "origin", "buffers"},
-        "exchange.until_backward": "buffers that are used again before they are free",
+        "exchange.sends_once": "whether a token goes to each rank once",
+        "exchange.put_tokens": "tokens go to their places, and so does the gradient of the output",
         "layout.ExpertMajor": {"place", "origin"},
         "layout.to_expert_major": {"slot", "buffers"},  # where rows go, and no rows
         "rows.Buffer": "one of the buffers",
+        "rows.Arrivals": "where tokens lie that go to each rank once",
         "rows.put_rows": "the one way that rows move",
+        "rows.put_rows_once": "the same, to each rank once",
+        "rows.weigh_rows": "the plain version of rows times scores",
         "rows.exchange_places": "the plain version of it, to other ranks",
         "rows.put_here": "the plain version of it, on one rank",
         "rows.expert_major_rows": {"rank", "n_own_slots", "n_slots", "n_rows"},
@@ -135,7 +140,8 @@ DIRECT = Pair(
         "exchange.exchange_counts": {"group"},  # that of the buffers, as in all that follow
         "exchange.send_tokens": {"splits", "group"},
         "exchange.return_tokens": {"splits", "group"},
-        "grouping.Grouped": {"x"},  # no row moves before it is sent
+        "grouping.Grouped": {"x", "assignment"},  # no row moves before it is sent
+        "grouping.combine": {"assignment"},
         "grouping.group_by_expert": {"x"},
         "layer.Stages": {"splits", "received", "rank_major"},
         "layer.moe_layer": {"max_tokens", "group"},
@@ -477,7 +483,7 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
                 "counts_e = counts_PE.sum(axis=0).chunk(n_ranks)[buffers.rank]",
                 "y_RD = apply_experts(placed_RD, counts_e, w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases)",
                 "returned_ND = return_tokens(y_RD, place_N, origin_R, buffers)",
-                "out_TD = combine(returned_ND, weight_TK, grouped.slot_TK, grouped.assignment_N, buffers)",
+                "out_TD = combine(y_RD, returned_ND, weight_TK, grouped.slot_TK, place_N, buffers)",
                 "return Stages(routing, grouped, counts_PE, expert_major, placed_RD, y_RD, returned_ND, shared_TD, "
                 "out_TD, expert_id_TK.size - grouped.kept_E.sum())",
             ],

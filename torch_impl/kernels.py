@@ -207,17 +207,23 @@ def _clear_padding(program, assignment, y, N, M, D, PADDING_ROWS: tl.constexpr):
 
 
 def put_rows(
-    x_MD: Shaped[Tensor, "M D"], place_MK: Integer[Tensor, "M K"], pointers_P: Integer[Tensor, " P"], n_rows: int
+    x_MD: Shaped[Tensor, "M D"],
+    place_MK: Integer[Tensor, "M K"],
+    pointers_P: Integer[Tensor, " P"],
+    n_rows: int,
+    score_MK: Float[Tensor, "M K"] | None = None,
 ) -> None:
     """Store row m of x, for every k, to row place[m, k] among all ranks' rows; a negative place is nowhere.
 
-    Rank p's `n_rows` rows begin at address pointers[p], which may be in another GPU's memory.
+    With scores, round(score[m,k] * x[m]) is stored, computed in float32. Rank p's `n_rows` rows begin at address
+    pointers[p], which may be in another GPU's memory.
     """
     (M, K), D = place_MK.shape, x_MD.shape[1]
     BLOCK, num_warps = _tile(D, 1)
     _put_rows[(M,)](
-        x_MD.contiguous(), place_MK.contiguous(), pointers_P, M, D, n_rows, put_stride(M),
-        K=K, BLOCK=BLOCK, num_warps=num_warps,
+        x_MD.contiguous(), place_MK.contiguous(), pointers_P, place_MK if score_MK is None else score_MK.contiguous(),
+        M, D, n_rows, put_stride(M),
+        K=K, WEIGHTED=score_MK is not None, BLOCK=BLOCK, num_warps=num_warps,
     )  # fmt: skip
 
 
@@ -232,8 +238,12 @@ def put_stride(n_rows: int) -> int:
 
 @triton.jit
 @no_type_check
-def _put_rows(x, place, pointers, M, D, n_rows, stride, K: tl.constexpr, BLOCK: tl.constexpr):
+def _put_rows(
+    x, place, pointers, score, M, D, n_rows, stride, K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """One program per row. It reads a chunk once and stores it K times. A row that goes nowhere is not read."""
+    dtype = x.dtype.element_ty
+    accum_dtype = tl.float64 if dtype == tl.float64 else tl.float32
     m = tl.program_id(0).to(tl.int64) * stride % M
     going = 0
     for k in tl.static_range(K):
@@ -246,8 +256,11 @@ def _put_rows(x, place, pointers, M, D, n_rows, stride, K: tl.constexpr, BLOCK: 
             there = target >= 0
             rank = tl.where(there, target // n_rows, 0)
             # Allocations are aligned, which the compiler has to know to store 16 bytes at once.
-            base = tl.multiple_of(tl.load(pointers + rank).to(tl.pointer_type(x.dtype.element_ty)), 16)
-            tl.store(base + (target - rank * n_rows) * D + d, row, mask=d < tl.where(there, D, 0))
+            base = tl.multiple_of(tl.load(pointers + rank).to(tl.pointer_type(dtype)), 16)
+            value = row
+            if WEIGHTED:
+                value = (tl.load(score + m * K + k).to(accum_dtype) * row.to(accum_dtype)).to(dtype)
+            tl.store(base + (target - rank * n_rows) * D + d, value, mask=d < tl.where(there, D, 0))
 
 
 def place_rows(
@@ -360,27 +373,50 @@ def weighted_sum_backward(
     _weighted_sum_backward[(T + looking,)](
         dout_TD.contiguous(), y_MD.contiguous(), score_TK.contiguous(), slot_TK.contiguous(),
         slot_TK if assignment_M is None else assignment_M.contiguous(), dy_MD, dscore_TK, T, M, D,
-        K=K, K_PADDED=_power_of_2(K), PADDED=assignment_M is not None, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK,
-        num_warps=max(num_warps, 4),  # the warps share the sums of all rows
+        K=K, K_PADDED=_power_of_2(K), ROWS=True, PADDED=assignment_M is not None, PADDING_ROWS=PADDING_ROWS,
+        BLOCK=BLOCK, num_warps=max(num_warps, 4),  # the warps share the sums of all rows
     )  # fmt: skip
     return dy_MD, dscore_TK
+
+
+def score_gradient(
+    dout_TD: Float[Tensor, "T D"],
+    y_MD: Float[Tensor, "M D"],
+    score_TK: Float[Tensor, "T K"],
+    slot_TK: Integer[Tensor, "T K"],
+) -> Float[Tensor, "T K"]:
+    """dscore[t,k] = sum over d of dout[t,d] * y[slot[t,k],d] by itself; zero for a slot past the end."""
+    (T, K), (M, D) = slot_TK.shape, y_MD.shape
+    dscore_TK = torch.empty_like(score_TK, memory_format=torch.contiguous_format)
+    BLOCK, num_warps = _tile(D, K)
+    y_MD, slot_TK = y_MD.contiguous(), slot_TK.contiguous()
+    _weighted_sum_backward[(T,)](
+        dout_TD.contiguous(), y_MD, dscore_TK, slot_TK, slot_TK, y_MD, dscore_TK, T, M, D,  # scores are not read
+        K=K, K_PADDED=_power_of_2(K), ROWS=False, PADDED=True, PADDING_ROWS=PADDING_ROWS, BLOCK=BLOCK,
+        num_warps=max(num_warps, 4),
+    )  # fmt: skip
+    return dscore_TK
 
 
 @triton.jit
 @no_type_check
 def _weighted_sum_backward(
     dout, y, score, slot, assignment, dy, dscore, T, M, D,
-    K: tl.constexpr, K_PADDED: tl.constexpr, PADDED: tl.constexpr, PADDING_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, K_PADDED: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, PADDING_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per token: its K rows side by side, chunk by chunk. Earlier programs clear padding."""
+    """One program per token: its K rows side by side, chunk by chunk. Earlier programs clear padding.
+
+    Without ROWS only the scores' gradient is computed.
+    """
     accum_dtype = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
-    t = (tl.program_id(0) - (tl.cdiv(M, PADDING_ROWS) if PADDED else 0)).to(tl.int64)
-    if PADDED and t < 0:
+    t = (tl.program_id(0) - (tl.cdiv(M, PADDING_ROWS) if PADDED and ROWS else 0)).to(tl.int64)
+    if PADDED and ROWS and t < 0:
         _clear_padding(tl.program_id(0), assignment, dy, T * K, M, D, PADDING_ROWS)
         return
     k = tl.arange(0, K_PADDED)
     row = tl.load(slot + t * K + k, mask=k < K, other=M).to(tl.int64)
-    weight = tl.load(score + t * K + k, mask=k < K, other=0).to(accum_dtype)
+    weight = tl.load(score + t * K + k, mask=k < (K if ROWS else 0), other=0).to(accum_dtype)
     real = row < M if PADDED else k < K
     total = tl.zeros([K_PADDED, BLOCK], accum_dtype)
     for first in range(0, D, BLOCK):
@@ -389,7 +425,8 @@ def _weighted_sum_backward(
         place = row[:, None] * D + d[None, :]
         gradient = tl.load(dout + t * D + d, mask=d < D, other=0).to(accum_dtype)[None, :]
         total += gradient * tl.load(y + place, mask=inside, other=0).to(accum_dtype)
-        tl.store(dy + place, (weight[:, None] * gradient).to(dy.dtype.element_ty), mask=inside)
+        if ROWS:
+            tl.store(dy + place, (weight[:, None] * gradient).to(dy.dtype.element_ty), mask=inside)
     tl.store(dscore + t * K + k, tl.sum(total, 1).to(dscore.dtype.element_ty), mask=k < K)
 
 

@@ -344,9 +344,9 @@ def draw_direct(
         grouped = direct_grouping.group_by_expert(ids_TK, counts_E)
         counts_PE = direct_exchange.exchange_counts(grouped.kept_E, buffers)
         places = to_places(grouped.slot_TK, counts_PE, buffers)
-        x_RD = direct_exchange.send_tokens(x_TD, grouped.slot_TK, *places, buffers)
-        y_ND = direct_exchange.return_tokens(x_RD, *places, buffers)
-        return direct_grouping.combine(y_ND, score_TK, grouped.slot_TK, grouped.assignment_N, buffers)
+        y_RD = direct_exchange.send_tokens(x_TD, grouped.slot_TK, *places, buffers)
+        returned_ND = direct_exchange.return_tokens(y_RD, *places, buffers)
+        return direct_grouping.combine(y_RD, returned_ND, score_TK, grouped.slot_TK, places.place_N, buffers)
 
     return whole, inputs, cotangent
 

@@ -188,7 +188,7 @@ _TABLE = [
     Quantity(
         "group_by_expert/assignment", "A", "int", "bits",
         _assignment, _assignment,
-        order="grouped", past_the_end=lambda case, _: case.assignments,
+        order="grouped", past_the_end=lambda case, _: case.assignments, layouts=IN_STEPS,
     ),
     Quantity("group_by_expert/kept", "P E", "int", "bits", _sent, _sent, layouts=ON_THE_DEVICE),
     *(  # of a token, which rows share: in the direct layout, where they are sent
@@ -297,13 +297,14 @@ _TABLE = [
         order="grouped", zero_padding=_WHOLE, computed_e2e=lambda _: True,
     ),
     Quantity("return_tokens/dy", "A D", "case", "bits", _dy, order="received", backward=True, layouts=IN_STEPS),
-    Quantity(
-        "return_tokens/drows", "A D", "case", "bits", _dy, order="expert_major", backward=True, layouts=STRAIGHT
-    ),
     Quantity("combine/out", "P T D", "case", "allowance", lambda o, _: o.out_of_combine, _layer("out")),
     Quantity(
         "combine/dy", "A D", "case", "allowance", lambda o, _: o.combine_backward[0],
-        order="grouped", backward=True, zero_padding=_ALONE,
+        order="grouped", backward=True, zero_padding=_ALONE, layouts=IN_STEPS,
+    ),
+    Quantity(  # in the direct layout it is sent to where the experts are, as tokens are
+        "combine/drows", "A D", "case", "allowance", lambda o, _: o.combine_backward[0],
+        order="expert_major", backward=True, layouts=STRAIGHT,
     ),
     Quantity(
         "combine/dscore", "P T K", "weight", "allowance", lambda o, _: o.combine_backward[1], _layer("dscore"),
@@ -318,7 +319,7 @@ _TABLE = [
     # How many numbers of the gradients differ when the backward runs a second time, through the same graph.
     *(
         Quantity(f"{stage}/again", "P", "int", "bits", _none, backward=True,
-                 layouts=IN_STEPS if stage in INDICES_ONLY else SEEN)
+                 layouts=IN_STEPS if stage in (*INDICES_ONLY, "return_tokens") else SEEN)
         for stage in STAGES if stage != "exchange_counts"
     ),
     Quantity("combine/order", "P T D", "case", "bits", _order, asks=lambda case: case.top_k >= 3),

@@ -416,9 +416,8 @@ _TORCH_STATIC = [
 
 _TORCH_DIRECT = [
     ("order-by-last-assignment", "group_by_expert", "Assignments with the same expert come in the opposite order.",
-     "grouping.py", "order_N, place_N = sort_by_key(expert_TK.reshape(-1), E)",
-     "order_N, place_N = sort_by_key(expert_TK.reshape(-1).flip(0), E)\n"
-     "    order_N, place_N = T * K - 1 - order_N, place_N.flip(0)"),
+     "grouping.py", "_, slot_N = sort_by_key(expert_TK.reshape(-1), E)",
+     "slot_N = sort_by_key(expert_TK.reshape(-1).flip(0), E)[1].flip(0)"),
     ("counts-of-another-rank", "exchange_counts", "Each rank's counts are read as those of the next.", "exchange.py",
      "return own_PE.clone()", "return own_PE.roll(1, 0)"),
     ("start-of-sender-forgotten", "to_expert_major", "A row's place leaves out where its sender's slots of that expert "
@@ -428,9 +427,16 @@ _TORCH_DIRECT = [
     ("nowhere-is-a-place", "to_expert_major", "What comes from nowhere is taken to come from the first slot.", "rows.py",
      "row_O + take_or_zero(shift_G, segment_O), -1)", "row_O + take_or_zero(shift_G, segment_O), 0)"),
     ("only-first-choice-sent", "send_tokens", "A token goes to the first of its places alone.", "exchange.py",
-     "        put_rows(x_TD, place_TK, buffers.placed_RD)",
-     "        place_TK = place_TK.where(torch.arange(place_TK.shape[1], device=place_TK.device) < 1, -1)\n"
-     "        put_rows(x_TD, place_TK, buffers.placed_RD)"),
+     "value=-1)[slot_TK]\n",
+     "value=-1)[slot_TK]\n"
+     "    place_TK = place_TK.where(torch.arange(place_TK.shape[1], device=place_TK.device) < 1, -1)\n"),
+    ("sent-once-to-first-choice", "send_tokens", "A token goes once, but only to the rank of its first choice.", "rows.py",
+     "(place_TK[:, :, None] // n_rows == rank_P).any(dim=1)", "place_TK[:, :1] // n_rows == rank_P", "bfloat16"),
+    ("places-of-fewer-tokens", "send_tokens", "Where tokens go is told for all of a rank's tokens but the last.", "rows.py",
+     "all_places_TK[:T] = place_TK", "all_places_TK[: T - 1] = place_TK[:-1]", "bfloat16"),
+    ("copied-to-places-elsewhere", "send_tokens", "A token that arrived once is copied to places of other ranks, too.",
+     "rows.py", "torch.where(place_AK // n_rows == rank, place_AK % n_rows, -1)",
+     "torch.where(place_AK >= 0, place_AK % n_rows, -1)", "bfloat16"),
     ("k-in-wrong-order", "send_tokens", "A token's gradient sums its choices from the last to the first.", "exchange.py",
      "[: slot_TK.numel()], slot_TK), None", "[: slot_TK.numel()], slot_TK.flip(1)), None", "k-all"),
     ("gradient-read-too-early", "send_tokens", "A token's gradient is read before the rows are back.", "exchange.py",
@@ -438,14 +444,15 @@ _TORCH_DIRECT = [
      "        return sum_rows(ctx.buffers.dx_ND.own_OD[: slot_TK.numel()], slot_TK)",
      "        dx_TD = sum_rows(ctx.buffers.dx_ND.own_OD[: slot_TK.numel()], slot_TK)\n"
      "        put_rows(dx_RD, origin_R[:, None], ctx.buffers.dx_ND)\n        return dx_TD"),
+    ("gradient-without-scores", "combine", "A row's gradient is its token's, without the score.", "grouping.py",
+     "buffers.dy_RD, buffers, score_TK)", "buffers.dy_RD, buffers, torch.ones_like(score_TK))"),
     ("counts-of-first-rank", "apply_experts", "Every rank groups its rows by the counts of the first rank's experts.",
      "layer.py", "chunk(n_ranks)[buffers.rank]", "chunk(n_ranks)[0]"),
     ("returned-to-neighbour", "return_tokens", "Rows return to the slot beside their own.", "exchange.py",
-     "put_rows(y_RD, origin_R[:, None], buffers.returned_ND)",
-     "put_rows(y_RD, (origin_R ^ 1)[:, None], buffers.returned_ND)"),
-    ("gradient-in-another-buffer", "return_tokens", "Gradients are written over the rows that were sent.", "exchange.py",
-     "put_rows(dreturned_ND, place_N[:, None], ctx.buffers.dy_RD)",
-     "put_rows(dreturned_ND, place_N[:, None], ctx.buffers.placed_RD)"),
+     "put_rows(y_RD.detach(), origin_R[:, None], buffers.returned_ND)",
+     "put_rows(y_RD.detach(), (origin_R ^ 1)[:, None], buffers.returned_ND)"),
+    ("gradient-in-another-buffer", "combine", "Gradients are written over the rows that were sent.", "grouping.py",
+     "place_N, buffers.dy_RD, buffers", "place_N, buffers.placed_RD, buffers"),
     ("barrier-left-out", "exchange_counts", "Nobody waits for what the others write.", "rows.py",
      "buffer.handle.barrier(channel=0)", "pass", "zipf", NO_KERNELS),
     ("kernel-places-by-last-sender", "to_expert_major", "An expert's rows come from the last rank first.",

@@ -335,7 +335,8 @@ class Direct:
         """A set of buffers, full of NaN: rows that nobody writes must not be read."""
         sizes = (case.tokens, case.top_k, case.experts, case.width)
         buffers = direct.make_buffers(*sizes, getattr(torch, case.dtype), device, group)
-        for part in (buffers.placed_RD, buffers.returned_ND, buffers.dy_RD, buffers.dx_ND):
+        tokens = [] if buffers.arrivals is None else [buffers.arrivals.x_AD]
+        for part in (buffers.placed_RD, buffers.returned_ND, buffers.dy_RD, buffers.dx_ND, *tokens):
             part.own_OD.fill_(torch.nan)
         if device.type == "cuda" and case.ranks > 1:  # no rank writes here before that is done
             torch.cuda.synchronize()
@@ -360,8 +361,8 @@ class Direct:
     def return_tokens(self, y: Tensor, place: Tensor, origin: Tensor) -> Any:
         return direct_exchange.return_tokens(y, place, origin, self.buffers)
 
-    def combine(self, y: Tensor, score: Tensor, keep: Tensor, slot: Tensor, assignment: Tensor) -> Any:
-        return direct_grouping.combine(y, score * keep, slot, assignment, self.buffers)
+    def combine(self, y: Tensor, returned: Tensor, score: Tensor, keep: Tensor, slot: Tensor, place: Tensor) -> Any:
+        return direct_grouping.combine(y, returned, score * keep, slot, place, self.buffers)
 
     def planned(self) -> dict[str, Tensor]:
         return {}
@@ -539,11 +540,11 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
         keep_values("apply_experts", summed(found, of_shared))
     del learned, found
 
-    if is_direct:
-        alone(
-            "return_tokens", lambda y: stages.return_tokens(y, *places),
-            {"rows": rows(problem.y, "expert_major")}, rows(problem.dy, "grouped"), returns="y",
-        )  # fmt: skip
+    if is_direct:  # the gradient of what returns is `combine`'s
+        at("return_tokens")
+        before = copies_of(case, given := [rows(problem.y, "expert_major")])
+        keep_values("return_tokens", {"y": stages.return_tokens(*given, *places)})
+        keep_values("return_tokens", {"changed": differing(case, given, before)})
     else:
         alone(
             "to_rank_major", lambda y: stages.to_rank_major(y, index["source"], index["target"]),
@@ -554,12 +555,21 @@ def _isolated(problem: Problem, stages_of: Stages, rank: int, device: torch.devi
     def combine(y: Tensor, score: Tensor) -> Any:
         return stages.combine(y, score, keep, index["slot"], index["assignment"])
 
-    inputs = {"y": rows(problem.y, "grouped"), "score": score}
-    alone("combine", combine, inputs, put_tokens(problem.dout))
+    def combine_returned(y: Tensor, score: Tensor, returned: Tensor) -> Any:
+        return stages.combine(y, returned, score, keep, index["slot"], index["place"])
+
+    returned = rows(problem.y, "grouped")
+    if is_direct:
+        inputs = {"rows": rows(problem.y, "expert_major"), "score": score}
+        alone("combine", lambda y, score: combine_returned(y, score, returned), inputs, put_tokens(problem.dout))
+    else:
+        alone("combine", combine, {"y": returned, "score": score}, put_tokens(problem.dout))
 
     if case.top_k >= 3:
         probe = rows(np.where(problem.keep[..., None], problem.order_probe()[0], 0), "grouped")
-        keep_values("combine", {"order": combine(probe, keep.to(score.dtype))})
+        ones = keep.to(score.dtype)
+        found = combine_returned(returned, ones, probe) if is_direct else combine(probe, ones)
+        keep_values("combine", {"order": found})
         x = put_tokens(problem.x).requires_grad_()
         if is_direct:
             probe = rows(np.where(problem.keep[..., None], problem.order_probe()[0], 0), "expert_major")

@@ -46,12 +46,13 @@ def check_buffers(x_TD: Tensor, expert_id_TK: Tensor, counts_E: Tensor, buffers:
     """Raises ValueError unless the buffers hold a step of this size, dtype and device."""
     (T, K), (E,), D = expert_id_TK.shape, counts_E.shape, x_TD.shape[1]
     (P, experts), (n_rows, width) = buffers.counts_PE.own_OD.shape, buffers.placed_RD.own_OD.shape
-    tokens = buffers.returned_ND.own_OD.shape[0] // K
-    if (experts, width) != (E, D) or tokens < T or n_rows < P * tokens * min(K, E // P):
+    top_k = K if buffers.arrivals is None else buffers.arrivals.place_AK.own_OD.shape[1]
+    tokens = buffers.returned_ND.own_OD.shape[0] // top_k
+    if (experts, width, top_k) != (E, D, K) or tokens < T or n_rows < P * tokens * min(K, E // P):
         raise ValueError(
-            f"the buffers have room for {tokens} tokens of width {width}, {K} of {experts} experts each, and {n_rows} "
-            f"rows to arrive; here are {T} tokens of width {D}, {K} of {E} experts each: make buffers with the sizes "
-            "of this layer, and the most tokens that any rank has"
+            f"the buffers have room for {tokens} tokens of width {width}, {top_k} of {experts} experts each, and "
+            f"{n_rows} rows to arrive; here are {T} tokens of width {D}, {K} of {E} experts each: make buffers with "
+            "the sizes of this layer, and the most tokens that any rank has"
         )
     own_RD = buffers.placed_RD.own_OD
     if own_RD.dtype != x_TD.dtype or own_RD.device != x_TD.device:

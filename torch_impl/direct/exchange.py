@@ -2,12 +2,13 @@
 
 A step in time, where | is a barrier of all ranks on the device:
 
-    forward     write counts | read counts, write placed | read placed, write returned | read returned
-    backward    read returned, write dy | read dy and placed, write dx | read dx
+    forward     write counts | read counts, write tokens | read tokens, write returned | read returned
+    backward    read returned, write dout | read dout and tokens, write dx | read dx
 
 There is one barrier after each write and none before it. Between the last read of a buffer and the next write to it,
 in the next step or the next backward, every rank passes another buffer's barrier. So no rank writes to a buffer that
-another still reads, if all ranks do the same steps, forward and backward, in the same order.
+another still reads, if all ranks do the same steps, forward and backward, in the same order. (A backward that runs
+twice needs a gradient of x for that.)
 """
 
 from typing import NamedTuple
@@ -20,8 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from torch_impl import kernels
 from torch_impl.checks import check_experts_per_rank
-from torch_impl.direct.checks import check_first_gradient, check_not_reused, check_same_offset, check_same_sizes
-from torch_impl.direct.rows import Buffer, put_rows
+from torch_impl.direct.checks import check_same_offset, check_same_sizes
+from torch_impl.direct.rows import Arrivals, Buffer, put_rows, put_rows_once
 from torch_impl.exchange import n_ranks
 from torch_impl.static.rows import sum_rows
 
@@ -37,6 +38,7 @@ class Buffers(NamedTuple):
     returned_ND: Buffer
     dy_RD: Buffer  # the gradient of what returns
     dx_ND: Buffer  # the gradient of what is sent
+    arrivals: Arrivals | None  # None where a token goes straight to each of its places
     rank: int
     forwards: Tensor  # on the host: how many forward passes have used this set
 
@@ -52,8 +54,8 @@ def make_buffers(
 ) -> Buffers:
     """Buffers for steps of up to `tokens` tokens on any rank, which all ranks of the group make together.
 
-    With e = E // P, a rank's share is 2*P*T*min(K, e) + 2*T*K rows of D elements: the most that can arrive, and return.
-    Nothing is allocated later, so a CUDA graph can hold a step.
+    With e = E // P, a rank's share is 2*P*T*min(K, e) + 2*T*K rows of D elements: the most that can arrive, and return;
+    and P*T more where a token goes to each rank once. They are made here, so a CUDA graph can hold a step.
 
     Raises ValueError when experts do not divide over ranks, or ranks ask for different sizes.
     """
@@ -62,25 +64,39 @@ def make_buffers(
     check_same_sizes({"tokens": tokens, "top_k": top_k, "experts": experts, "width": width}, P, group)
     n_slots, n_rows = tokens * top_k, P * tokens * min(top_k, experts // P)
 
-    def make(rows: int, columns: int, dtype: torch.dtype) -> Buffer:
+    def make(rows: int, columns: int, dtype: torch.dtype, P: int = P) -> Buffer:
         if device.type == "cuda" and kernels.HAS_TRITON:
-            return _on_gpus(rows, columns, dtype, device, group)
-        return Buffer(torch.empty(rows, columns, dtype=dtype, device=device), None, None, group)
+            return _on_gpus(rows, columns, dtype, device, group, P)
+        return Buffer(torch.empty(rows, columns, dtype=dtype, device=device), None, None, group, P)
 
+    arrivals, writers = None, P
+    if sends_once(P, top_k):
+        score_dtype, writers = torch.promote_types(dtype, torch.float32), 1  # a rank copies to places by itself
+        arrivals = Arrivals(
+            make(P * tokens, width, dtype), make(P * tokens, top_k, torch.int64), make(P * tokens, top_k, score_dtype)
+        )
     return Buffers(
-        make(P, experts, torch.int64), make(n_rows, width, dtype), make(n_slots, width, dtype),
-        make(n_rows, width, dtype), make(n_slots, width, dtype),
+        make(P, experts, torch.int64), make(n_rows, width, dtype, writers), make(n_slots, width, dtype),
+        make(n_rows, width, dtype, writers), make(n_slots, width, dtype), arrivals,
         dist.get_rank(group) if P > 1 else 0, torch.zeros((), dtype=torch.int64, device="cpu"),
     )  # fmt: skip
 
 
+def sends_once(n_ranks: int, top_k: int) -> bool:
+    """Whether a token goes to each rank once, and is copied to its places there.
+
+    That pays where several of a token's experts share a rank. The copy is one more pass over the rows.
+    """
+    return n_ranks > 1 and top_k > 2
+
+
 def _on_gpus(
-    rows: int, columns: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None, P: int
 ) -> Buffer:
-    """Memory of this GPU that every rank of the group can write to. Multicast is not used."""
-    if n_ranks(group) == 1:
+    """Memory of this GPU that all P ranks of the group can write to. Multicast is not used."""
+    if P == 1:
         own_OD = torch.empty(rows, columns, dtype=dtype, device=device)
-        return Buffer(own_OD, torch.tensor([own_OD.data_ptr()], device=device), None, group)
+        return Buffer(own_OD, torch.tensor([own_OD.data_ptr()], device=device), None, group, P)
     from torch.distributed import _symmetric_memory as symmetric  # a second to import
 
     own_OD = symmetric.empty(max(rows, 1), columns, dtype=dtype, device=device)
@@ -88,7 +104,7 @@ def _on_gpus(
     # A block of PyTorch's may hold several buffers, and its addresses are those of blocks.
     offset = own_OD.data_ptr() - handle.buffer_ptrs[handle.rank]
     check_same_offset(offset, handle.world_size, group)
-    return Buffer(own_OD[:rows], torch.tensor(handle.buffer_ptrs, device=device) + offset, handle, group)
+    return Buffer(own_OD[:rows], torch.tensor(handle.buffer_ptrs, device=device) + offset, handle, group, P)
 
 
 def exchange_counts(counts_E: Integer[Tensor, " E"], buffers: Buffers) -> Integer[Tensor, "P E"]:
@@ -124,8 +140,7 @@ class _SendTokens(torch.autograd.Function):
     def forward(ctx, x_TD, slot_TK, place_N, origin_R, buffers):
         ctx.save_for_backward(slot_TK, origin_R)
         ctx.buffers = buffers
-        place_TK = torch.nn.functional.pad(place_N, (0, 1), value=-1)[slot_TK]
-        put_rows(x_TD, place_TK, buffers.placed_RD)
+        put_tokens(x_TD, slot_TK, place_N, buffers.placed_RD, buffers)
         return buffers.placed_RD.own_OD.data  # not as a view, which autograd would guard against the next step's write
 
     @staticmethod
@@ -136,48 +151,29 @@ class _SendTokens(torch.autograd.Function):
         return sum_rows(ctx.buffers.dx_ND.own_OD[: slot_TK.numel()], slot_TK), None, None, None, None
 
 
+def put_tokens(
+    x_TD: Float[Tensor, "T D"],
+    slot_TK: Integer[Tensor, "T K"],
+    place_N: Integer[Tensor, " N"],
+    buffer: Buffer,
+    buffers: Buffers,
+    score_TK: Float[Tensor, "T K"] | None = None,
+) -> None:
+    """Write each token to its K places in `buffer`; with scores, each time round(score[t,k] * x[t])."""
+    place_TK = torch.nn.functional.pad(place_N, (0, 1), value=-1)[slot_TK]
+    if buffers.arrivals is None:
+        put_rows(x_TD, place_TK, buffer, score_TK)
+    else:
+        put_rows_once(x_TD, place_TK, buffer, buffers.arrivals, buffers.rank, score_TK)
+
+
 def return_tokens(
     y_RD: Float[Tensor, "R D"], place_N: Integer[Tensor, " N"], origin_R: Integer[Tensor, " R"], buffers: Buffers
 ) -> Float[Tensor, "N D"]:
-    """Write every row back to the slot that it came from: the inverse of `send_tokens`."""
-    return _ReturnTokens.apply(y_RD, place_N, origin_R, buffers)  # type: ignore[no-any-return]
+    """Write every row back to the slot that it came from: the inverse of `send_tokens`.
 
-
-class _ReturnTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y_RD, place_N, origin_R, buffers):
-        ctx.save_for_backward(place_N)
-        ctx.buffers = buffers
-        buffers.forwards.add_(1)
-        put_rows(y_RD, origin_R[:, None], buffers.returned_ND)
-        return buffers.returned_ND.own_OD[: place_N.shape[0]].data
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dreturned_ND):  # type: ignore[override]
-        (place_N,) = ctx.saved_tensors
-        put_rows(dreturned_ND, place_N[:, None], ctx.buffers.dy_RD)
-        return ctx.buffers.dy_RD.own_OD.data, None, None, None
-
-
-def until_backward(out_TD: Float[Tensor, "T D"], buffers: Buffers) -> Float[Tensor, "T D"]:
-    """The same. Its backward raises RuntimeError if it cannot give the gradient.
-
-    That is where another forward pass has used the buffers since, or the gradient is to be differentiated again.
+    It has no backward: `combine` sends the gradient of y.
     """
-    return _UntilBackward.apply(out_TD, buffers)  # type: ignore[no-any-return]
-
-
-class _UntilBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, out_TD, buffers):
-        ctx.save_for_backward(buffers.forwards.clone())  # saved, not kept: a recomputation saves its own
-        ctx.buffers = buffers
-        return out_TD.view_as(out_TD)
-
-    @staticmethod
-    def backward(ctx, dout_TD):  # type: ignore[override]
-        (forwards,) = ctx.saved_tensors
-        check_first_gradient()
-        check_not_reused(forwards, ctx.buffers.forwards)
-        return dout_TD, None
+    buffers.forwards.add_(1)
+    put_rows(y_RD.detach(), origin_R[:, None], buffers.returned_ND)
+    return buffers.returned_ND.own_OD[: place_N.shape[0]].data

@@ -6,15 +6,15 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from torch_impl.direct.exchange import Buffers, until_backward
+from torch_impl.direct.checks import check_first_gradient, check_not_reused
+from torch_impl.direct.exchange import Buffers, put_tokens
 from torch_impl.routing import count_per_expert
 from torch_impl.rows import sort_by_key
-from torch_impl.static.rows import weighted_sum
+from torch_impl.static.rows import score_gradient, sum_rows
 
 
 class Grouped(NamedTuple):
     slot_TK: Integer[Tensor, "T K"]  # the place of assignment (t, k) in the order by expert; N where it is sent nowhere
-    assignment_N: Integer[Tensor, " N"]  # the assignment a = t*K + k in each slot; N past the last
     kept_E: Integer[Tensor, " E"]  # assignments sent, per expert: all but ids out of range or repeated
 
 
@@ -33,22 +33,42 @@ def group_by_expert(expert_id_TK: Integer[Tensor, "T K"], counts_E: Integer[Tens
     expert_TK = torch.where(valid_TK, expert_id_TK, E)
     kept_E = count_per_expert(expert_TK, E)
 
-    order_N, place_N = sort_by_key(expert_TK.reshape(-1), E)
-    row_N = torch.arange(T * K, device=order_N.device)
-    assignment_N = torch.where(row_N < kept_E.sum(), order_N, T * K)
-    slot_TK = torch.where(valid_TK, place_N.reshape(T, K), T * K)
-    return Grouped(slot_TK, assignment_N, kept_E)
+    _, slot_N = sort_by_key(expert_TK.reshape(-1), E)
+    slot_TK = torch.where(valid_TK, slot_N.reshape(T, K), T * K)
+    return Grouped(slot_TK, kept_E)
 
 
 def combine(
-    y_ND: Float[Tensor, "N D"],
+    y_RD: Float[Tensor, "R D"],
+    returned_ND: Float[Tensor, "N D"],
     score_TK: Float[Tensor, "T K"],
     slot_TK: Integer[Tensor, "T K"],
-    assignment_N: Integer[Tensor, " N"],
+    place_N: Integer[Tensor, " N"],
     buffers: Buffers,
 ) -> Float[Tensor, "T D"]:
     """out[t] = round(sum over k = 0..K-1 of score[t,k] * y[slot[t,k]]), summed in float32, rounded once.
 
-    Backward reads y again, in the buffers, and raises RuntimeError if another forward pass has overwritten it.
+    Backward, dout goes the way of the tokens: the row of y that assignment (t, k) became gets
+    round(score[t,k] * dout[t]). Raises RuntimeError there if another forward pass has overwritten what returned.
     """
-    return until_backward(weighted_sum(y_ND, score_TK, slot_TK, assignment_N), buffers)
+    return _Combine.apply(y_RD, returned_ND, score_TK, slot_TK, place_N, buffers)  # type: ignore[no-any-return]
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_RD, returned_ND, score_TK, slot_TK, place_N, buffers):  # noqa: ARG004  y_RD gets a gradient
+        # The count of forward passes is saved, not kept, because a recomputation saves its own.
+        ctx.save_for_backward(returned_ND, score_TK, slot_TK, place_N, buffers.forwards.clone())
+        ctx.buffers = buffers
+        return sum_rows(returned_ND, slot_TK, score_TK)
+
+    @staticmethod
+    def backward(ctx, dout_TD):  # type: ignore[override]
+        returned_ND, score_TK, slot_TK, place_N, forwards = ctx.saved_tensors
+        buffers, dy_RD = ctx.buffers, None
+        check_first_gradient()
+        check_not_reused(forwards, buffers.forwards)
+        if ctx.needs_input_grad[0]:
+            put_tokens(dout_TD, slot_TK, place_N, buffers.dy_RD, buffers, score_TK)
+            dy_RD = buffers.dy_RD.own_OD.data
+        return dy_RD, None, score_gradient(dout_TD, returned_ND, score_TK, slot_TK), None, None, None

@@ -81,7 +81,7 @@ def moe_layer(
     counts_e = counts_PE.sum(dim=0).chunk(n_ranks)[buffers.rank]  # rows of this rank's experts, from all ranks
     y_RD = apply_experts(placed_RD, counts_e, w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases)
     returned_ND = return_tokens(y_RD, place_N, origin_R, buffers)
-    out_TD = combine(returned_ND, weight_TK, grouped.slot_TK, grouped.assignment_N, buffers)
+    out_TD = combine(y_RD, returned_ND, weight_TK, grouped.slot_TK, place_N, buffers)
     shared_TD = None if shared is None else shared_expert(x_TD, shared, experts)
     out_TD = out_TD if shared_TD is None else out_TD + shared_TD
     return Stages(

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Integer, Shaped
+from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 from torch_impl import kernels
 from torch_impl.direct.checks import check_rows
-from torch_impl.exchange import n_ranks
 from torch_impl.static.rows import take_or_zero
 
 
@@ -24,33 +23,90 @@ class Buffer(NamedTuple):
     pointers_P: Integer[Tensor, " P"] | None  # where each rank's part begins; None where no kernel can write to it
     handle: Any  # of symmetric memory; None where there is no other rank
     group: dist.ProcessGroup | None
+    n_ranks: int  # 1 where only this rank writes to it
 
 
-def put_rows(x_MD: Shaped[Tensor, "M D"], place_MK: Integer[Tensor, "M K"], buffer: Buffer) -> None:
+class Arrivals(NamedTuple):
+    """Where tokens arrive, once each, before they are copied to their places: token t of rank p in row p * T + t."""
+
+    x_AD: Buffer
+    place_AK: Buffer  # a token's K places among all ranks' rows
+    score_AK: Buffer  # what it is multiplied by there, if anything
+
+
+def put_rows(
+    x_MD: Shaped[Tensor, "M D"],
+    place_MK: Integer[Tensor, "M K"],
+    buffer: Buffer,
+    score_MK: Float[Tensor, "M K"] | None = None,
+    barrier: bool = True,
+) -> None:
     """Write row m of x, for every k, to row place[m, k] among all ranks' rows: row o of rank p is number p*O + o.
 
         O = 2    place 1 3 -1        rank 0: __ x0 | rank 1: __ x1        x2 goes nowhere
 
-    Once it is done, the rows that any rank has put into this rank's part are there. Other rows stay as they are.
+    With scores, round(score[m, k] * x[m]) is written. Once it is done, the rows that any rank has put into this rank's
+    part are there. Other rows stay as they are. Without a barrier, they are there after the next `put_rows` with one.
 
     Raises ValueError unless x's rows are like the buffer's.
     """
     check_rows(x_MD, buffer.own_OD)
     if buffer.pointers_P is not None and kernels.use_kernels(x_MD):
-        kernels.put_rows(x_MD, place_MK, buffer.pointers_P, buffer.own_OD.shape[0])
-        if buffer.handle is not None:
+        kernels.put_rows(x_MD, place_MK, buffer.pointers_P, buffer.own_OD.shape[0], score_MK)
+        if buffer.handle is not None and barrier:
             buffer.handle.barrier(channel=0)
         return
-    if n_ranks(buffer.group) > 1:
+    if score_MK is not None:
+        x_MD, place_MK = weigh_rows(x_MD, score_MK), place_MK.reshape(-1, 1)
+    if buffer.n_ranks > 1:
         x_MD, place_MK = exchange_places(x_MD, place_MK, buffer)
     put_here(x_MD, place_MK, buffer.own_OD)
+
+
+def put_rows_once(
+    x_TD: Float[Tensor, "T D"],
+    place_TK: Integer[Tensor, "T K"],
+    buffer: Buffer,
+    arrivals: Arrivals,
+    rank: int,
+    score_TK: Float[Tensor, "T K"] | None = None,
+) -> None:
+    """The same as `put_rows`, but a row goes to each rank once, and is copied to its places there.
+
+        places  t0: rank 0, 1, 1        arrive  rank 0: t0         copied  rank 0: t0
+                t1: rank 1, 1, 1                rank 1: t0 t1              rank 1: t0 t0 t1 t1 t1
+
+    A token's places, and its scores, go to every rank, because one without a place for it has to know that.
+    """
+    P, (n_rows, _), (n_arrivals, K) = arrivals.x_AD.n_ranks, buffer.own_OD.shape, arrivals.place_AK.own_OD.shape
+    T, most = x_TD.shape[0], n_arrivals // P  # the tokens of this rank, and the most that any has
+    rank_P = torch.arange(P, device=x_TD.device)
+    arrival_TP = (rank * most + torch.arange(most, device=x_TD.device))[:, None] + rank_P * n_arrivals
+    has_place_TP = (place_TK[:, :, None] // n_rows == rank_P).any(dim=1)
+
+    all_places_TK = place_TK.new_full((most, K), -1)  # nowhere, past this rank's tokens
+    all_places_TK[:T] = place_TK
+    put_rows(all_places_TK, arrival_TP, arrivals.place_AK, barrier=False)
+    if score_TK is not None:
+        put_rows(score_TK.to(arrivals.score_AK.own_OD.dtype), arrival_TP[:T], arrivals.score_AK, barrier=False)
+    put_rows(x_TD, torch.where(has_place_TP, arrival_TP[:T], -1), arrivals.x_AD)
+
+    place_AK = arrivals.place_AK.own_OD
+    here_AK = torch.where(place_AK // n_rows == rank, place_AK % n_rows, -1)
+    put_rows(arrivals.x_AD.own_OD, here_AK, buffer, None if score_TK is None else arrivals.score_AK.own_OD)
+
+
+def weigh_rows(x_MD: Float[Tensor, "M D"], score_MK: Float[Tensor, "M K"]) -> Float[Tensor, "A D"]:
+    """Row m times each of its K scores, in float32, rounded once: K rows for each row of x."""
+    accum_dtype = torch.promote_types(x_MD.dtype, torch.float32)
+    return (score_MK.to(accum_dtype)[:, :, None] * x_MD.to(accum_dtype)[:, None]).to(x_MD.dtype).flatten(0, 1)
 
 
 def exchange_places(
     x_MD: Shaped[Tensor, "M D"], place_MK: Integer[Tensor, "M K"], buffer: Buffer
 ) -> tuple[Shaped[Tensor, "O D"], Integer[Tensor, "O 1"]]:
     """The plain way to other ranks: an uneven all-to-all of rows, and of their places. It waits for their number."""
-    P, n_rows, place_A = n_ranks(buffer.group), buffer.own_OD.shape[0], place_MK.reshape(-1)
+    P, n_rows, place_A = buffer.n_ranks, buffer.own_OD.shape[0], place_MK.reshape(-1)
     rank_A = torch.where(place_A < 0, P, place_A // n_rows)
     send_P = (rank_A[:, None] == torch.arange(P, device=rank_A.device)).sum(dim=0)
     receive_P = torch.empty_like(send_P)

@@ -34,15 +34,38 @@ class _ExpandRows(torch.autograd.Function):
         return sum_rows(dx_MD.reshape(-1, dx_MD.shape[-1]), slot_TK), None, None
 
 
-def sum_rows(dx_MD: Float[Tensor, "M D"], slot_TK: Integer[Tensor, "T K"]) -> Float[Tensor, "T D"]:
-    """A token's K rows, summed in float32 in order of k, rounded once. A slot past the end counts as zero."""
-    if kernels.use_kernels(dx_MD):
-        return kernels.sum_rows(dx_MD, slot_TK)
-    accum_dtype = torch.promote_types(dx_MD.dtype, torch.float32)
-    dx_TD = torch.zeros(slot_TK.shape[0], dx_MD.shape[1], dtype=accum_dtype, device=dx_MD.device)
-    for slot_T in slot_TK.unbind(dim=1):
-        dx_TD = dx_TD + take_or_zero(dx_MD, slot_T).to(accum_dtype)
-    return dx_TD.to(dx_MD.dtype)
+def sum_rows(
+    y_MD: Float[Tensor, "M D"], slot_TK: Integer[Tensor, "T K"], score_TK: Float[Tensor, "T K"] | None = None
+) -> Float[Tensor, "T D"]:
+    """A token's K rows, times their scores if there are any, summed in float32 in order of k, rounded once.
+
+    A slot past the end counts as zero.
+    """
+    if kernels.use_kernels(y_MD):
+        return kernels.sum_rows(y_MD, slot_TK, score_TK)
+    accum_dtype = torch.promote_types(y_MD.dtype, torch.float32)
+    out_TD = torch.zeros(slot_TK.shape[0], y_MD.shape[1], dtype=accum_dtype, device=y_MD.device)
+    for k, slot_T in enumerate(slot_TK.unbind(dim=1)):
+        row_TD = take_or_zero(y_MD, slot_T).to(accum_dtype)
+        out_TD = out_TD + (row_TD if score_TK is None else score_TK[:, k, None].to(accum_dtype) * row_TD)
+    return out_TD.to(y_MD.dtype)
+
+
+def score_gradient(
+    dout_TD: Float[Tensor, "T D"],
+    y_MD: Float[Tensor, "M D"],
+    score_TK: Float[Tensor, "T K"],
+    slot_TK: Integer[Tensor, "T K"],
+) -> Float[Tensor, "T K"]:
+    """dscore[t,k] = sum over d of dout[t,d] * y[slot[t,k],d], in float32; zero for a slot past the end."""
+    if kernels.use_kernels(y_MD):
+        return kernels.score_gradient(dout_TD, y_MD, score_TK, slot_TK)
+    accum_dtype = torch.promote_types(y_MD.dtype, torch.float32)
+    dscore_TK = [
+        (dout_TD.to(accum_dtype) * take_or_zero(y_MD, slot_T).to(accum_dtype)).sum(dim=1)
+        for slot_T in slot_TK.unbind(dim=1)
+    ]
+    return torch.stack(dscore_TK, dim=1).to(score_TK.dtype)
 
 
 def weighted_sum(
@@ -80,11 +103,7 @@ class _WeightedSum(torch.autograd.Function):
         accum_dtype = torch.promote_types(y_MD.dtype, torch.float32)
         score_M = take_or_zero(score_TK.reshape(-1), assignment_M).to(accum_dtype)
         dy_MD = score_M[..., None] * take_or_zero(dout_TD, assignment_M // slot_TK.shape[1]).to(accum_dtype)
-        dscore_TK = [
-            (dout_TD.to(accum_dtype) * take_or_zero(y_MD, slot_T).to(accum_dtype)).sum(dim=1)
-            for slot_T in slot_TK.unbind(dim=1)
-        ]
-        return dy_MD.to(y_MD.dtype), torch.stack(dscore_TK, dim=1).to(score_TK.dtype), None, None
+        return dy_MD.to(y_MD.dtype), score_gradient(dout_TD, y_MD, score_TK, slot_TK), None, None
 
 
 def permute_rows(
