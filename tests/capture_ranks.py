@@ -248,8 +248,8 @@ def swiglu_through_stand_ins(dtype: torch.dtype, group: dist.ProcessGroup | None
     torch._dynamo.reset()
     kept = kernels.use_kernels, kernels.swiglu, kernels.swiglu_backward
     kernels.use_kernels = lambda x: not (torch.is_grad_enabled() and x.is_floating_point())
-    kernels.swiglu = lambda gate, up: (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
-    kernels.swiglu_backward = lambda dhidden, gate, up: (dhidden * up, dhidden * gate)
+    kernels.swiglu = lambda gate, up, _: (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
+    kernels.swiglu_backward = lambda dhidden, gate, up, _: (dhidden * up, dhidden * gate)
     try:
         gate, up = (normal(6, 8, seed=i).to(dtype).requires_grad_() for i in range(2))
         results = []

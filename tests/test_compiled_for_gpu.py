@@ -198,21 +198,25 @@ def triton_programs(D: int, K: int) -> dict:
     padding = {"K_PADDED": triton_kernels._power_of_2(K)} | padding_rows
     of_expand = dict.fromkeys("xy", x) | dict.fromkeys(("slot", "assignment"), index) | rows
     of_expand |= {"T": number, "chunks": number}
-    swiglu = {"BLOCK": triton_kernels.SWIGLU_BLOCK}, triton_kernels.SWIGLU_WARPS
+    swiglu = {"COUNTED": True, "BLOCK": triton_kernels.SWIGLU_BLOCK}, triton_kernels.SWIGLU_WARPS
+    of_put = {"x": x, "place": index, "pointers": index, "n_rows": number, "stride": number, "score": score} | rows
+    of_swiglu = {"n_rows": index, "n": number, "F": number}
     of_sum = {"y": x, "slot": index, "out": x, "chunks": number} | rows
     return {
         "gather": ("_gather_rows", {"x": x, "index": index, "y": x, "chunks": number} | rows,
                    {"BLOCK": one[0]}, one[1]),
         "expand": ("_expand_rows", of_expand, {"BLOCK": one[0], "K": K, "PADDED": False} | padding_rows, one[1]),
         "padded expand": ("_expand_rows", of_expand, {"BLOCK": one[0], "K": K, "PADDED": True} | padding_rows, one[1]),
-        "put": ("_put_rows", {"x": x, "place": index, "pointers": index, "n_rows": number, "stride": number} | rows,
-                {"BLOCK": one[0], "K": K}, one[1]),
+        "put": ("_put_rows", of_put, {"BLOCK": one[0], "K": K, "WEIGHTED": False}, one[1]),
+        "weighted put": ("_put_rows", of_put, {"BLOCK": one[0], "K": K, "WEIGHTED": True}, one[1]),
         "sum": ("_sum_rows", of_sum | {"score": index}, tile | {"WEIGHTED": False}, many[1]),
         "weighted sum": ("_sum_rows", of_sum | {"score": score}, tile | {"WEIGHTED": True}, many[1]),
-        "backward": ("_weighted_sum_backward", backward, tile | padding | {"PADDED": False}, max(many[1], 4)),
-        "padded backward": ("_weighted_sum_backward", backward, tile | padding | {"PADDED": True}, max(many[1], 4)),
-        "swiglu": ("_swiglu", dict.fromkeys(("gate", "up", "hidden"), x) | {"n": number}, *swiglu),
-        "swiglu backward": ("_swiglu_backward", {"n": number} | dict.fromkeys(
+        "backward": ("_weighted_sum_backward", backward, tile | padding | {"PADDED": False, "ROWS": True},
+                     max(many[1], 4)),
+        "padded backward": ("_weighted_sum_backward", backward, tile | padding | {"PADDED": True, "ROWS": True},
+                            max(many[1], 4)),
+        "swiglu": ("_swiglu", dict.fromkeys(("gate", "up", "hidden"), x) | of_swiglu, *swiglu),
+        "swiglu backward": ("_swiglu_backward", of_swiglu | dict.fromkeys(
             ("dhidden", "gate", "up", "dgate", "dup"), x), *swiglu),
     }  # fmt: skip
 
@@ -252,9 +256,11 @@ def test_places_and_puts_compile_whatever_is_one(one):
     """Triton compiles a kernel anew for an argument that is 1. The counts are put too, as 64-bit integers."""
     places = dict.fromkeys(("counts", "place", "origin"), "*i64")
     places |= dict.fromkeys(("P", "E", "e", "rank", "n_own_slots", "n_slots", "n_rows"), "i32")
-    puts = dict.fromkeys(("x", "place", "pointers"), "*i64") | dict.fromkeys(("M", "D", "n_rows", "stride"), "i32")
+    puts = dict.fromkeys(("x", "place", "pointers", "score"), "*i64") | dict.fromkeys(
+        ("M", "D", "n_rows", "stride"), "i32"
+    )
     for name, types, constants in (
-        ("_place_rows", places, {"TILE": 1024}), ("_put_rows", puts, {"K": 4, "BLOCK": 256}),
+        ("_place_rows", places, {"TILE": 1024}), ("_put_rows", puts, {"K": 4, "WEIGHTED": False, "BLOCK": 256}),
     ):  # fmt: skip
         constants |= {one: 1} if one in types else {}
         ptx = ptx_of(name, {n: t for n, t in types.items() if n != one}, constants, 4, aligned=())

@@ -29,6 +29,7 @@ from parity.judge.engine import run_cases
 from parity.run.backend import Setting
 from parity.run.ours import BACKENDS
 from torch_impl import Router, Routing, checks, direct
+from torch_impl.direct import rows
 from torch_impl.direct.exchange import sends_once
 from torch_impl.direct.grouping import group_by_expert
 from torch_impl.direct.rows import Arrivals, Buffer, expert_major_rows, put_here, put_rows
@@ -234,6 +235,21 @@ def test_scores_alone_need_the_rows_too():
     forward()
     with pytest.raises(RuntimeError, match="1 forward passes have used these buffers"):
         torch.autograd.grad(first, score, inputs.dout)
+
+
+def test_rows_move_outside_of_autograd(monkeypatch):
+    """Where a gradient could be asked for, no kernel serves."""
+    (inputs,) = inputs_of(draw(P=1, T=6, D=8, F=8, E=4, K=2))
+    differentiated = []
+
+    def put_here(*arguments):
+        differentiated.append(torch.is_grad_enabled())
+        return plain(*arguments)
+
+    plain = rows.put_here
+    monkeypatch.setattr(rows, "put_here", put_here)
+    step(direct.moe_layer, inputs, buffers=buffers_for(inputs))
+    assert differentiated[1:] == [False] * 4  # all but the counts, which are integers
 
 
 def test_layers_that_are_recomputed_share_a_set():

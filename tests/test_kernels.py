@@ -15,7 +15,7 @@ from problems import gamma
 
 from torch_impl import kernels, static
 from torch_impl.direct.rows import expert_major_rows as places
-from torch_impl.direct.rows import put_here
+from torch_impl.direct.rows import put_here, weigh_rows
 from torch_impl.experts import Experts
 from torch_impl.glu import glu
 from torch_impl.grouping import combine, group_by_expert
@@ -241,6 +241,10 @@ def test_swiglu_is_rounded_once(device, shape, dtype):
     found = kernels.swiglu(gate, up), *kernels.swiglu_backward(dhidden, gate, up)
     for ours, exact, size in zip(found, expected, added, strict=True):
         rounded_once(ours, exact, 16 + 2 * g.abs(), size, dtype)
+    count = torch.tensor(T // 2, device=device)
+    counted = kernels.swiglu(gate, up, count), *kernels.swiglu_backward(dhidden, gate, up, count)
+    for part, whole in zip(counted, found, strict=True):
+        same(part[: T // 2], whole[: T // 2])
 
 
 @cases
@@ -307,7 +311,8 @@ def gradients(run, x_TD, score_TK, ids_TK, counts_E):
 @cases
 @pytest.mark.parametrize("dtype", [*DTYPES[INTERPRETED:], torch.int64], ids=str)
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_put_rows(device, shape, dtype, ranks):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_put_rows(device, shape, dtype, ranks, weighted):
     """Into parts that stand for other ranks' memory, each with a row behind it that stays as it is."""
     T, D, _, K = shape
     n_rows = T * K // ranks + 2  # more than are put
@@ -316,8 +321,11 @@ def test_put_rows(device, shape, dtype, ranks):
     x_MD = (100 * torch.randn(T, D, device=device)).to(dtype)
     parts = [torch.full((n_rows + 1, D), 7, dtype=dtype, device=device) for _ in range(ranks)]
     pointers_P = torch.tensor([part.data_ptr() for part in parts], device=device)
-    kernels.put_rows(x_MD, place_MK, pointers_P, n_rows)
+    score_MK = torch.rand(T, K, device=device) if weighted and dtype.is_floating_point else None
+    kernels.put_rows(x_MD, place_MK, pointers_P, n_rows, score_MK)
     expected = torch.full((ranks * n_rows, D), 7, dtype=dtype, device=device)
+    if score_MK is not None:
+        x_MD, place_MK = weigh_rows(x_MD, score_MK), place_MK.reshape(-1, 1)
     put_here(x_MD, place_MK, expected)
     for part, rows in zip(parts, expected.chunk(ranks), strict=True):
         same(part[:-1], rows)

@@ -38,6 +38,7 @@ ONLY_IN_TORCH: dict[str, str | set[str]] = {
     "checks.is_captured": "whether a compiler is looking",
     "matmul.fits_grouped_mm": "what grouped_mm takes",
     "matmul.group_ends": "offsets, as grouped_mm wants them",
+    "glu.glu": {"n_rows"},  # on the device, in buffers of the most that can arrive; XLA computes all rows
 }
 MAIN = Pair(
     "torch_impl",
@@ -81,6 +82,7 @@ STATIC = Pair(
         "matmul.zero_padding": "grouped_mm leaves garbage in rows past the groups",
         "rows.sum_rows": "a token's rows, which the direct layer sums too",
         "rows.score_gradient": "the same of the scores' gradient",
+        "glu.glu": ONLY_IN_TORCH["glu.glu"],
     },
     {name: MAIN.right_only[name] for name in ("matmul.matmul", "glu.clamped")},
 )
@@ -378,7 +380,7 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
         "glu.glu": (
             [
                 "if gate is not None and experts == ('silu', None, 0) and kernels.use_swiglu_kernels(gate):",
-                "    return _SwiGLU.apply(gate, up)",
+                "    return _SwiGLU.apply(gate, up, n_rows)",
                 "    gate, up = (gate.clamp(max=experts.clamp), up.clamp(-experts.clamp, experts.clamp))",
             ],
             ["    gate, up = (clamped(gate, -np.inf, experts.clamp), clamped(up, -experts.clamp, experts.clamp))"],

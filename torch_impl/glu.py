@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:  # that module imports this one
 
 
 def glu(
-    gate_MF: Float[Tensor, "*M F"] | None, up_MF: Float[Tensor, "*M F"], experts: "torch_impl.experts.Experts"
+    gate_MF: Float[Tensor, "*M F"] | None,
+    up_MF: Float[Tensor, "*M F"],
+    experts: "torch_impl.experts.Experts",
+    n_rows: Integer[Tensor, ""] | None = None,
 ) -> Float[Tensor, "*M F"]:
     """activation(gate) * (up + up_offset), both clamped first; activation(up) without a gate. In float32, rounded once.
 
@@ -24,9 +27,11 @@ def glu(
     gelu_tanh   g/2 * (1 + tanh(sqrt(2/pi) * (g + 0.044715 * g**3))): GEGLU as Gemma computes it
     quick_gelu  g * sigmoid(1.702 * g): gpt-oss, with a clamp at 7 and up + 1
     relu2       relu(g)**2: Nemotron-H, without a gate
+
+    Rows past the first `n_rows` come out unspecified; by default all rows count.
     """
     if gate_MF is not None and experts == ("silu", None, 0) and kernels.use_swiglu_kernels(gate_MF):
-        return _SwiGLU.apply(gate_MF, up_MF)  # type: ignore[no-any-return]
+        return _SwiGLU.apply(gate_MF, up_MF, n_rows)  # type: ignore[no-any-return]
     activated, dtype = ACTIVATIONS[experts.activation], up_MF.dtype
     up = up_MF.to(torch.promote_types(dtype, torch.float32))
     if gate_MF is None:
@@ -59,16 +64,16 @@ class _SwiGLU(torch.autograd.Function):
     """SwiGLU through kernels, which record no graph. Nothing is kept in float32: backward computes silu again."""
 
     @staticmethod
-    def forward(ctx, gate_MF, up_MF):
-        ctx.save_for_backward(gate_MF, up_MF)
-        return kernels.swiglu(gate_MF, up_MF)
+    def forward(ctx, gate_MF, up_MF, n_rows):
+        ctx.save_for_backward(gate_MF, up_MF, n_rows)
+        return kernels.swiglu(gate_MF, up_MF, n_rows)
 
     @staticmethod
     def backward(ctx, dhidden_MF):  # type: ignore[override]
-        gate_MF, up_MF = ctx.saved_tensors
+        gate_MF, up_MF, n_rows = ctx.saved_tensors
         if kernels.use_kernels(dhidden_MF):
-            return kernels.swiglu_backward(dhidden_MF, gate_MF, up_MF)
+            return *kernels.swiglu_backward(dhidden_MF, gate_MF, up_MF, n_rows), None
         gate, up, dhidden = gate_MF.float(), up_MF.float(), dhidden_MF.float()
         sigmoid = torch.sigmoid(gate)
         dgate_MF = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))
-        return dgate_MF.to(gate_MF.dtype), (dhidden * gate * sigmoid).to(up_MF.dtype)
+        return dgate_MF.to(gate_MF.dtype), (dhidden * gate * sigmoid).to(up_MF.dtype), None

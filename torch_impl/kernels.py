@@ -440,20 +440,27 @@ def use_swiglu_kernels(x: Tensor) -> bool:
     return serve and x.element_size() == 2
 
 
-def swiglu(gate_MF: Float[Tensor, "*M F"], up_MF: Float[Tensor, "*M F"]) -> Float[Tensor, "*M F"]:
-    """hidden = round(silu(gate) * up), in float32."""
+def swiglu(
+    gate_MF: Float[Tensor, "*M F"], up_MF: Float[Tensor, "*M F"], n_rows: Integer[Tensor, ""] | None = None
+) -> Float[Tensor, "*M F"]:
+    """hidden = round(silu(gate) * up), in float32, of the first `n_rows` rows if that is given, else of all."""
     gate_MF, up_MF = gate_MF.contiguous(), up_MF.contiguous()
     hidden_MF = gate_MF.new_empty(*gate_MF.shape)
     n = gate_MF.numel()
     grid = (-(-n // SWIGLU_BLOCK),)
-    _swiglu[grid](gate_MF, up_MF, hidden_MF, n, BLOCK=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS)
+    _swiglu[grid](
+        gate_MF, up_MF, hidden_MF, gate_MF if n_rows is None else n_rows, n, gate_MF.shape[-1],
+        COUNTED=n_rows is not None, BLOCK=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS,
+    )  # fmt: skip
     return hidden_MF
 
 
 @triton.jit
 @no_type_check
-def _swiglu(gate, up, hidden, n, BLOCK: tl.constexpr):
-    """One program per block of elements."""
+def _swiglu(gate, up, hidden, n_rows, n, F, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per block of elements. Those past the rows that count do nothing."""
+    if COUNTED:
+        n = tl.minimum(tl.load(n_rows).to(tl.int64) * F, n)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + i, mask=i < n, other=0).to(tl.float32)
     u = tl.load(up + i, mask=i < n, other=0).to(tl.float32)
@@ -462,11 +469,14 @@ def _swiglu(gate, up, hidden, n, BLOCK: tl.constexpr):
 
 
 def swiglu_backward(
-    dhidden_MF: Float[Tensor, "*M F"], gate_MF: Float[Tensor, "*M F"], up_MF: Float[Tensor, "*M F"]
+    dhidden_MF: Float[Tensor, "*M F"],
+    gate_MF: Float[Tensor, "*M F"],
+    up_MF: Float[Tensor, "*M F"],
+    n_rows: Integer[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, "*M F"], Float[Tensor, "*M F"]]:
     """dgate = round(dhidden * up * silu'(gate)) and dup = round(dhidden * silu(gate)), in float32.
 
-    silu'(g) = sigmoid(g) * (1 + g * (1 - sigmoid(g))).
+    silu'(g) = sigmoid(g) * (1 + g * (1 - sigmoid(g))). Of the first `n_rows` rows if that is given, else of all.
 
     Shapes: dgate_MF, dup_MF.
     """
@@ -474,14 +484,19 @@ def swiglu_backward(
     dgate_MF, dup_MF = gate_MF.new_empty(*gate_MF.shape), up_MF.new_empty(*up_MF.shape)
     n = gate_MF.numel()
     grid = (-(-n // SWIGLU_BLOCK),)
-    _swiglu_backward[grid](dhidden_MF, gate_MF, up_MF, dgate_MF, dup_MF, n, BLOCK=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS)
+    _swiglu_backward[grid](
+        dhidden_MF, gate_MF, up_MF, dgate_MF, dup_MF, gate_MF if n_rows is None else n_rows, n, gate_MF.shape[-1],
+        COUNTED=n_rows is not None, BLOCK=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS,
+    )  # fmt: skip
     return dgate_MF, dup_MF
 
 
 @triton.jit
 @no_type_check
-def _swiglu_backward(dhidden, gate, up, dgate, dup, n, BLOCK: tl.constexpr):
-    """One program per block of elements."""
+def _swiglu_backward(dhidden, gate, up, dgate, dup, n_rows, n, F, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per block of elements. Those past the rows that count do nothing."""
+    if COUNTED:
+        n = tl.minimum(tl.load(n_rows).to(tl.int64) * F, n)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gradient = tl.load(dhidden + i, mask=i < n, other=0).to(tl.float32)
     g = tl.load(gate + i, mask=i < n, other=0).to(tl.float32)

@@ -167,6 +167,7 @@ def put_tokens(
         put_rows_once(x_TD, place_TK, buffer, buffers.arrivals, buffers.rank, score_TK)
 
 
+@torch.no_grad()
 def return_tokens(
     y_RD: Float[Tensor, "R D"], place_N: Integer[Tensor, " N"], origin_R: Integer[Tensor, " R"], buffers: Buffers
 ) -> Float[Tensor, "N D"]:
@@ -175,5 +176,5 @@ def return_tokens(
     It has no backward: `combine` sends the gradient of y.
     """
     buffers.forwards.add_(1)
-    put_rows(y_RD.detach(), origin_R[:, None], buffers.returned_ND)
+    put_rows(y_RD, origin_R[:, None], buffers.returned_ND)
     return buffers.returned_ND.own_OD[: place_N.shape[0]].data

@@ -5,8 +5,8 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from torch_impl.experts import Biases, Experts, Shared, shared_expert
-from torch_impl.experts import apply_experts as apply_to_groups
-from torch_impl.matmul import fits_grouped_mm
+from torch_impl.glu import glu
+from torch_impl.matmul import fits_grouped_mm, grouped_matmul
 from torch_impl.static.experts import apply_experts as apply_to_all_rows
 
 __all__ = ["Biases", "Experts", "Shared", "apply_experts", "shared_expert"]
@@ -30,6 +30,8 @@ def apply_experts(
     """
     weights = [w for w in (w_gate_eDF, w_up_eDF, w_down_eFD) if w is not None]
     grouped = x_RD.dtype == torch.bfloat16 and all(fits_grouped_mm(x_RD, w) for w in weights)
-    unread = grouped and all(bias is None for bias in biases)
-    apply = apply_to_groups if unread else apply_to_all_rows
-    return apply(x_RD, counts_e, w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases)
+    if not grouped or any(bias is not None for bias in biases):
+        return apply_to_all_rows(x_RD, counts_e, w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases)
+    gate_RF = None if w_gate_eDF is None else grouped_matmul(x_RD, w_gate_eDF, counts_e)
+    hidden_RF = glu(gate_RF, grouped_matmul(x_RD, w_up_eDF, counts_e), experts, counts_e.sum())
+    return grouped_matmul(hidden_RF, w_down_eFD, counts_e)
