@@ -9,13 +9,18 @@ from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 import torch
+from jax_ranks import over_ranks
 from problems import close, dense_experts
+from ragged_exchange import ragged_all_to_all
 from rich.console import Console
 
+from jax_impl.dynamic import exchange
 from jax_impl.grouping import Capacity
 from parity.bench import in_jax as bench_jax
 from parity.bench import in_torch as bench_torch
@@ -220,6 +225,51 @@ def test_every_figure_across_ranks_comes_out_with_what_left_the_rank(tmp_path):
     drawn = [Figure("tiny", "torch", "ours", "whole", d, 1, 1, 1, 1, share=0.5) for d in DIRECTIONS]
     plot_bench([*figures, *drawn], tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").stat().st_size > 2 * (tmp_path / "empty.png").stat().st_size
+
+
+def test_jax_sends_as_many_rows_as_there_are(monkeypatch):
+    """With the collective replaced, as XLA has none on a CPU: every row arrives, and the whole weights each token."""
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+    monkeypatch.setattr(exchange, "check_ragged_exchange", lambda _: None)
+    way, P = bench_jax.ragged_over_ranks(TINY), TINY.ranks
+    routing = [draw_routing(TINY, seed=rank) for rank in range(P)]
+    score_PTK, ids_PTK, counts_PE = (np.stack(a) for a in zip(*routing, strict=True))
+    rng = np.random.default_rng(0)
+    x_PTD, x_PND = (rng.standard_normal((P, n, TINY.width), np.float32) for n in (TINY.tokens, TINY.assignments))
+
+    out_PTD = over_ranks(way.whole)(x_PTD, score_PTK, ids_PTK, counts_PE)
+    np.testing.assert_allclose(out_PTD, x_PTD * score_PTK.sum(2, keepdims=True), rtol=1e-5)
+
+    assert x_PND.shape[1:] == way.sent
+    received_PRD = over_ranks(way.send)(x_PND, *over_ranks(way.splits)(counts_PE))
+    assert received_PRD.shape == (P, *way.received)
+    ends = counts_PE.reshape(P, P, -1).sum(2).cumsum(1)
+    for rank in range(P):
+        sent = [x_PND[p, ends[p, rank - 1] if rank else 0 : ends[p, rank]] for p in range(P)]
+        np.testing.assert_array_equal(received_PRD[rank][: sum(map(len, sent))], np.concatenate(sent))
+        assert not received_PRD[rank][sum(map(len, sent)) :].any()
+
+
+def test_jax_measures_rows_as_many_as_there_are():
+    """In a process of its own, with two devices."""
+    program = (
+        "import jax; jax.config.update('jax_num_cpu_devices', 2)\n"
+        "jax.config.update('jax_cpu_enable_async_dispatch', False)\n"
+        "from ragged_exchange import ragged_all_to_all; from jax_impl.dynamic import exchange\n"
+        "jax.lax.ragged_all_to_all, exchange.check_ragged_exchange = ragged_all_to_all, lambda _: None\n"
+        "from test_bench import TINY, bench_jax, Plan\n"
+        "plan = Plan(parts=('exchange', 'whole'), seconds=0.001, ranks=2)\n"
+        "bench_jax.across_ranks(plan, [TINY], [bench_jax.ragged_over_ranks])\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    )
+    figures = [msgspec.json.decode(line, type=Figure) for line in run.stdout.splitlines()]
+    assert [f.error for f in figures if f.error] == []
+    found = [(f.variant, f.part, f.direction) for f in figures]
+    assert found == [("2 ranks, ragged", part, d) for part in ("exchange", "whole") for d in DIRECTIONS]
+    assert [f.link_bytes for f in figures] == [16 * 2 // 2 * 8 * 2 * n for n in (1, 2, 2, 4)]  # as in PyTorch
+    assert [f.bytes for f in figures] == [n * 8 * 2 for n in (0, 0, 6 * 32 + 2 * 16, 13 * 32 + 4 * 16)]
 
 
 @pytest.mark.slow
