@@ -9,18 +9,23 @@ from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 import torch
+from jax_ranks import over_ranks
 from problems import close, dense_experts
+from ragged_exchange import ragged_all_to_all
 from rich.console import Console
 
+from jax_impl.dynamic import exchange
 from jax_impl.grouping import Capacity
 from parity.bench import in_jax as bench_jax
 from parity.bench import in_torch as bench_torch
 from parity.bench import plan as bench
-from parity.bench.peers import JAX_PEERS, TORCH_PEERS, find_peers
+from parity.bench.peers import JAX_PEERS, TORCH_PEERS, TORCH_PEERS_OVER_RANKS, find_peers
 from parity.bench.plan import DIRECTIONS, Figure, Plan, Ran, draw_routing, expert_flops, row_passes, run_bench
 from parity.bench.report import plot_bench, print_bench
 from parity.cases.case import Case
@@ -152,6 +157,38 @@ def sort_chunks_by_idxs(rows, sizes, order):
     chunks = rows.split(sizes.tolist())
     return torch.cat([chunks[i] for i in order]), None
 """,
+    "megatron/core/transformer/moe/token_dispatcher.py": """
+import torch
+from torch_impl.exchange import exchange_counts, return_tokens, send_tokens
+
+class MoEAlltoAllTokenDispatcher:
+    def __init__(self, num_local_experts, local_expert_indices, config, pg_collection):
+        assert len(local_expert_indices) == num_local_experts
+        assert pg_collection["ep"] is pg_collection["tp_ep"] is torch.distributed.group.WORLD
+        assert config["expert_model_parallel_size"] * num_local_experts == config["num_moe_experts"]
+
+    def dispatch_preprocess(self, tokens, routing_map, probs):
+        expert_N, self.token_N = routing_map.T.nonzero(as_tuple=True)
+        self.shape, self.splits = tokens.shape, exchange_counts(routing_map.sum(0))[1]
+        return tokens[self.token_N], probs[self.token_N, expert_N]
+
+    def token_dispatch(self, rows, scores):
+        return send_tokens(rows, self.splits), send_tokens(scores[:, None], self.splits)[:, 0]
+
+    def dispatch_postprocess(self, rows, scores):
+        return rows, None, scores
+
+    def combine_preprocess(self, rows):
+        return rows
+
+    def token_combine(self, rows):
+        return return_tokens(rows, self.splits)
+
+    def combine_postprocess(self, rows):
+        return rows.new_zeros(self.shape).index_add(0, self.token_N, rows)
+""",
+    "megatron/core/process_groups_config.py": "ProcessGroupCollection = dict",
+    "megatron/core/transformer/transformer_config.py": "TransformerConfig = dict",
     "tokamax/__init__.py": "from jax.lax import ragged_dot",
 }
 
@@ -159,7 +196,7 @@ def sort_chunks_by_idxs(rows, sizes, order):
 @pytest.fixture
 def fake_peers(tmp_path, monkeypatch):
     for name, text in FAKES.items():
-        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
@@ -220,6 +257,101 @@ def test_every_figure_across_ranks_comes_out_with_what_left_the_rank(tmp_path):
     drawn = [Figure("tiny", "torch", "ours", "whole", d, 1, 1, 1, 1, share=0.5) for d in DIRECTIONS]
     plot_bench([*figures, *drawn], tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").stat().st_size > 2 * (tmp_path / "empty.png").stat().st_size
+
+
+OVER_RANKS = Plan(shapes=(TINY,), parts=("exchange", "whole"), dtype="float32", seconds=0.001, ranks=2)
+
+
+def compare_with_megatron(rank: int, plan: Plan, address: str) -> None:
+    """On one of several ranks: outputs and gradients of its whole and of ours."""
+    device = bench_torch.join_ranks(rank, plan.ranks, address)
+    _, ids_TK, _ = (torch.from_numpy(a).to(device) for a in draw_routing(TINY, seed=rank))
+    torch.manual_seed(rank)
+    whole, inputs, cotangent = bench_torch.draw_for_ranks(plan, TINY, device, "whole", rank)
+    torch.manual_seed(rank)
+    prepare = TORCH_PEERS_OVER_RANKS["megatron"]()
+    theirs, their_inputs, _ = bench_torch.draw_of_peer(plan, TINY, device, "whole", rank, prepare)
+    out, their_out = whole(*inputs), theirs(*their_inputs)
+    dx, dscore = torch.autograd.grad(out, inputs, cotangent)
+    their_dx, dscore_TE = torch.autograd.grad(their_out, their_inputs, cotangent)
+    for got, want in ((their_out, out), (their_dx, dx), (dscore_TE.gather(1, ids_TK), dscore)):
+        torch.testing.assert_close(got, want)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("fake_peers")
+def test_a_peer_over_ranks_computes_the_same_and_is_measured(capfd):
+    assert bench_torch.run_ranks(compare_with_megatron, OVER_RANKS, 2) == ""
+    capfd.readouterr()
+    bench_torch.peers_over_ranks(msgspec.structs.replace(OVER_RANKS, baselines=False))
+    bench_torch.peers_over_ranks(msgspec.structs.replace(OVER_RANKS, parts=("exchange",)))
+    assert capfd.readouterr().out == ""
+    bench_torch.peers_over_ranks(OVER_RANKS)
+    figures = [msgspec.json.decode(line, type=Figure) for line in capfd.readouterr().out.splitlines()]
+    assert [f.error for f in figures if f.error] == []
+    found = [(f.shape, f.framework, f.variant, f.part, f.direction) for f in figures]
+    assert found == [("tiny", "torch", "2 ranks, megatron", "whole", d) for d in DIRECTIONS]
+    assert [f.link_bytes for f in figures] == [16 * 2 // 2 * 8 * 4 * n for n in (2, 4)]
+
+
+def test_a_peer_that_fails_on_one_rank_is_a_figure_that_says_so(fake_peers, capfd):
+    """The other rank waits for it in a collective."""
+    with (fake_peers / "megatron/core/transformer/moe/token_dispatcher.py").open("a") as file:
+        file.write(
+            "\n    def token_dispatch(self, rows, scores):\n"
+            "        if torch.distributed.get_rank() == 1:\n            raise MemoryError('planted')\n"
+            "        return send_tokens(rows, self.splits), scores\n"
+        )
+    bench_torch.peers_over_ranks(OVER_RANKS)
+    (figure,) = (msgspec.json.decode(line, type=Figure) for line in capfd.readouterr().out.splitlines())
+    assert (figure.framework, figure.variant, figure.part) == ("torch", "2 ranks, megatron", "whole")
+    assert "rank 1" in figure.error
+    assert "MemoryError: planted" in figure.error
+
+
+def test_jax_sends_as_many_rows_as_there_are(monkeypatch):
+    """With the collective replaced, as XLA has none on a CPU: every row arrives, and the whole weights each token."""
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+    monkeypatch.setattr(exchange, "check_ragged_exchange", lambda _: None)
+    way, P = bench_jax.ragged_over_ranks(TINY), TINY.ranks
+    routing = [draw_routing(TINY, seed=rank) for rank in range(P)]
+    score_PTK, ids_PTK, counts_PE = (np.stack(a) for a in zip(*routing, strict=True))
+    rng = np.random.default_rng(0)
+    x_PTD, x_PND = (rng.standard_normal((P, n, TINY.width), np.float32) for n in (TINY.tokens, TINY.assignments))
+
+    out_PTD = over_ranks(way.whole)(x_PTD, score_PTK, ids_PTK, counts_PE)
+    np.testing.assert_allclose(out_PTD, x_PTD * score_PTK.sum(2, keepdims=True), rtol=1e-5)
+
+    assert x_PND.shape[1:] == way.sent
+    received_PRD = over_ranks(way.send)(x_PND, *over_ranks(way.splits)(counts_PE))
+    assert received_PRD.shape == (P, *way.received)
+    ends = counts_PE.reshape(P, P, -1).sum(2).cumsum(1)
+    for rank in range(P):
+        sent = [x_PND[p, ends[p, rank - 1] if rank else 0 : ends[p, rank]] for p in range(P)]
+        np.testing.assert_array_equal(received_PRD[rank][: sum(map(len, sent))], np.concatenate(sent))
+        assert not received_PRD[rank][sum(map(len, sent)) :].any()
+
+
+def test_jax_measures_rows_as_many_as_there_are():
+    """In a process of its own, with two devices."""
+    program = (
+        "import jax; jax.config.update('jax_num_cpu_devices', 2)\n"
+        "jax.config.update('jax_cpu_enable_async_dispatch', False)\n"
+        "from ragged_exchange import ragged_all_to_all; from jax_impl.dynamic import exchange\n"
+        "jax.lax.ragged_all_to_all, exchange.check_ragged_exchange = ragged_all_to_all, lambda _: None\n"
+        "from test_bench import TINY, bench_jax, Plan\n"
+        "plan = Plan(parts=('exchange', 'whole'), seconds=0.001, ranks=2)\n"
+        "bench_jax.across_ranks(plan, [TINY], [bench_jax.ragged_over_ranks])\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    )
+    figures = [msgspec.json.decode(line, type=Figure) for line in run.stdout.splitlines()]
+    assert [f.error for f in figures if f.error] == []
+    found = [(f.variant, f.part, f.direction) for f in figures]
+    assert found == [("2 ranks, ragged", part, d) for part in ("exchange", "whole") for d in DIRECTIONS]
+    assert [f.link_bytes for f in figures] == [16 * 2 // 2 * 8 * 2 * n for n in (1, 2, 2, 4)]  # as in PyTorch
+    assert [f.bytes for f in figures] == [n * 8 * 2 for n in (0, 0, 6 * 32 + 2 * 16, 13 * 32 + 4 * 16)]
 
 
 @pytest.mark.slow

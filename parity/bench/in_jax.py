@@ -7,12 +7,12 @@ barrier keeps XLA from fusing one gather into the next there. Another barrier ta
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jax_impl.dynamic import exchange as dynamic_exchange
+from jax_impl.dynamic import grouping as dynamic_grouping
+from jax_impl.dynamic import layout as dynamic_layout
 from jax_impl.exchange import exchange_counts, return_tokens, send_tokens
 from jax_impl.experts import apply_experts
 from jax_impl.grouping import Capacity, combine, group_by_expert
@@ -163,7 +166,10 @@ def main(plan: Plan) -> None:
             emit(link_figure(plan))
         return
     if plan.ranks > 1:
-        across_ranks(plan, choose_shapes(plan, on_gpu))
+        ways = (
+            [static_over_ranks, ragged_over_ranks] if on_gpu else [static_over_ranks]
+        )  # XLA:CPU cannot exchange these
+        across_ranks(plan, choose_shapes(plan, on_gpu), ways)
         return
     peers = find_peers("jax", JAX_PEERS) if plan.baselines and "experts" in plan.parts else {}
     for shape in choose_shapes(plan, on_gpu):
@@ -319,7 +325,59 @@ def link_figure(plan: Plan) -> Figure:
     return figure
 
 
-def across_ranks(plan: Plan, shapes: list[Case]) -> None:
+class OverRanks(NamedTuple):
+    """How rows reach other ranks: what one rank runs, and what its exchange takes and returns.
+
+    `send` takes rows and what `splits` makes of counts_E, untimed; `whole` takes x_TD, score_TK, ids_TK and counts_E.
+    """
+
+    variant: str
+    send: Callable[..., Array]
+    whole: Callable[..., Array]
+    splits: Callable[[Array], tuple[Array, ...]]
+    sent: tuple[int, ...]  # shape of the rows that a rank sends
+    received: tuple[int, ...]
+    rows: int  # that a floor counts, of all that are sent
+
+
+def static_over_ranks(shape: Case) -> OverRanks:
+    """Bins of a fixed capacity, which travel with their padding."""
+    P, C, bins = shape.ranks, shape.capacity, (shape.ranks, shape.capacity, shape.width)
+    send, back = (partial(f, axis_name="ranks") for f in (send_tokens, return_tokens))
+
+    def whole(x_TD: Array, score_TK: Array, ids_TK: Array, counts_E: Array) -> Array:
+        x_PCD, slot_TK, assignment_PC, kept_E = group_by_expert(x_TD, ids_TK, score_TK, counts_E, Capacity(P, C))
+        counts_Pe = exchange_counts(kept_E, axis_name="ranks")
+        x_SD, source_S, target_PC = to_expert_major(send(x_PCD), counts_Pe)
+        y_PCD = to_rank_major(jax.lax.optimization_barrier(x_SD), source_S, target_PC)
+        return combine(back(y_PCD), score_TK, slot_TK, assignment_PC)
+
+    return OverRanks("", send, whole, lambda _: (), bins, bins, P * C)
+
+
+def ragged_over_ranks(shape: Case) -> OverRanks:
+    """As many rows as there are, into a buffer for the most there can be, as in the dynamic layer. Nothing drops."""
+    P, T, K, N = shape.ranks, shape.tokens, shape.top_k, shape.assignments
+    R = P * T * min(K, shape.experts // P)
+
+    def send(x_ND: Array, *splits: Array) -> Array:
+        return dynamic_exchange.send_tokens(x_ND, dynamic_exchange.Splits(*splits), R, "ranks")
+
+    def whole(x_TD: Array, score_TK: Array, ids_TK: Array, counts_E: Array) -> Array:
+        x_ND, slot_TK, assignment_N, kept_E = dynamic_grouping.group_by_expert(x_TD, ids_TK, counts_E)
+        counts_Pe, splits = dynamic_exchange.exchange_counts(kept_E, "ranks")
+        x_RD, source_R, target_R = dynamic_layout.to_expert_major(send(x_ND, *splits), counts_Pe)
+        y_RD = dynamic_layout.to_rank_major(jax.lax.optimization_barrier(x_RD), source_R, target_R)
+        y_ND = dynamic_exchange.return_tokens(y_RD, splits, N, "ranks")
+        return dynamic_grouping.combine(y_ND, score_TK, slot_TK, assignment_N)
+
+    def splits(counts_E: Array) -> tuple[Array, ...]:
+        return dynamic_exchange.exchange_counts(counts_E, "ranks")[1]
+
+    return OverRanks(", ragged", send, whole, splits, (N, shape.width), (R, shape.width), N)
+
+
+def across_ranks(plan: Plan, shapes: list[Case], ways: Sequence[Callable[[Case], OverRanks]]) -> None:
     """Figures of the exchange and of the whole with it, one device per rank; each is one program."""
     P = plan.ranks
     mesh = jax.make_mesh((P,), ("ranks",), axis_types=(AxisType.Auto,), devices=jax.devices()[:P])
@@ -331,44 +389,39 @@ def across_ranks(plan: Plan, shapes: list[Case]) -> None:
         return jax.shard_map(block, mesh=mesh, in_specs=PartitionSpec("ranks"), out_specs=PartitionSpec("ranks"))
 
     split = NamedSharding(mesh, PartitionSpec("ranks"))
-    send, back = (partial(f, axis_name="ranks") for f in (send_tokens, return_tokens))
+
+    def draw(seed: int, *sizes: int) -> Array:
+        return jax.device_put(jax.random.normal(jax.random.key(seed), (P, *sizes), plan.dtype), split)
+
     for shape in [replace(shape, ranks=P) for shape in shapes]:
-        C, N, D = shape.capacity, P * shape.capacity, shape.width
+        for way in [way(shape) for way in ways]:
+            inputs: dict[str, list] = {part: [] for part in ACROSS_RANKS}
+            for i in range(N_SETS):
+                routing = [draw_routing(shape, plan.seed + N_SETS * rank + i) for rank in range(P)]
+                score, ids, counts = (jax.device_put(np.stack(a), split) for a in zip(*routing, strict=True))
+                ids, counts = ids.astype(jnp.int32), counts.astype(jnp.int32)
+                splits = jax.jit(on_ranks(way.splits))(counts)
+                inputs["exchange"].append((draw(i + N_SETS, *way.received), draw(i, *way.sent), *splits))
+                cotangent, x = (draw(j, shape.tokens, shape.width) for j in (i + N_SETS, i))  # in this order
+                inputs["whole"].append((cotangent, x, score, ids, counts))
 
-        def whole(x_TD: Array, score_TK: Array, ids_TK: Array, counts_E: Array, C: int = C) -> Array:
-            x_PCD, slot_TK, assignment_PC, kept_E = group_by_expert(x_TD, ids_TK, score_TK, counts_E, Capacity(P, C))
-            counts_Pe = exchange_counts(kept_E, axis_name="ranks")
-            x_SD, source_S, target_PC = to_expert_major(send(x_PCD), counts_Pe)
-            y_PCD = to_rank_major(jax.lax.optimization_barrier(x_SD), source_S, target_PC)
-            return combine(back(y_PCD), score_TK, slot_TK, assignment_PC)
-
-        def draw(seed: int, *sizes: int) -> Array:
-            return jax.device_put(jax.random.normal(jax.random.key(seed), (P, *sizes), plan.dtype), split)
-
-        inputs: dict[str, list] = {part: [] for part in ACROSS_RANKS}
-        for i in range(N_SETS):
-            routing = [draw_routing(shape, plan.seed + N_SETS * rank + i) for rank in range(P)]
-            score, ids, counts = (jax.device_put(np.stack(a), split) for a in zip(*routing, strict=True))
-            tokens = draw(i, shape.tokens, D), score, ids.astype(jnp.int32), counts.astype(jnp.int32)
-            inputs["exchange"].append((draw(i + N_SETS, P, C, D), draw(i, P, C, D)))  # the cotangent comes first
-            inputs["whole"].append((draw(i + N_SETS, shape.tokens, D), *tokens))
-
-        for part, run in (("exchange", on_ranks(send)), ("whole", on_ranks(whole))):
-            if part not in plan.parts:
-                continue
-            forward, training = program(run), program(forward_and_backward(run))
-            steps = (
-                lambda i, run=forward, sets=inputs[part]: run(*sets[i % N_SETS][1:]),
-                lambda i, run=training, sets=inputs[part]: run(*sets[i % N_SETS]),
-            )
-            for direction, step in zip(DIRECTIONS, steps, strict=True):
-                figure = measure(plan, step)
-                figure.shape, figure.variant, figure.part, figure.direction = shape.name, f"{P} ranks", part, direction
-                row_bytes, ways = D * jnp.dtype(plan.dtype).itemsize, 2 if part == "whole" else 1  # there and back
-                figure.link_bytes = ways * leaving_rows(N, P, direction) * row_bytes
-                if part == "whole":
-                    figure.bytes = row_passes(part, direction, shape.tokens, N) * row_bytes
-                emit(figure)
+            for part, run in (("exchange", on_ranks(way.send)), ("whole", on_ranks(way.whole))):
+                if part not in plan.parts:
+                    continue
+                forward, training = program(run), program(forward_and_backward(run))
+                steps = (
+                    lambda i, run=forward, sets=inputs[part]: run(*sets[i % N_SETS][1:]),
+                    lambda i, run=training, sets=inputs[part]: run(*sets[i % N_SETS]),
+                )
+                for direction, step in zip(DIRECTIONS, steps, strict=True):
+                    figure = measure(plan, step)
+                    figure.shape, figure.variant = shape.name, f"{P} ranks{way.variant}"
+                    figure.part, figure.direction = part, direction
+                    row_bytes, trips = shape.width * jnp.dtype(plan.dtype).itemsize, 2 if part == "whole" else 1
+                    figure.link_bytes = trips * leaving_rows(way.rows, P, direction) * row_bytes
+                    if part == "whole":
+                        figure.bytes = row_passes(part, direction, shape.tokens, way.rows) * row_bytes
+                    emit(figure)
 
 
 def measure(plan: Plan, step: Step) -> Figure:

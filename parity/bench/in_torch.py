@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from parity.bench.peers import TORCH_PEERS, find_peers
+from parity.bench.peers import TORCH_PEERS, TORCH_PEERS_OVER_RANKS, find_peers
 from parity.bench.plan import (
     ACROSS_RANKS,
     DIRECTIONS,
@@ -102,6 +102,8 @@ def main(plan: Plan) -> None:
         return
     if plan.ranks > 1:
         start_ranks(one_rank, plan, plan.ranks)
+        if on_gpu:
+            peers_over_ranks(plan)
         return
     peers = find_peers("torch", TORCH_PEERS) if plan.baselines else {}
     for shape in choose_shapes(plan, on_gpu):
@@ -232,13 +234,21 @@ def check_gpus(n_ranks: int) -> None:
 
 
 def start_ranks(one_rank: Callable[[int, Any, str], None], plan: Any, n_ranks: int) -> None:
-    """Run `one_rank(rank, plan, address)` in one process per rank. They meet at the address: see `join_ranks`."""
+    """Do as `run_ranks` does, and exit with an error when a rank fails."""
+    if failure := run_ranks(one_rank, plan, n_ranks):
+        sys.exit(failure)
+
+
+def run_ranks(one_rank: Callable[[int, Any, str], None], plan: Any, n_ranks: int) -> str:
+    """Run `one_rank(rank, plan, address)` in one process per rank. They meet at the address: see `join_ranks`.
+
+    When a rank fails, all are ended, and why is returned.
+    """
     with tempfile.TemporaryDirectory() as folder:
         # Spawned, not forked, as this process has asked for GPUs. The plan, not a timeout, limits the time.
         work = (one_rank, plan, f"file://{folder}/store")
         failure = run_group("torch", Path(folder), n_ranks, _rank, work, 60, method="spawn", running=math.inf)
-    if failure:
-        sys.exit(str(failure))
+    return str(failure or "")
 
 
 def _rank(rank: int, notes: Notes, one_rank: Callable[[int, Any, str], None], plan: Any, address: str) -> None:
@@ -267,31 +277,54 @@ def one_rank(rank: int, plan: Plan, address: str) -> None:
     P, device = plan.ranks, join_ranks(rank, plan.ranks, address)
     for shape in choose_shapes(plan, device.type == "cuda"):
         shape = replace(shape, ranks=P)
-        draws = [(part, f"{P} ranks", draw_for_ranks) for part in ACROSS_RANKS if part in plan.parts]
+        for part in ACROSS_RANKS:
+            if part in plan.parts:
+                figures_on_rank(rank, plan, shape, device, part, f"{P} ranks", draw_for_ranks)
         if "whole" in plan.parts:  # of which there is no part that only sends
-            draws.append(
-                ("whole", f"{P} ranks, direct", partial(draw_direct, buffers=buffers_for(plan, shape, device)))
-            )
-        for part, variant, draw in draws:
-            sets = [draw(plan, shape, device, part, plan.seed + N_SETS * rank + i) for i in range(N_SETS)]
-            for direction in DIRECTIONS:
-
-                def step(i: int, sets=sets, backward: bool = direction != "forward") -> Any:
-                    run, inputs, cotangent = sets[i % N_SETS]
-                    with torch.set_grad_enabled(backward):
-                        out = run(*inputs)
-                    return torch.autograd.grad(out, inputs, cotangent) if backward else out
-
-                figure = measure(plan, device, step, runs=RUNS_TOGETHER)
-                figure.shape, figure.variant, figure.part, figure.direction = shape.name, variant, part, direction
-                row_bytes = shape.width * torch.empty((), dtype=getattr(torch, plan.dtype)).element_size()
-                ways = 2 if part == "whole" else 1  # there and back
-                figure.link_bytes = ways * leaving_rows(shape.assignments, P, direction) * row_bytes
-                if part == "whole":  # the same floor for all variants, so that their shares compare
-                    figure.bytes = row_passes(part, direction, shape.tokens, shape.assignments) * row_bytes
-                if rank == 0:
-                    emit(figure)
+            draw = partial(draw_direct, buffers=buffers_for(plan, shape, device))
+            figures_on_rank(rank, plan, shape, device, "whole", f"{P} ranks, direct", draw)
     dist.destroy_process_group()
+
+
+def peers_over_ranks(plan: Plan) -> None:
+    """Measure others' wholes, each in processes of its own: a rank that fails alone would leave the others waiting."""
+    wanted = TORCH_PEERS_OVER_RANKS if plan.baselines and "whole" in plan.parts else {}
+    for package in find_peers("torch", wanted):
+        if failed := run_ranks(partial(one_rank_of_peer, package), plan, plan.ranks):
+            emit(failure("torch", RuntimeError(failed), variant=f"{plan.ranks} ranks, {package}", part="whole"))
+
+
+def one_rank_of_peer(package: str, rank: int, plan: Plan, address: str) -> None:
+    """Measure another project's whole on one of several ranks."""
+    P, device = plan.ranks, join_ranks(rank, plan.ranks, address)
+    draw = partial(draw_of_peer, prepare=TORCH_PEERS_OVER_RANKS[package]())
+    for shape in choose_shapes(plan, device.type == "cuda"):
+        figures_on_rank(rank, plan, replace(shape, ranks=P), device, "whole", f"{P} ranks, {package}", draw)
+    dist.destroy_process_group()
+
+
+def figures_on_rank(
+    rank: int, plan: Plan, shape: Case, device: torch.device, part: str, variant: str, draw: Callable[..., Any]
+) -> None:
+    """Figures of one part on one of several ranks, forward alone and with backward."""
+    sets = [draw(plan, shape, device, part, plan.seed + N_SETS * rank + i) for i in range(N_SETS)]
+    for direction in DIRECTIONS:
+
+        def step(i: int, backward: bool = direction != "forward") -> Any:
+            run, inputs, cotangent = sets[i % N_SETS]
+            with torch.set_grad_enabled(backward):
+                out = run(*inputs)
+            return torch.autograd.grad(out, inputs, cotangent) if backward else out
+
+        figure = measure(plan, device, step, runs=RUNS_TOGETHER)
+        figure.shape, figure.variant, figure.part, figure.direction = shape.name, variant, part, direction
+        row_bytes = shape.width * torch.empty((), dtype=getattr(torch, plan.dtype)).element_size()
+        ways = 2 if part == "whole" else 1  # there and back
+        figure.link_bytes = ways * leaving_rows(shape.assignments, plan.ranks, direction) * row_bytes
+        if part == "whole":  # the same floor for all variants, so that their shares compare
+            figure.bytes = row_passes(part, direction, shape.tokens, shape.assignments) * row_bytes
+        if rank == 0:
+            emit(figure)
 
 
 def link_figure(plan: Plan) -> Figure:
@@ -349,6 +382,16 @@ def draw_direct(
         return direct_grouping.combine(y_RD, returned_ND, score_TK, grouped.slot_TK, places.place_N, buffers)
 
     return whole, inputs, cotangent
+
+
+def draw_of_peer(
+    plan: Plan, shape: Case, device: torch.device, part: str, seed: int, prepare: Callable[..., Any]
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]:
+    """The same inputs as of ours, with the scores and choices in the form that the peer's router has them in."""
+    _, (x_TD, score_TK), cotangent = draw_for_ranks(plan, shape, device, part, seed)
+    _, ids_TK, counts_E = (torch.from_numpy(a).to(device) for a in draw_routing(shape, seed))
+    whole, scores = prepare(shape, score_TK.detach(), ids_TK, counts_E)
+    return whole, (x_TD, scores.requires_grad_()), cotangent
 
 
 def measure(plan: Plan, device: torch.device, step: Step, runs: int | None = None) -> Figure:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from parity.bench.plan import Movement, emit, failure
+from parity.cases.case import Case
 
 
 def find_peers(framework: str, peers: dict[str, Callable[[], Any]]) -> dict[str, Any]:
@@ -66,6 +67,43 @@ def load_megatron() -> Movement:
     return Movement(group_by_expert, move_there(sort_chunks), sort_chunks, combine, prepare)
 
 
+def load_megatron_dispatcher() -> Callable[..., tuple[Callable[..., Any], Any]]:
+    """Megatron-Core's all-to-all dispatcher over the default group, without TransformerEngine.
+
+    Scores travel with the rows, which are weighted in their dtype where the experts are: so do its own experts, but
+    within their activation, at the hidden width.
+    """
+    import torch.distributed as dist
+
+    dispatching = import_module("megatron.core.transformer.moe.token_dispatcher")
+    groups = import_module("megatron.core.process_groups_config")
+    config = import_module("megatron.core.transformer.transformer_config")
+
+    def prepare(shape: Case, score_TK, ids_TK, counts_E):
+        P, world = shape.ranks, dist.group.WORLD
+        options = config.TransformerConfig(
+            num_layers=1, num_attention_heads=1, hidden_size=shape.width, num_moe_experts=shape.experts,
+            moe_router_topk=shape.top_k, moe_router_dtype="fp32", moe_token_dispatcher_type="alltoall",
+            expert_model_parallel_size=P, add_bias_linear=False,
+        )  # fmt: skip
+        e = shape.experts // P
+        own = list(range(dist.get_rank() * e, (dist.get_rank() + 1) * e))
+        ranks = groups.ProcessGroupCollection(ep=world, tp_ep=world, expt_tp=None)
+        dispatcher = dispatching.MoEAlltoAllTokenDispatcher(e, own, options, ranks)
+        score_TE, map_TE, *_ = by_map(score_TK, ids_TK, counts_E, counts_E.reshape(P, -1))
+
+        def whole(x_TD, score_TE):
+            rows, scores = dispatcher.dispatch_preprocess(x_TD, map_TE, score_TE)
+            rows, scores = dispatcher.token_dispatch(rows, scores)
+            rows, _, scores = dispatcher.dispatch_postprocess(rows, scores)
+            rows = dispatcher.combine_preprocess(rows * scores.to(rows.dtype)[:, None])
+            return dispatcher.combine_postprocess(dispatcher.token_combine(rows))
+
+        return whole, score_TE
+
+    return prepare
+
+
 def by_map(score_TK, ids_TK, counts_E, counts_Pe) -> tuple:
     """Scores and choices as [T, E], the number of rows, and the chunks: sizes and order there, sizes and order back."""
     import torch
@@ -102,4 +140,7 @@ def load_tokamax() -> Callable[..., Any]:
 
 
 TORCH_PEERS = {"transformer_engine": load_transformer_engine, "megatron": load_megatron}
+# Those that send rows to other ranks, each of which needs GPUs. What is loaded is given a shape, scores, expert ids and
+# counts_E, and returns the whole, a function of x_TD and scores, with the scores in the form that it takes.
+TORCH_PEERS_OVER_RANKS = {"megatron": load_megatron_dispatcher}
 JAX_PEERS = {"tokamax": load_tokamax}

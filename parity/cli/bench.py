@@ -23,7 +23,8 @@ class Command:
 
     Each figure stands beside its floor: the bytes that have to move over the copy bandwidth measured in the same run.
     Straightforward versions in both frameworks are measured too, and so are transformer_engine (on a GPU),
-    megatron-core and tokamax where they are installed; --no-baselines leaves all of these out.
+    megatron-core and tokamax where they are installed, and over several GPUs megatron-core's all-to-all dispatcher;
+    --no-baselines leaves all of these out.
 
     Exit code: 0 measured, 2 wrong usage, 3 a framework is missing or crashed, or a figure could not be measured.
     Every command: 70 a bug of the harness, 130 stopped by Ctrl-C.
@@ -47,8 +48,8 @@ class Command:
     compiled: bool = True
     """Measure PyTorch's straightforward version under torch.compile too."""
     ranks: int = 1
-    """Number of ranks. With several, measure the exchange and the whole layer's movements, one GPU per rank;
-    on a CPU, with processes (PyTorch) and virtual devices (JAX)."""
+    """Number of ranks. With several, measure the exchange and the whole layer's movements, one GPU per rank
+    (in JAX both in bins and ragged); on a CPU, with processes (PyTorch) and virtual devices (JAX, in bins only)."""
     plot: Path | None = None
     """File to draw each figure's share of its floor in (.png, .svg or .pdf)."""
     seconds: float = 0.3
