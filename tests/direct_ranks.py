@@ -156,7 +156,7 @@ def on_gpu(rank: int, P: int, store: str, one_gpu: bool) -> None:
     tokens = 96 - 9 * rank  # of each rank another number
     inputs = Inputs(problem, rank, torch.bfloat16, tokens, "cuda")
     buffers, puts = buffers_for(inputs), []
-    assert (buffers.placed_RD.handle is not None) == (P > 1)
+    assert (buffers.returned_ND.handle is not None) == (P > 1)
 
     kernel = kernels.put_rows
     kernels.put_rows = lambda *arguments: (puts.append(arguments), kernel(*arguments))[1]

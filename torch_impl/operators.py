@@ -6,11 +6,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.nn.functional import grouped_mm
 
-from torch_impl.checks import is_captured
 from torch_impl.matmul import fits_grouped_mm, group_ends, grouped_matmul
 
-# The uneven all-to-all is an operator so that the splits need not become integers in the compiler's graph. Without a
-# compiler it is called as a function, because an operator holds the host for some 12 us more.
+# The uneven all-to-all is an operator so that the splits need not become integers in the compiler's graph.
 
 
 def exchange_rows(x: Tensor, send_P: Tensor, receive_P: Tensor, n_received: int, group_name: str) -> Tensor:
@@ -26,8 +24,7 @@ class _ExchangeRows(torch.autograd.Function):
     def forward(ctx, x, send_P, receive_P, n_received, group_name):
         ctx.save_for_backward(send_P, receive_P)
         ctx.n_sent, ctx.group_name = x.shape[0], group_name
-        exchange = torch.ops.moe_parity.exchange_rows.default if is_captured() else _exchange_rows
-        return exchange(x, send_P, receive_P, n_received, group_name)
+        return torch.ops.moe_parity.exchange_rows.default(x, send_P, receive_P, n_received, group_name)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[override]
@@ -41,14 +38,12 @@ torch.library.define(
 )
 
 
+@torch.library.impl("moe_parity::exchange_rows", "default")
 def _exchange_rows(x: Tensor, send_P: Tensor, receive_P: Tensor, n_received: int, group_name: str) -> Tensor:
     y = x.new_empty(n_received, x.shape[1])
     group = _resolve_process_group(group_name)  # type: ignore[arg-type]
     dist.all_to_all_single(y, x.contiguous(), receive_P.tolist(), send_P.tolist(), group=group)
     return y
-
-
-torch.library.impl("moe_parity::exchange_rows", "default", _exchange_rows)
 
 
 @torch.library.register_fake("moe_parity::exchange_rows")
