@@ -416,8 +416,8 @@ _TORCH_STATIC = [
 
 _TORCH_DIRECT = [
     ("order-by-last-assignment", "group_by_expert", "Assignments with the same expert come in the opposite order.",
-     "grouping.py", "_, slot_N = sort_by_key(expert_TK.reshape(-1), E)",
-     "slot_N = sort_by_key(expert_TK.reshape(-1).flip(0), E)[1].flip(0)"),
+     "grouping.py", "    slot_TK = torch.where(valid_TK, slot_N",
+     "    slot_N = sort_by_key(expert_N.flip(0), E)[1].flip(0)\n    slot_TK = torch.where(valid_TK, slot_N"),
     ("counts-of-another-rank", "exchange_counts", "Each rank's counts are read as those of the next.", "exchange.py",
      "return own_PE.clone()", "return own_PE.roll(1, 0)"),
     ("start-of-sender-forgotten", "to_expert_major", "A row's place leaves out where its sender's slots of that expert "

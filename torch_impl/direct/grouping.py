@@ -8,7 +8,6 @@ from torch import Tensor
 
 from torch_impl.direct.checks import check_first_gradient, check_not_reused
 from torch_impl.direct.exchange import Buffers, put_tokens
-from torch_impl.routing import count_per_expert
 from torch_impl.rows import sort_by_key
 from torch_impl.static.rows import score_gradient, sum_rows
 
@@ -30,12 +29,13 @@ def group_by_expert(expert_id_TK: Integer[Tensor, "T K"], counts_E: Integer[Tens
     (T, K), (E,) = expert_id_TK.shape, counts_E.shape
     again_TK = (expert_id_TK[:, :, None] == expert_id_TK[:, None, :]).tril(-1).any(dim=2)
     valid_TK = (expert_id_TK >= 0) & (expert_id_TK < E) & ~again_TK
-    expert_TK = torch.where(valid_TK, expert_id_TK, E)
-    kept_E = count_per_expert(expert_TK, E)
-
-    _, slot_N = sort_by_key(expert_TK.reshape(-1), E)
+    expert_N = torch.where(valid_TK, expert_id_TK, E).reshape(-1)
+    order_N, slot_N = sort_by_key(expert_N, E)
     slot_TK = torch.where(valid_TK, slot_N.reshape(T, K), T * K)
-    return Grouped(slot_TK, kept_E)
+    # To compare each id with each expert would take longer than the sort.
+    expert_E = torch.arange(E, dtype=expert_N.dtype, device=expert_N.device)
+    end_E = torch.searchsorted(expert_N[order_N], expert_E, right=True)
+    return Grouped(slot_TK, end_E.diff(prepend=end_E.new_zeros(1)))
 
 
 def combine(
