@@ -7,8 +7,8 @@ A step in time, where | is a barrier of all ranks on the device:
 
 There is one barrier after each write and none before it. Between the last read of a buffer and the next write to it,
 in the next step or the next backward, every rank passes another buffer's barrier. So no rank writes to a buffer that
-another still reads, if all ranks do the same steps, forward and backward, in the same order. (A backward that runs
-twice needs a gradient of x for that.)
+another still reads, if all ranks do the same steps, forward and backward, in the same order. One thing is not
+covered: where x needs no gradient, a backward must not run twice without a forward pass between.
 """
 
 from typing import NamedTuple
@@ -64,20 +64,20 @@ def make_buffers(
     check_same_sizes({"tokens": tokens, "top_k": top_k, "experts": experts, "width": width}, P, group)
     n_slots, n_rows = tokens * top_k, P * tokens * min(top_k, experts // P)
 
-    def make(rows: int, columns: int, dtype: torch.dtype, P: int = P) -> Buffer:
+    def make(rows: int, columns: int, dtype: torch.dtype, n_writers: int = P) -> Buffer:
         if device.type == "cuda" and kernels.HAS_TRITON:
-            return _on_gpus(rows, columns, dtype, device, group, P)
-        return Buffer(torch.empty(rows, columns, dtype=dtype, device=device), None, None, group, P)
+            return _on_gpus(rows, columns, dtype, device, group, n_writers)
+        return Buffer(torch.empty(rows, columns, dtype=dtype, device=device), None, None, group, n_writers)
 
-    arrivals, writers = None, P
+    arrivals, n_writers = None, P
     if sends_once(P, top_k):
-        score_dtype, writers = torch.promote_types(dtype, torch.float32), 1  # a rank copies to places by itself
+        score_dtype, n_writers = torch.promote_types(dtype, torch.float32), 1  # each rank copies to its own places
         arrivals = Arrivals(
             make(P * tokens, width, dtype), make(P * tokens, top_k, torch.int64), make(P * tokens, top_k, score_dtype)
         )
     return Buffers(
-        make(P, experts, torch.int64), make(n_rows, width, dtype, writers), make(n_slots, width, dtype),
-        make(n_rows, width, dtype, writers), make(n_slots, width, dtype), arrivals,
+        make(P, experts, torch.int64), make(n_rows, width, dtype, n_writers), make(n_slots, width, dtype),
+        make(n_rows, width, dtype, n_writers), make(n_slots, width, dtype), arrivals,
         dist.get_rank(group) if P > 1 else 0, torch.zeros((), dtype=torch.int64, device="cpu"),
     )  # fmt: skip
 
@@ -85,18 +85,19 @@ def make_buffers(
 def sends_once(n_ranks: int, top_k: int) -> bool:
     """Whether a token goes to each rank once, and is copied to its places there.
 
-    That pays where several of a token's experts share a rank. The copy is one more pass over the rows.
+    That pays where several of a token's experts share a rank. The copy is one more pass over the rows: on two GPUs once
+    was faster with eight choices, and slower with two.
     """
     return n_ranks > 1 and top_k > 2
 
 
 def _on_gpus(
-    rows: int, columns: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None, P: int
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None, n_writers: int
 ) -> Buffer:
-    """Memory of this GPU that all P ranks of the group can write to. Multicast is not used."""
-    if P == 1:
+    """Memory of this GPU that all ranks of the group can write to, or this rank alone. Multicast is not used."""
+    if n_writers == 1:
         own_OD = torch.empty(rows, columns, dtype=dtype, device=device)
-        return Buffer(own_OD, torch.tensor([own_OD.data_ptr()], device=device), None, group, P)
+        return Buffer(own_OD, torch.tensor([own_OD.data_ptr()], device=device), None, group, n_writers)
     from torch.distributed import _symmetric_memory as symmetric  # a second to import
 
     own_OD = symmetric.empty(max(rows, 1), columns, dtype=dtype, device=device)
@@ -104,7 +105,7 @@ def _on_gpus(
     # A block of PyTorch's may hold several buffers, and its addresses are those of blocks.
     offset = own_OD.data_ptr() - handle.buffer_ptrs[handle.rank]
     check_same_offset(offset, handle.world_size, group)
-    return Buffer(own_OD[:rows], torch.tensor(handle.buffer_ptrs, device=device) + offset, handle, group, P)
+    return Buffer(own_OD[:rows], torch.tensor(handle.buffer_ptrs, device=device) + offset, handle, group, n_writers)
 
 
 def exchange_counts(counts_E: Integer[Tensor, " E"], buffers: Buffers) -> Integer[Tensor, "P E"]:

@@ -23,7 +23,7 @@ class Buffer(NamedTuple):
     pointers_P: Integer[Tensor, " P"] | None  # where each rank's part begins; None where no kernel can write to it
     handle: Any  # of symmetric memory; None where there is no other rank
     group: dist.ProcessGroup | None
-    n_ranks: int  # 1 where only this rank writes to it
+    n_writers: int  # all ranks of the group, or this one alone
 
 
 class Arrivals(NamedTuple):
@@ -58,7 +58,7 @@ def put_rows(
         return
     if score_MK is not None:
         x_MD, place_MK = weigh_rows(x_MD, score_MK), place_MK.reshape(-1, 1)
-    if buffer.n_ranks > 1:
+    if buffer.n_writers > 1:
         x_MD, place_MK = exchange_places(x_MD, place_MK, buffer)
     put_here(x_MD, place_MK, buffer.own_OD)
 
@@ -78,7 +78,7 @@ def put_rows_once(
 
     A token's places, and its scores, go to every rank, because one without a place for it has to know that.
     """
-    P, (n_rows, _), (n_arrivals, K) = arrivals.x_AD.n_ranks, buffer.own_OD.shape, arrivals.place_AK.own_OD.shape
+    P, (n_rows, _), (n_arrivals, K) = arrivals.x_AD.n_writers, buffer.own_OD.shape, arrivals.place_AK.own_OD.shape
     T, most = x_TD.shape[0], n_arrivals // P  # the tokens of this rank, and the most that any has
     rank_P = torch.arange(P, device=x_TD.device)
     arrival_TP = (rank * most + torch.arange(most, device=x_TD.device))[:, None] + rank_P * n_arrivals
@@ -106,7 +106,7 @@ def exchange_places(
     x_MD: Shaped[Tensor, "M D"], place_MK: Integer[Tensor, "M K"], buffer: Buffer
 ) -> tuple[Shaped[Tensor, "O D"], Integer[Tensor, "O 1"]]:
     """The plain way to other ranks: an uneven all-to-all of rows, and of their places. It waits for their number."""
-    P, n_rows, place_A = buffer.n_ranks, buffer.own_OD.shape[0], place_MK.reshape(-1)
+    P, n_rows, place_A = buffer.n_writers, buffer.own_OD.shape[0], place_MK.reshape(-1)
     rank_A = torch.where(place_A < 0, P, place_A // n_rows)
     send_P = (rank_A[:, None] == torch.arange(P, device=rank_A.device)).sum(dim=0)
     receive_P = torch.empty_like(send_P)
