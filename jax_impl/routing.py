@@ -183,4 +183,4 @@ def weigh_input(
 def count_per_expert(expert_id_TK: Integer[Array, "T K"], n_experts: int) -> Integer[Array, " E"]:
     """How many assignments chose each expert; an id out of range is counted nowhere."""
     expert_E = jnp.arange(n_experts)
-    return (expert_id_TK.reshape(-1, 1) == expert_E).sum(axis=0)
+    return (expert_E[:, None] == expert_id_TK.reshape(-1)).sum(axis=1)

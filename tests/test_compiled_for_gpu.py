@@ -46,6 +46,14 @@ def _as_if_there_were_a_gpu(monkeypatch):
     monkeypatch.setattr(kernels, "use_kernels", lambda x: True)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_kept():
+    """Programs for a GPU that is not there can be kept, but not read back."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 def devices(n: int) -> list:
     return topologies.get_topology_desc("h200", "cuda", target_config=H200, topology=f"1x1x{n}").devices
 

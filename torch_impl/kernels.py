@@ -20,7 +20,8 @@ HAS_TRITON = find_spec("triton") is not None  # CPU builds of PyTorch lack it, a
 triton: Any = import_module("triton") if HAS_TRITON else SimpleNamespace(jit=lambda kernel: kernel)
 tl: Any = import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
 PADDING_ROWS = 64  # rows that one program checks for padding
-SWIGLU_BLOCK, SWIGLU_WARPS = 2048, 8  # elements per program, 8 per thread; and its warps
+SWIGLU_BLOCK, SWIGLU_WARPS = 2048, 8  # elements that a program takes at once, 8 per thread; and its warps
+SWIGLU_PROGRAMS = 8448  # 64 for each processor of an H200: a row that is not there then costs nothing
 SORT_BLOCK, SORT_TILE = 256, 64  # positions of N, and keys, per program; JAX takes 512, for XLA's cumsum
 
 
@@ -447,25 +448,31 @@ def swiglu(
     gate_MF, up_MF = gate_MF.contiguous(), up_MF.contiguous()
     hidden_MF = gate_MF.new_empty(*gate_MF.shape)
     n = gate_MF.numel()
-    grid = (-(-n // SWIGLU_BLOCK),)
-    _swiglu[grid](
+    _swiglu[(_swiglu_programs(n, n_rows),)](
         gate_MF, up_MF, hidden_MF, gate_MF if n_rows is None else n_rows, n, gate_MF.shape[-1],
         COUNTED=n_rows is not None, BLOCK=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS,
     )  # fmt: skip
     return hidden_MF
 
 
+def _swiglu_programs(n: int, n_rows: Tensor | None) -> int:
+    """A program for each block; where only the device knows how many blocks there are, programs that take several."""
+    blocks = -(-n // SWIGLU_BLOCK)
+    return blocks if n_rows is None else min(blocks, SWIGLU_PROGRAMS)
+
+
 @triton.jit
 @no_type_check
 def _swiglu(gate, up, hidden, n_rows, n, F, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per block of elements. Those past the rows that count do nothing."""
+    """One program per block of elements, or for every so many blocks."""
     if COUNTED:
         n = tl.minimum(tl.load(n_rows).to(tl.int64) * F, n)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate + i, mask=i < n, other=0).to(tl.float32)
-    u = tl.load(up + i, mask=i < n, other=0).to(tl.float32)
-    sigmoid = 1 / (1 + tl.exp(-g))
-    tl.store(hidden + i, (g * sigmoid * u).to(hidden.dtype.element_ty), mask=i < n)
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        g = tl.load(gate + i, mask=i < n, other=0).to(tl.float32)
+        u = tl.load(up + i, mask=i < n, other=0).to(tl.float32)
+        sigmoid = 1 / (1 + tl.exp(-g))
+        tl.store(hidden + i, (g * sigmoid * u).to(hidden.dtype.element_ty), mask=i < n)
 
 
 def swiglu_backward(
@@ -483,8 +490,7 @@ def swiglu_backward(
     dhidden_MF, gate_MF, up_MF = dhidden_MF.contiguous(), gate_MF.contiguous(), up_MF.contiguous()
     dgate_MF, dup_MF = gate_MF.new_empty(*gate_MF.shape), up_MF.new_empty(*up_MF.shape)
     n = gate_MF.numel()
-    grid = (-(-n // SWIGLU_BLOCK),)
-    _swiglu_backward[grid](
+    _swiglu_backward[(_swiglu_programs(n, n_rows),)](
         dhidden_MF, gate_MF, up_MF, dgate_MF, dup_MF, gate_MF if n_rows is None else n_rows, n, gate_MF.shape[-1],
         COUNTED=n_rows is not None, BLOCK=SWIGLU_BLOCK, num_warps=SWIGLU_WARPS,
     )  # fmt: skip
@@ -494,16 +500,18 @@ def swiglu_backward(
 @triton.jit
 @no_type_check
 def _swiglu_backward(dhidden, gate, up, dgate, dup, n_rows, n, F, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per block of elements. Those past the rows that count do nothing."""
+    """One program per block of elements, or for every so many blocks."""
     if COUNTED:
         n = tl.minimum(tl.load(n_rows).to(tl.int64) * F, n)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    gradient = tl.load(dhidden + i, mask=i < n, other=0).to(tl.float32)
-    g = tl.load(gate + i, mask=i < n, other=0).to(tl.float32)
-    u = tl.load(up + i, mask=i < n, other=0).to(tl.float32)
-    sigmoid = 1 / (1 + tl.exp(-g))
-    tl.store(dgate + i, (gradient * u * sigmoid * (1 + g * (1 - sigmoid))).to(dgate.dtype.element_ty), mask=i < n)
-    tl.store(dup + i, (gradient * g * sigmoid).to(dup.dtype.element_ty), mask=i < n)
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        gradient = tl.load(dhidden + i, mask=i < n, other=0).to(tl.float32)
+        g = tl.load(gate + i, mask=i < n, other=0).to(tl.float32)
+        u = tl.load(up + i, mask=i < n, other=0).to(tl.float32)
+        sigmoid = 1 / (1 + tl.exp(-g))
+        dg = gradient * u * sigmoid * (1 + g * (1 - sigmoid))
+        tl.store(dgate + i, dg.to(dgate.dtype.element_ty), mask=i < n)
+        tl.store(dup + i, (gradient * g * sigmoid).to(dup.dtype.element_ty), mask=i < n)
 
 
 def _tile(width: int, n_rows: int) -> tuple[int, int]:

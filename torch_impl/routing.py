@@ -161,4 +161,4 @@ def weigh_input(
 def count_per_expert(expert_id_TK: Integer[Tensor, "T K"], n_experts: int) -> Integer[Tensor, " E"]:
     """How many assignments chose each expert; an id out of range is counted nowhere."""
     expert_E = torch.arange(n_experts, device=expert_id_TK.device)
-    return (expert_id_TK.reshape(-1, 1) == expert_E).sum(dim=0)
+    return (expert_E[:, None] == expert_id_TK.reshape(-1)).sum(dim=1)
