@@ -7,11 +7,15 @@ version's order.
 `jax.lax.ragged_dot` on a GPU multiplies every row by every expert's weights and keeps one product of e. The matmul
 kernels here read a row once per tile of columns, and an expert's weights once per tile of that expert's rows.
 
+One kernel, `put_rows`, writes to the memory of other GPUs. Triton has no way to name another GPU, so it is a kernel of
+Mosaic, the other compiler behind Pallas.
+
 M stands for any number of rows, and O for the number of output rows where it differs.
 """
 
+import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -26,6 +30,8 @@ ROWS, COLUMNS, DEPTH = 128, 256, 64  # rows and columns of a matmul's result til
 WARPS, STAGES = 8, 4  # warps of a matmul; how far a kernel's loads run ahead
 PADDING_ROWS = 64  # rows that one program checks for padding
 SORT_BLOCK, SORT_TILE = 512, 64  # positions of N, and keys, per program; at 256, XLA's cumsum costs more
+PUT_ROWS, PUT_BLOCKS, PUT_CORES = 4, 6, 132  # rows of a block at once, blocks of a core, and cores of a GPU
+PUT_BYTES = 208 * 2**10  # of a core's own memory that rows can take
 INTERPRET = False  # tests set it, to run without a GPU
 
 
@@ -40,6 +46,29 @@ def use_kernels(x: Array) -> bool:  # noqa: ARG001  the same answer for every ar
 def use_matmul_kernels(x: Array) -> bool:
     """Whether x can go through `grouped_matmul`: on a GPU, in a dtype that its matrix units multiply exactly."""
     return use_kernels(x) and x.dtype in (jnp.bfloat16, jnp.float16)
+
+
+def can_reach_ranks(axis_name: str) -> bool:
+    """Whether a kernel can write to the memory of the other ranks of this axis.
+
+    Ranks have to be the GPUs, from the H100 on, of one process, under `shard_map`: jax 0.11 cannot reach the memory of
+    another process's GPU, and an earlier jax was not tried.
+    """
+    return (
+        jax.default_backend() == "gpu"
+        and jax.__version_info__ >= (0, 11)
+        and jax.process_count() == 1
+        and axis_name in jax.sharding.get_abstract_mesh().manual_axes
+        and float(jax.devices()[0].compute_capability) >= 9
+    )
+
+
+def use_remote_kernels(x_MD: Float[Array, "M D"]) -> bool:
+    """Whether rows can go to ranks within reach through `put_rows`.
+
+    Elements have to be of 16 or 32 bits, and rows of whole 128 bytes, as copies to and from shared memory want them.
+    """
+    return use_kernels(x_MD) and _put_tile(x_MD.shape[1], x_MD.dtype.itemsize) is not None
 
 
 def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array, " N"], Integer[Array, " N"]]:
@@ -261,6 +290,145 @@ def _weighted_sum_backward_kernel(dout, y, score, slot, assignment, dy, dscore, 
     )
     triton.store(dscore.at[t, k], total.sum(axis=1).astype(dscore.dtype), mask=here)
     _clear_padding(assignment, dy, T * K)
+
+
+def score_gradient(
+    dout_TD: Float[Array, "T D"],
+    y_MD: Float[Array, "M D"],
+    score_TK: Float[Array, "T K"],
+    slot_TK: Integer[Array, "T K"],
+) -> Float[Array, "T K"]:
+    """dscore[t,k] = sum over d of dout[t,d] * y[slot[t,k],d], as `weighted_sum_backward` computes it."""
+    (T, K), D = slot_TK.shape, y_MD.shape[1]
+    BLOCK, num_warps = _tile(D, K)
+    result = _like(y_MD, T, K, dtype=score_TK.dtype)
+    kernel = partial(_score_gradient_kernel, BLOCK=BLOCK)
+    return _call(kernel, (T,), result, dout_TD, y_MD, slot_TK, num_warps=max(num_warps, 4))
+
+
+def _score_gradient_kernel(dout, y, slot, dscore, *, BLOCK: int) -> None:
+    """One program per token: its K rows side by side, chunk by chunk."""
+    (_, K), (M, D) = slot.shape, y.shape
+    accum_dtype = np.promote_types(y.dtype, np.float32)
+    t, k = pl.program_id(0), jnp.arange(_power_of_2(K))
+    row = triton.load(slot.at[t, k], mask=k < K, other=M)
+
+    def add(step, total):
+        d = step * BLOCK + jnp.arange(BLOCK)
+        inside = (row < M)[:, None] & (d < D)[None]
+        gradient = triton.load(dout.at[t, d], mask=d < D, other=0).astype(accum_dtype)[None]
+        y_tile = triton.load(y.at[row[:, None], d[None]], mask=inside, other=0).astype(accum_dtype)
+        return total + gradient * y_tile
+
+    total = jax.lax.fori_loop(0, pl.cdiv(D, BLOCK), add, jnp.zeros((k.size, BLOCK), accum_dtype))
+    triton.store(dscore.at[t, k], total.sum(axis=1).astype(dscore.dtype), mask=k < K)
+
+
+def put_rows(
+    x_MD: Float[Array, "M D"], place_MK: Integer[Array, "M K"], n_rows: int, axis_name: str | None, n_ranks: int
+) -> Float[Array, "O D"]:
+    """Store row m of x, for every k, to row place[m, k] among all ranks' rows; a negative place is nowhere.
+
+    Row o of rank p is number p * `n_rows` + o. Returned is this rank's part, once all ranks have stored their rows.
+    Rows that nobody stores are as the memory was.
+
+    XLA starts such a kernel only when all ranks are there, so nobody stores to a result that is still something else.
+    """
+    from jax.experimental.pallas import mosaic_gpu as mosaic  # some releases of jax need more packages for it
+
+    tile = _put_tile(x_MD.shape[1], x_MD.dtype.itemsize)
+    assert tile is not None
+    (rows, pieces, width), (M, D) = tile, x_MD.shape
+    if n_rows == 0 or x_MD.size == 0:  # of all ranks, which have the same sizes
+        return jnp.full((n_rows, D), _zero_of(x_MD, place_MK), x_MD.dtype)
+    chunks = pl.cdiv(M, rows)
+    per_core = max(1, min(PUT_BLOCKS, PUT_BYTES // (rows * D * x_MD.dtype.itemsize)))
+    blocks = min(PUT_CORES * per_core, chunks)
+    sizes = {"M": M, "n_rows": n_rows, "n_ranks": n_ranks, "chunks": chunks, "blocks": blocks}
+    run = mosaic.kernel(
+        partial(_put_rows_kernel, axis_name=axis_name, **sizes),
+        out_type=_like(x_MD, n_rows, pieces, width),
+        scratch_types=[
+            mosaic.SMEM((rows, pieces, width), x_MD.dtype), mosaic.Barrier(), mosaic.SemaphoreType.REGULAR
+        ],
+        grid=(blocks,),
+        grid_names=("block",),
+        compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Lane),
+    )  # fmt: skip
+    y_OD = run(x_MD.reshape(M, pieces, width), place_MK.reshape(-1).astype(jnp.int32)).reshape(n_rows, D)
+    # Under shard_map it is taken for the same on all ranks, and its gradient would be summed over them.
+    here, there = (jax.typeof(a).manual_axis_type.varying for a in (_zero_of(x_MD, place_MK), y_OD))
+    return jax.lax.pcast(y_OD, tuple(here - there), to="varying") if here - there else y_OD
+
+
+def put_stride(n_chunks: int) -> int:
+    """From one chunk that goes out to the next: about 0.618 of their number, without a divisor in common with it.
+
+    Rows that follow each other often go to the same rank. If all ranks sent to one rank at a time, its link would be
+    full and the others idle. In such steps any few that go out together are spread evenly over all rows, so over ranks.
+    """
+    return next(n for n in range(max(1, round(0.618 * n_chunks)), n_chunks + 2) if math.gcd(n, n_chunks) == 1)
+
+
+def _put_rows_kernel(
+    x, place, y, chunk, arrived, done, *, M: int, n_rows: int, n_ranks: int, axis_name: str, chunks: int, blocks: int
+) -> None:
+    """A block takes one chunk of rows after the other into shared memory, and copies each row from there to its places.
+
+    To which rank a copy goes may not depend on what is read, so there is a copy for each rank, of which one is made. A
+    chunk of which no row has a place is not read.
+    """
+    from jax.experimental.pallas import mosaic_gpu as mosaic
+
+    rows, K, stride = chunk.shape[0], place.shape[0] // M, put_stride(chunks)
+    own, block = jax.lax.axis_index(axis_name), jax.lax.axis_index("block")
+    others = [jax.lax.rem(own + i, n_ranks) for i in range(1, n_ranks)]
+    parts = [(own, y), *((p, mosaic.remote_ref(y, {axis_name: p})) for p in others)]  # type: ignore[arg-type]
+
+    def place_of(first, a):
+        """That of the chunk's row a // K, and -1 for rows past the last."""
+        return jnp.where(first * K + a < M * K, place[jnp.minimum(first * K + a, M * K - 1)], -1)
+
+    def put_chunk(_, c):
+        first = c * rows
+
+        @pl.when(reduce(jnp.maximum, [place_of(first, a) for a in range(rows * K)]) >= 0)
+        def _():
+            mosaic.copy_gmem_to_smem(x.at[pl.ds(first, rows)], chunk, arrived)
+            mosaic.barrier_wait(arrived)
+            jax.lax.fori_loop(0, rows * K, put_row, first)
+            mosaic.wait_smem_to_gmem(0)
+
+        return jax.lax.rem(c + blocks * stride % chunks, chunks)
+
+    def put_row(a, first):
+        target = place_of(first, a)
+        for rank, part in parts:
+
+            @pl.when((target >= 0) & (jax.lax.div(target, n_rows) == rank))
+            def _(part=part):
+                row = part.at[pl.ds(jax.lax.rem(target, n_rows), 1)]
+                mosaic.copy_smem_to_gmem(chunk.at[pl.ds(jax.lax.div(a, K), 1)], row)
+
+        return first
+
+    jax.lax.fori_loop(0, (chunks - block + blocks - 1) // blocks, put_chunk, jax.lax.rem(block * stride, chunks))
+    # A block waits for the others of its number, so when all of a rank's blocks have ended, all rows are there.
+    for rank in others:
+        pl.semaphore_signal(done, device_id={axis_name: rank})
+    pl.semaphore_wait(done, n_ranks - 1)
+
+
+def _put_tile(D: int, size: int) -> tuple[int, int, int] | None:
+    """How many rows of D elements a block takes at once, and the pieces of a row; None where rows do not fit.
+
+    A row is so many pieces of so many elements, because no side of a copy may be longer than 256. An element has
+    `size` bytes, a piece whole 16 of them, and a row whole 128.
+    """
+    width = max((w for w in range(1, min(D, 256) + 1) if D % w == 0 and w * size % 16 == 0), default=0)
+    if size not in (2, 4) or D * size % 128 or 256 * width < D or D * size > PUT_BYTES:
+        return None
+    return max(1, min(PUT_ROWS, PUT_BYTES // PUT_BLOCKS // (D * size))), D // width, width
 
 
 def _tile(width: int, n_rows: int) -> tuple[int, int]:

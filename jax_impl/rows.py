@@ -29,17 +29,44 @@ def _expand_rows_forward(x_TD, slot_TK, assignment_M):
 
 
 def _expand_rows_backward(slot_TK, dx_MD):
-    accum_dtype = np.promote_types(dx_MD.dtype, np.float32)
-    dx_MD = dx_MD.reshape(-1, dx_MD.shape[-1])
-    if kernels.use_kernels(dx_MD):
-        return kernels.sum_rows(dx_MD, slot_TK), None, None
-    dx_TD = jnp.zeros((slot_TK.shape[0], dx_MD.shape[-1]), accum_dtype)
-    for slot_T in slot_TK.T:
-        dx_TD = dx_TD + take_or_zero(dx_MD, slot_T).astype(accum_dtype)
-    return dx_TD.astype(dx_MD.dtype), None, None
+    return sum_rows(dx_MD.reshape(-1, dx_MD.shape[-1]), slot_TK), None, None
 
 
 expand_rows.defvjp(_expand_rows_forward, _expand_rows_backward)
+
+
+def sum_rows(
+    y_MD: Float[Array, "M D"], slot_TK: Integer[Array, "T K"], score_TK: Float[Array, "T K"] | None = None
+) -> Float[Array, "T D"]:
+    """A token's K rows, times their scores if there are any, summed in float32 in order of k, rounded once.
+
+    A slot past the end counts as zero.
+    """
+    if kernels.use_kernels(y_MD):
+        return kernels.sum_rows(y_MD, slot_TK, score_TK)
+    accum_dtype = np.promote_types(y_MD.dtype, np.float32)
+    out_TD = jnp.zeros((slot_TK.shape[0], y_MD.shape[1]), accum_dtype)
+    for k, slot_T in enumerate(slot_TK.T):
+        row_TD = take_or_zero(y_MD, slot_T).astype(accum_dtype)
+        out_TD = out_TD + (row_TD if score_TK is None else score_TK[:, k, None].astype(accum_dtype) * row_TD)
+    return out_TD.astype(y_MD.dtype)
+
+
+def score_gradient(
+    dout_TD: Float[Array, "T D"],
+    y_MD: Float[Array, "M D"],
+    score_TK: Float[Array, "T K"],
+    slot_TK: Integer[Array, "T K"],
+) -> Float[Array, "T K"]:
+    """dscore[t,k] = sum over d of dout[t,d] * y[slot[t,k],d], in float32; zero for a slot past the end."""
+    if kernels.use_kernels(y_MD):
+        return kernels.score_gradient(dout_TD, y_MD, score_TK, slot_TK)
+    accum_dtype = np.promote_types(y_MD.dtype, np.float32)
+    dscore_TK = [
+        (dout_TD.astype(accum_dtype) * take_or_zero(y_MD, slot_T).astype(accum_dtype)).sum(axis=1)
+        for slot_T in slot_TK.T
+    ]
+    return jnp.stack(dscore_TK, axis=1).astype(score_TK.dtype)
 
 
 @jax.custom_vjp
@@ -50,14 +77,7 @@ def weighted_sum(
     assignment_M: Integer[Array, "*M"],  # noqa: ARG001  for backward
 ) -> Float[Array, "T D"]:
     """A token's K rows, weighted and summed in order of k. Backward, a row gathers its token: no scatter-add."""
-    accum_dtype = np.promote_types(y_MD.dtype, np.float32)
-    y_MD = y_MD.reshape(-1, y_MD.shape[-1])
-    if kernels.use_kernels(y_MD):
-        return kernels.sum_rows(y_MD, slot_TK, score_TK)
-    out_TD = jnp.zeros((slot_TK.shape[0], y_MD.shape[-1]), accum_dtype)
-    for score_T, slot_T in zip(score_TK.T, slot_TK.T, strict=True):
-        out_TD = out_TD + score_T.astype(accum_dtype)[:, None] * take_or_zero(y_MD, slot_T).astype(accum_dtype)
-    return out_TD.astype(y_MD.dtype)
+    return sum_rows(y_MD.reshape(-1, y_MD.shape[-1]), slot_TK, score_TK)
 
 
 def _weighted_sum_forward(y_MD, score_TK, slot_TK, assignment_M):
@@ -73,11 +93,7 @@ def _weighted_sum_backward(saved, dout_TD):
         return dy_MD.reshape(shape), dscore_TK, None, None
     score_M = take_or_zero(score_TK.reshape(-1), assignment_M).astype(accum_dtype)
     dy_MD = score_M[..., None] * take_or_zero(dout_TD, assignment_M // slot_TK.shape[1]).astype(accum_dtype)
-    dscore_TK = [
-        (dout_TD.astype(accum_dtype) * take_or_zero(y_MD, slot_T).astype(accum_dtype)).sum(axis=1)
-        for slot_T in slot_TK.T
-    ]
-    return dy_MD.astype(y_MD.dtype), jnp.stack(dscore_TK, axis=1).astype(score_TK.dtype), None, None
+    return dy_MD.astype(y_MD.dtype), score_gradient(dout_TD, y_MD, score_TK, slot_TK), None, None
 
 
 weighted_sum.defvjp(_weighted_sum_forward, _weighted_sum_backward)

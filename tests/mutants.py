@@ -199,7 +199,7 @@ class Mutant:
     @property
     def backend(self) -> str:
         corner = {"torch_impl/static": "torch-static", "torch_impl/direct": "torch-direct"}
-        corner |= {"jax_impl/dynamic": "jax-dynamic"}
+        corner |= {"jax_impl/dynamic": "jax-dynamic", "jax_impl/direct": "jax-direct"}
         return corner.get(str(Path(self.file).parent)) or self.file.partition("_")[0]
 
     @property
@@ -436,8 +436,8 @@ def mutants() -> tuple[Mutant, ...]:
 
 def unchanged() -> list[Mutant]:
     """The code as it is, on each backend that `check` runs here: no round may kill it."""
-    packages = ("torch_impl", "jax_impl", "torch_impl/static", "jax_impl/dynamic", "torch_impl/direct")
-    files = [f"{package}/layer.py" for package in packages]
+    packages = {"torch_impl": ("", "static/", "direct/"), "jax_impl": ("", "dynamic/", "direct/")}
+    files = [f"{package}/{corner}layer.py" for package, corners in packages.items() for corner in corners]
     return [Mutant(file, "module", 0, "nothing", "itself", "itself", 1, 0, 0, b"") for file in files]
 
 

@@ -256,8 +256,8 @@ A_DOUBLE = Backend("jax", "none", "opaque", ALWAYS, run="numpy_backend:run")
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("nosuch", "no backend is called nosuch. There are: torch, jax, torch-static, jax-dynamic, torch-direct; or "
-                   "name a file of your own, such as mine.py, or package.module:name"),
+        ("nosuch", "no backend is called nosuch. There are: torch, jax, torch-static, jax-dynamic, torch-direct, "
+                   "jax-direct; or name a file of your own, such as mine.py, or package.module:name"),
         ("torch_impl", "no backend is called torch_impl. There are: torch, "),
         ("nosuch:BACKEND", "--backend nosuch:BACKEND: No module named 'nosuch'"),
         ("numpy_backend:NOSUCH", "--backend numpy_backend:NOSUCH: module 'numpy_backend' has no attribute 'NOSUCH'"),

@@ -699,7 +699,7 @@ def test_backends(capsys):
     code, out, _ = in_process(capsys, "backends", "--json")
     assert code == 0
     found = {line["name"]: line for line in map(json.loads, out.splitlines())}
-    assert found.keys() >= {"torch", "jax", "torch-static", "jax-dynamic", "torch-direct", "megatron",
+    assert found.keys() >= {"torch", "jax", "torch-static", "jax-dynamic", "torch-direct", "jax-direct", "megatron",
                             "torchtitan", "maxtext:dense", "transformers:mixtral"}  # fmt: skip
     assert found["maxtext:dense"] == {
         "name": "maxtext:dense", "framework": "jax", "version": "pip install 'moe-parity[maxtext]'",

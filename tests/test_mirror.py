@@ -1,4 +1,4 @@
-"""The five layers say the same in the same order: files, names, parameters, fields, defaults, and where it is declared,
+"""The six layers say the same in the same order: files, names, parameters, fields, defaults, and where it is declared,
 lines. What differs is declared too, with a reason, and a declaration that no longer holds is an error.
 """
 
@@ -64,6 +64,8 @@ MAIN = Pair(
         "rows.rank_bins_source": "of rows in bins, each with padding at its end",
         "rows.expert_bins_source": "the same where bins are experts",
         "rows.segments_source": "what repeat_interleave does in PyTorch, with padding at the end",
+        "rows.sum_rows": "a token's rows, which the direct layer sums too",
+        "rows.score_gradient": "the same of the scores' gradient",
         "matmul.matmul": "accumulates in float32, which in PyTorch is the default",
         "glu.clamped": "with the slope at the bounds that PyTorch's clamp has",
         "rows.take_or_zero": "a gather in which an index past the end reads padding",
@@ -80,8 +82,6 @@ STATIC = Pair(
     "jax_impl",
     {
         "matmul.zero_padding": "grouped_mm leaves garbage in rows past the groups",
-        "rows.sum_rows": "a token's rows, which the direct layer sums too",
-        "rows.score_gradient": "the same of the scores' gradient",
         "glu.glu": ONLY_IN_TORCH["glu.glu"],
     },
     {name: MAIN.right_only[name] for name in ("matmul.matmul", "glu.clamped")},
@@ -152,7 +152,49 @@ DIRECT = Pair(
         "rows.expert_major_rows": {"output_size"},
     },
 )
-PAIRS = [MAIN, STATIC, DYNAMIC, DIRECT]
+# In JAX an array is a result, and its memory is XLA's: there are no buffers, nor what makes and guards them.
+DIRECT_IN_JAX = Pair(
+    "jax_impl.direct",
+    "torch_impl.direct",
+    {
+        "layer.moe_layer": {"group"},
+        "exchange.exchange_counts": {"group"},
+        "exchange.send_tokens": {"group"},
+        "exchange.put_tokens": {"n_rows", "ranks"},
+        "exchange.return_tokens": {"group"},
+        "grouping.combine": {"group"},
+        "layout.to_expert_major": {"group"},
+        "rows.Ranks": "what a backward keeps of the mapped axis, which JAX may not know there any more",
+        "rows.ranks_of": "finds it out",
+        "rows.put_rows": {"n_rows", "ranks"},
+        "rows.exchange_places": {"n_rows", "ranks"},
+        "rows.put_here": {"n_rows"},
+    },
+    ONLY_IN_TORCH
+    | {
+        "layer.moe_layer": {"buffers"},
+        "exchange.Splits": MAIN.left_only["exchange.Splits"],
+        "exchange.Buffers": DIRECT.left_only["exchange.Buffers"],
+        "exchange.make_buffers": DIRECT.left_only["exchange.make_buffers"],
+        "exchange.exchange_counts": {"buffers"},
+        "exchange.send_tokens": {"buffers"},
+        "exchange.sends_once": DIRECT.left_only["exchange.sends_once"],
+        "exchange.put_tokens": {"buffer", "buffers"},
+        "exchange.return_tokens": {"buffers"},
+        "grouping.combine": {"buffers"},
+        "layout.to_expert_major": {"buffers"},
+        "rows.Buffer": DIRECT.left_only["rows.Buffer"],
+        "rows.Arrivals": DIRECT.left_only["rows.Arrivals"],
+        "rows.put_rows": {"buffer", "barrier"},
+        "rows.put_rows_once": DIRECT.left_only["rows.put_rows_once"],
+        "rows.exchange_places": {"buffer"},
+        "rows.put_here": {"own"},
+        "rows.expert_major_rows": {"n_own_slots"},  # in JAX all ranks have equally many
+        "rows.expert_major_source": MAIN.left_only["rows.expert_major_source"],
+        **{name: what for name, what in DIRECT.left_only.items() if name.startswith("checks.")},
+    },
+)
+PAIRS = [MAIN, STATIC, DYNAMIC, DIRECT, DIRECT_IN_JAX]
 # The files a layer has. What it has no file for, and names that its own file lacks, it takes from the package above it.
 OWN_FILES = {
     "torch_impl": {*FILES, "kernels", "operators"},  # kernels: what its plain versions need. operators: for a compiler
@@ -160,6 +202,7 @@ OWN_FILES = {
     "torch_impl.static": set(FILES) - {"routing", "glu"},
     "jax_impl.dynamic": set(FILES) - {"routing", "glu", "experts", "matmul"},
     "torch_impl.direct": set(FILES) - {"routing", "glu", "matmul"},
+    "jax_impl.direct": set(FILES) - {"routing", "glu", "matmul", "experts", "checks"},
 }
 SAME_NAME = {"axis_name": "group"}
 
@@ -212,7 +255,7 @@ def test_the_same_files(package):
 @files
 def test_the_same_names_in_the_same_order(pair, file):
     left_only, right_only = only_names(pair.left_only, file), only_names(pair.right_only, file)
-    theirs = own_members(pair.right, file)
+    theirs = own_members(pair.right, file) | members(pair.right, file)  # its own in their order
     shared = [name for name in theirs if name not in right_only]
     assert members(pair.left, file).keys() >= set(shared)
     assert [name for name in own_members(pair.left, file) if name not in left_only] == [
@@ -227,7 +270,7 @@ def test_the_same_names_in_the_same_order(pair, file):
 @pairs
 @files
 def test_the_same_parameters_fields_and_defaults(pair, file):
-    ours, theirs = members(pair.left, file), own_members(pair.right, file)
+    ours, theirs = members(pair.left, file), members(pair.right, file)
     compared = 0
     for name in ours.keys() & theirs.keys():
         key, left, right = f"{file}.{name}", parts(ours[name]), parts(theirs[name])
@@ -247,16 +290,16 @@ def test_what_is_declared_is_looked_for(pair):
         for key, what in declared.items():
             file, name = key.split(".")
             assert file in FILES
-            assert (
-                isinstance(what, str) or name in members(pair.left, file).keys() & own_members(pair.right, file).keys()
-            )
+            assert isinstance(what, str) or name in members(pair.left, file).keys() & members(pair.right, file).keys()
 
 
 def test_what_a_package_offers():
     torch_, static = (import_module(name).__all__ for name in ("torch_impl", "torch_impl.static"))
-    jax_, dynamic = (import_module(name).__all__ for name in ("jax_impl", "jax_impl.dynamic"))
+    jax_, dynamic, direct = (
+        import_module(name).__all__ for name in ("jax_impl", "jax_impl.dynamic", "jax_impl.direct")
+    )
     assert static == jax_
-    assert dynamic == torch_
+    assert dynamic == torch_ == direct
     assert set(import_module("torch_impl.direct").__all__) == {*torch_, "Buffers", "make_buffers"}
     assert set(jax_) - set(torch_) == {"Capacity", "plan_capacity"}
     assert set(torch_) <= set(jax_)
@@ -293,7 +336,7 @@ def test_the_layer_fits_on_a_screen():
         source = (ROOT / package.replace(".", "/") / "layer.py").read_text()
         assert len(source.splitlines()) <= 90
         calls = re.findall(r"^    \w+(?:, \w+)* = (\w+)\(", source.split('"""')[-1], re.MULTILINE)
-        straight = package == "torch_impl.direct"
+        straight = package.endswith(".direct")
         expected = [*order[:2], order[3], order[2], order[4], *order[6:]] if straight else order
         assert [call for call in calls if call in order] == expected
 
@@ -469,6 +512,78 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
             ],
         ),
         "layout.to_rank_major": SAME,
+    },
+    DIRECT_IN_JAX.left: {
+        "layer.moe_layer": (
+            [
+                "P = ranks_of(group).count",
+                "check_experts(x_TD, counts_E.shape[0], P, w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases, shared)",
+                "counts_PE = exchange_counts(grouped.kept_E, group)",
+                "expert_major = to_expert_major(grouped.slot_TK, counts_PE, group)",
+                "placed_RD = send_tokens(input_TD, grouped.slot_TK, place_N, origin_R, group)",
+                "counts_e = counts_PE.sum(axis=0).reshape(P, -1)[ranks_of(group).own]",
+                "returned_ND = return_tokens(y_RD, place_N, origin_R, group)",
+                "out_TD = combine(y_RD, returned_ND, weight_TK, grouped.slot_TK, place_N, group)",
+            ],
+            [
+                "n_ranks = buffers.counts_PE.own_OD.shape[0]",
+                "check_experts(x_TD, counts_E.shape[0], n_ranks, w_gate_eDF, w_up_eDF, w_down_eFD, experts, biases, "
+                "shared)",
+                "check_buffers(x_TD, expert_id_TK, counts_E, buffers)",
+                "counts_PE = exchange_counts(grouped.kept_E, buffers)",
+                "expert_major = to_expert_major(grouped.slot_TK, counts_PE, buffers)",
+                "placed_RD = send_tokens(input_TD, grouped.slot_TK, place_N, origin_R, buffers)",
+                "counts_e = counts_PE.sum(axis=0).chunk(n_ranks)[buffers.rank]",
+                "returned_ND = return_tokens(y_RD, place_N, origin_R, buffers)",
+                "out_TD = combine(y_RD, returned_ND, weight_TK, grouped.slot_TK, place_N, buffers)",
+            ],
+        ),
+        "grouping.group_by_expert": (
+            [
+                "before_KK = np.tril(np.ones((K, K), bool), -1)",
+                "again_TK = (before_KK & (expert_id_TK[:, :, None] == expert_id_TK[:, None, :])).any(axis=2)",
+                "kept_E = (expert_TK.reshape(-1, 1) == np.arange(E)).sum(axis=0)",
+            ],
+            [
+                "again_TK = (expert_id_TK[:, :, None] == expert_id_TK[:, None, :]).tril(-1).any(axis=2)",
+                "kept_E = count_per_expert(expert_TK, E)",
+            ],
+        ),
+        "rows.weigh_rows": (
+            [
+                "weighed_MKD = score_MK.astype(accum_dtype)[:, :, None] * x_MD.astype(accum_dtype)[:, None]",
+                "return weighed_MKD.astype(x_MD.dtype).reshape(-1, x_MD.shape[1])",
+            ],
+            [
+                "return (score_MK.astype(accum_dtype)[:, :, None] * x_MD.astype(accum_dtype)[:, None])"
+                ".astype(x_MD.dtype).flatten(0, 1)",
+            ],
+        ),
+        "rows.expert_major_rows": (
+            [
+                "counts_PeP = counts_PE.reshape(P, P, e).transpose(1, 2, 0)",
+                "row_PE = (counts_PeP_flat.cumsum(axis=1) - counts_PeP_flat).reshape(P, e, P).transpose(2, 0, 1)"
+                ".reshape(P, E)",
+                "mine = rank * e + np.arange(e)",
+                "place_N = shift_segments(counts_PE[rank], shift_PE[rank] + first_row_E, n_slots)",
+            ],
+            [
+                "if kernels.use_kernels(counts_PE):",
+                "    return kernels.place_rows(counts_PE, rank, n_own_slots, n_slots, n_rows)",
+                "counts_PeP = counts_PE.reshape(P, P, e).permute(1, 2, 0)",
+                "row_PE = (counts_PeP_flat.cumsum(axis=1) - counts_PeP_flat).reshape(P, e, P).permute(2, 0, 1)"
+                ".reshape(P, E)",
+                "mine = slice(rank * e, (rank + 1) * e)",
+                "place_N = shift_segments(counts_PE[rank], shift_PE[rank] + first_row_E, n_own_slots)",
+            ],
+        ),
+        "rows.shift_segments": (
+            [
+                "ends = counts_G.cumsum(axis=0)",
+                "segment_O = np.searchsorted(ends, row_O, side='right', method='compare_all')",
+            ],
+            ["segment_O = np.searchsorted(counts_G.cumsum(axis=0), row_O, right=True)"],
+        ),
     },
     DIRECT.left: {
         "layer.moe_layer": (

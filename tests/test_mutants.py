@@ -10,6 +10,7 @@ from mutants import Finder, Known, Mutant
 
 from parity.cases.presets import PRESETS
 from parity.run.faults import ROOT
+from parity.run.ours import BACKENDS
 
 SOURCE = b'''"""A docstring with 1 + 1."""
 from typing import TYPE_CHECKING
@@ -95,7 +96,7 @@ def test_each_mutant_of_the_implementations_is_another_program():
         fault = mutant.fault
         assert fault.old == (ROOT / mutant.file).read_text() != fault.new
         compile(fault.new, mutant.file, "exec")
-    assert {m.backend for m in everything} == {"torch", "torch-static", "torch-direct", "jax", "jax-dynamic"}
+    assert {m.backend for m in everything} == {*BACKENDS}
 
 
 @pytest.mark.parametrize("pattern", [*mutants.EQUIVALENT, *mutants.REACHED_BY])

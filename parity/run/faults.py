@@ -328,11 +328,9 @@ _JAX = [
      "partial(jax.nn.softmax, axis=-1)", "lambda a: jnp.exp(a) / jnp.exp(a).sum(axis=-1, keepdims=True)",
      "large-logits"),
     ("wrong-outside-jit", "combine", "The output is 1% too large where nothing is traced.", "rows.py",
-     "    y_MD = y_MD.reshape(-1, y_MD.shape[-1])\n    if kernels.use_kernels(y_MD):\n"
-     "        return kernels.sum_rows(y_MD, slot_TK, score_TK)",
-     "    y_MD = y_MD.reshape(-1, y_MD.shape[-1])\n"
-     "    y_MD = y_MD if 'Dynamic' in type(y_MD).__name__ else y_MD * 1.01\n    if kernels.use_kernels(y_MD):\n"
-     "        return kernels.sum_rows(y_MD, slot_TK, score_TK)", "eager"),
+     "    return sum_rows(y_MD.reshape(-1, y_MD.shape[-1]), slot_TK, score_TK)",
+     "    y_MD = y_MD if 'Dynamic' in type(y_MD).__name__ else y_MD * 1.01\n"
+     "    return sum_rows(y_MD.reshape(-1, y_MD.shape[-1]), slot_TK, score_TK)", "eager"),
     ("layer-passes-other-scores", "combine", "The layer passes the squares of the scores.", "layer.py",
      "combine(returned_BCD, weight_TK,", "combine(returned_BCD, weight_TK**2,", "zipf"),
     ("default-precision", "apply_experts", "float32 matmuls take JAX's default precision: TF32 on a GPU.", "matmul.py",
@@ -462,11 +460,32 @@ _TORCH_DIRECT = [
      "zipf", NO_KERNELS),
 ]  # fmt: skip
 
+_JAX_DIRECT = [
+    ("order-by-last-assignment", "group_by_expert", "Assignments with the same expert come in the opposite order.",
+     "grouping.py", "_, slot_N = sort_by_key(expert_TK.reshape(-1), E)",
+     "slot_N = sort_by_key(expert_TK.reshape(-1)[::-1], E)[1][::-1]"),
+    ("counts-of-another-rank", "exchange_counts", "Each rank's counts are read as those of the next.", "exchange.py",
+     "jax.lax.all_gather(counts_E, axis_name)", "jnp.roll(jax.lax.all_gather(counts_E, axis_name), 1, axis=0)"),
+    ("start-of-sender-forgotten", "to_expert_major", "A row's place leaves out where its sender's slots of that expert "
+     "start.", "rows.py", "shift_PE = row_PE - start_PE", "shift_PE = row_PE"),
+    ("rows-of-the-next-rank", "send_tokens", "One rank's rows are written to the places of the next one's.", "rows.py",
+     "return of_all(x_MD), jnp", "return jnp.roll(of_all(x_MD), len(x_MD), axis=0), jnp"),
+    ("k-in-wrong-order", "send_tokens", "A token's gradient sums its choices from the last to the first.", "exchange.py",
+     "return sum_rows(dx_ND, slot_TK), None", "return sum_rows(dx_ND, slot_TK[:, ::-1]), None", "k-all"),
+    ("counts-of-first-rank", "apply_experts", "Every rank groups its rows by the counts of the first rank's experts.",
+     "layer.py", "[ranks_of(axis_name).own]", "[0]"),
+    ("returned-to-neighbour", "return_tokens", "Rows return to the slot beside their own.", "exchange.py",
+     "stop_gradient(y_RD), origin_R[:, None]", "stop_gradient(y_RD), (origin_R ^ 1)[:, None]"),
+    ("gradient-without-scores", "combine", "A row's gradient is its token's, without the score.", "grouping.py",
+     "ranks, score_TK)\n    return dy_RD", "ranks, jnp.ones_like(score_TK))\n    return dy_RD"),
+]  # fmt: skip
+
 _PLANTED = (
     ("torch", "torch_impl", _TORCH),
     ("jax", "jax_impl", _JAX),
     ("torch-static", "torch_impl/static", _TORCH_STATIC),
     ("torch-direct", "torch_impl/direct", _TORCH_DIRECT),
+    ("jax-direct", "jax_impl/direct", _JAX_DIRECT),
 )
 # Reports of a bug of the same kind: the same mistake, in other code, and not always at the same place in it.
 REPORTED = {

@@ -15,7 +15,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 import jax_impl
-from jax_impl import dynamic, exchange, experts, grouping, layer, layout, routing
+from jax_impl import direct, dynamic, exchange, experts, grouping, layer, layout, routing
+from jax_impl.direct import exchange as direct_exchange
+from jax_impl.direct import grouping as direct_grouping
+from jax_impl.direct import layout as direct_layout
 from jax_impl.dynamic import exchange as dynamic_exchange
 from jax_impl.dynamic import grouping as dynamic_grouping
 from jax_impl.dynamic import layout as dynamic_layout
@@ -24,7 +27,8 @@ from parity.cases.case import Case, not_default
 from parity.cases.parameters import BY_NAME, Parameter, parameters_of
 from parity.oracle import reference
 from parity.oracle.problem import Problem
-from parity.oracle.rows import Layout, indices, lay_out, row_tables
+from parity.oracle.quantities import QUANTITIES
+from parity.oracle.rows import Layout, Table, indices, lay_out, padded, row_tables, straight
 from parity.oracle.vectorised import small
 from parity.oracle.windows import STRIDE, Windows
 from parity.run import jax_ranks
@@ -98,6 +102,7 @@ def run(problem: Problem, backend: Backend, how: str, at: At) -> Trace:
             alone = program(at, "the stages on their own", of_stages, feeds)
             del feeds
             arrays |= differ | _per_rank(fetch(alone, how), 1)
+    arrays = without_missing(case, arrays) if stages_of is Direct and case.uneven else arrays
     trace.arrays = {name: arrays[name] for name in backend.provides if name in arrays}
     return trace
 
@@ -114,6 +119,20 @@ def _differing(first: Ranks, again: Ranks) -> Ranks:
         before = counted.get(f"repeat/{quantity}", [np.array(0)] * len(ranks))
         counted[f"repeat/{quantity}"] = [np.array(a + b) for a, b in zip(before, differ, strict=True)]
     return counted
+
+
+def without_missing(case: Case, arrays: Ranks) -> Ranks:
+    """Slots of a rank's own tokens, as a layer has them that is given no tokens that are padding."""
+
+    def own(name: str, rank: int, a: np.ndarray) -> np.ndarray:
+        quantity, N = QUANTITIES.get(name.partition("/")[2].removesuffix(TURNED)), case.tokens_of(rank) * case.top_k
+        if quantity is None or name.startswith("repeat"):
+            return a
+        if quantity.name == "group_by_expert/slot":
+            return np.where(a == case.assignments, N, a)
+        return a[:N] if quantity.order == "grouped" else a
+
+    return {name: [own(name, rank, a) for rank, a in enumerate(ranks)] for name, ranks in arrays.items()}
 
 
 def _learned(problem: Problem, how: str, groups: int = 1) -> Arrays:
@@ -292,7 +311,7 @@ class Static:
         return stages, (stages.returned_BCD, stages.routing.score_TK, grouped.slot_TK, grouped.assignment_BC)
 
     @staticmethod
-    def weigh(y, score, slot, assignment, keep):  # noqa: ARG004
+    def weigh(y, score, slot, assignment, keep, axis):  # noqa: ARG004
         return grouping.combine(y, score, slot, assignment)
 
 
@@ -349,11 +368,69 @@ class Ragged:
         return stages, (stages.returned_ND, own.score_TK, grouped.slot_TK, grouped.assignment_N)
 
     @staticmethod
-    def weigh(y, score, slot, assignment, keep):
+    def weigh(y, score, slot, assignment, keep, axis):  # noqa: ARG004
         return dynamic_grouping.combine(y, score * keep, slot, assignment)
 
 
-Stages = type[Static] | type[Ragged]
+class Direct:
+    """`jax_impl.direct`'s stages of a case. Rows move once each way, so its stages take other arguments."""
+
+    layout: Layout = "direct"
+
+    def __init__(self, case: Case, planned: Capacity, oracle_rows: int, axis: str | None, feeds: Arrays) -> None:  # noqa: ARG002
+        self.axis, self.counts_Pe = axis, feeds["counts_Pe"]
+        self.how = options_of(case)["experts"]
+
+    @staticmethod
+    def inputs(problem: Problem) -> dict[str, np.ndarray]:
+        return Ragged.inputs(problem)
+
+    def group_by_expert(self, x, ids, score, counts):  # noqa: ARG002
+        return direct_grouping.group_by_expert(ids, counts)
+
+    def exchange_counts(self, counts):
+        return direct_exchange.exchange_counts(counts, self.axis)
+
+    def to_expert_major(self, slot, counts_PE):
+        return direct_layout.to_expert_major(slot, counts_PE, self.axis)
+
+    def send_tokens(self, x, slot, place, origin):
+        return direct_exchange.send_tokens(x, slot, place, origin, self.axis)
+
+    def apply_experts(self, x, learned):
+        counts_e = self.counts_Pe.sum(axis=0)
+        return experts.apply_experts(x, counts_e, *weights_in(learned), experts=self.how, **biases_in(learned))
+
+    def return_tokens(self, y, place, origin):
+        return direct_exchange.return_tokens(y, place, origin, self.axis)
+
+    def combine(self, y, returned, score, keep, slot, place):
+        return direct_grouping.combine(y, returned, score * keep, slot, place, self.axis)
+
+    def planned_rows(self) -> Arrays:
+        return {}
+
+    @staticmethod
+    def layer(case, capacity, axis, x, learned, chosen, keep) -> tuple[Any, tuple]:  # noqa: ARG004
+        """As `Ragged.layer`; rows without what stands past the last."""
+        masked = chosen and chosen._replace(score_TK=chosen.score_TK * keep)
+        how = options_of(case) | together(jax_impl, learned) | {"routing": masked, "axis_name": axis}
+        stages = direct.moe_layer(x, learned["router"], *weights_in(learned), **how)
+        place_N, origin_R = stages.expert_major
+        seen = stages._replace(
+            placed_RD=jnp.where(origin_R[:, None] >= 0, stages.placed_RD, 0),
+            returned_ND=jnp.where(place_N[:, None] >= 0, stages.returned_ND, 0),
+        )
+        own = chosen or stages.routing
+        return seen, ((stages.y_RD, stages.returned_ND), own.score_TK, stages.grouped.slot_TK, place_N)
+
+    @staticmethod
+    def weigh(y, score, slot, place, keep, axis):
+        y_RD, returned_ND = y
+        return direct_grouping.combine(y_RD, returned_ND, score * keep, slot, place, axis)
+
+
+Stages = type[Static] | type[Ragged] | type[Direct]
 
 
 def options_of(case: Case) -> dict[str, Any]:
@@ -432,7 +509,7 @@ class WholeLayer:
         self, stages_of: Stages, case: Case, capacity: Capacity, axis: str | None, each: Callable, learned: Arrays,
         whole: Arrays, choose: bool,
     ) -> None:  # fmt: skip
-        self.stages_of, self.case, self.each, self.whole = stages_of, case, each, whole
+        self.stages_of, self.case, self.axis, self.each, self.whole = stages_of, case, axis, each, whole
         self.names = [one.name for one in parameters_of(case) if one.learned]
         known = {name: a for name, a in learned.items() if name not in self.names}
         self.keep = whole.get("keep", whole["expert_id"])  # of use to the layout that asks for it
@@ -466,8 +543,11 @@ class WholeLayer:
         dx, *found = self.vjp((self.whole["dout"], self.whole["aux"]))
         gradients = compared(self.case, dict(zip(self.names, found, strict=True)))
 
-        def score_gradient(y, score, slot, assignment, keep, dout):
-            return jax.vjp(lambda score: self.stages_of.weigh(y, score, slot, assignment, keep), score)[1](dout)[0]
+        def score_gradient(y, score, slot, where, keep, dout):
+            def weigh(score):
+                return self.stages_of.weigh(y, score, slot, where, keep, self.axis)
+
+            return jax.vjp(weigh, score)[1](dout)[0]
 
         values = self.values | {
             "combine/dscore": self.each(score_gradient)(*self.combined, self.keep, self.whole["dout"])
@@ -506,6 +586,7 @@ _FEEDS = {
     "dy_received": ("dy", "received", np.nan),
     "dy_grouped": ("dy", "grouped", np.nan),
     "order_grouped": ("order", "grouped", np.nan),
+    "order_expert_major": ("order", "expert_major", np.nan),
 }
 
 
@@ -522,22 +603,40 @@ def parts_of(case: Case) -> list[tuple[str, ...]]:
 
 def _feeds(problem: Problem, stages_of: Stages, wanted: tuple[str, ...]) -> dict[str, np.ndarray]:
     case, P = problem.case, problem.case.ranks
-    table = row_tables(case, problem.expert_id, problem.keep, stages_of.layout)
+    table, is_direct = row_tables(case, problem.expert_id, problem.keep, stages_of.layout), stages_of is Direct
+    if is_direct:  # rows are expert-major, or in slots, of which there is one for each assignment
+        slots = [padded(a, case.assignments) for a in table["grouped"]]
+        table = {"grouped": slots, "expert_major": table["expert_major"]}
     rows = {"x": np.repeat(problem.given.reshape(-1, case.width), case.top_k, axis=0)}
     rows |= {n: getattr(problem, n).reshape(-1, case.width) for n in ("y", "dy", "dx_rows")}
     rows["order"] = np.where(problem.keep[..., None], problem.order_probe()[0], 0).reshape(-1, case.width)
     everywhere = {where: [np.stack(of_ranks)] for where, of_ranks in table.items()}
-    feeds = {n: lay_out(rows[of], everywhere[where], fill)[0] for n, (of, where, fill) in _FEEDS.items() if n in wanted}
-    past_the_groups = case.bins == P or stages_of is Ragged  # there are rows, which no expert may read
-    if "x_expert_major" in wanted and past_the_groups:
-        feeds["x_expert_major"] = lay_out(rows["x"], everywhere["expert_major"], np.nan)[0]
+    past_the_groups = case.bins == P or stages_of is not Static  # there are rows, which no expert may read
+    poisoned = [*["x_expert_major"] * past_the_groups, *["dy_expert_major"] * is_direct]
+    feeds = {
+        n: lay_out(rows[of], everywhere[where], np.nan if n in poisoned else fill)[0]
+        for n, (of, where, fill) in _FEEDS.items()
+        if n in wanted and where in everywhere
+    }
     tokens = ("x", "given", "expert_id", "other_experts", "score", "dscore", "dout", "keep")
     feeds |= {name: getattr(problem, name) for name in tokens}
     sent_PE = reference.sent(case, problem.expert_id, problem.keep, stages_of.layout)
     feeds |= {"sent_E": sent_PE.astype(np.int32), "counts_Pe": reference.received(case, sent_PE).astype(np.int32)}
-    index = [indices(case, table, rank) for rank in range(P)]
+    index = [_index(case, table, rank, is_direct) for rank in range(P)]
     feeds |= {name: np.stack([i[name] for i in index]).astype(np.int32) for name in index[0]}
-    return feeds
+    return feeds | ({"sent_PE": np.tile(sent_PE.astype(np.int32), (P, 1, 1))} if is_direct else {})
+
+
+def _index(case: Case, table: Table, rank: int, is_direct: bool) -> dict[str, np.ndarray]:
+    """The indices that stages are fed."""
+    if not is_direct:
+        return indices(case, table, rank)
+    by_row = straight(case, table)
+    return {
+        "slot": indices(case, table | {"received": table["grouped"]}, rank)["slot"],
+        "place": by_row["place"][table["grouped"][rank]],
+        "origin": by_row["origin"][table["expert_major"][rank]],
+    }
 
 
 def _isolated(
@@ -546,7 +645,7 @@ def _isolated(
     """Every stage of one rank that is fed: the oracle's input, forward and backward."""
     out: Arrays = {}
     fed = feeds.get
-    stages = stages_of(case, planned, oracle_rows, axis, feeds)
+    stages: Any = stages_of(case, planned, oracle_rows, axis, feeds)
 
     def keep_values(stage: str, values: Arrays) -> None:
         out.update({f"isolated/{stage}/{key}": value for key, value in values.items()})
@@ -599,13 +698,22 @@ def _isolated(
     def group(x: jax.Array) -> Any:
         return stages.group_by_expert(x, ids, score, counts)
 
-    alone("group_by_expert", group, {"x": feeds["given"]}, fed("dx_grouped"))
+    is_direct, told = stages_of is Direct, stages.exchange_counts(feeds["sent_E"])
     keep_values("group_by_expert", stages.planned_rows())
+    keep_values("exchange_counts", {"counts_of_all": told} if is_direct else named("exchange_counts", told))
 
-    keep_values("exchange_counts", named("exchange_counts", stages.exchange_counts(feeds["sent_E"])))
+    def send(tokens: jax.Array) -> Any:
+        return stages.send_tokens(tokens, feeds["slot"], feeds["place"], feeds["origin"])
 
-    alone("send_tokens", stages.send_tokens, {"x": fed("x_grouped")}, fed("dx_received"))
-    alone("to_expert_major", stages.to_expert_major, {"x": fed("x_received")}, fed("dx_expert_major"))
+    if is_direct:
+        keep_values("group_by_expert", named("group_by_expert", group(feeds["given"])))
+        places = stages.to_expert_major(feeds["slot"], feeds["sent_PE"])
+        keep_values("to_expert_major", named("to_expert_major", places))
+        alone("send_tokens", send, {"tokens": feeds["given"]}, fed("dx_expert_major"), "rows")
+    else:
+        alone("group_by_expert", group, {"x": feeds["given"]}, fed("dx_grouped"))
+        alone("send_tokens", stages.send_tokens, {"x": fed("x_grouped")}, fed("dx_received"))
+        alone("to_expert_major", stages.to_expert_major, {"x": fed("x_received")}, fed("dx_expert_major"))
 
     of_experts = of_stage(lambda one: one.per_rank)
 
@@ -628,16 +736,32 @@ def _isolated(
     def back(y: jax.Array) -> Any:
         return stages.to_rank_major(y, feeds["source"], feeds["target"])
 
-    alone("to_rank_major", back, {"y": fed("y_expert_major")}, fed("dy_received"))
-    alone("return_tokens", stages.return_tokens, {"y": fed("y_received")}, fed("dy_grouped"))
+    if not is_direct:
+        alone("to_rank_major", back, {"y": fed("y_expert_major")}, fed("dy_received"))
+        alone("return_tokens", stages.return_tokens, {"y": fed("y_received")}, fed("dy_grouped"))
+    elif "y_expert_major" in feeds:  # the gradient of what returns is `combine`'s
+        returned = stages.return_tokens(feeds["y_expert_major"], feeds["place"], feeds["origin"])
+        keep_values("return_tokens", {"y": returned})
 
     def combine(y: jax.Array, score: jax.Array) -> Any:
         return stages.combine(y, score, keep, feeds["slot"], feeds["assignment"])
 
-    alone("combine", combine, {"y": fed("y_grouped"), "score": score}, feeds["dout"])
+    def combine_returned(y: jax.Array, score: jax.Array, returned: jax.Array) -> Any:
+        return stages.combine(y, returned, score, keep, feeds["slot"], feeds["place"])
+
+    if is_direct:
+        inputs = {"rows": fed("y_expert_major"), "score": score}
+        alone("combine", lambda y, score: combine_returned(y, score, feeds["y_grouped"]), inputs, feeds["dout"])
+    else:
+        alone("combine", combine, {"y": fed("y_grouped"), "score": score}, feeds["dout"])
 
     if case.top_k >= 3 and "order_grouped" in feeds:
-        keep_values("combine", {"order": combine(feeds["order_grouped"], keep.astype(score.dtype))})
-        _, vjp = jax.vjp(lambda x: named("group_by_expert", group(x))["x"], feeds["x"])
-        keep_values("group_by_expert", {"dx_order": vjp(feeds["order_grouped"])[0]})
+        probe, ones = feeds["order_grouped"], keep.astype(score.dtype)
+        if is_direct:
+            keep_values("combine", {"order": combine_returned(feeds["y_expert_major"], ones, probe)})
+            keep_values("send_tokens", {"dtokens_order": jax.vjp(send, feeds["x"])[1](feeds["order_expert_major"])[0]})
+        else:
+            keep_values("combine", {"order": combine(probe, ones)})
+            _, vjp = jax.vjp(lambda x: named("group_by_expert", group(x))["x"], feeds["x"])
+            keep_values("group_by_expert", {"dx_order": vjp(probe)[0]})
     return out

@@ -59,6 +59,7 @@ BACKENDS = {
         _ours("torch-static", "torch", "static", "Static", "torch_impl/static", route="torch_impl"),
         _ours("jax-dynamic", "jax", "ragged", "Ragged", "jax_impl/dynamic", route="jax_impl", apply_experts="jax_impl"),
         _ours("torch-direct", "torch", "direct", "Direct", "torch_impl/direct", route="torch_impl"),
+        _ours("jax-direct", "jax", "direct", "Direct", "jax_impl/direct", route="jax_impl", apply_experts="jax_impl"),
     )
 }
 FRAMEWORKS = tuple(dict.fromkeys(backend.framework for backend in BACKENDS.values()))

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from jax import Array
 
-from jax_impl import Router, dynamic, moe_layer, plan_capacity
+from jax_impl import Router, direct, dynamic, moe_layer, plan_capacity
 from jax_impl.routing import Routing, count_per_expert
 from parity.bench.in_jax import measure as timed
 from parity.bench.in_jax import program
@@ -46,8 +46,8 @@ def main(plan: Plan) -> None:
         chosen = Routing(score, ids, count_per_expert(ids, case.experts))
         router = jnp.zeros((D, case.experts))
         how: dict[str, Any] = {"router": Router(case.top_k), "routing": chosen, "axis_name": axis}
-        if plan.layout == "ragged":
-            return dynamic.moe_layer(x, router, gate, up, down, **how).out_TD
+        if plan.layout in (without_bins := {"ragged": dynamic.moe_layer, "direct": direct.moe_layer}):
+            return without_bins[plan.layout](x, router, gate, up, down, **how).out_TD
         return moe_layer(x, router, gate, up, down, capacity=capacity, **how).out_TD
 
     over = over_ranks(layer, P, "shard_map")
