@@ -542,11 +542,15 @@ SAME_LINES: dict[str, dict[str, tuple[list[str], list[str]]]] = {
             [
                 "before_KK = np.tril(np.ones((K, K), bool), -1)",
                 "again_TK = (before_KK & (expert_id_TK[:, :, None] == expert_id_TK[:, None, :])).any(axis=2)",
-                "kept_E = (expert_TK.reshape(-1, 1) == np.arange(E)).sum(axis=0)",
+                "_, slot_N = sort_by_key(expert_N, E)",
+                "return Grouped(slot_TK, (np.arange(E)[:, None] == expert_N).sum(axis=1))",  # fast enough in XLA
             ],
             [
                 "again_TK = (expert_id_TK[:, :, None] == expert_id_TK[:, None, :]).tril(-1).any(axis=2)",
-                "kept_E = count_per_expert(expert_TK, E)",
+                "order_N, slot_N = sort_by_key(expert_N, E)",
+                "expert_E = np.arange(E, dtype=expert_N.dtype)",
+                "end_E = np.searchsorted(expert_N[order_N], expert_E, right=True)",
+                "return Grouped(slot_TK, end_E.diff(prepend=end_E.new_zeros(1)))",
             ],
         ),
         "rows.weigh_rows": (

@@ -30,12 +30,10 @@ def group_by_expert(expert_id_TK: Integer[Array, "T K"], counts_E: Integer[Array
     before_KK = jnp.tril(jnp.ones((K, K), bool), -1)
     again_TK = (before_KK & (expert_id_TK[:, :, None] == expert_id_TK[:, None, :])).any(axis=2)
     valid_TK = (expert_id_TK >= 0) & (expert_id_TK < E) & ~again_TK
-    expert_TK = jnp.where(valid_TK, expert_id_TK, E)
-    kept_E = (expert_TK.reshape(-1, 1) == jnp.arange(E)).sum(axis=0)
-
-    _, slot_N = sort_by_key(expert_TK.reshape(-1), E)
+    expert_N = jnp.where(valid_TK, expert_id_TK, E).reshape(-1)
+    _, slot_N = sort_by_key(expert_N, E)
     slot_TK = jnp.where(valid_TK, slot_N.reshape(T, K), T * K)
-    return Grouped(slot_TK, kept_E)
+    return Grouped(slot_TK, (jnp.arange(E)[:, None] == expert_N).sum(axis=1))
 
 
 def combine(

@@ -462,8 +462,8 @@ _TORCH_DIRECT = [
 
 _JAX_DIRECT = [
     ("order-by-last-assignment", "group_by_expert", "Assignments with the same expert come in the opposite order.",
-     "grouping.py", "_, slot_N = sort_by_key(expert_TK.reshape(-1), E)",
-     "slot_N = sort_by_key(expert_TK.reshape(-1)[::-1], E)[1][::-1]"),
+     "grouping.py", "_, slot_N = sort_by_key(expert_N, E)",
+     "slot_N = sort_by_key(expert_N[::-1], E)[1][::-1]"),
     ("counts-of-another-rank", "exchange_counts", "Each rank's counts are read as those of the next.", "exchange.py",
      "jax.lax.all_gather(counts_E, axis_name)", "jnp.roll(jax.lax.all_gather(counts_E, axis_name), 1, axis=0)"),
     ("start-of-sender-forgotten", "to_expert_major", "A row's place leaves out where its sender's slots of that expert "
