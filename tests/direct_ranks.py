@@ -17,6 +17,7 @@ import torch_impl.static.matmul
 from torch_impl import Router, Routing, checks, direct, kernels, route
 from torch_impl.direct import Buffers
 from torch_impl.direct.checks import check_same_offset
+from torch_impl.direct.exchange import sends_once
 from torch_impl.direct.rows import Arrivals, Buffer, put_rows, put_rows_once
 from torch_impl.exchange import n_ranks
 
@@ -66,6 +67,7 @@ def both_corners(inputs: Inputs, steps: int, group: Group) -> list[tuple]:
     """Output and gradients of the readable corner, and of this one, of each of several steps with the same buffers."""
     stages, gradients = step(torch_impl.moe_layer, inputs, group=group)
     results, buffers = [(stages.out_TD.detach(), gradients)], buffers_for(inputs, group)
+    assert (buffers.arrivals is not None) == sends_once(n_ranks(group), inputs.sizes[1])
     with products_of_as_many_rows() if inputs["x"].dtype == torch.float32 else nullcontext():
         for _ in range(steps):
             stages, gradients = step(direct.moe_layer, inputs, buffers=buffers)

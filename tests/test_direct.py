@@ -214,7 +214,7 @@ def test_buffers_are_for_one_step_at_a_time():
     (expected,) = torch.autograd.grad(first, x, inputs.dout, retain_graph=True)
     forward(mine)
     forward(mine)
-    said = "2 forward passes have used these buffers since .* overwrote the rows .* make another set of buffers"
+    said = "^2 forward passes have used these buffers since .* overwrote the rows .* make another set of buffers"
     with pytest.raises(RuntimeError, match=said):
         torch.autograd.grad(first, x, inputs.dout)
     x, again = forward(mine)
