@@ -319,10 +319,12 @@ def test_jax_sends_as_many_rows_as_there_are(monkeypatch):
     rng = np.random.default_rng(0)
     x_PTD, x_PND = (rng.standard_normal((P, n, TINY.width), np.float32) for n in (TINY.tokens, TINY.assignments))
 
-    out_PTD = over_ranks(way.whole)(x_PTD, score_PTK, ids_PTK, counts_PE)
-    np.testing.assert_allclose(out_PTD, x_PTD * score_PTK.sum(2, keepdims=True), rtol=1e-5)
+    for whole in (way.whole, bench_jax.direct_over_ranks(TINY).whole):
+        out_PTD = over_ranks(whole)(x_PTD, score_PTK, ids_PTK, counts_PE)
+        np.testing.assert_allclose(out_PTD, x_PTD * score_PTK.sum(2, keepdims=True), rtol=1e-5)
 
     assert x_PND.shape[1:] == way.sent
+    assert way.send
     received_PRD = over_ranks(way.send)(x_PND, *over_ranks(way.splits)(counts_PE))
     assert received_PRD.shape == (P, *way.received)
     ends = counts_PE.reshape(P, P, -1).sum(2).cumsum(1)
@@ -341,7 +343,7 @@ def test_jax_measures_rows_as_many_as_there_are():
         "jax.lax.ragged_all_to_all, exchange.check_ragged_exchange = ragged_all_to_all, lambda _: None\n"
         "from test_bench import TINY, bench_jax, Plan\n"
         "plan = Plan(parts=('exchange', 'whole'), seconds=0.001, ranks=2)\n"
-        "bench_jax.across_ranks(plan, [TINY], [bench_jax.ragged_over_ranks])\n"
+        "bench_jax.across_ranks(plan, [TINY], [bench_jax.ragged_over_ranks, bench_jax.direct_over_ranks])\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
@@ -349,9 +351,10 @@ def test_jax_measures_rows_as_many_as_there_are():
     figures = [msgspec.json.decode(line, type=Figure) for line in run.stdout.splitlines()]
     assert [f.error for f in figures if f.error] == []
     found = [(f.variant, f.part, f.direction) for f in figures]
-    assert found == [("2 ranks, ragged", part, d) for part in ("exchange", "whole") for d in DIRECTIONS]
-    assert [f.link_bytes for f in figures] == [16 * 2 // 2 * 8 * 2 * n for n in (1, 2, 2, 4)]  # as in PyTorch
-    assert [f.bytes for f in figures] == [n * 8 * 2 for n in (0, 0, 6 * 32 + 2 * 16, 13 * 32 + 4 * 16)]
+    rows = [("2 ranks, ragged", "exchange"), ("2 ranks, ragged", "whole"), ("2 ranks, direct", "whole")]
+    assert found == [(*row, d) for row in rows for d in DIRECTIONS]
+    assert [f.link_bytes for f in figures] == [16 * 2 // 2 * 8 * 2 * n for n in (1, 2, 2, 4, 2, 4)]  # as in PyTorch
+    assert [f.bytes for f in figures] == [n * 8 * 2 for n in (0, 0, *(6 * 32 + 2 * 16, 13 * 32 + 4 * 16) * 2)]
 
 
 @pytest.mark.slow

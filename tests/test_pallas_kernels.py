@@ -15,11 +15,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jax_ranks import trace_over_data_and_experts
 from problems import WEIGHTS, bits, close, dense, dense_experts, gamma, who_stays, within
 
-from jax_impl import Router, dynamic, kernels, moe_layer, plan_capacity
+from jax_impl import Router, direct, dynamic, kernels, moe_layer, plan_capacity
 from jax_impl.experts import apply_experts
 from jax_impl.grouping import Capacity, group_by_expert
 from jax_impl.routing import route
-from jax_impl.rows import expand_rows, inverse_permutation, permute_rows, rank_bins_source, weighted_sum
+from jax_impl.rows import expand_rows, inverse_permutation, permute_rows, rank_bins_source, score_gradient, weighted_sum
 from parity.oracle.tolerances import underflow, unit_roundoff
 from parity.run.jax_stages import poisoned_memory
 
@@ -261,7 +261,8 @@ def test_combine_and_its_gradients(backend, shape, dtype, both_ways):
     plain, ours = both_ways(combine_gradients, y, score, slot, assignment, x)
     same(ours[0], plain[0])  # one product, one rounding; padding is zero
     products = np.asarray(x, np.float64)[:, None] * gathered
-    for dscore in (plain[1], ours[1]):  # a sum over D, in any order
+    alone = both_ways(score_gradient, x, y.reshape(-1, y.shape[-1]), score, slot)
+    for dscore in (plain[1], ours[1], *alone):  # a sum over D, in any order
         summed_in_float32(dscore, products.sum(axis=2), np.abs(products).sum(axis=2), x.shape[1], "float32")
 
 
@@ -294,12 +295,14 @@ def test_expert_major_rows(backend, P, e, C):
 
 
 @pytest.mark.parametrize(
-    ("layer", "dtype"), [("rank bins", "bfloat16"), ("expert bins", "float64"), ("dynamic", "float64")]
+    ("layer", "dtype"),
+    [("rank bins", "bfloat16"), ("expert bins", "float64"), ("dynamic", "float64"), ("direct", "bfloat16")],
 )
 def test_the_layer_with_64_bits(layer, dtype, monkeypatch):
     """JAX then makes 64-bit integers where nothing says otherwise, and kernels take none but those they expect."""
     T, D, F, E, K = 5, 24, 16, 4, 2
-    bins = plan_capacity("1", T, K, E, 1, per=layer.split()[0]) if layer != "dynamic" else None
+    without_bins = {"dynamic": dynamic.moe_layer, "direct": direct.moe_layer}.get(layer)
+    bins = None if without_bins else plan_capacity("1", T, K, E, 1, per=layer.split()[0])
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         inputs = [
@@ -319,7 +322,8 @@ def test_the_layer_with_64_bits(layer, dtype, monkeypatch):
 
             def run(*inputs):
                 if bins is None:
-                    return dynamic.moe_layer(*inputs, router=Router(K)).out_TD
+                    assert without_bins
+                    return without_bins(*inputs, router=Router(K)).out_TD
                 return moe_layer(*inputs, router=Router(K), capacity=bins).out_TD
 
             out, vjp = jax.vjp(jax.jit(run), *inputs)
@@ -362,7 +366,9 @@ def test_a_gradient_of_a_gradient_is_refused_in_words(monkeypatch):
         jax.make_jaxpr(jax.grad(penalty))(jnp.ones((1, 4, 8)))
 
 
-@pytest.mark.parametrize("kernel", ["gather_rows", "expand_rows", "sum_rows", "weighted_sum_backward"])
+@pytest.mark.parametrize(
+    "kernel", ["gather_rows", "expand_rows", "sum_rows", "weighted_sum_backward", "score_gradient"]
+)
 def test_rows_lower_for_a_gpu_too(kernel, monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRET", False)
     T, K, S, D = 64, 4, 300, 512
@@ -371,7 +377,7 @@ def test_rows_lower_for_a_gpu_too(kernel, monkeypatch):
     index, dout = jax.ShapeDtypeStruct((S,), i32), jax.ShapeDtypeStruct((T, D), bf16)
     arguments = {
         "gather_rows": (y, index), "expand_rows": (dout, slot, index), "sum_rows": (y, slot, score),
-        "weighted_sum_backward": (dout, y, score, slot, index)
+        "weighted_sum_backward": (dout, y, score, slot, index), "score_gradient": (dout, y, score, slot),
     }[kernel]  # fmt: skip
     assert "triton" in lowered_for_a_gpu(getattr(kernels, kernel), *arguments)
 

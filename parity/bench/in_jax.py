@@ -21,6 +21,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jax_impl.direct import exchange as direct_exchange
+from jax_impl.direct import grouping as direct_grouping
+from jax_impl.direct.layout import to_expert_major as to_places
 from jax_impl.dynamic import exchange as dynamic_exchange
 from jax_impl.dynamic import grouping as dynamic_grouping
 from jax_impl.dynamic import layout as dynamic_layout
@@ -166,9 +169,8 @@ def main(plan: Plan) -> None:
             emit(link_figure(plan))
         return
     if plan.ranks > 1:
-        ways = (
-            [static_over_ranks, ragged_over_ranks] if on_gpu else [static_over_ranks]
-        )  # XLA:CPU cannot exchange these
+        # XLA:CPU has no ragged exchange, and no kernel that writes to other ranks.
+        ways = [static_over_ranks, *[ragged_over_ranks, direct_over_ranks] * on_gpu]
         across_ranks(plan, choose_shapes(plan, on_gpu), ways)
         return
     peers = find_peers("jax", JAX_PEERS) if plan.baselines and "experts" in plan.parts else {}
@@ -329,10 +331,11 @@ class OverRanks(NamedTuple):
     """How rows reach other ranks: what one rank runs, and what its exchange takes and returns.
 
     `send` takes rows and what `splits` makes of counts_E, untimed; `whole` takes x_TD, score_TK, ids_TK and counts_E.
+    Without `send`, there is no exchange apart from the rest.
     """
 
     variant: str
-    send: Callable[..., Array]
+    send: Callable[..., Array] | None
     whole: Callable[..., Array]
     splits: Callable[[Array], tuple[Array, ...]]
     sent: tuple[int, ...]  # shape of the rows that a rank sends
@@ -377,6 +380,20 @@ def ragged_over_ranks(shape: Case) -> OverRanks:
     return OverRanks(", ragged", send, whole, splits, (N, shape.width), (R, shape.width), N)
 
 
+def direct_over_ranks(shape: Case) -> OverRanks:
+    """Each row straight to its place, as in the direct layer. Nothing drops."""
+
+    def whole(x_TD: Array, score_TK: Array, ids_TK: Array, counts_E: Array) -> Array:
+        slot_TK, kept_E = direct_grouping.group_by_expert(ids_TK, counts_E)
+        places = to_places(slot_TK, direct_exchange.exchange_counts(kept_E, "ranks"), "ranks")
+        x_RD = direct_exchange.send_tokens(x_TD, slot_TK, *places, "ranks")
+        y_RD = jax.lax.optimization_barrier(x_RD)
+        returned_ND = direct_exchange.return_tokens(y_RD, *places, "ranks")
+        return direct_grouping.combine(y_RD, returned_ND, score_TK, slot_TK, places.place_N, "ranks")
+
+    return OverRanks(", direct", None, whole, lambda _: (), (), (), shape.assignments)
+
+
 def across_ranks(plan: Plan, shapes: list[Case], ways: Sequence[Callable[[Case], OverRanks]]) -> None:
     """Figures of the exchange and of the whole with it, one device per rank; each is one program."""
     P = plan.ranks
@@ -405,9 +422,10 @@ def across_ranks(plan: Plan, shapes: list[Case], ways: Sequence[Callable[[Case],
                 cotangent, x = (draw(j, shape.tokens, shape.width) for j in (i + N_SETS, i))  # in this order
                 inputs["whole"].append((cotangent, x, score, ids, counts))
 
-            for part, run in (("exchange", on_ranks(way.send)), ("whole", on_ranks(way.whole))):
-                if part not in plan.parts:
+            for part, stage in (("exchange", way.send), ("whole", way.whole)):
+                if part not in plan.parts or stage is None:
                     continue
+                run = on_ranks(stage)
                 forward, training = program(run), program(forward_and_backward(run))
                 steps = (
                     lambda i, run=forward, sets=inputs[part]: run(*sets[i % N_SETS][1:]),
