@@ -15,7 +15,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jax_impl import Router, dynamic, kernels, moe_layer, plan_capacity
+from jax_impl import Router, direct, dynamic, kernels, moe_layer, plan_capacity
 from jax_impl.grouping import Capacity, combine, group_by_expert
 from jax_impl.layout import to_expert_major, to_rank_major
 from jax_impl.matmul import grouped_matmul
@@ -82,18 +82,24 @@ def launches(program) -> list[str]:
 @pytest.mark.parametrize(
     ("how_mapped", "P", "layer"),
     [
-        ("no axis", 1, "rank"), ("no axis", 1, "expert"), ("no axis", 1, "dynamic"),
-        ("vmap", 4, "rank"), ("vmap", 4, "expert"),
-        ("shard_map", 2, "rank"), ("shard_map", 2, "expert"), ("shard_map", 2, "dynamic"),
+        ("no axis", 1, "rank"), ("no axis", 1, "expert"), ("no axis", 1, "dynamic"), ("no axis", 1, "direct"),
+        ("vmap", 4, "rank"), ("vmap", 4, "expert"), ("vmap", 4, "direct"),
+        ("shard_map", 2, "rank"), ("shard_map", 2, "expert"), ("shard_map", 2, "dynamic"), ("shard_map", 2, "direct"),
+        ("shard_map, one process", 2, "direct"), ("shard_map, one process", 4, "direct"),
     ],
 )  # fmt: skip
 def test_the_layer_compiles_forward_and_backward(how_mapped, P, layer, dtype, monkeypatch):
     monkeypatch.setattr("jax_impl.dynamic.exchange.check_ragged_exchange", lambda axis_name: None)
-    T, D, F, E, K = 16, 32, 24, 8, 2
-    static = partial(moe_layer, capacity=plan_capacity("1.25", T, K, E, P, per=layer)) if layer != "dynamic" else None
+    remote = how_mapped == "shard_map, one process"
+    if remote and jax.__version_info__ < (0, 11):
+        pytest.skip("kernels write to other ranks from jax 0.11 on")
+    monkeypatch.setattr(kernels, "can_reach_ranks", lambda axis_name: remote)
+    T, D, F, E, K = 16, 64, 24, 8, 2
+    of_layer = {"dynamic": dynamic.moe_layer, "direct": direct.moe_layer}.get(layer) or partial(
+        moe_layer, capacity=plan_capacity("1.25", T, K, E, P, per=layer)
+    )
 
     def run(x, router, *weights):
-        of_layer = static or dynamic.moe_layer
         return of_layer(
             x, router, *weights, router=Router(K), axis_name=None if how_mapped == "no axis" else AXIS
         ).out_TD
@@ -101,7 +107,7 @@ def test_the_layer_compiles_forward_and_backward(how_mapped, P, layer, dtype, mo
     def block(x, router, *weights):
         return run(x[0], router, *(w[0] for w in weights))[None]
 
-    if how_mapped == "shard_map":
+    if how_mapped.startswith("shard_map"):
         mesh = Mesh(np.array(devices(P)), (AXIS,), axis_types=(AxisType.Auto,))
         split, whole = PartitionSpec(AXIS), PartitionSpec()
         over = jax.shard_map(block, mesh=mesh, in_specs=(split, whole, split, split, split), out_specs=split)
@@ -121,8 +127,11 @@ def test_the_layer_compiles_forward_and_backward(how_mapped, P, layer, dtype, mo
 
     program = str(jax.jit(both).lower(*shapes).compile().as_text())
     matmuls = 3 * 3 if dtype != "float32" and layer != "expert" else 0  # each forward, and its two gradients
-    indices = {"dynamic": 2, "expert": 2 * 2, "rank": 2 * 2 + 1}[layer]  # sorts, by bin too; where rank bins go
-    assert program.count('custom_call_target="__gpu$xla.gpu.triton"') == 8 + indices + matmuls
+    indices = {"direct": 2, "dynamic": 2, "expert": 2 * 2, "rank": 2 * 2 + 1}[layer]  # sorts, by bin too; where bins go
+    moves = 7 if layer == "direct" else 8  # straight: four times rows, two sums, and the scores' gradient
+    to_ranks = 4 if remote else 0
+    assert program.count('custom_call_target="__gpu$xla.gpu.triton"') == moves - to_ranks + indices + matmuls
+    assert program.count('custom_call_target="mosaic_gpu_v2"') == to_ranks
 
 
 # Of each stage forward and backward, indices included, at the three shapes of `parity bench`: T, D, E, K over 8 ranks.

@@ -38,7 +38,8 @@ def ranks_of(axis_name: str | None) -> Ranks:
     """Those of the axis, or one where there is none."""
     if axis_name is None:
         return Ranks(0, None, 1, reach=False)
-    return Ranks(jax.lax.axis_index(axis_name), axis_name, n_ranks(axis_name), kernels.can_reach_ranks(axis_name))
+    P = n_ranks(axis_name)
+    return Ranks(jax.lax.axis_index(axis_name), axis_name, P, reach=P > 1 and kernels.can_reach_ranks(axis_name))
 
 
 def put_rows(
