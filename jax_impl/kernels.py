@@ -376,8 +376,8 @@ def _put_rows_kernel(
 ) -> None:
     """A block takes one chunk of rows after the other into shared memory, and copies each row from there to its places.
 
-    To which rank a copy goes may not depend on what is read, so there is a copy for each rank, of which one is made. A
-    chunk of which no row has a place is not read.
+    Not of every kind of copy may the rank depend on what is read: there is one for each rank, and one of them is made.
+    A chunk of which no row has a place is not read.
     """
     from jax.experimental.pallas import mosaic_gpu as mosaic
 
