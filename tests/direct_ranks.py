@@ -67,7 +67,9 @@ def both_corners(inputs: Inputs, steps: int, group: Group) -> list[tuple]:
     """Output and gradients of the readable corner, and of this one, of each of several steps with the same buffers."""
     stages, gradients = step(torch_impl.moe_layer, inputs, group=group)
     results, buffers = [(stages.out_TD.detach(), gradients)], buffers_for(inputs, group)
-    assert (buffers.arrivals is not None) == sends_once(n_ranks(group), inputs.sizes[1])
+    (T, K, E, _), P = inputs.sizes, n_ranks(group)
+    assert (buffers.arrivals is not None) == sends_once(P, K)
+    assert buffers.placed_RD.own_OD.shape[0] == P * T * min(K, E // P)
     with products_of_as_many_rows() if inputs["x"].dtype == torch.float32 else nullcontext():
         for _ in range(steps):
             stages, gradients = step(direct.moe_layer, inputs, buffers=buffers)

@@ -54,12 +54,13 @@ IDLE = [[0, 1, 2]] * 24  # all choices are of the first rank's experts
 
 
 @pytest.mark.parametrize("P", [1, 2, 4])
-@pytest.mark.parametrize("what", ["drawn", "idle", "uneven", "two choices"])
+@pytest.mark.parametrize("what", ["drawn", "idle", "uneven", "two choices", "few experts"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_readable_corner_s_bits(torch_ranks: TorchRanks, P, what, dtype):
     K = 2 if what == "two choices" else 3
     assert sends_once(P, K) == (P > 1 and K == 3)
-    problem = draw(P=P, T=24, D=32, F=32, E=12, K=K, renormalize=True)
+    E = 8 if what == "few experts" else 12  # two on a rank of four, and three choices
+    problem = draw(P=P, T=24, D=32, F=32, E=E, K=K, renormalize=True)
     problem = problem.with_ids(IDLE) if what == "idle" else problem
     inputs = inputs_of(problem, dtype, [24, 0, 7, 1][:P] if what == "uneven" else None)
     for readable, *steps in torch_ranks(both_corners, inputs, [2] * P):
@@ -86,8 +87,10 @@ def test_ids_that_are_none_are_dropped_and_counted(torch_ranks: TorchRanks, P):
     ids = problem.expert_id_PTK.clone()
     ids[:, 0, 1], ids[0, 2, 0], ids[-1, 3, 2], ids[-1, 5] = 8, -1, 2**40, torch.tensor([-7, 99, 8])
     keep = (ids >= 0) & (ids < 8)
-    given_ids = problem._replace(expert_id_PTK=ids)
-    results = torch_ranks(with_any_ids, inputs_of(given_ids, torch.float64))
+    inputs = inputs_of(problem._replace(expert_id_PTK=ids), torch.float64)
+    for one in inputs:  # so that there is a slot past this step's, which nobody fills
+        one.sizes = (7, *one.sizes[1:])
+    results = torch_ranks(with_any_ids, inputs)
     clamped = ids.clamp(0, 7)
     for p, (stages, gradients) in enumerate(results):
         assert int(stages.dropped) == int((~keep[p]).sum()) > 0
