@@ -7,8 +7,8 @@ version's order.
 `jax.lax.ragged_dot` on a GPU multiplies every row by every expert's weights and keeps one product of e. The matmul
 kernels here read a row once per tile of columns, and an expert's weights once per tile of that expert's rows.
 
-One kernel, `put_rows`, writes to the memory of other GPUs. Triton has no way to name another GPU, so it is a kernel of
-Mosaic, the other compiler behind Pallas.
+One kernel, `put_rows`, writes to the memory of other GPUs. Pallas's Triton compiler has no way to name another GPU, so
+this kernel goes through Mosaic, the other compiler behind Pallas.
 
 M stands for any number of rows, and O for the number of output rows where it differs.
 """
@@ -30,8 +30,8 @@ ROWS, COLUMNS, DEPTH = 128, 256, 64  # rows and columns of a matmul's result til
 WARPS, STAGES = 8, 4  # warps of a matmul; how far a kernel's loads run ahead
 PADDING_ROWS = 64  # rows that one program checks for padding
 SORT_BLOCK, SORT_TILE = 512, 64  # positions of N, and keys, per program; at 256, XLA's cumsum costs more
-PUT_ROWS, PUT_BLOCKS, PUT_CORES = 4, 6, 132  # rows of a block at once, blocks of a core, and cores of a GPU
-PUT_BYTES = 208 * 2**10  # of a core's own memory that rows can take
+PUT_ROWS, PUT_BLOCKS, PUT_CORES = 4, 6, 132  # rows that a block takes at once, blocks per SM, SMs of a GPU
+PUT_BYTES = 208 * 2**10  # of an SM's shared memory that rows can take
 INTERPRET = False  # tests set it, to run without a GPU
 
 
@@ -56,7 +56,7 @@ def can_reach_ranks(axis_name: str) -> bool:
     """
     return (
         jax.default_backend() == "gpu"
-        and jax.device_count() > 1  # or jax asks for NVSHMEM, which XLA no longer has
+        and jax.device_count() > 1  # with one, jax asks for NVSHMEM, which XLA no longer has
         and jax.__version_info__ >= (0, 11)
         and jax.process_count() == 1
         and axis_name in jax.sharding.get_abstract_mesh().manual_axes
@@ -67,7 +67,7 @@ def can_reach_ranks(axis_name: str) -> bool:
 def use_remote_kernels(x_MD: Float[Array, "M D"]) -> bool:
     """Whether rows can go to ranks within reach through `put_rows`.
 
-    Elements have to be of 16 or 32 bits, and rows of whole 128 bytes, as copies to and from shared memory want them.
+    Elements must have 16 or 32 bits, and rows a multiple of 128 bytes: copies to and from shared memory require that.
     """
     return use_kernels(x_MD) and _put_tile(x_MD.shape[1], x_MD.dtype.itemsize) is not None
 
@@ -299,7 +299,7 @@ def score_gradient(
     score_TK: Float[Array, "T K"],
     slot_TK: Integer[Array, "T K"],
 ) -> Float[Array, "T K"]:
-    """dscore[t,k] = sum over d of dout[t,d] * y[slot[t,k],d], as `weighted_sum_backward` computes it."""
+    """dscore[t,k] = sum over d of dout[t,d] * y[slot[t,k],d], in float32; zero for a slot past the end."""
     (T, K), D = slot_TK.shape, y_MD.shape[1]
     BLOCK, num_warps = _tile(D, K)
     result = _like(y_MD, T, K, dtype=score_TK.dtype)
@@ -331,9 +331,10 @@ def put_rows(
     """Store row m of x, for every k, to row place[m, k] among all ranks' rows; a negative place is nowhere.
 
     Row o of rank p is number p * `n_rows` + o. Returned is this rank's part, once all ranks have stored their rows.
-    Rows that nobody stores are as the memory was.
+    Rows that nobody stores hold anything.
 
-    XLA starts such a kernel only when all ranks are there, so nobody stores to a result that is still something else.
+    XLA starts such a kernel only when all ranks have come to it, so no rank stores into memory that still has another
+    use.
     """
     from jax.experimental.pallas import mosaic_gpu as mosaic  # some releases of jax need more packages for it
 
@@ -357,16 +358,16 @@ def put_rows(
         compiler_params=mosaic.CompilerParams(lowering_semantics=mosaic.LoweringSemantics.Lane),
     )  # fmt: skip
     y_OD = run(x_MD.reshape(M, pieces, width), place_MK.reshape(-1).astype(jnp.int32)).reshape(n_rows, D)
-    # Under shard_map it is taken for the same on all ranks, and its gradient would be summed over them.
+    # shard_map takes the kernel's result for the same on all ranks, and would sum its gradient over them.
     here, there = (jax.typeof(a).manual_axis_type.varying for a in (_zero_of(x_MD, place_MK), y_OD))
     return jax.lax.pcast(y_OD, tuple(here - there), to="varying") if here - there else y_OD
 
 
 def put_stride(n_chunks: int) -> int:
-    """From one chunk that goes out to the next: about 0.618 of their number, without a divisor in common with it.
+    """The step from one chunk that is sent to the next: about 0.618 of the number of chunks, and coprime to it.
 
     Rows that follow each other often go to the same rank. If all ranks sent to one rank at a time, its link would be
-    full and the others idle. In such steps any few that go out together are spread evenly over all rows, so over ranks.
+    full and the others idle. With this step, what is sent at one time is spread evenly over all rows, so over ranks.
     """
     return next(n for n in range(max(1, round(0.618 * n_chunks)), n_chunks + 2) if math.gcd(n, n_chunks) == 1)
 
@@ -376,8 +377,8 @@ def _put_rows_kernel(
 ) -> None:
     """A block takes one chunk of rows after the other into shared memory, and copies each row from there to its places.
 
-    Not of every kind of copy may the rank depend on what is read: there is one for each rank, and one of them is made.
-    A chunk of which no row has a place is not read.
+    Which rank a copy goes to cannot depend on a value that is read. So there is a copy for each rank, each under its
+    condition, and one of them runs. A chunk of which no row has a place is not read.
     """
     from jax.experimental.pallas import mosaic_gpu as mosaic
 
@@ -387,7 +388,7 @@ def _put_rows_kernel(
     parts = [(own, y), *((p, mosaic.remote_ref(y, {axis_name: p})) for p in others)]  # type: ignore[arg-type]
 
     def place_of(first, a):
-        """That of the chunk's row a // K, and -1 for rows past the last."""
+        """Place a % K of the chunk's row a // K, and -1 for rows past the last."""
         return jnp.where(first * K + a < M * K, place[jnp.minimum(first * K + a, M * K - 1)], -1)
 
     def put_chunk(_, c):
@@ -414,7 +415,7 @@ def _put_rows_kernel(
         return first
 
     jax.lax.fori_loop(0, (chunks - block + blocks - 1) // blocks, put_chunk, jax.lax.rem(block * stride, chunks))
-    # A block waits for the others of its number, so when all of a rank's blocks have ended, all rows are there.
+    # A block waits for those of its number on other ranks: when all of a rank's blocks have ended, all rows are there.
     for rank in others:
         pl.semaphore_signal(done, device_id={axis_name: rank})
     pl.semaphore_wait(done, n_ranks - 1)
@@ -423,8 +424,8 @@ def _put_rows_kernel(
 def _put_tile(D: int, size: int) -> tuple[int, int, int] | None:
     """How many rows of D elements a block takes at once, and the pieces of a row; None where rows do not fit.
 
-    A row is so many pieces of so many elements, because no side of a copy may be longer than 256. An element has
-    `size` bytes, a piece whole 16 of them, and a row whole 128.
+    A row is cut into pieces, because no side of a copy may be longer than 256. An element has `size` bytes, a piece a
+    multiple of 16 bytes, and a row a multiple of 128.
     """
     width = max((w for w in range(1, min(D, 256) + 1) if D % w == 0 and w * size % 16 == 0), default=0)
     if size not in (2, 4) or D * size % 128 or 256 * width < D or D * size > PUT_BYTES:

@@ -21,7 +21,7 @@ triton: Any = import_module("triton") if HAS_TRITON else SimpleNamespace(jit=lam
 tl: Any = import_module("triton.language") if HAS_TRITON else SimpleNamespace(constexpr=int)
 PADDING_ROWS = 64  # rows that one program checks for padding
 SWIGLU_BLOCK, SWIGLU_WARPS = 2048, 8  # elements that a program takes at once, 8 per thread; and its warps
-SWIGLU_PROGRAMS = 8448  # 64 for each processor of an H200: a row that is not there then costs nothing
+SWIGLU_PROGRAMS = 8448  # 64 per SM of an H200: so few that rows past n_rows cost no time
 SORT_BLOCK, SORT_TILE = 256, 64  # positions of N, and keys, per program; JAX takes 512, for XLA's cumsum
 
 
@@ -229,10 +229,10 @@ def put_rows(
 
 
 def put_stride(n_rows: int) -> int:
-    """From one row that goes out to the next: about 0.618 of their number, and without a divisor in common with it.
+    """The step from one row that is sent to the next: about 0.618 of the number of rows, and coprime to it.
 
     Rows that follow each other often go to the same rank. If all ranks sent to one rank at a time, its link would be
-    full and the others idle. In such steps any few that go out together are spread evenly over all rows, so over ranks.
+    full and the others idle. With this step, what is sent at one time is spread evenly over all rows, so over ranks.
     """
     return next(n for n in range(max(1, round(0.618 * n_rows)), n_rows + 2) if math.gcd(n, n_rows) == 1)
 
@@ -269,8 +269,8 @@ def place_rows(
 ) -> tuple[Integer[Tensor, " N"], Integer[Tensor, " R"]]:
     """For each of this rank's slots the row, among all ranks' rows, that its row becomes; and for each row, its slot.
 
-    Both are -1 past the last. Otherwise that would be some 30 small launches, which hold the host for longer than the
-    rows take.
+    Both are -1 past the last. PyTorch's operations would need some 30 small launches for that, and hold the host for
+    longer than the rows take to move.
 
     Shapes: place_N, origin_R.
     """
@@ -386,7 +386,7 @@ def score_gradient(
     score_TK: Float[Tensor, "T K"],
     slot_TK: Integer[Tensor, "T K"],
 ) -> Float[Tensor, "T K"]:
-    """dscore[t,k] = sum over d of dout[t,d] * y[slot[t,k],d] by itself; zero for a slot past the end."""
+    """dscore[t,k] = sum over d of dout[t,d] * y[slot[t,k],d], in float32; zero for a slot past the end."""
     (T, K), (M, D) = slot_TK.shape, y_MD.shape
     dscore_TK = torch.empty_like(score_TK, memory_format=torch.contiguous_format)
     BLOCK, num_warps = _tile(D, K)
@@ -444,7 +444,7 @@ def use_swiglu_kernels(x: Tensor) -> bool:
 def swiglu(
     gate_MF: Float[Tensor, "*M F"], up_MF: Float[Tensor, "*M F"], n_rows: Integer[Tensor, ""] | None = None
 ) -> Float[Tensor, "*M F"]:
-    """hidden = round(silu(gate) * up), in float32, of the first `n_rows` rows if that is given, else of all."""
+    """hidden = round(silu(gate) * up), in float32. With `n_rows`, rows past the first `n_rows` stay unwritten."""
     gate_MF, up_MF = gate_MF.contiguous(), up_MF.contiguous()
     hidden_MF = gate_MF.new_empty(*gate_MF.shape)
     n = gate_MF.numel()
@@ -456,7 +456,7 @@ def swiglu(
 
 
 def _swiglu_programs(n: int, n_rows: Tensor | None) -> int:
-    """A program for each block; where only the device knows how many blocks there are, programs that take several."""
+    """One program per block; with `n_rows`, which only the device knows, at most so many, of several blocks each."""
     blocks = -(-n // SWIGLU_BLOCK)
     return blocks if n_rows is None else min(blocks, SWIGLU_PROGRAMS)
 
@@ -464,7 +464,7 @@ def _swiglu_programs(n: int, n_rows: Tensor | None) -> int:
 @triton.jit
 @no_type_check
 def _swiglu(gate, up, hidden, n_rows, n, F, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per block of elements, or for every so many blocks."""
+    """One program per block of elements, or per several blocks, one after the other."""
     if COUNTED:
         n = tl.minimum(tl.load(n_rows).to(tl.int64) * F, n)
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
@@ -483,7 +483,7 @@ def swiglu_backward(
 ) -> tuple[Float[Tensor, "*M F"], Float[Tensor, "*M F"]]:
     """dgate = round(dhidden * up * silu'(gate)) and dup = round(dhidden * silu(gate)), in float32.
 
-    silu'(g) = sigmoid(g) * (1 + g * (1 - sigmoid(g))). Of the first `n_rows` rows if that is given, else of all.
+    silu'(g) = sigmoid(g) * (1 + g * (1 - sigmoid(g))). With `n_rows`, rows past the first `n_rows` stay unwritten.
 
     Shapes: dgate_MF, dup_MF.
     """
@@ -500,7 +500,7 @@ def swiglu_backward(
 @triton.jit
 @no_type_check
 def _swiglu_backward(dhidden, gate, up, dgate, dup, n_rows, n, F, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per block of elements, or for every so many blocks."""
+    """One program per block of elements, or per several blocks, one after the other."""
     if COUNTED:
         n = tl.minimum(tl.load(n_rows).to(tl.int64) * F, n)
     for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):

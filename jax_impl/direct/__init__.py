@@ -1,9 +1,10 @@
-"""The same layer in JAX with every row written straight to its place on the GPU of its expert. Nothing drops.
+"""The same MoE layer in JAX, with every row written straight to its place on the GPU of its expert.
 
-A kernel writes the rows where one process has all the GPUs. Elsewhere all rows go to all ranks, and each takes its own.
+A kernel writes the rows where one process has all the GPUs. Elsewhere all rows go to all ranks, and each rank takes the
+rows that are for it.
 
-The exception is an id that is out of range, or repeated within a token. A traced function cannot refuse it, so it is
-sent nowhere, and counted.
+No assignment is dropped, unless its expert id is out of range, or repeated within a token. Outside of a trace the layer
+refuses such an id. A traced function cannot, so there it is sent nowhere, and counted in `Stages.dropped`.
 """
 
 from jax_impl.direct.layer import Stages, moe_layer

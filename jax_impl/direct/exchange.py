@@ -14,7 +14,7 @@ from jax_impl.rows import sum_rows
 def exchange_counts(counts_E: Integer[Array, " E"], axis_name: str | None = None) -> Integer[Array, "P E"]:
     """Tell every rank how many rows each expert gets from this rank.
 
-        counts_PE[p, g] = rows that rank p sends to expert g, wherever that lives
+        counts_PE[p, g] = rows that rank p sends to expert g, which may live on any rank
 
     Nothing is copied to the host. The counts of all ranks say where every row goes.
 
@@ -33,7 +33,8 @@ def send_tokens(
 ) -> Float[Array, "R D"]:
     """Write each token to its K places, expert-major: (local expert, source rank, assignment).
 
-    Rows past the last that arrives hold anything. Backward, rows return to their slots, and a token sums its K rows.
+    Rows past the last that arrives hold anything. Backward, the rows' gradients return to their slots, and a token's
+    gradient is the sum of its K rows.
     """
     return _send_tokens(x_TD, slot_TK, place_N, origin_R, ranks_of(axis_name))
 
@@ -77,6 +78,6 @@ def return_tokens(
 ) -> Float[Array, "N D"]:
     """Write every row back to the slot that it came from: the inverse of `send_tokens`.
 
-    It has no backward: `combine` sends the gradient of y.
+    Autodiff does not see it: the backward of `combine` sends the gradient of y.
     """
     return put_rows(jax.lax.stop_gradient(y_RD), origin_R[:, None], place_N.shape[0], ranks_of(axis_name))

@@ -18,13 +18,13 @@ class Grouped(NamedTuple):
 
 
 def group_by_expert(expert_id_TK: Integer[Array, "T K"], counts_E: Integer[Array, " E"]) -> Grouped:
-    """Sort assignments by expert, ties by assignment. No row moves yet: a slot is where it returns to.
+    """Sort assignments by expert, ties by assignment. No row moves yet; its row will return to its slot.
 
         tokens  t0 -> experts 2,0      slots  e0: t0 t1   e1: t1   e2: t0
                 t1 -> experts 0,1
 
     An id that is out of range, or repeated within a token, is sent nowhere, because a traced function cannot refuse it.
-    So no rank sends more than T * min(K, e) rows to another, and no buffer of that size overflows, whatever the ids.
+    So no rank sends more than T * min(K, e) rows to another, and nothing overflows, whatever the ids.
     """
     (T, K), (E,) = expert_id_TK.shape, counts_E.shape
     before_KK = jnp.tril(jnp.ones((K, K), bool), -1)
@@ -44,10 +44,10 @@ def combine(
     place_N: Integer[Array, " N"],
     axis_name: str | None = None,
 ) -> Float[Array, "T D"]:
-    """out[t] = round(sum over k = 0..K-1 of score[t,k] * y[slot[t,k]]), summed in float32, rounded once.
+    """out[t] = round(sum over k = 0..K-1 of score[t,k] * returned[slot[t,k]]), in float32, rounded once.
 
-    Backward, dout goes the way of the tokens: the row of y that assignment (t, k) became gets
-    round(score[t,k] * dout[t]). The other rows of y get anything.
+    Backward, dout is sent as the tokens were: the row of y that belongs to assignment (t, k) gets the gradient
+    round(score[t,k] * dout[t]), and the rows that belong to none get anything.
     """
     return _combine(y_RD, returned_ND, score_TK, slot_TK, place_N, ranks_of(axis_name))
 
@@ -58,7 +58,7 @@ def _combine(y_RD, returned_ND, score_TK, slot_TK, place_N, ranks):  # noqa: ARG
 
 
 def _combine_forward(y_RD, returned_ND, score_TK, slot_TK, place_N, ranks):
-    no_columns_R0 = y_RD[:, :0]  # how many rows there are, and nothing to keep for backward
+    no_columns_R0 = y_RD[:, :0]  # says how many rows there are, without keeping them
     saved = no_columns_R0, returned_ND, score_TK, slot_TK, place_N, ranks
     return _combine(y_RD, returned_ND, score_TK, slot_TK, place_N, ranks), saved
 

@@ -1,6 +1,6 @@
 """The whole layer: rows go straight to their places, sizes stay on the device. `torch_impl/direct` is the same page.
 
-Stage 2 only sorts. Stage 5 computes where rows go, before stage 4 writes them there, expert-major. Stage 7 is gone.
+Stage 2 only sorts. Stage 5 computes where rows go, before stage 4 writes them there, expert-major. There is no stage 7.
 
 An array's name ends in its shape:
 
@@ -26,7 +26,7 @@ from jax_impl.routing import PerExpert, Router, Routing, route, weigh_input
 class Stages(NamedTuple):
     """Every intermediate of one forward pass, in order. R is the most that a rank can receive, P*T*min(K, e).
 
-    Rows past those that arrive hold anything in `placed_RD`.
+    Rows of `placed_RD` past those that arrive hold anything.
     """
 
     routing: Routing

@@ -16,11 +16,11 @@ class ExpertMajor(NamedTuple):
 def to_expert_major(
     slot_TK: Integer[Array, "T K"], counts_PE: Integer[Array, "P E"], axis_name: str | None = None
 ) -> ExpertMajor:
-    """Where each row that this rank sends is to lie, and where each row that it receives came from.
+    """Where each row that this rank sends will lie, and where each row that it receives came from.
 
         slots   p0: e0 e0 e1 | p1: e0 e1 e1        rows   e0: p0 p0 p1 | e1: p0 p1 p1
 
-    The counts of all ranks say it, because a slot's row only shifts along with the others of its expert.
+    The counts of all ranks are enough for that: the rows of one expert from one rank move together, in their order.
     """
     (T, K), (P, E) = slot_TK.shape, counts_PE.shape
     n_slots, n_rows = T * K, P * T * min(K, E // P)

@@ -22,20 +22,20 @@ from jax_impl.rows import take_or_zero
 @partial(jax.tree_util.register_dataclass, data_fields=["own"], meta_fields=["axis_name", "count", "reach"])
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a mapped axis, found out in forward and kept for backward.
+    """The ranks of a mapped axis, looked up in forward and kept for backward.
 
     Where `vmap` maps the axis and the gradient is taken outside of it, JAX runs a custom backward without the axis's
     index and size.
     """
 
-    own: Any  # this rank's number; JAX puts objects of its own here, too
+    own: Any  # this rank's number; while JAX transforms the pytree, any object of its own
     axis_name: str | None
     count: int
     reach: bool  # whether a kernel can write to the others' memory
 
 
 def ranks_of(axis_name: str | None) -> Ranks:
-    """Those of the axis, or one where there is none."""
+    """The ranks of the axis, or one rank where there is no axis."""
     if axis_name is None:
         return Ranks(0, None, 1, reach=False)
     P = n_ranks(axis_name)
@@ -54,8 +54,7 @@ def put_rows(
         O = 2    place 1 3 -1        rank 0: __ x0 | rank 1: __ x1        x2 goes nowhere
 
     With scores, round(score[m, k] * x[m]) is written. Returned is this rank's part, O = `n_rows` rows, with what any
-    rank has put there. Rows that nobody writes hold anything: NaN in the plain version, so that a test sees who reads
-    them.
+    rank has put there. Other rows hold anything: NaN in the plain version, so that a test sees who reads them.
     """
     if score_MK is not None:
         x_MD, place_MK = weigh_rows(x_MD, score_MK), place_MK.reshape(-1, 1)
@@ -78,8 +77,8 @@ def exchange_places(
 ) -> tuple[Float[Array, "A D"], Integer[Array, "A K"]]:
     """The plain way to other ranks: all rows go to all ranks, with their places on each; -1 where they have none.
 
-    Every other rank's come by a shift along the axis, which unlike an all-gather needs nothing that `Ranks` does not
-    keep for backward. A rank has its own first.
+    The rows of each other rank come by one `ppermute`. In backward, an all-gather would need more of the axis than
+    `Ranks` keeps. A rank's own rows come first.
     """
     P = ranks.count
     shifts = [[(p, (p + i) % P) for p in range(P)] for i in range(1, P)]

@@ -331,7 +331,7 @@ class OverRanks(NamedTuple):
     """How rows reach other ranks: what one rank runs, and what its exchange takes and returns.
 
     `send` takes rows and what `splits` makes of counts_E, untimed; `whole` takes x_TD, score_TK, ids_TK and counts_E.
-    Without `send`, there is no exchange apart from the rest.
+    `send` is None where there is no exchange apart from the rest.
     """
 
     variant: str
@@ -381,7 +381,7 @@ def ragged_over_ranks(shape: Case) -> OverRanks:
 
 
 def direct_over_ranks(shape: Case) -> OverRanks:
-    """Each row straight to its place, as in the direct layer. Nothing drops."""
+    """Rows go straight to their places, as in the direct layer. Nothing drops."""
 
     def whole(x_TD: Array, score_TK: Array, ids_TK: Array, counts_E: Array) -> Array:
         slot_TK, kept_E = direct_grouping.group_by_expert(ids_TK, counts_E)

@@ -280,14 +280,14 @@ def one_rank(rank: int, plan: Plan, address: str) -> None:
         for part in ACROSS_RANKS:
             if part in plan.parts:
                 figures_on_rank(rank, plan, shape, device, part, f"{P} ranks", draw_for_ranks)
-        if "whole" in plan.parts:  # of which there is no part that only sends
+        if "whole" in plan.parts:  # the direct layer has no exchange apart from the rest
             draw = partial(draw_direct, buffers=buffers_for(plan, shape, device))
             figures_on_rank(rank, plan, shape, device, "whole", f"{P} ranks, direct", draw)
     dist.destroy_process_group()
 
 
 def peers_over_ranks(plan: Plan) -> None:
-    """Measure others' wholes, each in processes of its own: a rank that fails alone would leave the others waiting."""
+    """Measure other projects' wholes, each in processes of its own: where one rank fails, all ranks can be ended."""
     wanted = TORCH_PEERS_OVER_RANKS if plan.baselines and "whole" in plan.parts else {}
     for package in find_peers("torch", wanted):
         if failed := run_ranks(partial(one_rank_of_peer, package), plan, plan.ranks):
@@ -360,8 +360,8 @@ def draw_for_ranks(
 
 
 def buffers_for(plan: Plan, shape: Case, device: torch.device) -> direct.Buffers:
-    """One set for all inputs, as each step runs forward and backward before the next."""
-    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # which nothing here uses
+    """One set of buffers for all inputs, as each step runs forward and backward before the next."""
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # NVLink multicast, which nothing here uses
     sizes = (shape.tokens, shape.top_k, shape.experts, shape.width)
     return direct.make_buffers(*sizes, getattr(torch, plan.dtype), device)
 
@@ -369,7 +369,7 @@ def buffers_for(plan: Plan, shape: Case, device: torch.device) -> direct.Buffers
 def draw_direct(
     plan: Plan, shape: Case, device: torch.device, part: str, seed: int, buffers: direct.Buffers
 ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]:
-    """The same inputs as of the whole with all-to-alls, for rows that go straight to their places."""
+    """The inputs of `draw_for_ranks`, for the whole in which rows go straight to their places."""
     _, inputs, cotangent = draw_for_ranks(plan, shape, device, part, seed)
     _, ids_TK, counts_E = (torch.from_numpy(a).to(device) for a in draw_routing(shape, seed))
 
@@ -387,7 +387,7 @@ def draw_direct(
 def draw_of_peer(
     plan: Plan, shape: Case, device: torch.device, part: str, seed: int, prepare: Callable[..., Any]
 ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]:
-    """The same inputs as of ours, with the scores and choices in the form that the peer's router has them in."""
+    """The inputs of `draw_for_ranks`, with scores and choices in the form in which the peer's router returns them."""
     _, (x_TD, score_TK), cotangent = draw_for_ranks(plan, shape, device, part, seed)
     _, ids_TK, counts_E = (torch.from_numpy(a).to(device) for a in draw_routing(shape, seed))
     whole, scores = prepare(shape, score_TK.detach(), ids_TK, counts_E)

@@ -43,7 +43,7 @@ def load_transformer_engine() -> Movement | None:
 
 
 def load_megatron() -> Movement:
-    """Megatron-Core's own, without TransformerEngine. It reads chunk sizes on the host, where they already are.
+    """Megatron-Core's functions, without TransformerEngine. They read chunk sizes on the host, and get them there.
 
     Rows are weighted in their dtype before `unpermute`, which is given no scores, as in its all-to-all dispatcher.
     """
@@ -70,8 +70,8 @@ def load_megatron() -> Movement:
 def load_megatron_dispatcher() -> Callable[..., tuple[Callable[..., Any], Any]]:
     """Megatron-Core's all-to-all dispatcher over the default group, without TransformerEngine.
 
-    Scores travel with the rows, which are weighted in their dtype where the experts are: so do its own experts, but
-    within their activation, at the hidden width.
+    Scores travel with the rows, which are weighted in their dtype on the rank of their expert. Megatron-Core's own
+    experts weight them there too, but within their activation, at the hidden width.
     """
     import torch.distributed as dist
 
@@ -105,7 +105,7 @@ def load_megatron_dispatcher() -> Callable[..., tuple[Callable[..., Any], Any]]:
 
 
 def by_map(score_TK, ids_TK, counts_E, counts_Pe) -> tuple:
-    """Scores and choices as [T, E], the number of rows, and the chunks: sizes and order there, sizes and order back."""
+    """Scores and choices as [T, E], the number of rows, and the chunks' sizes and order, there and back."""
     import torch
 
     score_TE = score_TK.new_zeros(len(ids_TK), len(counts_E)).scatter(1, ids_TK, score_TK)
@@ -117,7 +117,7 @@ def by_map(score_TK, ids_TK, counts_E, counts_Pe) -> tuple:
 
 
 def move_there(sort_chunks: Callable[..., Any]) -> Callable[..., Any]:
-    """Move rows to expert-major order. Also returns what the way back needs."""
+    """A function that moves rows to expert-major order, and returns also what the way back needs."""
 
     def to_expert_major(x_RD, chunks):
         sizes, order, *back = chunks
@@ -140,7 +140,7 @@ def load_tokamax() -> Callable[..., Any]:
 
 
 TORCH_PEERS = {"transformer_engine": load_transformer_engine, "megatron": load_megatron}
-# Those that send rows to other ranks, each of which needs GPUs. What is loaded is given a shape, scores, expert ids and
-# counts_E, and returns the whole, a function of x_TD and scores, with the scores in the form that it takes.
+# Peers that send rows to other ranks, for which they need GPUs. The function that is loaded takes a shape, scores,
+# expert ids and counts_E. It returns the whole, a function of x_TD and scores, and the scores in the form it takes.
 TORCH_PEERS_OVER_RANKS = {"megatron": load_megatron_dispatcher}
 JAX_PEERS = {"tokamax": load_tokamax}

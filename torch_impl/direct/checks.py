@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # that module imports this one
 
 
 def check_same_sizes(sizes: dict[str, int], n_ranks: int, group: dist.ProcessGroup | None) -> None:
-    """Raises ValueError unless all sizes are positive, tokens zero at least, and the same on every rank."""
+    """Raises ValueError unless every size is at least 1, tokens at least 0, and all ranks ask for the same sizes."""
     if sizes["tokens"] < 0 or min(sizes["top_k"], sizes["experts"], sizes["width"]) < 1:
         raise ValueError(f"buffers for {sizes}: every size must be at least 1, and tokens at least 0")
     of_ranks = of_all_ranks(sizes, n_ranks, group)
@@ -24,7 +24,7 @@ def check_same_sizes(sizes: dict[str, int], n_ranks: int, group: dist.ProcessGro
 
 
 def check_same_offset(offset: int, n_ranks: int, group: dist.ProcessGroup | None) -> None:
-    """Raises RuntimeError unless a buffer lies at the same offset in each rank's block, where others write to it."""
+    """Raises RuntimeError unless a buffer lies at the same offset in every rank's allocation: others write there."""
     of_ranks = of_all_ranks(offset, n_ranks, group)
     if len(set(of_ranks)) > 1:
         raise RuntimeError(
@@ -34,7 +34,7 @@ def check_same_offset(offset: int, n_ranks: int, group: dist.ProcessGroup | None
 
 
 def of_all_ranks(what: Any, n_ranks: int, group: dist.ProcessGroup | None) -> list[Any]:
-    """What each rank has, on every rank."""
+    """The `what` of each rank, in order of ranks."""
     if n_ranks == 1:
         return [what]
     found: list[Any] = [None] * n_ranks
@@ -63,7 +63,7 @@ def check_buffers(x_TD: Tensor, expert_id_TK: Tensor, counts_E: Tensor, buffers:
 
 
 def check_rows(x_MD: Tensor, own_OD: Tensor) -> None:
-    """Raises ValueError unless rows have the buffer's width, dtype and device: a kernel writes to addresses."""
+    """Raises ValueError unless rows have the buffer's width, dtype and device: a kernel writes to bare addresses."""
     if (x_MD.shape[1], x_MD.dtype, x_MD.device) != (own_OD.shape[1], own_OD.dtype, own_OD.device):
         raise ValueError(
             f"rows are {x_MD.dtype} of width {x_MD.shape[1]} on {x_MD.device}, the buffer's {own_OD.dtype} of width "
@@ -72,7 +72,7 @@ def check_rows(x_MD: Tensor, own_OD: Tensor) -> None:
 
 
 def check_first_gradient() -> None:
-    """Raises RuntimeError where a gradient is to be differentiated again."""
+    """Raises RuntimeError where the gradient itself is to be differentiated (`create_graph=True`)."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph=True: rows that are written to another rank's memory leave no graph, so this gradient cannot "
@@ -81,7 +81,7 @@ def check_first_gradient() -> None:
 
 
 def check_not_reused(forwards: Tensor, forwards_now: Tensor) -> None:
-    """Raises RuntimeError if a forward pass has used the buffers since. Both counts are on the host."""
+    """Raises RuntimeError if another forward pass has used the buffers since. Both counts are on the host."""
     if later := int(forwards_now) - int(forwards):
         raise RuntimeError(
             f"{later} forward passes have used these buffers since the one whose backward this is, and overwrote the "

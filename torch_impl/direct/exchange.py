@@ -1,14 +1,15 @@
-"""Stages 3, 4 and 8: counts, tokens out, tokens back, each written straight into memory of the rank it is for.
+"""Stages 3, 4 and 8: counts, tokens out, tokens back, each row written straight to the rank that it is for.
 
-A step in time, where | is a barrier of all ranks on the device:
+What a step does, in order; | is a barrier of all ranks on the device:
 
     forward     write counts | read counts, write tokens | read tokens, write returned | read returned
     backward    read returned, write dout | read dout and tokens, write dx | read dx
 
 There is one barrier after each write and none before it. Between the last read of a buffer and the next write to it,
 in the next step or the next backward, every rank passes another buffer's barrier. So no rank writes to a buffer that
-another still reads, if all ranks do the same steps, forward and backward, in the same order. One thing is not
-covered: where x needs no gradient, a backward must not run twice without a forward pass between.
+another still reads, if all ranks do the same steps, forward and backward, in the same order. One case is not covered:
+a backward that does not compute the gradient of x must not run twice (`retain_graph=True`) without a forward pass
+in between.
 """
 
 from typing import NamedTuple
@@ -30,7 +31,8 @@ from torch_impl.static.rows import sum_rows
 class Buffers(NamedTuple):
     """What ranks write into, made once. Two steps in flight, two layers or two groups need a set each.
 
-    Layers can share a set if each runs forward and backward in one go: recomputed ones, or any without gradients.
+    Layers can share a set where no other forward pass comes between a layer's last forward and its backward: under
+    activation checkpointing, or without gradients.
     """
 
     counts_PE: Buffer
@@ -54,8 +56,8 @@ def make_buffers(
 ) -> Buffers:
     """Buffers for steps of up to `tokens` tokens on any rank, which all ranks of the group make together.
 
-    With e = E // P, a rank's share is 2*P*T*min(K, e) + 2*T*K rows of D elements: the most that can arrive, and return;
-    and P*T more where a token goes to each rank once. They are made here, so a CUDA graph can hold a step.
+    With T = `tokens` and e = E // P, a rank allocates 2*P*T*min(K, e) rows of D elements for what arrives, 2*T*K for
+    what returns, and P*T where a token goes to each rank once. A step allocates none, so a CUDA graph can hold it.
 
     Raises ValueError when experts do not divide over ranks, or ranks ask for different sizes.
     """
@@ -85,8 +87,8 @@ def make_buffers(
 def sends_once(n_ranks: int, top_k: int) -> bool:
     """Whether a token goes to each rank once, and is copied to its places there.
 
-    That pays where several of a token's experts share a rank. The copy is one more pass over the rows: on two GPUs once
-    was faster with eight choices, and slower with two.
+    That pays where several of a token's experts share a rank. The copy is one more pass over the rows: on two GPUs,
+    sending once was faster with eight choices, and slower with two.
     """
     return n_ranks > 1 and top_k > 2
 
@@ -94,15 +96,15 @@ def sends_once(n_ranks: int, top_k: int) -> bool:
 def _on_gpus(
     rows: int, columns: int, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup | None, n_writers: int
 ) -> Buffer:
-    """Memory of this GPU that all ranks of the group can write to, or this rank alone. Multicast is not used."""
+    """Memory of this GPU that all ranks of the group can write to, or this rank alone; without NVLink multicast."""
     if n_writers == 1:
         own_OD = torch.empty(rows, columns, dtype=dtype, device=device)
         return Buffer(own_OD, torch.tensor([own_OD.data_ptr()], device=device), None, group, n_writers)
-    from torch.distributed import _symmetric_memory as symmetric  # a second to import
+    from torch.distributed import _symmetric_memory as symmetric  # takes a second to import
 
     own_OD = symmetric.empty(max(rows, 1), columns, dtype=dtype, device=device)
     handle = symmetric.rendezvous(own_OD, group or dist.group.WORLD)  # type: ignore[arg-type]
-    # A block of PyTorch's may hold several buffers, and its addresses are those of blocks.
+    # One allocation of PyTorch's may hold several buffers, and `buffer_ptrs` are where allocations begin.
     offset = own_OD.data_ptr() - handle.buffer_ptrs[handle.rank]
     check_same_offset(offset, handle.world_size, group)
     return Buffer(own_OD[:rows], torch.tensor(handle.buffer_ptrs, device=device) + offset, handle, group, n_writers)
@@ -111,7 +113,7 @@ def _on_gpus(
 def exchange_counts(counts_E: Integer[Tensor, " E"], buffers: Buffers) -> Integer[Tensor, "P E"]:
     """Tell every rank how many rows each expert gets from this rank.
 
-        counts_PE[p, g] = rows that rank p sends to expert g, wherever that lives
+        counts_PE[p, g] = rows that rank p sends to expert g, which may live on any rank
 
     Nothing is copied to the host. The counts of all ranks say where every row goes.
     """
@@ -131,7 +133,8 @@ def send_tokens(
 ) -> Float[Tensor, "R D"]:
     """Write each token to its K places, expert-major: (local expert, source rank, assignment).
 
-    Rows past the last that arrives hold anything. Backward, rows return to their slots, and a token sums its K rows.
+    Rows past the last that arrives hold anything. Backward, the rows' gradients return to their slots, and a token's
+    gradient is the sum of its K rows.
     """
     return _SendTokens.apply(x_TD, slot_TK, place_N, origin_R, buffers)  # type: ignore[no-any-return]
 
@@ -142,7 +145,7 @@ class _SendTokens(torch.autograd.Function):
         ctx.save_for_backward(slot_TK, origin_R)
         ctx.buffers = buffers
         put_tokens(x_TD, slot_TK, place_N, buffers.placed_RD, buffers)
-        return buffers.placed_RD.own_OD.data  # not as a view, which autograd would guard against the next step's write
+        return buffers.placed_RD.own_OD.data  # of a view, autograd would refuse the next step's write
 
     @staticmethod
     @once_differentiable
@@ -174,7 +177,7 @@ def return_tokens(
 ) -> Float[Tensor, "N D"]:
     """Write every row back to the slot that it came from: the inverse of `send_tokens`.
 
-    It has no backward: `combine` sends the gradient of y.
+    Autograd does not see it: the backward of `combine` sends the gradient of y.
     """
     buffers.forwards.add_(1)
     put_rows(y_RD, origin_R[:, None], buffers.returned_ND)

@@ -24,9 +24,9 @@ def apply_experts(
     """y = (activation(x @ w_gate + b_gate) * (x @ w_up + b_up)) @ w_down + b_down, each row by its own expert.
 
     Without w_gate, activation(x @ w_up + b_up) @ w_down + b_down. The first counts_e[0] rows are expert 0's, and so
-    on. What the rows past the counts hold reaches no other row and no gradient, and they come out unspecified: they go
-    nowhere. In bfloat16 without biases nobody looks at them, because `grouped_mm` does not, and all else is by element.
-    Otherwise they are made zero first, which takes a copy of the whole buffer.
+    on. What the rows past the counts hold reaches no other row and no weight's gradient. They come out unspecified, and
+    are sent nowhere. In bfloat16 without biases they stay as they are: `grouped_mm` does not read them, and all else is
+    elementwise. Otherwise they are made zero first, which takes a copy of the whole buffer.
     """
     weights = [w for w in (w_gate_eDF, w_up_eDF, w_down_eFD) if w is not None]
     grouped = x_RD.dtype == torch.bfloat16 and all(fits_grouped_mm(x_RD, w) for w in weights)

@@ -18,13 +18,13 @@ class Grouped(NamedTuple):
 
 
 def group_by_expert(expert_id_TK: Integer[Tensor, "T K"], counts_E: Integer[Tensor, " E"]) -> Grouped:
-    """Sort assignments by expert, ties by assignment. No row moves yet: a slot is where it returns to.
+    """Sort assignments by expert, ties by assignment. No row moves yet; its row will return to its slot.
 
         tokens  t0 -> experts 2,0      slots  e0: t0 t1   e1: t1   e2: t0
                 t1 -> experts 0,1
 
     An id that is out of range, or repeated within a token, is sent nowhere, because refusing it would mean waiting for
-    its value. So no rank sends more than T * min(K, e) rows to another, and no buffer overflows, whatever the ids.
+    its value. So no rank sends more than T * min(K, e) rows to another, and nothing overflows, whatever the ids.
     """
     (T, K), (E,) = expert_id_TK.shape, counts_E.shape
     again_TK = (expert_id_TK[:, :, None] == expert_id_TK[:, None, :]).tril(-1).any(dim=2)
@@ -32,7 +32,7 @@ def group_by_expert(expert_id_TK: Integer[Tensor, "T K"], counts_E: Integer[Tens
     expert_N = torch.where(valid_TK, expert_id_TK, E).reshape(-1)
     order_N, slot_N = sort_by_key(expert_N, E)
     slot_TK = torch.where(valid_TK, slot_N.reshape(T, K), T * K)
-    # To compare each id with each expert would take longer than the sort.
+    # Comparing each id with each expert would take longer than the sort.
     expert_E = torch.arange(E, dtype=expert_N.dtype, device=expert_N.device)
     end_E = torch.searchsorted(expert_N[order_N], expert_E, right=True)
     return Grouped(slot_TK, end_E.diff(prepend=end_E.new_zeros(1)))
@@ -46,10 +46,12 @@ def combine(
     place_N: Integer[Tensor, " N"],
     buffers: Buffers,
 ) -> Float[Tensor, "T D"]:
-    """out[t] = round(sum over k = 0..K-1 of score[t,k] * y[slot[t,k]]), summed in float32, rounded once.
+    """out[t] = round(sum over k = 0..K-1 of score[t,k] * returned[slot[t,k]]), in float32, rounded once.
 
-    Backward, dout goes the way of the tokens: the row of y that assignment (t, k) became gets
-    round(score[t,k] * dout[t]). Raises RuntimeError there if another forward pass has overwritten what returned.
+    Backward, dout is sent as the tokens were: the row of y that belongs to assignment (t, k) gets the gradient
+    round(score[t,k] * dout[t]), and the rows that belong to none get anything. The gradient of y lies in the buffers.
+
+    Backward raises RuntimeError if another forward pass has overwritten what returned.
     """
     return _Combine.apply(y_RD, returned_ND, score_TK, slot_TK, place_N, buffers)  # type: ignore[no-any-return]
 
@@ -57,7 +59,7 @@ def combine(
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_RD, returned_ND, score_TK, slot_TK, place_N, buffers):  # noqa: ARG004  y_RD gets a gradient
-        # The count of forward passes is saved, not kept, because a recomputation saves its own.
+        # Saved like a tensor, not set on ctx: under activation checkpointing, the recomputed pass then saves its own.
         ctx.save_for_backward(returned_ND, score_TK, slot_TK, place_N, buffers.forwards.clone())
         ctx.buffers = buffers
         return sum_rows(returned_ND, slot_TK, score_TK)

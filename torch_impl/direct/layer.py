@@ -1,6 +1,6 @@
-"""The whole layer: rows go straight to their places, sizes stay on the device. `torch_impl/layer.py` has the stages.
+"""The whole layer: rows go straight to their places, sizes stay on the device. `torch_impl/layer.py` has all stages.
 
-Stage 2 only sorts. Stage 5 computes where rows go, before stage 4 writes them there, expert-major. Stage 7 is gone.
+Stage 2 only sorts. Stage 5 computes where rows go, before stage 4 writes them there, expert-major. There is no stage 7.
 
 An array's name ends in its shape:
 
@@ -26,8 +26,8 @@ from torch_impl.routing import PerExpert, Router, Routing, route, weigh_input
 class Stages(NamedTuple):
     """Every intermediate of one forward pass, in order. Here R is the most that a rank can receive, P*T*min(K, e).
 
-    `placed_RD` and `returned_ND` lie in the buffers: the next step with the same buffers overwrites them. Rows past
-    those that arrive hold anything, in `y_RD` too.
+    `placed_RD` and `returned_ND` lie in the buffers: the next step with the same buffers overwrites them. Rows of
+    `placed_RD` and `y_RD` past those that arrive hold anything.
     """
 
     routing: Routing

@@ -17,11 +17,11 @@ class ExpertMajor(NamedTuple):
 def to_expert_major(
     slot_TK: Integer[Tensor, "T K"], counts_PE: Integer[Tensor, "P E"], buffers: Buffers
 ) -> ExpertMajor:
-    """Where each row that this rank sends is to lie, and where each row that it receives came from.
+    """Where each row that this rank sends will lie, and where each row that it receives came from.
 
         slots   p0: e0 e0 e1 | p1: e0 e1 e1        rows   e0: p0 p0 p1 | e1: p0 p1 p1
 
-    The counts of all ranks say it, because a slot's row only shifts along with the others of its expert.
+    The counts of all ranks are enough for that: the rows of one expert from one rank move together, in their order.
     """
     n_slots, n_rows = buffers.returned_ND.own_OD.shape[0], buffers.placed_RD.own_OD.shape[0]
     return ExpertMajor(*expert_major_rows(counts_PE, buffers.rank, slot_TK.numel(), n_slots, n_rows))

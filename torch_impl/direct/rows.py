@@ -17,17 +17,17 @@ from torch_impl.static.rows import take_or_zero
 
 
 class Buffer(NamedTuple):
-    """This rank's part of rows that all ranks write to, and the way to the other parts."""
+    """Rows that all ranks write to: this rank's part, and how to write to the other ranks' parts."""
 
     own_OD: Tensor  # O is the same on every rank
     pointers_P: Integer[Tensor, " P"] | None  # where each rank's part begins; None where no kernel can write to it
-    handle: Any  # of symmetric memory; None where there is no other rank
+    handle: Any  # of symmetric memory, for its barrier; None where no other rank writes
     group: dist.ProcessGroup | None
     n_writers: int  # all ranks of the group, or this one alone
 
 
 class Arrivals(NamedTuple):
-    """Where tokens arrive, once each, before they are copied to their places: token t of rank p in row p * T + t."""
+    """Where tokens arrive, once each, before they are copied to their places: token t of rank p in row p*T + t."""
 
     x_AD: Buffer
     place_AK: Buffer  # a token's K places among all ranks' rows
@@ -45,8 +45,8 @@ def put_rows(
 
         O = 2    place 1 3 -1        rank 0: __ x0 | rank 1: __ x1        x2 goes nowhere
 
-    With scores, round(score[m, k] * x[m]) is written. Once it is done, the rows that any rank has put into this rank's
-    part are there. Other rows stay as they are. Without a barrier, they are there after the next `put_rows` with one.
+    With scores, round(score[m, k] * x[m]) is written. After it, in order of the stream, this rank's part has what any
+    rank has put there. Without `barrier`, that holds after the next `put_rows` with one. Other rows stay as they are.
 
     Raises ValueError unless x's rows are like the buffer's.
     """
@@ -76,7 +76,8 @@ def put_rows_once(
         places  t0: rank 0, 1, 1        arrive  rank 0: t0         copied  rank 0: t0
                 t1: rank 1, 1, 1                rank 1: t0 t1              rank 1: t0 t0 t1 t1 t1
 
-    A token's places, and its scores, go to every rank, because one without a place for it has to know that.
+    A token's places and scores go to every rank, even to one without a place for it: otherwise that rank would read
+    the places of an earlier step.
     """
     P, (n_rows, _), (n_arrivals, K) = arrivals.x_AD.n_writers, buffer.own_OD.shape, arrivals.place_AK.own_OD.shape
     T, most = x_TD.shape[0], n_arrivals // P  # the tokens of this rank, and the most that any has
@@ -105,7 +106,7 @@ def weigh_rows(x_MD: Float[Tensor, "M D"], score_MK: Float[Tensor, "M K"]) -> Fl
 def exchange_places(
     x_MD: Shaped[Tensor, "M D"], place_MK: Integer[Tensor, "M K"], buffer: Buffer
 ) -> tuple[Shaped[Tensor, "O D"], Integer[Tensor, "O 1"]]:
-    """The plain way to other ranks: an uneven all-to-all of rows, and of their places. It waits for their number."""
+    """The plain way to other ranks: an uneven all-to-all of rows and their places. The host waits for their number."""
     P, n_rows, place_A = buffer.n_writers, buffer.own_OD.shape[0], place_MK.reshape(-1)
     rank_A = torch.where(place_A < 0, P, place_A // n_rows)
     send_P = (rank_A[:, None] == torch.arange(P, device=rank_A.device)).sum(dim=0)
@@ -120,7 +121,7 @@ def exchange_places(
 
 
 def put_here(x_MD: Shaped[Tensor, "M D"], place_MK: Integer[Tensor, "M K"], own_OD: Shaped[Tensor, "O D"]) -> None:
-    """Write rows to places of this rank's own. It waits for nothing: each place gathers its row."""
+    """Write rows to places of this rank's own. The host waits for nothing: each place gathers its row."""
     (_, K), (n_rows, _) = place_MK.shape, own_OD.shape
     place_A = place_MK.reshape(-1)
     row_A = torch.arange(place_A.shape[0], device=place_A.device)
