@@ -49,17 +49,20 @@ def use_matmul_kernels(x: Array) -> bool:
 
 
 def can_reach_ranks(axis_name: str) -> bool:
-    """Whether a kernel can write to the memory of the other ranks of this axis.
+    """Whether a kernel can write to the memory of the other ranks of this axis: GPUs in reach, under `shard_map`."""
+    return gpus_reach_each_other() and axis_name in jax.sharding.get_abstract_mesh().manual_axes
 
-    Ranks have to be the GPUs, from the H100 on, of one process, under `shard_map`: jax 0.11 cannot reach the memory of
-    another process's GPU, and an earlier jax was not tried.
+
+def gpus_reach_each_other() -> bool:
+    """Whether a kernel can write from one GPU to another: from the H100 on, in one process.
+
+    jax 0.11 cannot reach the memory of another process's GPU, and an earlier jax was not tried.
     """
     return (
         jax.default_backend() == "gpu"
         and jax.device_count() > 1  # with one, jax asks for NVSHMEM, which XLA no longer has
         and jax.__version_info__ >= (0, 11)
         and jax.process_count() == 1
-        and axis_name in jax.sharding.get_abstract_mesh().manual_axes
         and float(jax.devices()[0].compute_capability) >= 9
     )
 
@@ -68,8 +71,9 @@ def use_remote_kernels(x_MD: Float[Array, "M D"]) -> bool:
     """Whether rows can go to ranks within reach through `put_rows`.
 
     Elements must have 16 or 32 bits, and rows a multiple of 128 bytes: copies to and from shared memory require that.
+    With at most 2^22 rows, a block's number times the stride fits in 32 bits.
     """
-    return use_kernels(x_MD) and _put_tile(x_MD.shape[1], x_MD.dtype.itemsize) is not None
+    return use_kernels(x_MD) and x_MD.shape[0] <= 2**22 and _put_tile(x_MD.shape[1], x_MD.dtype.itemsize) is not None
 
 
 def sort_by_key(key_N: Integer[Array, " N"], n_keys: int) -> tuple[Integer[Array, " N"], Integer[Array, " N"]]:

@@ -127,9 +127,9 @@ def put_once(x_TD: Tensor, place_TK: Tensor, n_rows: int, score_TK: Tensor | Non
     return placed.own_OD
 
 
-def different_sizes(tokens: int, group: Group) -> str:
+def different_sizes(tokens: int, experts: int, dtype: torch.dtype, group: Group) -> str:
     try:
-        direct.make_buffers(tokens, 2, 8, 4, torch.float32, torch.device("cpu"), group)
+        direct.make_buffers(tokens, 2, experts, 4, dtype, torch.device("cpu"), group)
     except ValueError as error:
         return str(error)
     return ""

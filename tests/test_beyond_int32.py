@@ -23,6 +23,7 @@ import jax_impl.dynamic.layout
 import jax_impl.grouping
 import jax_impl.layout
 import torch_impl.grouping
+import torch_impl.kernels
 import torch_impl.layout
 import torch_impl.static.grouping
 import torch_impl.static.layout
@@ -313,3 +314,21 @@ if __name__ == "__main__":
         for check in CHECKS:
             check(sys.argv[1], SIZES[size], "cuda")
             torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counted", [False, True])
+def test_swiglu_past_2_to_the_31(counted):
+    """Each row is all one number, so that every block of a large array equals a row of a small one."""
+    M, F = 2**20 + 3, 2048
+    value_M = (torch.arange(M, device="cuda") % 251 - 125).to(torch.bfloat16) / 32
+    gate, up, dhidden = (a[:, None].expand(M, F).contiguous() for a in (value_M, value_M.flip(0), value_M.roll(7)))
+    count = torch.tensor(M, device="cuda") if counted else None
+    few = [a[:, :8].contiguous() for a in (gate, up, dhidden)]
+    found = torch_impl.kernels.swiglu(gate, up, count)
+    expected = torch_impl.kernels.swiglu(*few[:2])
+    assert all(found[part].eq(expected[part, :1]).all() for part in parts(M, F))
+    found = torch_impl.kernels.swiglu_backward(dhidden, gate, up, count)
+    expected = torch_impl.kernels.swiglu_backward(few[2], *few[:2])
+    for large, small in zip(found, expected, strict=True):
+        assert all(large[part].eq(small[part, :1]).all() for part in parts(M, F))

@@ -32,7 +32,7 @@ from torch_impl import Router, Routing, checks, direct
 from torch_impl.direct import rows
 from torch_impl.direct.exchange import sends_once
 from torch_impl.direct.grouping import group_by_expert
-from torch_impl.direct.rows import Arrivals, Buffer, expert_major_rows, put_here, put_rows
+from torch_impl.direct.rows import expert_major_rows, put_here, put_rows
 from torch_impl.routing import count_per_expert
 from torch_impl.static.rows import sum_rows
 
@@ -255,6 +255,20 @@ def test_rows_move_outside_of_autograd(monkeypatch):
     assert differentiated[1:] == [False] * 4  # all but the counts, which are integers
 
 
+def test_rows_that_arrived_are_guarded_too(monkeypatch):
+    """A loss on what the experts return reads them in backward. The next forward fails before its rows return."""
+    (inputs,) = inputs_of(draw(P=1, T=6, D=8, F=8, E=4, K=2))
+    buffers = buffers_for(inputs)
+    leaves = {name: a.detach().requires_grad_() for name, a in inputs.items()}
+    stages = direct.moe_layer(*leaves.values(), router=Router(2), buffers=buffers)  # type: ignore[arg-type]
+    monkeypatch.setattr("torch_impl.direct.layer.apply_experts", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(direct.moe_layer, inputs, buffers=buffers)
+    for loss in (stages.y_RD, stages.out_TD):
+        with pytest.raises(RuntimeError, match=r"^1 forward passes have used these buffers"):
+            torch.autograd.grad(loss, [leaves["x"], leaves["w_down"]], torch.ones_like(loss), retain_graph=True)
+
+
 def test_layers_that_are_recomputed_share_a_set():
     (inputs,) = inputs_of(draw(P=1, T=6, D=8, F=8, E=4, K=2))
     shared, own = buffers_for(inputs), [buffers_for(inputs) for _ in range(2)]
@@ -283,11 +297,23 @@ def test_a_gradient_of_a_gradient_is_refused():
         torch.autograd.grad(out, x, inputs.dout, create_graph=True)
 
 
-def test_ranks_that_ask_for_different_buffers_are_told(torch_ranks: TorchRanks):
-    for said in torch_ranks(different_sizes, [5, 6]):
-        assert re.search(
-            "'tokens': 5.* on rank 0 and for .*'tokens': 6.* on rank 1: .* the most that any rank has", said
-        )
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            [(5, 8, "float32"), (6, 8, "float32")],
+            "'tokens': 5.* on rank 0 and for .*'tokens': 6.* on rank 1: .* the most",
+        ),
+        ([(5, 8, "float32"), (5, 8, "bfloat16")], "float32.* on rank 0 and for .*bfloat16.* on rank 1"),
+        ([(5, 8, "float32"), (5, 9, "float32")], "'experts': 8.* on rank 0 and for .*'experts': 9.* on rank 1"),
+        ([(5, 9, "float32")] * 2, "9 experts do not divide over 2 ranks"),
+        ([(-1, 8, "float32")] * 2, "tokens at least 0"),
+    ],
+)
+def test_ranks_that_ask_for_wrong_buffers_are_all_told(torch_ranks: TorchRanks, asked, said):
+    tokens, experts, dtypes = (list(a) for a in zip(*asked, strict=True))
+    for told in torch_ranks(different_sizes, tokens, experts, [getattr(torch, dtype) for dtype in dtypes]):
+        assert re.search(said, told)
 
 
 def test_buffers_that_lie_elsewhere_on_another_rank_are_told(torch_ranks: TorchRanks):
@@ -300,7 +326,7 @@ def test_buffers_that_lie_elsewhere_on_another_rank_are_told(torch_ranks: TorchR
     ("sizes", "dtype", "said"),
     [
         ((5, 2, 4, 8), "bfloat16", "room for 5 tokens of width 8, 2 of 4 experts each"),
-        ((6, 1, 4, 8), "bfloat16", "room for 3 tokens"),
+        ((6, 1, 4, 8), "bfloat16", "room for 6 tokens of width 8, 1 of 4 experts"),
         ((6, 2, 8, 8), "bfloat16", "2 of 8 experts each, .* here are 6 tokens of width 8, 2 of 4 experts"),
         ((6, 2, 4, 16), "bfloat16", "of width 16"),
         ((6, 2, 4, 8), "float32", "the buffers are torch.float32 on cpu and x is torch.bfloat16 on cpu"),
@@ -310,15 +336,6 @@ def test_buffers_that_do_not_fit_are_refused(sizes, dtype, said):
     (inputs,) = inputs_of(draw(P=1, T=6, D=8, F=8, E=4, K=2))
     with pytest.raises(ValueError, match=said):
         step(direct.moe_layer, inputs, buffers=direct.make_buffers(*sizes, getattr(torch, dtype), CPU))  # type: ignore[call-arg]
-
-
-def test_buffers_for_another_top_k_are_refused():
-    """Where tokens arrive with their K places; otherwise fewer choices fit too."""
-    (inputs,) = inputs_of(draw(P=1, T=6, D=8, F=8, E=4, K=2))
-    part = Buffer(torch.zeros(6, 3), None, None, None, 1)
-    buffers = buffers_for(inputs)._replace(arrivals=Arrivals(part, part, part))
-    with pytest.raises(ValueError, match=r"room for 4 tokens of width 8, 3 of 4 experts each, .* here are 6 tokens"):
-        step(direct.moe_layer, inputs, buffers=buffers)
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(2, 4, dtype=torch.bfloat16), torch.zeros(2, 5)])

@@ -467,7 +467,8 @@ def _swiglu(gate, up, hidden, n_rows, n, F, COUNTED: tl.constexpr, BLOCK: tl.con
     """One program per block of elements, or per several blocks, one after the other."""
     if COUNTED:
         n = tl.minimum(tl.load(n_rows).to(tl.int64) * F, n)
-    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
         i = first + tl.arange(0, BLOCK)
         g = tl.load(gate + i, mask=i < n, other=0).to(tl.float32)
         u = tl.load(up + i, mask=i < n, other=0).to(tl.float32)
@@ -503,7 +504,8 @@ def _swiglu_backward(dhidden, gate, up, dgate, dup, n_rows, n, F, COUNTED: tl.co
     """One program per block of elements, or per several blocks, one after the other."""
     if COUNTED:
         n = tl.minimum(tl.load(n_rows).to(tl.int64) * F, n)
-    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
         i = first + tl.arange(0, BLOCK)
         gradient = tl.load(dhidden + i, mask=i < n, other=0).to(tl.float32)
         g = tl.load(gate + i, mask=i < n, other=0).to(tl.float32)

@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jax_impl import kernels
 from jax_impl.direct import exchange as direct_exchange
 from jax_impl.direct import grouping as direct_grouping
 from jax_impl.direct.layout import to_expert_major as to_places
@@ -169,8 +170,11 @@ def main(plan: Plan) -> None:
             emit(link_figure(plan))
         return
     if plan.ranks > 1:
-        # XLA:CPU has no ragged exchange, and no kernel that writes to other ranks.
-        ways = [static_over_ranks, *[ragged_over_ranks, direct_over_ranks] * on_gpu]
+        ways = [static_over_ranks]
+        if on_gpu:  # XLA:CPU has no ragged exchange
+            ways.append(ragged_over_ranks)
+        if kernels.gpus_reach_each_other():  # otherwise the plain version would be measured
+            ways.append(direct_over_ranks)
         across_ranks(plan, choose_shapes(plan, on_gpu), ways)
         return
     peers = find_peers("jax", JAX_PEERS) if plan.baselines and "experts" in plan.parts else {}

@@ -6,14 +6,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torch_impl.checks import check_experts_per_rank
+
 if TYPE_CHECKING:  # that module imports this one
     from torch_impl.direct.exchange import Buffers
 
 
-def check_same_sizes(sizes: dict[str, int], n_ranks: int, group: dist.ProcessGroup | None) -> None:
-    """Raises ValueError unless every size is at least 1, tokens at least 0, and all ranks ask for the same sizes."""
-    if sizes["tokens"] < 0 or min(sizes["top_k"], sizes["experts"], sizes["width"]) < 1:
-        raise ValueError(f"buffers for {sizes}: every size must be at least 1, and tokens at least 0")
+def check_same_sizes(sizes: dict[str, Any], n_ranks: int, group: dist.ProcessGroup | None) -> None:
+    """Raises ValueError, on all ranks alike, unless all ask for the same, each size at least 1, and tokens at least 0.
+
+    Ranks compare first, because one that raised alone would leave the others waiting.
+    """
     of_ranks = of_all_ranks(sizes, n_ranks, group)
     for rank, others in enumerate(of_ranks):
         if others != of_ranks[0]:
@@ -21,6 +24,9 @@ def check_same_sizes(sizes: dict[str, int], n_ranks: int, group: dist.ProcessGro
                 f"buffers for {of_ranks[0]} on rank 0 and for {others} on rank {rank}: all ranks must ask for the "
                 "same, as tokens the most that any rank has"
             )
+    if sizes["tokens"] < 0 or min(sizes["top_k"], sizes["experts"], sizes["width"]) < 1:
+        raise ValueError(f"buffers for {sizes}: every size must be at least 1, and tokens at least 0")
+    check_experts_per_rank(sizes["experts"], n_ranks)
 
 
 def check_same_offset(offset: int, n_ranks: int, group: dist.ProcessGroup | None) -> None:
@@ -46,8 +52,7 @@ def check_buffers(x_TD: Tensor, expert_id_TK: Tensor, counts_E: Tensor, buffers:
     """Raises ValueError unless the buffers hold a step of this size, dtype and device."""
     (T, K), (E,), D = expert_id_TK.shape, counts_E.shape, x_TD.shape[1]
     (P, experts), (n_rows, width) = buffers.counts_PE.own_OD.shape, buffers.placed_RD.own_OD.shape
-    top_k = K if buffers.arrivals is None else buffers.arrivals.place_AK.own_OD.shape[1]
-    tokens = buffers.returned_ND.own_OD.shape[0] // top_k
+    top_k, tokens = buffers.top_k, buffers.returned_ND.own_OD.shape[0] // buffers.top_k
     if (experts, width, top_k) != (E, D, K) or tokens < T or n_rows < P * tokens * min(K, E // P):
         raise ValueError(
             f"the buffers have room for {tokens} tokens of width {width}, {top_k} of {experts} experts each, and "

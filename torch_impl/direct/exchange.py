@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torch_impl import kernels
-from torch_impl.checks import check_experts_per_rank
-from torch_impl.direct.checks import check_same_offset, check_same_sizes
+from torch_impl.direct.checks import check_not_reused, check_same_offset, check_same_sizes
 from torch_impl.direct.rows import Arrivals, Buffer, put_rows, put_rows_once
 from torch_impl.exchange import n_ranks
 from torch_impl.static.rows import sum_rows
@@ -41,6 +40,7 @@ class Buffers(NamedTuple):
     dy_RD: Buffer  # the gradient of what returns
     dx_ND: Buffer  # the gradient of what is sent
     arrivals: Arrivals | None  # None where a token goes straight to each of its places
+    top_k: int
     rank: int
     forwards: Tensor  # on the host: how many forward passes have used this set
 
@@ -59,11 +59,11 @@ def make_buffers(
     With T = `tokens` and e = E // P, a rank allocates 2*P*T*min(K, e) rows of D elements for what arrives, 2*T*K for
     what returns, and P*T where a token goes to each rank once. A step allocates none, so a CUDA graph can hold it.
 
-    Raises ValueError when experts do not divide over ranks, or ranks ask for different sizes.
+    Raises ValueError, on all ranks alike, when experts do not divide over ranks, or ranks ask for different buffers.
     """
     P = n_ranks(group)
-    check_experts_per_rank(experts, P)
-    check_same_sizes({"tokens": tokens, "top_k": top_k, "experts": experts, "width": width}, P, group)
+    sizes = {"tokens": tokens, "top_k": top_k, "experts": experts, "width": width}
+    check_same_sizes(sizes | {"dtype": str(dtype), "device": device.type}, P, group)
     n_slots, n_rows = tokens * top_k, P * tokens * min(top_k, experts // P)
 
     def make(rows: int, columns: int, dtype: torch.dtype, n_writers: int = P) -> Buffer:
@@ -80,7 +80,7 @@ def make_buffers(
     return Buffers(
         make(P, experts, torch.int64), make(n_rows, width, dtype, n_writers), make(n_slots, width, dtype),
         make(n_rows, width, dtype, n_writers), make(n_slots, width, dtype), arrivals,
-        dist.get_rank(group) if P > 1 else 0, torch.zeros((), dtype=torch.int64, device="cpu"),
+        top_k, dist.get_rank(group) if P > 1 else 0, torch.zeros((), dtype=torch.int64, device="cpu"),
     )  # fmt: skip
 
 
@@ -142,7 +142,9 @@ def send_tokens(
 class _SendTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, slot_TK, place_N, origin_R, buffers):
-        ctx.save_for_backward(slot_TK, origin_R)
+        buffers.forwards.add_(1)
+        # The count of forward passes is saved, not kept, because a recomputation saves its own.
+        ctx.save_for_backward(slot_TK, origin_R, buffers.forwards.clone())
         ctx.buffers = buffers
         put_tokens(x_TD, slot_TK, place_N, buffers.placed_RD, buffers)
         return buffers.placed_RD.own_OD.data  # of a view, autograd would refuse the next step's write
@@ -150,7 +152,8 @@ class _SendTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_RD):  # type: ignore[override]
-        slot_TK, origin_R = ctx.saved_tensors
+        slot_TK, origin_R, forwards = ctx.saved_tensors
+        check_not_reused(forwards, ctx.buffers.forwards)
         put_rows(dx_RD, origin_R[:, None], ctx.buffers.dx_ND)
         return sum_rows(ctx.buffers.dx_ND.own_OD[: slot_TK.numel()], slot_TK), None, None, None, None
 
@@ -179,6 +182,5 @@ def return_tokens(
 
     Autograd does not see it: the backward of `combine` sends the gradient of y.
     """
-    buffers.forwards.add_(1)
     put_rows(y_RD, origin_R[:, None], buffers.returned_ND)
     return buffers.returned_ND.own_OD[: place_N.shape[0]].data
