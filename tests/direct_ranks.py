@@ -14,6 +14,7 @@ from torch_ranks import detach
 
 import torch_impl.matmul
 import torch_impl.static.matmul
+from parity.run.torch_stages import full_of_nan
 from torch_impl import Router, Routing, checks, direct, kernels, route
 from torch_impl.direct import Buffers
 from torch_impl.direct.checks import check_same_offset
@@ -42,14 +43,7 @@ class Inputs(dict[str, Any]):
 def buffers_for(inputs: Inputs, group: Group = None) -> Buffers:
     """Full of NaN, which no rank writes over before it is there."""
     x = inputs["x"]
-    buffers = direct.make_buffers(*inputs.sizes, x.dtype, x.device, group)
-    tokens = [] if buffers.arrivals is None else [buffers.arrivals.x_AD]
-    for part in (*buffers[1:5], *tokens):
-        part.own_OD.fill_(NAN)
-    if x.is_cuda and n_ranks(group) > 1:
-        torch.cuda.synchronize()
-        dist.barrier(group)
-    return buffers
+    return full_of_nan(direct.make_buffers(*inputs.sizes, x.dtype, x.device, group))
 
 
 def step(layer: Callable[..., Any], inputs: Inputs, **how: Any) -> tuple[Any, dict[str, Tensor]]:

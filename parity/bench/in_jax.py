@@ -415,14 +415,15 @@ def across_ranks(plan: Plan, shapes: list[Case], ways: Sequence[Callable[[Case],
         return jax.device_put(jax.random.normal(jax.random.key(seed), (P, *sizes), plan.dtype), split)
 
     for shape in [replace(shape, ranks=P) for shape in shapes]:
-        for way in [way(shape) for way in ways]:
+        for way in [over_ranks(shape) for over_ranks in ways]:
+            splits_of = jax.jit(on_ranks(way.splits))
             inputs: dict[str, list] = {part: [] for part in ACROSS_RANKS}
             for i in range(N_SETS):
                 routing = [draw_routing(shape, plan.seed + N_SETS * rank + i) for rank in range(P)]
                 score, ids, counts = (jax.device_put(np.stack(a), split) for a in zip(*routing, strict=True))
                 ids, counts = ids.astype(jnp.int32), counts.astype(jnp.int32)
-                splits = jax.jit(on_ranks(way.splits))(counts)
-                inputs["exchange"].append((draw(i + N_SETS, *way.received), draw(i, *way.sent), *splits))
+                rows = draw(i + N_SETS, *way.received), draw(i, *way.sent)  # the cotangent comes first
+                inputs["exchange"].append((*rows, *splits_of(counts)))
                 cotangent, x = (draw(j, shape.tokens, shape.width) for j in (i + N_SETS, i))  # in this order
                 inputs["whole"].append((cotangent, x, score, ids, counts))
 

@@ -49,7 +49,8 @@ class Command:
     """Measure PyTorch's straightforward version under torch.compile too."""
     ranks: int = 1
     """Number of ranks. With several, measure the exchange and the whole layer's movements, one GPU per rank
-    (in JAX both in bins and ragged); on a CPU, with processes (PyTorch) and virtual devices (JAX, in bins only)."""
+    (in JAX in bins, ragged and written straight); on a CPU, with processes (PyTorch) and virtual devices
+    (JAX, in bins only)."""
     plot: Path | None = None
     """File to draw each figure's share of its floor in (.png, .svg or .pdf)."""
     seconds: float = 0.3

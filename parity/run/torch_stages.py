@@ -334,14 +334,7 @@ class Direct:
     def buffers_of(case: Case, group: Group, device: torch.device) -> direct.Buffers:
         """A set of buffers, full of NaN: rows that nobody writes must not be read."""
         sizes = (case.tokens, case.top_k, case.experts, case.width)
-        buffers = direct.make_buffers(*sizes, getattr(torch, case.dtype), device, group)
-        tokens = [] if buffers.arrivals is None else [buffers.arrivals.x_AD]
-        for part in (buffers.placed_RD, buffers.returned_ND, buffers.dy_RD, buffers.dx_ND, *tokens):
-            part.own_OD.fill_(torch.nan)
-        if device.type == "cuda" and case.ranks > 1:  # no rank writes here before that is done
-            torch.cuda.synchronize()
-            dist.barrier(group)
-        return buffers
+        return full_of_nan(direct.make_buffers(*sizes, getattr(torch, case.dtype), device, group))
 
     def group_by_expert(self, x: Tensor, ids: Tensor, score: Tensor, counts: Tensor) -> Any:  # noqa: ARG002
         return direct_grouping.group_by_expert(ids, counts)
@@ -376,6 +369,17 @@ class Direct:
         masked = chosen and with_scores(chosen, chosen.score_TK * keep)
         how, weights = options_of(case) | together(torch_impl, learned), weights_in(learned)
         return direct.moe_layer(x, learned["router"], *weights, **how, routing=masked, buffers=buffers)
+
+
+def full_of_nan(buffers: direct.Buffers) -> direct.Buffers:
+    """The same buffers with NaN in all their rows, on all ranks."""
+    tokens = [] if buffers.arrivals is None else [buffers.arrivals.x_AD]
+    for part in (buffers.placed_RD, buffers.returned_ND, buffers.dy_RD, buffers.dx_ND, *tokens):
+        part.own_OD.fill_(torch.nan)
+    if buffers.returned_ND.handle is not None:  # no rank writes here before that is done
+        torch.cuda.synchronize()
+        dist.barrier(buffers.returned_ND.group)
+    return buffers
 
 
 Stages = type[Dynamic] | type[Static] | type[Direct]

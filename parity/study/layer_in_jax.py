@@ -46,9 +46,10 @@ def main(plan: Plan) -> None:
         chosen = Routing(score, ids, count_per_expert(ids, case.experts))
         router = jnp.zeros((D, case.experts))
         how: dict[str, Any] = {"router": Router(case.top_k), "routing": chosen, "axis_name": axis}
-        if plan.layout in (without_bins := {"ragged": dynamic.moe_layer, "direct": direct.moe_layer}):
-            return without_bins[plan.layout](x, router, gate, up, down, **how).out_TD
-        return moe_layer(x, router, gate, up, down, capacity=capacity, **how).out_TD
+        if plan.layout == "static":
+            return moe_layer(x, router, gate, up, down, capacity=capacity, **how).out_TD
+        without_bins = {"ragged": dynamic.moe_layer, "direct": direct.moe_layer}[plan.layout]
+        return without_bins(x, router, gate, up, down, **how).out_TD
 
     over = over_ranks(layer, P, "shard_map")
 

@@ -43,12 +43,19 @@ def sum_rows(
     """
     if kernels.use_kernels(y_MD):
         return kernels.sum_rows(y_MD, slot_TK, score_TK)
+    return add_rows(y_MD, slot_TK, score_TK).to(y_MD.dtype)
+
+
+def add_rows(
+    y_MD: Float[Tensor, "M D"], slot_TK: Integer[Tensor, "T K"], score_TK: Float[Tensor, "T K"] | None
+) -> Float[Tensor, "T D"]:
+    """The plain version of `sum_rows`, before it is rounded."""
     accum_dtype = torch.promote_types(y_MD.dtype, torch.float32)
     out_TD = torch.zeros(slot_TK.shape[0], y_MD.shape[1], dtype=accum_dtype, device=y_MD.device)
     for k, slot_T in enumerate(slot_TK.unbind(dim=1)):
         row_TD = take_or_zero(y_MD, slot_T).to(accum_dtype)
         out_TD = out_TD + (row_TD if score_TK is None else score_TK[:, k, None].to(accum_dtype) * row_TD)
-    return out_TD.to(y_MD.dtype)
+    return out_TD
 
 
 def score_gradient(
@@ -86,11 +93,7 @@ class _WeightedSum(torch.autograd.Function):
         y_MD = y_MD.reshape(-1, y_MD.shape[-1])
         if kernels.use_kernels(y_MD):
             return kernels.sum_rows(y_MD, slot_TK, score_TK)
-        accum_dtype = torch.promote_types(y_MD.dtype, torch.float32)
-        out_TD = torch.zeros(slot_TK.shape[0], y_MD.shape[1], dtype=accum_dtype, device=y_MD.device)
-        for score_T, slot_T in zip(score_TK.unbind(dim=1), slot_TK.unbind(dim=1), strict=True):
-            out_TD = out_TD + score_T.to(accum_dtype)[:, None] * take_or_zero(y_MD, slot_T).to(accum_dtype)
-        return out_TD
+        return add_rows(y_MD, slot_TK, score_TK)
 
     @staticmethod
     def backward(ctx, dout_TD):  # type: ignore[override]
